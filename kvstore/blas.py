@@ -1,0 +1,101 @@
+"""A fast BLAS under MLX's CPU wheel. Knows the dynamic loader and nothing of kvstore.
+
+MLX's Linux CPU wheel carries the reference BLAS, which multiplies 20 to 30 times more
+slowly than OpenBLAS; what is loaded with global symbols before it takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from kvstore.errors import KVStoreError
+
+OPENBLAS_VARIABLE = "KVSTORE_OPENBLAS"
+
+
+def load_openblas() -> Path | None:
+    """Load OpenBLAS, where there is one, before MLX is imported.
+
+    Does nothing unless MLX's CPU wheel is what will run: on a Mac, with the CUDA wheel,
+    or once `mlx.core` is imported. The environment variable `KVSTORE_OPENBLAS` names
+    the library to load; empty or `0` switches this off.
+
+    Returns:
+        The library loaded (a bare name where only the loader knows its folder), or
+        `None`: MLX then works with the BLAS it carries.
+
+    Raises:
+        KVStoreError: The library named by `KVSTORE_OPENBLAS` cannot be used.
+    """
+    wanted = os.environ.get(OPENBLAS_VARIABLE)
+    if wanted in ("", "0") or not _is_useful():
+        return None
+    if wanted is not None:
+        return _load_wanted(wanted)
+    return next((Path(name) for name in _candidates() if _can_load(name)), None)
+
+
+def _is_useful() -> bool:
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return False
+    # The CUDA wheels and builds from source bring a BLAS of their own.
+    try:
+        metadata.version("mlx-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _candidates() -> Iterator[str]:
+    machine = os.uname().machine
+    debian = Path(f"/usr/lib/{machine}-linux-gnu")
+    for path in (
+        debian / "openblas-pthread/libopenblas.so.0",
+        debian / "libopenblas.so.0",
+        # Fedora's libopenblas.so.0 has one thread, libopenblasp.so.0 has many.
+        Path("/usr/lib64/libopenblasp.so.0"),
+        Path("/usr/lib64/libopenblas.so.0"),
+        Path("/usr/lib/libopenblas.so.0"),
+        Path("/usr/lib/libopenblas.so"),
+    ):
+        if path.exists():
+            yield str(path)
+    # Asked last, since it starts a process.
+    if found := ctypes.util.find_library("openblas"):
+        yield found
+
+
+def _load_wanted(library: str) -> Path:
+    try:
+        _load(library)
+    except OSError as error:
+        raise KVStoreError(
+            f"cannot use `{library}` as OpenBLAS: {error}",
+            hint=f"correct or unset `{OPENBLAS_VARIABLE}`, or set it to 0",
+        ) from error
+    return Path(library)
+
+
+def _can_load(library: str) -> bool:
+    try:
+        _load(library)
+    except OSError:
+        return False
+    return True
+
+
+def _load(library: str) -> None:
+    handle = ctypes.CDLL(library)
+    if not hasattr(handle, "openblas_get_config"):
+        raise OSError("it is another library")
+    handle.openblas_get_config.restype = ctypes.c_char_p
+    if b"USE64BITINT" in handle.openblas_get_config():
+        raise OSError("its integers have 64 bits, those of MLX 32")
+    # Only now may it take the place of another.
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)

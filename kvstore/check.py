@@ -1,0 +1,231 @@
+"""Verify a store, open its index, rebuild it. Verifying never writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from . import entries, files, shards
+from .errors import FormatError, IntegrityError
+from .folder import StoreFolder
+from .index import Index
+from .indexing import index_folder, is_sound
+from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
+
+
+def open_index(folder: StoreFolder) -> Index:
+    """Return the store's index, rebuilt from the shards where it is missing or damaged.
+
+    Raises:
+        StoreLockedError: Another process kept it locked.
+        FormatError: A newer release wrote it.
+    """
+    if folder.index.exists():
+        try:
+            return Index(folder.index)
+        except IntegrityError:
+            replace_index(folder)
+    else:
+        with files.locked(folder.lock, exclusive=True):
+            if not folder.index.exists():
+                _build_index(folder)
+    return Index(folder.index)
+
+
+def replace_index(folder: StoreFolder) -> None:
+    """Put a damaged index into quarantine and build another from the shards."""
+    with files.locked(folder.lock, exclusive=True):
+        if not _is_healthy(folder):
+            aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
+            for suffix in ("-wal", "-shm", ""):
+                with suppress(FileNotFoundError):
+                    files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
+            _build_index(folder)
+
+
+def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Finding]:
+    """Return everything that is wrong with a store.
+
+    Args:
+        folder: The store.
+        read_data: Which part of the shards is read whole, 0 to 1.
+        progress: Called with (shards checked, shards in all).
+    """
+    sound: dict[BlockHash, StoredBlock] = {}
+    findings: list[Finding] = []
+    names = shards.list_shards(folder.shards)
+    progress(0, len(names))
+    for done, name in enumerate(names, 1):
+        whole = random.random() < read_data
+        findings += _check_shard(folder, name, whole, sound)
+        progress(done, len(names))
+    findings += _check_index(folder, set(names))
+    findings += _check_entries(folder, sound)
+    return findings
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _is_healthy(folder: StoreFolder) -> bool:
+    """Say whether the index can be opened and passes SQLite's own check."""
+    try:
+        index = Index(folder.index)
+    except IntegrityError:
+        return False
+    try:
+        return not index.check()
+    except IntegrityError:
+        return False
+    finally:
+        index.close()
+
+
+def _build_index(folder: StoreFolder) -> None:
+    """Build the index beside and rename it into place, whole or not at all."""
+    path = folder.staging / f"{secrets.token_hex(16)}.sqlite"
+    index = Index(path)
+    try:
+        index_folder(index, folder)
+    finally:
+        index.close()  # which folds the write-ahead log into the file
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        files.sync(descriptor)
+    finally:
+        os.close(descriptor)
+    files.publish(path, folder.index)
+
+
+def _check_shard(
+    folder: StoreFolder, name: str, whole: bool, sound: dict[BlockHash, StoredBlock]
+) -> Iterator[Finding]:
+    """Yield what is wrong with a shard; add its good blocks to ``sound``."""
+    path = shards.shard_path(folder.shards, name)
+    try:
+        with shards.open_shard(folder.shards, name) as opened:
+            for stored in opened.header.blocks:
+                problem = _block_problem(opened, stored, whole)
+                if problem is None:
+                    sound.setdefault(stored.block.hash, stored)
+                else:
+                    yield _finding(folder, "damaged-block", path, problem)
+            if whole and opened.sha256() != name:
+                problem = "its bytes are not those that its name says"
+                yield _finding(folder, "damaged-shard", path, problem)
+        if whole:
+            _second_opinion(path)
+    except FileNotFoundError:
+        return  # pruned by another process meanwhile
+    except (IntegrityError, FormatError) as error:
+        yield _finding(folder, "damaged-shard", path, str(error))
+
+
+def _block_problem(
+    opened: shards.OpenShard, stored: StoredBlock, whole: bool
+) -> str | None:
+    """Return what is wrong with a block, or ``None``."""
+    name = stored.block.hash.hex()[:12]
+    if not is_sound(stored):
+        return f"block {name} is not named by its tokens"
+    try:
+        if whole:
+            list(opened.read([stored]))
+    except IntegrityError as error:
+        return str(error)
+    return None
+
+
+def _second_opinion(path: Path) -> None:
+    """Have the safetensors library open a shard.
+
+    Raises:
+        IntegrityError: It refuses.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            opened.keys()
+    except SafetensorError as error:
+        raise IntegrityError(f"safetensors refuses it: {error}") from error
+
+
+def _check_index(folder: StoreFolder, on_disk: set[str]) -> Iterator[Finding]:
+    """Yield where the index and the shards on disk disagree."""
+    if not folder.index.exists():
+        yield _finding(folder, "damaged-index", folder.index, "it is missing")
+        return
+    try:
+        index = Index(folder.index)
+    except IntegrityError as error:
+        yield _finding(folder, "damaged-index", folder.index, str(error))
+        return
+    try:
+        for problem in index.check():
+            yield _finding(folder, "damaged-index", folder.index, problem)
+        yield from _compare(folder, index, on_disk)
+    except IntegrityError as error:
+        yield _finding(folder, "damaged-index", folder.index, str(error))
+    finally:
+        index.close()
+
+
+def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[Finding]:
+    """Yield shards that only the index or only the disk has, and misplaced blocks."""
+    known = set(index.shards())
+    for name in sorted(known - on_disk):
+        path = folder.shards / name[:2] / f"{name}.safetensors"
+        yield _finding(folder, "missing-shard", path, "the index names it")
+    for name in sorted(on_disk - known):
+        path = shards.shard_path(folder.shards, name)
+        yield _finding(folder, "unindexed-shard", path, "the index does not name it")
+    for name in sorted(known & on_disk):
+        with suppress(IntegrityError, FormatError, FileNotFoundError):
+            with shards.open_shard(folder.shards, name) as opened:
+                held = {stored.block.hash for stored in opened.header.blocks}
+            for place in index.places_in(name):
+                if place.hash not in held:
+                    detail = f"block {place.hash.hex()[:12]} is not in {name[:12]}"
+                    yield _finding(folder, "damaged-index", folder.index, detail)
+    for block in index.lost_blocks():
+        detail = f"block {block.hex()[:12]} is in no shard"
+        yield _finding(folder, "damaged-index", folder.index, detail)
+
+
+def _check_entries(
+    folder: StoreFolder, sound: dict[BlockHash, StoredBlock]
+) -> Iterator[Finding]:
+    """Yield entries that cannot be read or lack a block."""
+    for entry_id in entries.list_ids(folder.entries):
+        path = entries.entry_path(folder.entries, entry_id)
+        try:
+            entry = entries.read_entry(folder.entries, entry_id)
+        except (IntegrityError, FormatError) as error:
+            found = (entry_id,)
+            yield _finding(folder, "damaged-entry", path, str(error), found)
+            continue
+        block = BlockHash(bytes.fromhex(entry.tip)) if entry else None
+        while entry and block and block.hex() != entry.root:
+            stored = sound.get(block)
+            if stored is None:
+                detail = f"block {block.hex()[:12]} is missing or damaged"
+                found = (entry.name or entry.id,)
+                yield _finding(folder, "missing-block", path, detail, found)
+                break
+            block = stored.block.parent
+
+
+def _finding(
+    folder: StoreFolder,
+    kind: FindingKind,
+    path: Path,
+    detail: str,
+    found: tuple[str, ...] = (),
+) -> Finding:
+    return Finding(kind, str(path.relative_to(folder.path)), detail, found)

@@ -1,0 +1,61 @@
+"""The bytes of floats, split into planes: first all low bytes, last all high ones.
+
+Sign and exponent change little from number to number. Alone in a plane they
+compress to a fraction, which between two mantissas they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .codec import NUMPY_DTYPES, Array, PartSpecs, Rows
+
+
+def split_planes(x: Array) -> Array:
+    """Return the bytes of ``x``, shape ``S``, as ``uint8`` of shape ``(itemsize, *S)``.
+
+    Plane 0 holds the least significant bytes.
+    """
+    octets = x.view(np.uint8).reshape(*x.shape, x.itemsize)
+    return np.ascontiguousarray(np.moveaxis(octets, -1, 0))
+
+
+def join_planes(planes: Array, out: Array) -> None:
+    """Write into ``out`` the numbers whose bytes :func:`split_planes` split."""
+    if planes.shape[0] == 2:
+        # Twice as fast as two strided stores.
+        wide = planes[1].astype(np.uint16)
+        wide <<= 8
+        wide |= planes[0]
+        out.view(np.uint16)[...] = wide
+        return
+    octets = np.empty((*planes.shape[1:], planes.shape[0]), np.uint8)
+    for i, plane in enumerate(planes):
+        octets[..., i] = plane
+    out[...] = octets.view(out.dtype)[..., 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Stores every bit, in one part ``planes`` of shape ``(itemsize, L, H, T, D)``."""
+
+    name: str = "planes"
+    is_lossless: bool = True
+
+    def parts(self, rows: Rows) -> PartSpecs:
+        """Return the one part."""
+        itemsize = np.dtype(NUMPY_DTYPES[rows.dtype]).itemsize
+        return {"planes": ("U8", (itemsize, *rows.shape))}
+
+    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
+        """Split the rows."""
+        return {"planes": split_planes(np.ascontiguousarray(x))}
+
+    def decode_into(
+        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+    ) -> None:
+        """Join one layer's planes."""
+        join_planes(parts["planes"][:, layer, :, : out.shape[1]], out)

@@ -1,0 +1,30 @@
+"""The rows as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .codec import Array, PartSpecs, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Stores every bit, in one part ``rows``."""
+
+    name: str = "raw"
+    is_lossless: bool = True
+
+    def parts(self, rows: Rows) -> PartSpecs:
+        """Return the one part."""
+        return {"rows": (rows.dtype, rows.shape)}
+
+    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
+        """Return the rows."""
+        return {"rows": x}
+
+    def decode_into(
+        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+    ) -> None:
+        """Copy one layer."""
+        out[...] = parts["rows"][layer, :, : out.shape[1]]

@@ -1,0 +1,136 @@
+"""PolarQuant/TurboQuant codes with exact attention sinks and centred keys.
+
+The first 4 tokens of the sequence are kept as they are. Keys are coded less the mean
+of each head over the block (those 4 left out), values as they are.
+
+References:
+    PolarQuant, arXiv:2502.02617; TurboQuant, arXiv:2504.19874.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from turboquant import make_wh_rotation
+from turboquant.kernels import numpy as kernels
+from turboquant.packing import plane_widths
+
+from ..errors import CodecError
+from .codec import Array, PartSpecs, Rows
+from .planes import join_planes, split_planes
+
+NUM_SINKS = 4
+SEED = 0
+"""Of the rotation; frozen, since it is part of what `turboN` means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turbo:
+    """Codes of ``key_bits`` bits for keys and ``value_bits`` for values.
+
+    Parts: ``codes``, a bit-packed plane of ``(L, H, T, D * width // 8)``, and behind
+    it ``codes1``, ``codes2`` where the width takes several planes; ``norms``,
+    float32 split into byte planes; for keys ``mean``, float16 ``(L, H, D)``; in the
+    first block ``sinks``, ``(L, H, 4, D)`` in the dtype of the rows.
+    """
+
+    key_bits: int
+    value_bits: int
+    is_lossless: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse widths that cannot be packed."""
+        if not (1 <= self.key_bits <= 8 and 1 <= self.value_bits <= 8):
+            raise CodecError(
+                f"turbo codes have 1 to 8 bits, not {self.key_bits} and"
+                f" {self.value_bits}",
+                hint="`turbo4`, `turbo3` and `turbo2` are the usual ones",
+            )
+
+    @property
+    def name(self) -> str:
+        """``turbo4``, or ``turbo5v3`` where keys and values differ."""
+        values = "" if self.key_bits == self.value_bits else f"v{self.value_bits}"
+        return f"turbo{self.key_bits}{values}"
+
+    def parts(self, rows: Rows) -> PartSpecs:
+        """Return codes, norms, mean and sinks as far as these rows have them."""
+        layers, heads, tokens, dim = rows.shape
+        if dim % 8:
+            raise CodecError(
+                f"turbo codes need a head dimension divisible by 8, not {dim}",
+                hint="use `planes+zstd`",
+            )
+        sinks = _num_sinks(rows)
+        coded = (layers, heads, tokens - sinks)
+        specs: PartSpecs = {
+            name: ("U8", (*coded, dim * width // 8))
+            for name, width in self._planes(rows)
+        }
+        specs["norms"] = ("U8", (4, *coded))
+        if rows.side == "k":
+            specs["mean"] = ("F16", (layers, heads, dim))
+        if sinks:
+            specs["sinks"] = (rows.dtype, (layers, heads, sinks, dim))
+        return specs
+
+    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
+        """Encode rows of shape ``(L, H, T, D)``."""
+        sinks = _num_sinks(rows)
+        wide = to_float32(x[:, :, sinks:], rows.dtype)
+        parts: dict[str, Array] = {}
+        if rows.side == "k":
+            mean = _mean(wide)
+            wide = wide - mean[:, :, None].astype(np.float32)
+            parts["mean"] = mean
+        rotation = make_wh_rotation(rows.shape[3], SEED)
+        codes, norms = kernels.encode(wide, self._bits(rows), rotation)
+        parts["norms"] = split_planes(norms)
+        begin = 0
+        for name, width in self._planes(rows):
+            end = begin + rows.shape[3] * width // 8
+            parts[name] = codes[..., begin:end]
+            begin = end
+        if sinks:
+            parts["sinks"] = x[:, :, :sinks]
+        return parts
+
+    def decode_into(
+        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+    ) -> None:
+        """Decode one layer."""
+        raise NotImplementedError
+
+    def _bits(self, rows: Rows) -> int:
+        return self.key_bits if rows.side == "k" else self.value_bits
+
+    def _planes(self, rows: Rows) -> list[tuple[str, int]]:
+        """Return name and width in bits of each plane of codes."""
+        widths = plane_widths(self._bits(rows))
+        return [(f"codes{i or ''}", width) for i, width in enumerate(widths)]
+
+
+def _num_sinks(rows: Rows) -> int:
+    """Return how many of these rows are attention sinks."""
+    return max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
+
+
+def to_float32(x: Array, dtype: str) -> npt.NDArray[np.float32]:
+    """Return ``x``, held as ``dtype`` is held in NumPy, as float32."""
+    if dtype != "BF16":
+        return x.astype(np.float32)
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def _mean(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Return each head's mean over the tokens: ``(L, H, T, D)`` to ``(L, H, D)``."""
+    mean = x.mean(axis=2)
+    limit = float(np.finfo(np.float16).max)
+    # A coordinate with NaN or an infinity in it is not centred.
+    return np.where(np.isfinite(mean), np.clip(mean, -limit, limit), 0).astype(
+        np.float16
+    )

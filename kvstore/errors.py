@@ -1,0 +1,106 @@
+"""Every error of kvstore, and nothing else.
+
+::
+
+    KVStoreError(Exception)              exit 1
+    ├── StoreNotFoundError               exit 10, also a FileNotFoundError
+    ├── StoreLockedError                 exit 11
+    ├── FormatError                      a store or shard version we do not read
+    ├── EntryNotFoundError               also a LookupError
+    ├── EntryExistsError                 the name belongs to another conversation
+    ├── FingerprintError                 made by another model: names the field
+    ├── CodecError                       unknown name or bad configuration
+    ├── UnsupportedCacheError            a cache class we cannot store
+    └── IntegrityError                   bytes disagree with their digest or header
+
+A caller writes::
+
+    try:
+        prompt_cache, tokens = store.load_entry("handbook", fingerprint)
+    except kvstore.EntryNotFoundError:
+        ...  # compute it
+    except kvstore.IntegrityError as error:
+        print(error, error.path, error.hint)
+
+Mistakes of the programmer stay ``ValueError`` and ``TypeError``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class KVStoreError(Exception):
+    """Base of all errors of this package.
+
+    Attributes:
+        hint: What the user can do about it, one sentence, or empty.
+        exit_code: What the command line exits with.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class StoreNotFoundError(KVStoreError, FileNotFoundError):
+    """There is no store at this path."""
+
+    exit_code = 10
+
+    # FileNotFoundError formats (errno, text); ours is one sentence.
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class StoreLockedError(KVStoreError):
+    """Another process kept the store locked for too long."""
+
+    exit_code = 11
+
+
+class FormatError(KVStoreError):
+    """A store, shard or entry has a format version that this release cannot read."""
+
+
+class EntryNotFoundError(KVStoreError, LookupError):
+    """No entry has this name or id."""
+
+
+class EntryExistsError(KVStoreError):
+    """The name is taken by an entry that the new one does not continue."""
+
+
+class FingerprintError(KVStoreError):
+    """An entry was made by another model than the one given."""
+
+
+class CodecError(KVStoreError):
+    """A codec's name is unknown or its configuration is bad."""
+
+
+class UnsupportedCacheError(KVStoreError):
+    """A prompt cache holds a class that cannot be stored."""
+
+
+class IntegrityError(KVStoreError):
+    """Stored bytes disagree with their digest or header.
+
+    Attributes:
+        path: The file at fault, where one is.
+        block: Hash of the block at fault in hex, where one is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | None = None,
+        block: str | None = None,
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.block = block

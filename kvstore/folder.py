@@ -1,0 +1,160 @@
+"""The store's folder: where things lie in it, how it is made and recognised."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import files
+from .errors import FormatError, IntegrityError, StoreNotFoundError
+from .hashing import BLOCK_SIZE, canonical_json
+
+FORMAT = 1
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 65_536
+_FOLDERS = ("entries", "shards", "quarantine", "tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """An existing store.
+
+    Attributes:
+        path: The folder.
+        id: 32 hex digits, drawn when it was created.
+        block_size: Tokens in a full block.
+    """
+
+    path: Path
+    id: str
+    block_size: int
+
+    @property
+    def entries(self) -> Path:
+        """One JSON file per entry."""
+        return self.path / "entries"
+
+    @property
+    def shards(self) -> Path:
+        """The shards, by the first two digits of their names."""
+        return self.path / "shards"
+
+    @property
+    def quarantine(self) -> Path:
+        """Files that could not be read; never used again, kept to be looked at."""
+        return self.path / "quarantine"
+
+    @property
+    def staging(self) -> Path:
+        """Files that are being written; what a crash leaves here is garbage."""
+        return self.path / "tmp"
+
+    @property
+    def index(self) -> Path:
+        """The SQLite index."""
+        return self.path / "index.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        """Held while an entry is committed or things are removed."""
+        return self.path / "lock"
+
+
+def default_path() -> Path:
+    """Return ``$KVSTORE_DIR``, or ``kvstore`` in the folder for caches."""
+    chosen = os.environ.get("KVSTORE_DIR")
+    return Path(chosen) if chosen else files.cache_home() / "kvstore"
+
+
+def open_folder(path: Path) -> StoreFolder:
+    """Return the store at ``path``.
+
+    Raises:
+        StoreNotFoundError: There is none.
+        FormatError: A newer release made it.
+        IntegrityError: Its ``config.json`` is damaged.
+    """
+    config = path / CONFIG
+    try:
+        data = files.read_small(config, _MAX_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _not_a_store(path) from error
+    except (ValueError, EOFError) as error:
+        raise _damaged(config) from error
+    return _parse(path, config, data)
+
+
+def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
+    """Return the store at ``path``, made now where there is none.
+
+    Raises:
+        StoreNotFoundError: The folder holds something else.
+    """
+    if (path / CONFIG).exists():
+        return open_folder(path)
+    if path.exists() and not path.is_dir():
+        raise _not_a_store(path)
+    files.make_private_dir(path)
+    with files.locked(path / "lock", exclusive=True):
+        # Another process may have made it while this one waited.
+        if not (path / CONFIG).exists():
+            _fill(path, block_size)
+    return open_folder(path)
+
+
+def _fill(path: Path, block_size: int) -> None:
+    """Make everything a store has; the configuration last, since it makes it one."""
+    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG"}
+    if any(child.name not in ours for child in path.iterdir()):
+        raise _not_a_store(path)
+    for name in _FOLDERS:
+        files.make_private_dir(path / name)
+    files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
+    config = {
+        "format": FORMAT,
+        "id": secrets.token_hex(16),
+        "block_size": block_size,
+    }
+    files.write_atomic(path / CONFIG, canonical_json(config), path / "tmp")
+
+
+def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
+    try:
+        values = json.loads(data)
+        form, store_id = values["format"], values["id"]
+        block_size = values["block_size"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(config) from error
+    if form != FORMAT:
+        raise FormatError(
+            f"store has format {form}, this release reads {FORMAT}: {path}",
+            hint="upgrade mlx-kvstore",
+        )
+    if not isinstance(store_id, str) or type(block_size) is not int or block_size < 8:
+        raise _damaged(config)
+    return StoreFolder(path, store_id, block_size)
+
+
+def _not_a_store(path: Path) -> StoreNotFoundError:
+    if path.is_dir() and any(path.iterdir()):
+        return StoreNotFoundError(
+            f"not a kvstore store: {path}",
+            hint="choose an empty folder or one that does not exist",
+        )
+    if path.exists() and not path.is_dir():
+        return StoreNotFoundError(f"not a folder: {path}", hint="choose a folder")
+    return StoreNotFoundError(
+        f"no store at {path}",
+        hint="`kvstore save` makes one; `--store DIR` chooses another",
+    )
+
+
+def _damaged(config: Path) -> IntegrityError:
+    return IntegrityError(
+        f"the store's configuration is damaged: {config}",
+        path=config,
+        hint='put back {"format": 1, "id": "…", "block_size": 256}',
+    )

@@ -1,0 +1,71 @@
+"""Tokens to a chain of block hashes. Knows nothing of arrays or files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from struct import pack
+from typing import Any
+
+from .types import Block, BlockHash
+
+BLOCK_SIZE = 256
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON encoding of ``value``: sorted keys, no white space.
+
+    Raises:
+        ValueError: ``value`` holds NaN or an infinity.
+    """
+    text = json.dumps(
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+        allow_nan=False,
+    )
+    return text.encode()
+
+
+def hash_root(fingerprint: str, layout: Any, tenant: str) -> BlockHash:
+    """Return the hash that stands as parent of the first block.
+
+    Args:
+        fingerprint: Digest of what computed the rows, in hex.
+        layout: JSON value that describes the layers.
+        tenant: Keeps apart what must not be shared; empty for one user.
+    """
+    data = canonical_json(["kvstore root 1", fingerprint, layout, tenant])
+    return BlockHash(hashlib.sha256(data).digest())
+
+
+def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
+    """Return the hash of one block, given its parent's.
+
+    Args:
+        parent: Hash of the previous block, or the root hash for the first.
+        tokens: The block's token ids; negative ids mark media.
+    """
+    # Fixed-width integers: no two token lists share an encoding.
+    data = parent + pack(f"<{len(tokens)}q", *tokens)
+    return BlockHash(hashlib.sha256(data).digest())
+
+
+def split_tokens(
+    root: BlockHash, tokens: Sequence[int], block_size: int = BLOCK_SIZE
+) -> Iterator[Block]:
+    """Yield the chain of blocks of ``tokens``; the last may be a short tail."""
+    parent = root
+    for start in range(0, len(tokens), block_size):
+        part = tuple(tokens[start : start + block_size])
+        block = Block(hash_block_tokens(parent, part), parent, start, part)
+        yield block
+        parent = block.hash
+
+
+def common_run(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many leading tokens two sequences share."""
+    length = min(len(left), len(right))
+    return next((i for i in range(length) if left[i] != right[i]), length)

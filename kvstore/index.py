@@ -1,0 +1,294 @@
+"""SQLite: which shard holds which block. Opens no other file, knows no tensors.
+
+The index is a cache of the shards' own headers: it may be thrown away, and what it
+says is checked against the shard before it is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from . import files
+from .errors import FormatError, IntegrityError, StoreLockedError
+from .types import JSON, Block, BlockHash, Place
+
+SCHEMA_VERSION = 1
+# Blocks that begin with the same token behind the same parent; a longer list costs
+# more to compare than a shorter hit.
+MAX_CHILDREN = 512
+_SCHEMA = """
+CREATE TABLE shards (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    nbytes INTEGER NOT NULL,
+    added_at REAL NOT NULL
+);
+CREATE TABLE roots (
+    hash BLOB PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    layout TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX roots_by_fingerprint ON roots (fingerprint, tenant);
+CREATE TABLE blocks (
+    hash BLOB PRIMARY KEY,
+    parent BLOB NOT NULL,
+    shard INTEGER NOT NULL REFERENCES shards (id),
+    first_token INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    nbytes INTEGER NOT NULL,
+    quality INTEGER NOT NULL  -- 0 lossy, 1 lossless, 2 exact
+) WITHOUT ROWID;
+CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
+CREATE INDEX blocks_by_shard ON blocks (shard);
+CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
+    hash BLOB NOT NULL,
+    shard TEXT NOT NULL,
+    PRIMARY KEY (hash, shard)
+) WITHOUT ROWID;
+"""
+_PLACE = """
+SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality
+FROM blocks JOIN shards ON shards.id = blocks.shard
+"""
+
+
+class Index:
+    """An open index.
+
+    Args:
+        path: The database file; created when missing.
+        timeout_s: How long to wait for another process's write.
+
+    Raises:
+        IntegrityError: The file is damaged; throw it away and rebuild it.
+        StoreLockedError: Another process kept it locked.
+        FormatError: A newer release wrote it.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float = 10.0) -> None:
+        self.path = path
+        with self._translated():
+            if not path.exists():
+                _touch(path)
+            self._connection = apsw.Connection(str(path))
+            self._connection.set_busy_timeout(int(timeout_s * 1000))
+            self._prepare()
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make all changes inside the block at once, or none of them."""
+        with self._translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        with self._translated():
+            try:
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # A COMMIT that failed, on a full disk say, leaves it open.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def place(self, block: BlockHash) -> Place | None:
+        """Return where a block lies, or ``None``."""
+        rows = self._query(_PLACE + "WHERE blocks.hash = ?", (block,))
+        return _to_place(rows[0]) if rows else None
+
+    def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
+        """Return the places of the leading blocks of ``chain`` up to the first gap."""
+        found: list[Place] = []
+        for block in chain:
+            place = self.place(block)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
+    def children(self, parent: BlockHash, first_token: int) -> list[Place]:
+        """Return the places of blocks that follow ``parent`` with this token."""
+        query = (
+            "WHERE blocks.parent = ? AND blocks.first_token = ? ORDER BY blocks.hash"
+            f" LIMIT {MAX_CHILDREN}"
+        )
+        return [
+            _to_place(r) for r in self._query(_PLACE + query, (parent, first_token))
+        ]
+
+    def has_children(self, parent: BlockHash) -> bool:
+        """Say whether any block follows ``parent``."""
+        query = "SELECT 1 FROM blocks WHERE parent = ? LIMIT 1"
+        return bool(self._query(query, (parent,)))
+
+    def places_in(self, shard: str) -> list[Place]:
+        """Return the places of all blocks that the index puts into a shard."""
+        query = _PLACE + "WHERE shards.name = ? ORDER BY blocks.hash"
+        return [_to_place(row) for row in self._query(query, (shard,))]
+
+    def lost_blocks(self) -> list[BlockHash]:
+        """Return the blocks whose shard the index does not know."""
+        query = "SELECT hash FROM blocks WHERE shard NOT IN (SELECT id FROM shards)"
+        return [BlockHash(block) for (block,) in self._query(query)]
+
+    def roots(self, fingerprint: str, tenant: str) -> list[tuple[BlockHash, JSON]]:
+        """Return the root hash and layout of everything one model has stored."""
+        query = "SELECT hash, layout FROM roots WHERE fingerprint = ? AND tenant = ?"
+        rows = self._query(query + " ORDER BY hash", (fingerprint, tenant))
+        with self._translated():
+            return [(BlockHash(root), json.loads(layout)) for root, layout in rows]
+
+    def shards(self) -> dict[str, int]:
+        """Return name and bytes of every shard."""
+        return dict(self._query("SELECT name, nbytes FROM shards ORDER BY name"))
+
+    def count_blocks(self) -> int:
+        """Return how many blocks there are."""
+        return int(self._query("SELECT count(*) FROM blocks")[0][0])
+
+    def add_root(
+        self, root: BlockHash, fingerprint: str, tenant: str, layout: Any
+    ) -> None:
+        """Remember what a root hash stands for."""
+        self._query(
+            "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?)",
+            (root, fingerprint, tenant, json.dumps(layout)),
+        )
+
+    def add_shard(self, name: str, nbytes: int, added_at: float) -> None:
+        """Remember a shard; one that is known already stays as it is."""
+        self._query(
+            "INSERT OR IGNORE INTO shards (name, nbytes, added_at) VALUES (?, ?, ?)",
+            (name, nbytes, added_at),
+        )
+
+    def add_block(self, block: Block, place: Place) -> None:
+        """Remember where a block lies; only a better copy replaces an older one."""
+        self._query(
+            "INSERT INTO blocks SELECT ?1, ?2, id, ?3, ?4, ?5, ?6 FROM shards"
+            " WHERE name = ?7 AND NOT EXISTS"
+            " (SELECT 1 FROM damaged WHERE hash = ?1 AND damaged.shard = ?7)"
+            " ON CONFLICT (hash) DO UPDATE SET parent = excluded.parent,"
+            " shard = excluded.shard, first_token = excluded.first_token,"
+            " num_tokens = excluded.num_tokens, nbytes = excluded.nbytes,"
+            " quality = excluded.quality WHERE excluded.quality > blocks.quality",
+            (
+                block.hash,
+                block.parent,
+                block.tokens[0],
+                len(block.tokens),
+                place.nbytes,
+                place.is_lossless + place.is_exact,
+                place.shard,
+            ),
+        )
+
+    def drop_block(self, block: BlockHash, shard: str) -> None:
+        """Forget a damaged copy of a block, for as long as the index lasts."""
+        self._query("INSERT OR IGNORE INTO damaged VALUES (?, ?)", (block, shard))
+        self._query(
+            "DELETE FROM blocks WHERE hash = ?"
+            " AND shard = (SELECT id FROM shards WHERE name = ?)",
+            (block, shard),
+        )
+
+    def trust_shard(self, name: str) -> None:
+        """Take back what was said of damage in a shard: it was written anew."""
+        self._query("DELETE FROM damaged WHERE shard = ?", (name,))
+
+    def drop_shard(self, name: str) -> None:
+        """Forget a shard and all blocks in it."""
+        self._query(
+            "DELETE FROM blocks WHERE shard = (SELECT id FROM shards WHERE name = ?)",
+            (name,),
+        )
+        self._query("DELETE FROM shards WHERE name = ?", (name,))
+
+    def check(self) -> list[str]:
+        """Return what SQLite's own check finds wrong; empty where nothing is.
+
+        It misses two of three flipped bits, so it is no proof of health.
+        """
+        rows = self._query("PRAGMA integrity_check")
+        return [text for (text,) in rows if text != "ok"]
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._translated():
+            return self._connection.execute(sql, values).fetchall()
+
+    def _prepare(self) -> None:
+        """Set the connection up, and create the tables where there are none."""
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "journal_size_limit = 4194304",
+            "trusted_schema = OFF",
+            "cell_size_check = ON",
+        ):
+            self._connection.execute(f"PRAGMA {pragma}")
+        if self._version() == 0:
+            with self.transaction():
+                if self._version() == 0:
+                    self._connection.execute(_SCHEMA)
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if self._version() != SCHEMA_VERSION:
+            raise FormatError(
+                f"index has schema {self._version()}, this release reads"
+                f" {SCHEMA_VERSION}: {self.path}",
+                hint="upgrade mlx-kvstore, or delete the index: it is rebuilt",
+            )
+
+    def _version(self) -> int:
+        return int(self._query("PRAGMA user_version")[0][0])
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise StoreLockedError(
+                f"the index is locked by another process: {self.path}",
+                hint="wait for the other kvstore process to finish",
+            ) from error
+        except apsw.FullError as error:
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)
+            ) from error
+        except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+            raise PermissionError(errno.EACCES, str(error), str(self.path)) from error
+        except apsw.IOError as error:
+            raise OSError(errno.EIO, str(error), str(self.path)) from error
+        except (apsw.Error, ValueError, UnicodeDecodeError) as error:
+            # Whatever else SQLite objects to in our fixed statements is damage.
+            raise IntegrityError(
+                f"the index is damaged: {self.path}: {error}", path=self.path
+            ) from error
+
+
+def _touch(path: Path) -> None:
+    """Create the file private before SQLite, which goes by umask, would."""
+    try:
+        os.close(files.create(path))
+    except FileExistsError:
+        return  # another process was faster
+
+
+def _to_place(row: tuple[bytes, str, int, int, int]) -> Place:
+    block, shard, num_tokens, nbytes, quality = row
+    return Place(BlockHash(block), shard, num_tokens, nbytes, quality > 0, quality > 1)

@@ -1,0 +1,275 @@
+"""Tokens to the longest stored prefix, and its blocks to a prompt cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
+
+from . import prompt_cache as caches
+from .codecs import Rows, get_codec
+from .errors import CodecError, IntegrityError
+from .folder import StoreFolder
+from .hashing import common_run, hash_root, split_tokens
+from .index import Index
+from .reading import Reader
+from .types import (
+    Block,
+    BlockHash,
+    Entry,
+    Layout,
+    Place,
+    Progress,
+    Provenance,
+    Reason,
+    StoredBlock,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller wants restored.
+
+    Attributes:
+        tokens: The prompt.
+        fingerprint: Digest of the model's fingerprint.
+        tenant: Whose blocks.
+        exact: Take exact blocks only.
+        classes: The cache class of each layer, or ``None`` for any.
+    """
+
+    tokens: Sequence[int]
+    fingerprint: str
+    tenant: str
+    exact: bool = False
+    classes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Blocks that together hold a prefix.
+
+    Attributes:
+        root: What they descend from.
+        layout: How the prompt cache is built.
+        places: Where they lie, in order.
+        num_tokens: Tokens restored; it may end inside the last block.
+        reason: Why the hit ends there.
+        detail: The same as a sentence.
+    """
+
+    root: BlockHash
+    layout: Layout
+    places: tuple[Place, ...]
+    num_tokens: int
+    reason: Reason
+    detail: str
+
+
+class Loader:
+    """Finds and restores prefixes in one store.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        reader: Reads its blocks.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index, reader: Reader) -> None:
+        self._folder = folder
+        self._index = index
+        self._reader = reader
+
+    def find(self, request: Request) -> Hit | str:
+        """Return the longest stored prefix, or why there is none of this model."""
+        hits = [
+            hit
+            for root, layout in self._index.roots(request.fingerprint, request.tenant)
+            if (hit := self._follow(request, root, layout)) is not None
+        ]
+        if not hits:
+            return "nothing of this model is stored"
+        return max(hits, key=lambda hit: hit.num_tokens)
+
+    def entry_hit(self, entry: Entry) -> tuple[Hit, list[int]]:
+        """Return all blocks of an entry as a hit, and its tokens.
+
+        Raises:
+            IntegrityError: One is missing or damaged.
+        """
+        chain = self._reader.chain(entry)
+        layout = caches.layout_from_json(self._reader.layout(entry))
+        root = BlockHash(bytes.fromhex(entry.root))
+        places = tuple(place for place, _ in chain)
+        tokens = [token for _, stored in chain for token in stored.block.tokens]
+        return Hit(root, layout, places, entry.num_tokens, "whole", ""), tokens
+
+    def restore(
+        self, hit: Hit, progress: Progress, *, strict: bool = False
+    ) -> tuple[caches.PromptCache, Hit]:
+        """Return the prompt cache of a hit, and the hit as far as it was good.
+
+        Args:
+            hit: What to restore.
+            progress: Called with (tokens restored, tokens in all).
+            strict: Raise on damage, instead of ending before it.
+
+        Raises:
+            IntegrityError: Damage, where ``strict``.
+        """
+        restoring = caches.Restoring(hit.layout, hit.num_tokens)
+        done, provenance = 0, Provenance()
+        try:
+            for shard, places in groupby(hit.places, key=lambda place: place.shard):
+                for stored, data in self._reader.read(shard, list(places), hit.root):
+                    self._decode(stored, data, hit, restoring)
+                    done = min(done + len(stored.block.tokens), hit.num_tokens)
+                    provenance = _add(provenance, stored, done)
+                    progress(done, hit.num_tokens)
+        except IntegrityError as error:
+            if strict:
+                raise
+            hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
+        return restoring.finish(done, provenance), hit
+
+    def _decode(
+        self, stored: StoredBlock, data: memoryview, hit: Hit, out: caches.Restoring
+    ) -> None:
+        """Decode one block, layer by layer, into the buffers of the prompt cache."""
+        block = stored.block
+        stop = min(block.start + len(block.tokens), hit.num_tokens)
+        try:
+            codec = get_codec(stored.codec)
+            if codec.is_lossless != stored.is_lossless:
+                raise IntegrityError(f"{stored.codec} is not what the block says it is")
+            for number, group in enumerate(caches.group_layers(hit.layout)):
+                for side in caches.SIDES:
+                    spec = group.spec(side)
+                    shape = (len(group.layers), spec.num_heads, len(block.tokens))
+                    rows = Rows(side, block.start, (*shape, spec.head_dim), spec.dtype)
+                    prefix = f"{number}.{side}."
+                    parts = codec.open(data, stored.begin, stored.tensors, rows, prefix)
+                    for i, layer in enumerate(group.layers):
+                        view = out.rows(layer, side, block.start, stop)
+                        codec.array.decode_into(parts, rows, i, view)
+        except (IntegrityError, CodecError) as error:
+            name = block.hash.hex()
+            raise IntegrityError(
+                f"block {name[:12]} cannot be decoded: {error}", block=name
+            ) from error
+
+    def _follow(
+        self, request: Request, root: BlockHash, layout_json: object
+    ) -> Hit | None:
+        """Return the longest prefix under one root, or ``None`` for another layout."""
+        if hash_root(request.fingerprint, layout_json, request.tenant) != root:
+            return None  # a damaged row of the index: it names no root of ours
+        layout = caches.layout_from_json(layout_json)
+        classes = tuple(layer.cache_class for layer in layout)
+        if request.classes is not None and classes != request.classes:
+            return None
+        size = self._folder.block_size
+        chain = [
+            block
+            for block in split_tokens(root, request.tokens, size)
+            if len(block.tokens) == size
+        ]
+        held = self._held(request, chain)
+        start = Hit(root, layout, held, len(held) * size, "end", "")
+        if start.num_tokens == len(request.tokens):
+            return _leave_one(start, size)
+        parent = chain[len(held) - 1].hash if held else root
+        return self._extend(request, start, parent)
+
+    def _held(self, request: Request, chain: Sequence[Block]) -> tuple[Place, ...]:
+        """Return the leading blocks of a chain that are held and may be used."""
+        places = self._index.longest_prefix([block.hash for block in chain])
+        return tuple(takewhile(lambda place: _is_usable(place, request), places))
+
+    def _extend(self, request: Request, hit: Hit, parent: BlockHash) -> Hit:
+        """Go on into the block behind a hit that shares most tokens with the prompt."""
+        # One token is left over for the model to be fed.
+        rest = request.tokens[hit.num_tokens : -1]
+        if not rest:
+            return replace(hit, reason="whole", detail=_WHOLE)
+        children = [
+            (common_run(stored.block.tokens, rest), place, stored)
+            for place in self._index.children(parent, rest[0])
+            if (stored := self._stored(place)) is not None
+        ]
+        cut = [c for c in children if c[1].is_lossless and _is_usable(c[1], request)]
+        if cut:
+            run, place, _ = max(cut, key=lambda child: child[0])
+            places = (*hit.places, place)
+            hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
+        return self._explain(request, hit, parent, children)
+
+    def _stored(self, place: Place) -> StoredBlock | None:
+        """Return a block's row in its shard; ``None`` where that is damaged."""
+        try:
+            return self._reader.stored(place)
+        except IntegrityError:
+            return None  # the reader has dropped it from the index
+
+    def _explain(
+        self,
+        request: Request,
+        hit: Hit,
+        parent: BlockHash,
+        children: Sequence[tuple[int, Place, StoredBlock]],
+    ) -> Hit:
+        """Return the hit with the reason why it ends where it does."""
+        at = hit.num_tokens
+        if at == len(request.tokens) - 1:
+            return replace(hit, reason="whole", detail=_WHOLE)
+        if not children:
+            if at == 0 and not self._index.has_children(parent):
+                return replace(hit, detail="nothing of this model is stored")
+            if not self._index.has_children(parent):
+                return replace(hit, detail=f"what is stored ends at token {at:,}")
+            detail = f"what is stored goes on otherwise at token {at:,}"
+            return replace(hit, reason="divergence", detail=detail)
+        run, _, stored = max(children, key=lambda child: child[0])
+        further = stored.block.start + run
+        if further > at:
+            detail = f"the block behind token {at:,} is not exact"
+            if not request.exact:
+                detail = f"the block behind token {at:,} is lossy and cannot be cut"
+            return replace(hit, reason="inexact", detail=detail)
+        if run == len(stored.block.tokens):
+            return replace(hit, detail=f"what is stored ends at token {at:,}")
+        detail = (
+            f"token {at:,} differs: stored {stored.block.tokens[run]},"
+            f" given {request.tokens[at]}"
+        )
+        return replace(hit, reason="divergence", detail=detail)
+
+
+_WHOLE = "all but the last token, which the model must be fed"
+
+
+def _leave_one(hit: Hit, block_size: int) -> Hit:
+    """Return a hit on the whole prompt, less the token that must be fed."""
+    if hit.places[-1].is_lossless:
+        num_tokens = hit.num_tokens - 1
+        return replace(hit, num_tokens=num_tokens, reason="whole", detail=_WHOLE)
+    return replace(
+        hit,
+        places=hit.places[:-1],
+        num_tokens=hit.num_tokens - block_size,
+        reason="inexact",
+        detail="the last block is lossy and cannot be cut, and the model must be fed"
+        " a token",
+    )
+
+
+def _is_usable(place: Place, request: Request) -> bool:
+    return place.is_exact or not request.exact
+
+
+def _add(provenance: Provenance, stored: StoredBlock, done: int) -> Provenance:
+    """Return a provenance with one more block in it."""
+    return Provenance(
+        provenance.coded_tokens if stored.is_lossless else done,
+        provenance.is_exact and stored.is_exact,
+    )

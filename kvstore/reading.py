@@ -1,0 +1,181 @@
+"""Blocks from shards, with what the index says checked against the shard itself.
+
+What turns out to be missing or damaged is dropped from the index, so that it is
+missed at once the next time and written anew by the next save.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from . import shards
+from .errors import IntegrityError, StoreLockedError
+from .fingerprint import Fingerprint
+from .folder import StoreFolder
+from .index import Index
+from .indexing import header_root, is_sound
+from .types import BlockHash, Entry, Place, ShardHeader, StoredBlock
+
+_MAX_HEADERS = 64
+
+
+class Reader:
+    """Reads the blocks of one store.
+
+    Args:
+        folder: The store.
+        index: Its index.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index) -> None:
+        self._folder = folder
+        self._index = index
+        self._headers: OrderedDict[str, ShardHeader] = OrderedDict()
+
+    def stored(self, place: Place) -> StoredBlock:
+        """Return what a shard's header says of a block.
+
+        Raises:
+            IntegrityError: The shard is missing or damaged, or lacks the block.
+        """
+        with self._healing(place.shard):
+            return self._find(self._header(place.shard), place)
+
+    def chain(self, entry: Entry) -> list[tuple[Place, StoredBlock]]:
+        """Return the blocks of an entry, first to last.
+
+        Raises:
+            IntegrityError: One is missing or damaged.
+        """
+        found: list[tuple[Place, StoredBlock]] = []
+        block, stop = entry.tip, entry.num_tokens
+        while stop > 0:
+            place = self._place(block)
+            stored = self.stored(place)
+            if stored.block.start + len(stored.block.tokens) != stop:
+                raise IntegrityError(f"block {block[:12]} is out of place", block=block)
+            found.append((place, stored))
+            block, stop = stored.block.parent.hex(), stored.block.start
+        if block != entry.root:
+            raise IntegrityError("the entry's first block is not a first block")
+        return found[::-1]
+
+    def fingerprint(self, entry: Entry) -> Fingerprint:
+        """Return the fingerprint of what computed an entry.
+
+        Raises:
+            IntegrityError: Its last block is missing or damaged.
+        """
+        place = self._place(entry.tip)
+        with self._healing(place.shard):
+            return Fingerprint(self._header(place.shard).origin.fingerprint)
+
+    def layout(self, entry: Entry) -> Any:
+        """Return the JSON value that describes an entry's layers.
+
+        Raises:
+            IntegrityError: Its last block is missing or damaged.
+        """
+        place = self._place(entry.tip)
+        with self._healing(place.shard):
+            return self._header(place.shard).origin.layout
+
+    def _place(self, block: str) -> Place:
+        place = self._index.place(BlockHash(bytes.fromhex(block)))
+        if place is None:
+            raise IntegrityError(
+                f"block {block[:12]} is missing",
+                block=block,
+                hint="save the prompt again; `kvstore verify` finds more",
+            )
+        return place
+
+    def read(
+        self, shard: str, places: Sequence[Place], root: BlockHash
+    ) -> Iterator[tuple[StoredBlock, memoryview]]:
+        """Yield blocks of one shard with their bytes, all of it checked.
+
+        Args:
+            shard: The shard's name.
+            places: Blocks in it.
+            root: The root hash that they descend from.
+
+        Raises:
+            IntegrityError: The shard is missing or damaged, or lacks a block.
+        """
+        with self._healing(shard), self._open(shard) as opened:
+            if header_root(opened.header) != root:
+                raise IntegrityError(
+                    f"shard belongs to another model or layout: {opened.path}",
+                    path=opened.path,
+                )
+            blocks = [self._find(opened.header, place) for place in places]
+            yield from zip(blocks, opened.read(blocks), strict=True)
+
+    @contextmanager
+    def _open(self, shard: str) -> Iterator[shards.OpenShard]:
+        with shards.open_shard(self._folder.shards, shard) as opened:
+            yield opened
+
+    def _header(self, shard: str) -> ShardHeader:
+        """Return a shard's header; shards never change, so it is read once."""
+        if shard not in self._headers:
+            with self._open(shard) as opened:
+                self._headers[shard] = opened.header
+            if len(self._headers) > _MAX_HEADERS:
+                self._headers.popitem(last=False)
+        return self._headers[shard]
+
+    def _find(self, header: ShardHeader, place: Place) -> StoredBlock:
+        """Return a block of a shard, having checked that its tokens are its hash."""
+        for stored in header.blocks:
+            if stored.block.hash == place.hash and is_sound(stored):
+                return stored
+        raise IntegrityError(
+            f"shard {place.shard[:12]} does not hold block {place.hash.hex()[:12]}",
+            block=place.hash.hex(),
+            path=shards.shard_path(self._folder.shards, place.shard),
+        )
+
+    @contextmanager
+    def _healing(self, shard: str) -> Iterator[None]:
+        """Take what is missing or damaged out of the index.
+
+        Raises:
+            IntegrityError: Something was.
+        """
+        try:
+            yield
+        except (FileNotFoundError, ValueError) as error:
+            self._forget(shard, None)
+            raise IntegrityError(
+                f"shard {shard[:12]} is missing",
+                path=self._folder.shards / shard[:2] / f"{shard}.safetensors",
+                hint="save the prompt again",
+            ) from error
+        except IntegrityError as error:
+            self._forget(shard, error.block)
+            if error.block is None and error.path != self._folder.index:
+                self._quarantine(shard)
+            raise
+
+    def _forget(self, shard: str, block: str | None) -> None:
+        """Drop a block, or all of a shard, from the index."""
+        self._headers.pop(shard, None)
+        try:
+            with self._index.transaction():
+                if block is None:
+                    self._index.drop_shard(shard)
+                else:
+                    self._index.drop_block(BlockHash(bytes.fromhex(block)), shard)
+        except (StoreLockedError, OSError):
+            return  # read-only or busy: the next reader finds the same and tries again
+
+    def _quarantine(self, shard: str) -> None:
+        try:
+            shards.quarantine_shard(self._folder.shards, shard, self._folder.quarantine)
+        except (OSError, ValueError):
+            return  # it stays, unread: the index no longer names it

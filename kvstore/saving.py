@@ -1,0 +1,173 @@
+"""A prompt cache to blocks in shards: what is missing is encoded, once, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import prompt_cache as caches
+from . import shards
+from .codecs import Codec, Rows, lossless_twin
+from .fingerprint import Fingerprint
+from .folder import StoreFolder
+from .hashing import hash_block_tokens, hash_root, split_tokens
+from .index import Index
+from .indexing import index_shard
+from .types import (
+    Block,
+    BlockHash,
+    EncodedBlock,
+    Entry,
+    Layout,
+    Origin,
+    Part,
+    Progress,
+    Provenance,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The blocks of one sequence, in order.
+
+    Attributes:
+        root: What the first block has as parent.
+        origin: What computed their rows.
+        blocks: The blocks; the last may be a tail.
+    """
+
+    root: BlockHash
+    origin: Origin
+    blocks: tuple[Block, ...]
+
+    @property
+    def tip(self) -> BlockHash:
+        """Hash of the last block."""
+        return self.blocks[-1].hash
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return self.blocks[-1].start + len(self.blocks[-1].tokens)
+
+    def continues(self, entry: Entry) -> bool:
+        """Say whether an entry's tokens and model are those that this starts with."""
+        if entry.root != self.root.hex() or entry.num_tokens > self.num_tokens:
+            return False
+        size = len(self.blocks[0].tokens)
+        whole, rest = divmod(entry.num_tokens, size)
+        if not rest:
+            return entry.tip == self.blocks[whole - 1].hash.hex()
+        block = self.blocks[whole]
+        return entry.tip == hash_block_tokens(block.parent, block.tokens[:rest]).hex()
+
+
+class Saver:
+    """Writes the blocks of one prompt cache.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        codec: For full blocks; a tail is stored lossless.
+        prompt_cache: mlx-lm's caches.
+        layout: How it is built.
+        chain: Its blocks.
+    """
+
+    def __init__(
+        self,
+        folder: StoreFolder,
+        index: Index,
+        codec: Codec,
+        prompt_cache: Sequence[Any],
+        layout: Layout,
+        chain: Chain,
+    ) -> None:
+        self._folder = folder
+        self._index = index
+        self._codec = codec
+        self._cache = prompt_cache
+        self._chain = chain
+        self._groups = caches.group_layers(layout)
+        self._provenance: Provenance = caches.read_provenance(prompt_cache)
+
+    def write_missing(self, progress: Progress) -> None:
+        """Encode and write every block that the store lacks.
+
+        No lock is held while a codec works.
+        """
+        total = sum(len(block.tokens) for block in self._chain.blocks)
+        progress(0, total)
+        wanted = [block for block in self._chain.blocks if self._is_wanted(block)]
+        for batch in self._batches(wanted):
+            self._write(batch)
+            last = batch[-1].block
+            progress(last.start + len(last.tokens), total)
+        progress(total, total)
+
+    def _is_wanted(self, block: Block) -> bool:
+        """Say whether the store lacks a block, or an exact copy that we have."""
+        place = self._index.place(block.hash)
+        return place is None or (self._is_exact(block) and not place.is_exact)
+
+    def _codec_of(self, block: Block) -> Codec:
+        """Return the codec for one block; no row is ever encoded lossily twice."""
+        is_tail = len(block.tokens) < self._folder.block_size
+        if is_tail or block.start < self._provenance.coded_tokens:
+            return lossless_twin(self._codec)
+        return self._codec
+
+    def _is_exact(self, block: Block) -> bool:
+        return self._provenance.is_exact and self._codec_of(block).is_lossless
+
+    def _batches(self, blocks: Sequence[Block]) -> Iterator[list[EncodedBlock]]:
+        """Encode blocks and group them to shards."""
+        batch: list[EncodedBlock] = []
+        for block in blocks:
+            batch.append(self._encode(block))
+            if shards.is_full(batch):
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _encode(self, block: Block) -> EncodedBlock:
+        codec = self._codec_of(block)
+        parts: list[Part] = []
+        stop = block.start + len(block.tokens)
+        for number, group in enumerate(self._groups):
+            for side in caches.SIDES:
+                spec = group.spec(side)
+                x = caches.split(self._cache, group, side, block.start, stop)
+                shape = (len(group.layers), spec.num_heads, len(block.tokens))
+                rows = Rows(side, block.start, (*shape, spec.head_dim), spec.dtype)
+                parts += codec.encode(x, rows, f"{number}.{side}.")
+        return EncodedBlock(
+            block, codec.name, codec.is_lossless, self._is_exact(block), tuple(parts)
+        )
+
+    def _write(self, batch: Sequence[EncodedBlock]) -> None:
+        """Stage a shard, then publish and index it in one transaction."""
+        origin = self._chain.origin
+        staging = self._folder.staging
+        with (
+            shards.staged_shard(staging, origin, batch) as staged,
+            self._index.transaction(),
+        ):
+            shards.publish_shard(self._folder.shards, staged)
+            self._index.trust_shard(staged.name)
+            index_shard(self._index, staged.name, staged.header)
+
+
+def make_chain(
+    fingerprint: Fingerprint,
+    layout: Layout,
+    tenant: str,
+    tokens: Sequence[int],
+    block_size: int,
+) -> Chain:
+    """Return the chain of blocks that a prompt cache's tokens make."""
+    origin = Origin(fingerprint.fields, caches.layout_to_json(layout), tenant)
+    root = hash_root(fingerprint.digest, origin.layout, tenant)
+    return Chain(root, origin, tuple(split_tokens(root, tokens, block_size)))

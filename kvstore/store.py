@@ -1,0 +1,468 @@
+"""The store: the one conductor of hashing, prompt caches, codecs, shards and index."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import check, entries, files
+from .codecs import DEFAULT_CODEC, get_codec
+from .errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    FingerprintError,
+    FormatError,
+    IntegrityError,
+)
+from .fingerprint import Fingerprint
+from .folder import create_folder, default_path, open_folder
+from .index import Index
+from .indexing import index_folder
+from .reading import Reader
+from .types import Entry, Finding, Match, Place, Progress, Stats, StoredBlock
+
+if TYPE_CHECKING:
+    from .loading import Loader, Request
+    from .saving import Chain
+
+T = TypeVar("T")
+
+MAX_NAME = 200
+
+
+class Store:
+    """A folder of prompt caches.
+
+    Use it from one thread, as a context manager or with :meth:`close`. Several
+    processes may have the same store open.
+
+    Args:
+        path: The folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
+        codec: What full blocks are saved with, such as ``turbo4+zstd``.
+        create: Make the store where there is none.
+        tenant: Keeps apart what must not be shared within one store.
+
+    Raises:
+        StoreNotFoundError: There is no store, or the folder is something else.
+        CodecError: No such codec.
+        FormatError: A newer release made the store.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        codec: str = DEFAULT_CODEC,
+        *,
+        create: bool = True,
+        tenant: str = "",
+    ) -> None:
+        self._codec = get_codec(codec)
+        self._tenant = tenant
+        chosen = default_path() if path is None else Path(path)
+        self._folder = create_folder(chosen) if create else open_folder(chosen)
+        self._opened: Index | None = None
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._folder.path
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def save(
+        self,
+        tokens: Sequence[int],
+        prompt_cache: Sequence[Any],
+        fingerprint: Fingerprint,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Save a prompt cache; only blocks that the store lacks are written.
+
+        When this returns, the entry survives a crash.
+
+        Args:
+            tokens: Exactly the tokens whose rows are in the cache.
+            prompt_cache: mlx-lm's list of per-layer caches.
+            fingerprint: What computed it.
+            name: A name for the entry. It moves from an entry that this continues.
+            replace: Take the name from an entry that this does not continue.
+            progress: Called with (tokens saved, tokens in all).
+
+        Raises:
+            UnsupportedCacheError: A layer is of a class that cannot be stored.
+            EntryExistsError: The name is taken.
+            ValueError: Tokens and rows disagree, or the name is not one.
+            OSError: The disk is full or fails; nothing acknowledged is lost.
+        """
+        # Imported here: listing a store needs no MLX.
+        from . import prompt_cache as caches
+        from .saving import Saver, make_chain
+
+        token_list = _as_tokens(tokens)
+        _check_name(name)
+        layout = caches.read_layout(prompt_cache, len(token_list))
+        chain = make_chain(
+            fingerprint, layout, self._tenant, token_list, self._folder.block_size
+        )
+
+        def write() -> Entry:
+            old = self._replaceable(name, chain, replace)
+            saver = Saver(
+                self._folder, self._index, self._codec, prompt_cache, layout, chain
+            )
+            saver.write_missing(progress or _ignore)
+            with files.locked(self._folder.lock, exclusive=True):
+                # Another process may have taken the name meanwhile.
+                old = self._replaceable(name, chain, replace)
+                return self._commit(name, chain, fingerprint.label, old)
+
+        return self._with_index(write)
+
+    def load(
+        self,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        *,
+        exact: bool = False,
+        like: Sequence[Any] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[list[Any] | None, list[int]]:
+        """Restore the longest stored prefix of a prompt.
+
+        A miss is an answer: what is damaged or was made by another model is as
+        good as not there, and :meth:`lookup` says why.
+
+        Args:
+            tokens: The prompt.
+            fingerprint: The model's.
+            exact: Take only rows that nothing lossy went into.
+            like: A prompt cache, empty as a rule, of the classes wanted.
+            progress: Called with (tokens restored, tokens held).
+
+        Returns:
+            The prompt cache, or ``None``, and the tokens still to be fed, of which
+            there is always one.
+
+        Raises:
+            OSError: The disk fails; that is no damage.
+        """
+        token_list = _as_tokens(tokens)
+        request = self._request(token_list, fingerprint, exact, like)
+
+        def restore() -> tuple[list[Any] | None, list[int]]:
+            loader = self._loader()
+            hit = loader.find(request)
+            if isinstance(hit, str) or not hit.num_tokens:
+                return None, token_list
+            prompt_cache, hit = loader.restore(hit, progress or _ignore)
+            if not hit.num_tokens:
+                return None, token_list
+            return prompt_cache, token_list[hit.num_tokens :]
+
+        return self._with_index(restore)
+
+    def load_entry(
+        self,
+        ref: str,
+        fingerprint: Fingerprint | None,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[list[Any], list[int]]:
+        """Restore an entry.
+
+        Args:
+            ref: Its name, or its id or the start of it.
+            fingerprint: The model's; ``None`` takes whatever made the entry.
+            progress: Called with (tokens restored, tokens held).
+
+        Returns:
+            The prompt cache and the tokens whose rows it holds.
+
+        Raises:
+            EntryNotFoundError: There is none.
+            FingerprintError: Another model made it.
+            IntegrityError: A part of it is missing or damaged.
+            OSError: The disk fails; that is no damage.
+        """
+        entry = self.entry(ref)
+
+        def restore() -> tuple[list[Any], list[int]]:
+            self._check_fingerprint(entry, fingerprint)
+            loader = self._loader()
+            hit, tokens = loader.entry_hit(entry)
+            cache, _ = loader.restore(hit, progress or _ignore, strict=True)
+            return cache, tokens
+
+        try:
+            return self._with_index(restore)
+        except IntegrityError as error:
+            if error.block is None:
+                raise
+            # Another shard may hold a good copy of the block.
+            self._with_index(lambda: index_folder(self._index, self._folder))
+            return self._with_index(restore)
+
+    def lookup(
+        self,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        *,
+        exact: bool = False,
+        like: Sequence[Any] | None = None,
+    ) -> Match:
+        """Return what :meth:`load` would restore, and why not more."""
+        token_list = _as_tokens(tokens)
+        request = self._request(token_list, fingerprint, exact, like)
+        hit = self._with_index(lambda: self._loader().find(request))
+        if isinstance(hit, str):
+            return Match(0, len(token_list), "fingerprint", hit)
+        return Match(hit.num_tokens, len(token_list), hit.reason, hit.detail)
+
+    def entries(self) -> list[Entry]:
+        """Return all entries that can be read, latest first.
+
+        Damaged ones are left out; :meth:`verify` reports them.
+        """
+        found = []
+        for entry_id in entries.list_ids(self._folder.entries):
+            with suppress(IntegrityError, FormatError):
+                entry = entries.read_entry(self._folder.entries, entry_id)
+                # Another process may have removed it just now.
+                found += [entry] if entry else []
+        return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
+
+    def entry(self, ref: str) -> Entry:
+        """Return the entry with this name, or whose id starts so.
+
+        Raises:
+            EntryNotFoundError: There is none, or the start fits several.
+            IntegrityError: Its file is damaged.
+        """
+        folder = self._folder.entries
+        named = entries.read_entry(folder, entries.entry_id(ref, ""))
+        if named is not None:
+            return named
+        ids = [found for found in entries.list_ids(folder) if found.startswith(ref)]
+        entry = entries.read_entry(folder, ids[0]) if ref and len(ids) == 1 else None
+        if entry is None:
+            several = f": {len(ids)} ids start so" if ref and len(ids) > 1 else ""
+            raise EntryNotFoundError(
+                f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"
+            )
+        return entry
+
+    def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
+        """Return the blocks of an entry, first to last, and where they lie.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: A part of it is missing or damaged.
+        """
+        entry = self.entry(ref)
+        return self._with_index(lambda: self._reader().chain(entry))
+
+    def fingerprint_of(self, ref: str) -> Fingerprint:
+        """Return the fingerprint of what made an entry.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: Its last block is missing or damaged.
+        """
+        entry = self.entry(ref)
+        return self._with_index(lambda: self._reader().fingerprint(entry))
+
+    def remove(self, ref: str) -> Entry:
+        """Remove an entry and return it; its blocks stay until they are pruned.
+
+        Raises:
+            EntryNotFoundError: There is none.
+        """
+        with files.locked(self._folder.lock, exclusive=True):
+            entry = self.entry(ref)
+            entries.remove_entry(self._folder.entries, entry.id)
+        return entry
+
+    def stats(self) -> Stats:
+        """Return sums over the store."""
+        known = self.entries()
+
+        def count() -> Stats:
+            sizes = self._index.shards()
+            return Stats(
+                num_entries=len(known),
+                num_blocks=self._index.count_blocks(),
+                num_shards=len(sizes),
+                num_tokens=sum(entry.num_tokens for entry in known),
+                nbytes=sum(sizes.values()),
+                entry_bytes=sum(entry.nbytes for entry in known),
+            )
+
+        return self._with_index(count)
+
+    def verify(
+        self, read_data: float = 1.0, *, progress: Progress | None = None
+    ) -> list[Finding]:
+        """Compare entries, index and shards, and return what is wrong. Never writes.
+
+        Args:
+            read_data: Which part of the shards' bytes is read and checked too.
+            progress: Called with (shards checked, shards in all).
+        """
+        return check.verify(self._folder, read_data, progress or _ignore)
+
+    @property
+    def _index(self) -> Index:
+        """The index, opened when first needed and rebuilt where it is missing."""
+        if self._opened is None:
+            self._opened = check.open_index(self._folder)
+        return self._opened
+
+    def _with_index(self, work: Callable[[], T]) -> T:
+        """Run ``work``; where the index turns out to be damaged, rebuild it first."""
+        try:
+            return work()
+        except IntegrityError as error:
+            if error.path != self._folder.index:
+                raise
+        self.close()
+        check.replace_index(self._folder)
+        return work()
+
+    def _loader(self) -> Loader:
+        from .loading import Loader
+
+        return Loader(self._folder, self._index, self._reader())
+
+    def _reader(self) -> Reader:
+        return Reader(self._folder, self._index)
+
+    def _request(
+        self,
+        tokens: list[int],
+        fingerprint: Fingerprint,
+        exact: bool,
+        like: Sequence[Any] | None,
+    ) -> Request:
+        from .loading import Request
+        from .prompt_cache import layout_classes
+
+        if not tokens:
+            raise ValueError("there are no tokens")
+        classes = None if like is None else layout_classes(like)
+        return Request(tokens, fingerprint.digest, self._tenant, exact, classes)
+
+    def _replaceable(
+        self, name: str | None, chain: Chain, replace: bool
+    ) -> Entry | None:
+        """Return the entry that a save replaces, or ``None``.
+
+        Raises:
+            EntryExistsError: The name belongs to something else.
+        """
+        key = entries.entry_id(name, chain.tip.hex())
+        try:
+            old = entries.read_entry(self._folder.entries, key)
+        except IntegrityError:
+            return None  # what nobody can read stands in nobody's way
+        if old is None or replace or chain.continues(old):
+            return old
+        raise EntryExistsError(
+            f"the name `{name}` is taken by an entry that this one does not continue",
+            hint="choose another name, or replace it",
+        )
+
+    def _commit(
+        self, name: str | None, chain: Chain, model: str, old: Entry | None
+    ) -> Entry:
+        """Write the entry, which makes the save count."""
+        places = self._index.longest_prefix([block.hash for block in chain.blocks])
+        if len(places) < len(chain.blocks):
+            raise IntegrityError(
+                "blocks vanished from the store while they were saved",
+                hint="save again",
+            )
+        now = time.time()
+        entry = Entry(
+            id=entries.entry_id(name, chain.tip.hex()),
+            name=name,
+            tip=chain.tip.hex(),
+            root=chain.root.hex(),
+            num_tokens=chain.num_tokens,
+            nbytes=sum(place.nbytes for place in places),
+            codec=self._codec.name,
+            model=model,
+            made_with=_versions(),
+            created_at=old.created_at if old else now,
+            updated_at=now,
+        )
+        entries.write_entry(self._folder.entries, entry, self._folder.staging)
+        return entry
+
+    def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
+        """Refuse an entry that another model made."""
+        if given is None:
+            return
+        stored = self._reader().fingerprint(entry)
+        difference = stored.difference(given)
+        if difference:
+            raise FingerprintError(
+                f"`{entry.name or entry.id}` was made by another model: {difference}",
+                hint="give the model, and the adapter, that it was saved with",
+            )
+
+
+def _as_tokens(tokens: Sequence[int]) -> list[int]:
+    """Return tokens as integers of Python.
+
+    Raises:
+        TypeError: One is no integer.
+    """
+    return [operator.index(token) for token in tokens]
+
+
+def _check_name(name: str | None) -> None:
+    """Refuse names that could not be typed or printed."""
+    if name is None:
+        return
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name[0] == "-":
+        raise ValueError(
+            f"a name has 1 to {MAX_NAME} printable characters and does not start"
+            f" with `-`: {name!r}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that an entry records; advisory."""
+    found = {}
+    for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
+        with suppress(PackageNotFoundError):
+            found[distribution] = version(distribution)
+    return found
+
+
+def _ignore(done: int, total: int) -> None:
+    """Report progress to nobody."""

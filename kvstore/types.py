@@ -1,0 +1,325 @@
+"""Plain values that the parts of the store hand to each other. No behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NewType
+
+BlockHash = NewType("BlockHash", bytes)
+"""SHA-256 of a parent hash and the tokens of one block, 32 bytes."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total), like mlx-lm's ``prompt_progress_callback``."""
+
+JSON = dict[str, Any]
+"""A JSON object."""
+
+Side = Literal["k", "v"]
+"""Keys or values."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """One side of one layer: what a token adds to it.
+
+    Attributes:
+        num_heads: ``H``, the number of KV heads.
+        head_dim: ``D``, the head dimension.
+        dtype: safetensors name of the element type, such as ``BF16``.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """How one layer of a prompt cache is built.
+
+    Attributes:
+        cache_class: Name of the mlx-lm cache class.
+        keys: What a token adds to the keys.
+        values: What a token adds to the values.
+    """
+
+    cache_class: str
+    keys: RowSpec
+    values: RowSpec
+
+
+Layout = tuple[LayerLayout, ...]
+"""One :class:`LayerLayout` per layer of a prompt cache, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive tokens of a sequence and their place in its chain.
+
+    Attributes:
+        hash: Names the block.
+        parent: Hash of the block before, or the root hash for the first.
+        start: Position of the first token in the sequence.
+        tokens: The token ids; fewer than ``block_size`` only in a tail.
+    """
+
+    hash: BlockHash
+    parent: BlockHash
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the index says a block lies, and what may be asked of it.
+
+    Attributes:
+        hash: The block's hash.
+        shard: Name of the shard that holds it.
+        num_tokens: How many tokens it has.
+        nbytes: Its bytes in the shard.
+        is_lossless: Its codec loses nothing.
+        is_exact: Lossless, and nothing lossy went into computing it.
+    """
+
+    hash: BlockHash
+    shard: str
+    num_tokens: int
+    nbytes: int
+    is_lossless: bool
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A saved prompt cache: a name, or none, that points at its last block.
+
+    Attributes:
+        id: 32 hex digits, derived from the name, or from the tip without one.
+        name: The name, or ``None``.
+        tip: Hash of the last block in hex.
+        root: Hash that the first block has as parent, in hex.
+        num_tokens: Tokens held.
+        nbytes: Bytes of its blocks in the store, shared ones included.
+        codec: The codec asked for when it was saved.
+        model: What the model was called; advisory.
+        made_with: Versions of kvstore, mlx and mlx-lm; advisory.
+        created_at: When the name was first saved, Unix seconds.
+        updated_at: When it was last saved, Unix seconds.
+    """
+
+    id: str
+    name: str | None
+    tip: str
+    root: str
+    num_tokens: int
+    nbytes: int
+    codec: str
+    model: str
+    made_with: dict[str, str]
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One named array of an encoded block, on its way into a shard.
+
+    Attributes:
+        name: ``<group>.<side>.<part>``, such as ``0.k.codes``.
+        dtype: safetensors name of the element type.
+        shape: Its shape.
+        data: Its bytes, little-endian, row-major.
+        raw_nbytes: Bytes before compression, or ``None`` where there was none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+    raw_nbytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """A block and its parts.
+
+    Attributes:
+        block: The block.
+        codec: Name of the codec that made the parts.
+        is_lossless: That codec loses nothing.
+        is_exact: Lossless, and nothing lossy went into computing the rows.
+        parts: In the order in which they are written.
+    """
+
+    block: Block
+    codec: str
+    is_lossless: bool
+    is_exact: bool
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What computed the rows of a shard; the same for all of its blocks.
+
+    Attributes:
+        fingerprint: The fingerprint's fields.
+        layout: JSON value that describes the layers.
+        tenant: Keeps apart what must not be shared.
+    """
+
+    fingerprint: JSON
+    layout: Any
+    tenant: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as a shard's header describes it.
+
+    Attributes:
+        dtype: safetensors name of the element type.
+        shape: Its shape.
+        begin: First byte, counted from the start of the data.
+        end: One past the last byte.
+        raw_nbytes: Bytes before compression, or ``None`` where there was none.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    raw_nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A block as a shard's header describes it.
+
+    Attributes:
+        block: The block.
+        codec: Name of the codec of its parts.
+        is_lossless: That codec loses nothing.
+        is_exact: Lossless, and nothing lossy went into computing the rows.
+        digest: BLAKE3 of its bytes in hex.
+        begin: First byte of its range, counted from the start of the data.
+        end: One past the last byte.
+        tensors: Its parts by name, in the order of their bytes.
+    """
+
+    block: Block
+    codec: str
+    is_lossless: bool
+    is_exact: bool
+    digest: str
+    begin: int
+    end: int
+    tensors: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHeader:
+    """What a shard says of itself.
+
+    Attributes:
+        origin: What computed its rows.
+        blocks: Its blocks, in the order of their bytes.
+        data_begin: Where the data starts in the file.
+        nbytes: Size of the whole file.
+    """
+
+    origin: Origin
+    blocks: tuple[StoredBlock, ...]
+    data_begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What a restored prompt cache remembers of its rows.
+
+    Attributes:
+        coded_tokens: So many leading tokens' rows went through a lossy codec.
+        is_exact: Nothing lossy went into any row.
+    """
+
+    coded_tokens: int = 0
+    is_exact: bool = True
+
+
+Reason = Literal["whole", "end", "divergence", "inexact", "fingerprint", "damaged"]
+"""Why a match ends where it does.
+
+``whole``: all but the last token, which the model must be fed; ``end``: what is
+stored ends there; ``divergence``: other tokens follow; ``inexact``: the next block
+is lossy and exact rows, or a part of it, were asked for; ``fingerprint``: nothing
+of this model is stored; ``damaged``: the next block is stored and cannot be used.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the store holds of a prompt.
+
+    Attributes:
+        num_tokens: How many tokens ``load`` would restore.
+        num_prompt_tokens: How many the prompt has.
+        reason: Why it ends there.
+        detail: The same as a sentence with its values.
+    """
+
+    num_tokens: int
+    num_prompt_tokens: int
+    reason: Reason
+    detail: str
+
+
+FindingKind = Literal[
+    "damaged-entry",
+    "damaged-shard",
+    "damaged-block",
+    "missing-shard",
+    "missing-block",
+    "unindexed-shard",
+    "damaged-index",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that ``verify`` found wrong.
+
+    Attributes:
+        kind: What sort of thing.
+        path: The file, relative to the store.
+        detail: What is wrong, one sentence.
+        entries: Names or ids of entries that cannot be loaded because of it.
+    """
+
+    kind: FindingKind
+    path: str
+    detail: str
+    entries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Sums over a store.
+
+    Attributes:
+        num_entries: Entries.
+        num_blocks: Blocks the index knows.
+        num_shards: Shards the index knows.
+        num_tokens: Tokens over all entries, shared ones counted each time.
+        nbytes: Bytes of all shards.
+        entry_bytes: Bytes of all entries' blocks, shared ones counted each time.
+    """
+
+    num_entries: int
+    num_blocks: int
+    num_shards: int
+    num_tokens: int
+    nbytes: int
+    entry_bytes: int
