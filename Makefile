@@ -1,14 +1,16 @@
 # Two commands do everything on a fresh machine with Python and make:
 #   make demo    the main job on a real model
 #   make test    the tests
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3.13 || command -v python3)
+CHECK := import ensurepip, sys; assert (3, 11) <= sys.version_info < (3, 14)
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+	$$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := .cache/smollm2
+comma := ,
 # On Linux, mlx needs a back end; on a Mac it brings Metal with it.
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
-comma := ,
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-all check format docs clean
@@ -38,6 +40,8 @@ clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache
 
 $(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with pip and venv"; \
+	echo "hint: install one, or set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"

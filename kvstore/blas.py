@@ -10,11 +10,14 @@ import ctypes
 import ctypes.util
 import os
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvstore.errors import KVStoreError
+from .errors import KVStoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 OPENBLAS_VARIABLE = "KVSTORE_OPENBLAS"
 

@@ -103,7 +103,19 @@ class Turbo:
         self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
     ) -> None:
         """Decode one layer."""
-        raise NotImplementedError
+        sinks = _num_sinks(rows)
+        if sinks:
+            out[:, :sinks] = parts["sinks"][layer]
+        norms = np.empty(parts["norms"].shape[2:], np.float32)
+        join_planes(parts["norms"][:, layer], norms)
+        kernels.decode_into(
+            [parts[name][layer] for name, _ in self._planes(rows)],
+            norms,
+            out[:, sinks:],
+            self._bits(rows),
+            make_wh_rotation(rows.shape[3], SEED),
+            mean=parts["mean"][layer] if rows.side == "k" else None,
+        )
 
     def _bits(self, rows: Rows) -> int:
         return self.key_bits if rows.side == "k" else self.value_bits
