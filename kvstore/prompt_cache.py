@@ -99,7 +99,7 @@ def split(
     if rows.dtype == mx.bfloat16:
         rows = rows.view(mx.uint16)
     mx.eval(rows)
-    return np.asarray(rows, copy=False)
+    return np.asarray(rows)
 
 
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
@@ -130,7 +130,7 @@ class Restoring:
         ]
         mx.eval(self._arrays)
         # MLX shares its memory with NumPy, and nothing has read the arrays yet.
-        self._views = [
+        self._views: list[dict[Side, Array]] = [
             {side: np.asarray(array)[0] for side, array in arrays.items()}
             for arrays in self._arrays
         ]
