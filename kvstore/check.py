@@ -17,6 +17,10 @@ from .indexing import index_folder, is_sound
 from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
 
 
+Sound = dict[BlockHash, tuple[str, StoredBlock]]
+"""Blocks that were found good: in which shard, and what its header says."""
+
+
 def open_index(folder: StoreFolder) -> Index:
     """Return the store's index, rebuilt from the shards where it is missing or damaged.
 
@@ -55,7 +59,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
         read_data: Which part of the shards is read whole, 0 to 1.
         progress: Called with (shards checked, shards in all).
     """
-    sound: dict[BlockHash, StoredBlock] = {}
+    sound: Sound = {}
     findings: list[Finding] = []
     names = shards.list_shards(folder.shards)
     progress(0, len(names))
@@ -63,8 +67,9 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
         whole = random.random() < read_data
         findings += _check_shard(folder, name, whole, sound)
         progress(done, len(names))
-    findings += _check_index(folder, set(names))
-    findings += _check_entries(folder, sound)
+    needed: set[BlockHash] = set()
+    findings += _check_entries(folder, sound, needed)
+    findings += _check_index(folder, set(names), sound, needed)
     return findings
 
 
@@ -103,7 +108,7 @@ def _build_index(folder: StoreFolder) -> None:
 
 
 def _check_shard(
-    folder: StoreFolder, name: str, whole: bool, sound: dict[BlockHash, StoredBlock]
+    folder: StoreFolder, name: str, whole: bool, sound: Sound
 ) -> Iterator[Finding]:
     """Yield what is wrong with a shard; add its good blocks to ``sound``."""
     path = shards.shard_path(folder.shards, name)
@@ -112,7 +117,7 @@ def _check_shard(
             for stored in opened.header.blocks:
                 problem = _block_problem(opened, stored, whole)
                 if problem is None:
-                    sound.setdefault(stored.block.hash, stored)
+                    sound.setdefault(stored.block.hash, (name, stored))
                 else:
                     yield _finding(folder, "damaged-block", path, problem)
             if whole and opened.sha256() != name:
@@ -156,8 +161,14 @@ def _second_opinion(path: Path) -> None:
         raise IntegrityError(f"safetensors refuses it: {error}") from error
 
 
-def _check_index(folder: StoreFolder, on_disk: set[str]) -> Iterator[Finding]:
-    """Yield where the index and the shards on disk disagree."""
+def _check_index(
+    folder: StoreFolder, on_disk: set[str], sound: Sound, needed: set[BlockHash]
+) -> Iterator[Finding]:
+    """Yield where the index and the shards on disk disagree.
+
+    A shard that no entry needs may be unknown to it: that is what a save leaves that
+    was killed, and its blocks are found again when the same prompt is saved.
+    """
     if not folder.index.exists():
         yield _finding(folder, "damaged-index", folder.index, "it is missing")
         return
@@ -170,6 +181,11 @@ def _check_index(folder: StoreFolder, on_disk: set[str]) -> Iterator[Finding]:
         for problem in index.check():
             yield _finding(folder, "damaged-index", folder.index, problem)
         yield from _compare(folder, index, on_disk)
+        lost = {sound[block][0] for block in needed if index.place(block) is None}
+        for name in sorted(lost):
+            path = shards.shard_path(folder.shards, name)
+            detail = "the index lacks blocks of it that entries need"
+            yield _finding(folder, "unindexed-shard", path, detail)
     except IntegrityError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
     finally:
@@ -177,14 +193,11 @@ def _check_index(folder: StoreFolder, on_disk: set[str]) -> Iterator[Finding]:
 
 
 def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[Finding]:
-    """Yield shards that only the index or only the disk has, and misplaced blocks."""
+    """Yield shards that only the index has, and blocks that are not in theirs."""
     known = set(index.shards())
     for name in sorted(known - on_disk):
         path = folder.shards / name[:2] / f"{name}.safetensors"
         yield _finding(folder, "missing-shard", path, "the index names it")
-    for name in sorted(on_disk - known):
-        path = shards.shard_path(folder.shards, name)
-        yield _finding(folder, "unindexed-shard", path, "the index does not name it")
     for name in sorted(known & on_disk):
         with suppress(IntegrityError, FormatError, FileNotFoundError):
             with shards.open_shard(folder.shards, name) as opened:
@@ -199,9 +212,9 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
 
 
 def _check_entries(
-    folder: StoreFolder, sound: dict[BlockHash, StoredBlock]
+    folder: StoreFolder, sound: Sound, needed: set[BlockHash]
 ) -> Iterator[Finding]:
-    """Yield entries that cannot be read or lack a block."""
+    """Yield entries that cannot be read or lack a block; add their blocks."""
     for entry_id in entries.list_ids(folder.entries):
         path = entries.entry_path(folder.entries, entry_id)
         try:
@@ -212,13 +225,13 @@ def _check_entries(
             continue
         block = BlockHash(bytes.fromhex(entry.tip)) if entry else None
         while entry and block and block.hex() != entry.root:
-            stored = sound.get(block)
-            if stored is None:
+            if block not in sound:
                 detail = f"block {block.hex()[:12]} is missing or damaged"
                 found = (entry.name or entry.id,)
                 yield _finding(folder, "missing-block", path, detail, found)
                 break
-            block = stored.block.parent
+            needed.add(block)
+            block = sound[block][1].block.parent
 
 
 def _finding(

@@ -112,6 +112,10 @@ def _fill(path: Path, block_size: int) -> None:
         raise _not_a_store(path)
     for name in _FOLDERS:
         files.make_private_dir(path / name)
+    # All at once: a folder made during a save would need a sync of its own.
+    for number in range(256):
+        files.make_private_dir(path / "shards" / f"{number:02x}")
+    files.sync_dir(path / "shards")
     files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
     config = {
         "format": FORMAT,

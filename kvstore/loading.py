@@ -8,7 +8,7 @@ from itertools import groupby, takewhile
 
 from . import prompt_cache as caches
 from .codecs import Rows, get_codec
-from .errors import CodecError, IntegrityError
+from .errors import CodecError, FormatError, IntegrityError
 from .folder import StoreFolder
 from .hashing import common_run, hash_root, split_tokens
 from .index import Index
@@ -126,7 +126,7 @@ class Loader:
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)
                     progress(done, hit.num_tokens)
-        except IntegrityError as error:
+        except (IntegrityError, FormatError) as error:
             if strict:
                 raise
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
@@ -164,7 +164,10 @@ class Loader:
         """Return the longest prefix under one root, or ``None`` for another layout."""
         if hash_root(request.fingerprint, layout_json, request.tenant) != root:
             return None  # a damaged row of the index: it names no root of ours
-        layout = caches.layout_from_json(layout_json)
+        try:
+            layout = caches.layout_from_json(layout_json)
+        except IntegrityError:
+            return None  # of a class that only another release knows
         classes = tuple(layer.cache_class for layer in layout)
         if request.classes is not None and classes != request.classes:
             return None
@@ -208,8 +211,8 @@ class Loader:
         """Return a block's row in its shard; ``None`` where that is damaged."""
         try:
             return self._reader.stored(place)
-        except IntegrityError:
-            return None  # the reader has dropped it from the index
+        except (IntegrityError, FormatError):
+            return None  # the reader has dropped it, or a later release wrote it
 
     def _explain(
         self,
