@@ -16,7 +16,6 @@ from .index import Index
 from .indexing import index_folder, is_sound
 from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
 
-
 Sound = dict[BlockHash, tuple[str, StoredBlock]]
 """Blocks that were found good: in which shard, and what its header says."""
 
