@@ -16,6 +16,8 @@ from .index import Index
 from .indexing import index_folder, is_sound
 from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
 
+_SHARD_DAMAGE = ("damaged-shard", "damaged-block")
+
 Sound = dict[BlockHash, tuple[str, StoredBlock]]
 """Blocks that were found good: in which shard, and what its header says."""
 
@@ -43,10 +45,7 @@ def replace_index(folder: StoreFolder) -> None:
     """Put a damaged index into quarantine and build another from the shards."""
     with files.locked(folder.lock, exclusive=True):
         if not _is_healthy(folder):
-            aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
-            for suffix in ("-wal", "-shm", ""):
-                with suppress(FileNotFoundError):
-                    files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
+            _set_index_aside(folder)
             _build_index(folder)
 
 
@@ -72,8 +71,63 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
     return findings
 
 
+def repair(folder: StoreFolder) -> list[Finding]:
+    """Put right what can be, and return what was found.
+
+    Damaged entries and shards go to quarantine; the good blocks of a damaged shard are
+    written into a new one; the index is built anew.
+    """
+    findings = verify(folder, 1.0, lambda done, total: None)
+    if not findings:
+        return findings
+    with files.locked(folder.lock, exclusive=True):
+        for finding in findings:
+            path = folder.path / finding.path
+            if finding.kind == "damaged-entry":
+                aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
+                files.publish(path, folder.quarantine / aside)
+        for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
+            _replace_shard(folder, Path(damaged).stem)
+        _set_index_aside(folder)
+        _build_index(folder)
+    return findings
+
+
+def _replace_shard(folder: StoreFolder, name: str) -> None:
+    """Put a damaged shard into quarantine, and its good blocks into a new one."""
+    with (
+        suppress(IntegrityError, FormatError),  # where nothing in it can be told apart
+        shards.open_shard(folder.shards, name) as opened,
+    ):
+        good = [
+            shards.as_written(stored, data)
+            for stored in opened.header.blocks
+            for data in _read_good(opened, stored)
+        ]
+        if good:
+            origin = opened.header.origin
+            with shards.staged_shard(folder.staging, origin, good) as staged:
+                shards.publish_shard(folder.shards, staged)
+    shards.quarantine_shard(folder.shards, name, folder.quarantine)
+
+
+def _read_good(opened: shards.OpenShard, stored: StoredBlock) -> Iterator[memoryview]:
+    """Yield a block's bytes, if they are as they were written."""
+    with suppress(IntegrityError):
+        if is_sound(stored):
+            yield from opened.read([stored])
+
+
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
+
+
+def _set_index_aside(folder: StoreFolder) -> None:
+    """Move the index to quarantine."""
+    aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
+    for suffix in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
 
 
 def _is_healthy(folder: StoreFolder) -> bool:

@@ -115,6 +115,8 @@ def _fits(name: str, value: Any) -> bool:
     """Say whether ``value`` is of the type that the field ``name`` has."""
     if name == "name":
         return value is None or isinstance(value, str)
+    if name == "pinned":
+        return isinstance(value, bool)
     if name in _STAMPED:
         return isinstance(value, float | int)
     if name in ("num_tokens", "nbytes"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import files
@@ -15,6 +15,7 @@ from .hashing import BLOCK_SIZE, canonical_json
 FORMAT = 1
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 65_536
+_MAX_DEFAULT_BYTES = 50_000_000_000
 _FOLDERS = ("entries", "shards", "quarantine", "tmp")
 
 
@@ -26,11 +27,21 @@ class StoreFolder:
         path: The folder.
         id: 32 hex digits, drawn when it was created.
         block_size: Tokens in a full block.
+        chosen_bytes: The size limit that was set, or ``None``.
     """
 
     path: Path
     id: str
     block_size: int
+    chosen_bytes: int | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """The size limit: what was set, or a tenth of the disk, at most 50 GB."""
+        if self.chosen_bytes is not None:
+            return self.chosen_bytes
+        disk = os.statvfs(self.path)
+        return min(disk.f_blocks * disk.f_frsize // 10, _MAX_DEFAULT_BYTES)
 
     @property
     def entries(self) -> Path:
@@ -105,6 +116,24 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     return open_folder(path)
 
 
+def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
+    """Set a store's size limit, in bytes of shards, and return the store.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    if max_bytes <= 0:
+        raise ValueError(f"a size limit is positive: {max_bytes}")
+    config = {
+        "format": FORMAT,
+        "id": folder.id,
+        "block_size": folder.block_size,
+        "max_bytes": max_bytes,
+    }
+    files.write_atomic(folder.path / CONFIG, canonical_json(config), folder.staging)
+    return replace(folder, chosen_bytes=max_bytes)
+
+
 def _fill(path: Path, block_size: int) -> None:
     """Make everything a store has; the configuration last, since it makes it one."""
     ours = {*_FOLDERS, "lock", "CACHEDIR.TAG"}
@@ -130,6 +159,7 @@ def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
         values = json.loads(data)
         form, store_id = values["format"], values["id"]
         block_size = values["block_size"]
+        max_bytes = values.get("max_bytes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(config) from error
     if form != FORMAT:
@@ -139,7 +169,9 @@ def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
         )
     if not isinstance(store_id, str) or type(block_size) is not int or block_size < 8:
         raise _damaged(config)
-    return StoreFolder(path, store_id, block_size)
+    if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):
+        raise _damaged(config)
+    return StoreFolder(path, store_id, block_size, max_bytes)
 
 
 def _not_a_store(path: Path) -> StoreNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from struct import error as struct_error
 from struct import pack
 from typing import Any
 
@@ -47,9 +48,15 @@ def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
     Args:
         parent: Hash of the previous block, or the root hash for the first.
         tokens: The block's token ids; negative ids mark media.
+
+    Raises:
+        ValueError: A token does not fit into 64 bits.
     """
     # Fixed-width integers: no two token lists share an encoding.
-    data = parent + pack(f"<{len(tokens)}q", *tokens)
+    try:
+        data = parent + pack(f"<{len(tokens)}q", *tokens)
+    except struct_error as exception:
+        raise ValueError("a token does not fit into 64 bits") from exception
     return BlockHash(hashlib.sha256(data).digest())
 
 

@@ -49,6 +49,14 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
 CREATE INDEX blocks_by_shard ON blocks (shard);
+CREATE TABLE uses (  -- when a hit last ended in a block; may be lost
+    hash BLOB PRIMARY KEY,
+    used_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE counters (
+    name TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
     hash BLOB NOT NULL,
     shard TEXT NOT NULL,
@@ -95,7 +103,9 @@ class Index:
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            # SQLite itself rolls back after some errors.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
             raise
         with self._translated():
             try:
@@ -110,6 +120,22 @@ class Index:
         """Return where a block lies, or ``None``."""
         rows = self._query(_PLACE + "WHERE blocks.hash = ?", (block,))
         return _to_place(rows[0]) if rows else None
+
+    def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
+        """Yield the blocks from a tip backwards with their parents, up to a gap.
+
+        The index's word only: whoever deletes by it checks where the chain ends.
+        """
+        query = (
+            "SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,"
+            " blocks.quality, blocks.parent FROM blocks"
+            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
+        )
+        seen: set[BlockHash] = set()
+        while tip not in seen and (rows := self._query(query, (tip,))):
+            seen.add(tip)
+            tip = BlockHash(rows[0][5])
+            yield _to_place(rows[0][:5]), tip
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
@@ -156,6 +182,53 @@ class Index:
     def shards(self) -> dict[str, int]:
         """Return name and bytes of every shard."""
         return dict(self._query("SELECT name, nbytes FROM shards ORDER BY name"))
+
+    def added_at(self, shard: str) -> float:
+        """Return when a shard was added, Unix seconds; 0 for one not known."""
+        rows = self._query("SELECT added_at FROM shards WHERE name = ?", (shard,))
+        return float(rows[0][0]) if rows else 0.0
+
+    def block_bytes(self, block: BlockHash) -> int:
+        """Return a block's share of its shard, header included; 0 for one not known."""
+        query = (
+            "SELECT blocks.nbytes * shards.nbytes / (SELECT sum(nbytes) FROM blocks"
+            " AS others WHERE others.shard = shards.id) FROM blocks"
+            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
+        )
+        rows = self._query(query, (block,))
+        return int(rows[0][0]) if rows else 0
+
+    def uses(self) -> dict[BlockHash, float]:
+        """Return when a hit last ended in each block, Unix seconds."""
+        rows = self._query("SELECT hash, used_at FROM uses")
+        return {BlockHash(block): used_at for block, used_at in rows}
+
+    def counters(self) -> dict[str, int]:
+        """Return all counters by name."""
+        return dict(self._query("SELECT name, value FROM counters"))
+
+    def count(self, **amounts: int) -> None:
+        """Add to counters."""
+        for name, amount in amounts.items():
+            self._query(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name)"
+                " DO UPDATE SET value = value + excluded.value",
+                (name, amount),
+            )
+
+    @contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """As :meth:`transaction`, for what a power cut may take."""
+        self._query("PRAGMA synchronous = NORMAL")
+        try:
+            with self.transaction():
+                yield
+        finally:
+            self._query("PRAGMA synchronous = FULL")
+
+    def note_use(self, block: BlockHash, used_at: float) -> None:
+        """Remember that a hit ended in a block."""
+        self._query("INSERT OR REPLACE INTO uses VALUES (?, ?)", (block, used_at))
 
     def count_blocks(self) -> int:
         """Return how many blocks there are."""
@@ -207,6 +280,14 @@ class Index:
             (block, shard),
         )
 
+    def move_block(self, block: BlockHash, old: str, new: str) -> None:
+        """Say that a block of one shard lies in another now."""
+        self._query(
+            "UPDATE blocks SET shard = (SELECT id FROM shards WHERE name = ?)"
+            " WHERE hash = ? AND shard = (SELECT id FROM shards WHERE name = ?)",
+            (new, block, old),
+        )
+
     def trust_shard(self, name: str) -> None:
         """Take back what was said of damage in a shard: it was written anew."""
         self._query("DELETE FROM damaged WHERE shard = ?", (name,))
@@ -218,6 +299,7 @@ class Index:
             (name,),
         )
         self._query("DELETE FROM shards WHERE name = ?", (name,))
+        self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
 
     def check(self) -> list[str]:
         """Return what SQLite's own check finds wrong; empty where nothing is.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from . import shards
 from .errors import FormatError, IntegrityError
 from .fingerprint import Fingerprint
@@ -26,13 +24,13 @@ def is_sound(stored: StoredBlock) -> bool:
     return hash_block_tokens(block.parent, block.tokens) == block.hash
 
 
-def index_shard(index: Index, name: str, header: ShardHeader) -> None:
-    """Tell the index what lies in a shard."""
+def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -> None:
+    """Tell the index what lies in a shard, and since when, in Unix seconds."""
     origin = header.origin
     fingerprint = Fingerprint(origin.fingerprint).digest
     root = header_root(header)
     index.add_root(root, fingerprint, origin.tenant, origin.layout)
-    index.add_shard(name, header.nbytes, time.time())
+    index.add_shard(name, header.nbytes, added_at)
     for stored in filter(is_sound, header.blocks):
         index.add_block(stored.block, _place(name, stored))
 
@@ -55,7 +53,8 @@ def index_folder(index: Index, folder: StoreFolder) -> None:
         try:
             with shards.open_shard(folder.shards, name) as opened:
                 header = opened.header
+            added_at = shards.shard_path(folder.shards, name).stat().st_mtime
         except (IntegrityError, FormatError, FileNotFoundError):
             continue  # it stays where it is, and `verify` reports it
         with index.transaction():
-            index_shard(index, name, header)
+            index_shard(index, name, header, added_at)

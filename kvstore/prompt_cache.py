@@ -48,7 +48,14 @@ class Group:
 
     def spec(self, side: Side) -> RowSpec:
         """Return what a token adds to one side."""
-        return self.layout.keys if side == "k" else self.layout.values
+        return side_spec(self.layout, side)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token adds to all of these layers."""
+        specs = (self.layout.keys, self.layout.values)
+        one = sum(s.num_heads * s.head_dim * _MLX_DTYPES[s.dtype].size for s in specs)
+        return one * len(self.layers)
 
 
 def group_layers(layout: Layout) -> list[Group]:
@@ -79,6 +86,16 @@ def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
                 f"layer {number} holds {cache.offset} rows for {num_tokens} tokens"
             )
     return tuple(layers)
+
+
+def check_classes(prompt_cache: Sequence[Any]) -> None:
+    """Refuse a prompt cache that cannot be stored, before anything is in it.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+    """
+    for number, cache in enumerate(prompt_cache):
+        _check_class(number, cache)
 
 
 def layout_classes(prompt_cache: Sequence[Any]) -> tuple[str, ...]:
@@ -216,8 +233,7 @@ def _spec_from_json(value: Any) -> RowSpec:
     return RowSpec(heads, dim, dtype)
 
 
-def _read_layer(number: int, cache: Any) -> LayerLayout:
-    """Return the layout of one layer's cache."""
+def _check_class(number: int, cache: Any) -> None:
     from mlx_lm.models.cache import KVCache
 
     # A subclass may keep more than keys and values, so the class itself only.
@@ -226,6 +242,11 @@ def _read_layer(number: int, cache: Any) -> LayerLayout:
             f"layer {number} is a {type(cache).__name__}, which cannot be stored",
             hint="models whose layers are all KVCache can be stored",
         )
+
+
+def _read_layer(number: int, cache: Any) -> LayerLayout:
+    """Return the layout of one layer's cache."""
+    _check_class(number, cache)
     if cache.keys is None or cache.values is None:
         raise ValueError(f"layer {number} is empty")
     return LayerLayout(

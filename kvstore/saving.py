@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,16 +93,22 @@ class Saver:
         self._groups = caches.group_layers(layout)
         self._provenance: Provenance = caches.read_provenance(prompt_cache)
 
-    def write_missing(self, progress: Progress) -> None:
+    def write_missing(
+        self, make_room: Callable[[int], None], progress: Progress
+    ) -> None:
         """Encode and write every block that the store lacks.
 
         No lock is held while a codec works.
+
+        Args:
+            make_room: Called with the bytes of a shard that is about to be added.
+            progress: Called with (tokens saved, tokens in all).
         """
         total = sum(len(block.tokens) for block in self._chain.blocks)
         progress(0, total)
         wanted = [block for block in self._chain.blocks if self._is_wanted(block)]
         for batch in self._batches(wanted):
-            self._write(batch)
+            self._write(batch, make_room)
             last = batch[-1].block
             progress(last.start + len(last.tokens), total)
         progress(total, total)
@@ -147,17 +154,22 @@ class Saver:
             block, codec.name, codec.is_lossless, self._is_exact(block), tuple(parts)
         )
 
-    def _write(self, batch: Sequence[EncodedBlock]) -> None:
+    def _write(
+        self, batch: Sequence[EncodedBlock], make_room: Callable[[int], None]
+    ) -> None:
         """Stage a shard, then publish and index it in one transaction."""
         origin = self._chain.origin
-        staging = self._folder.staging
-        with (
-            shards.staged_shard(staging, origin, batch) as staged,
-            self._index.transaction(),
-        ):
-            shards.publish_shard(self._folder.shards, staged)
-            self._index.trust_shard(staged.name)
-            index_shard(self._index, staged.name, staged.header)
+        with shards.staged_shard(self._folder.staging, origin, batch) as staged:
+            make_room(staged.header.nbytes)
+            with self._index.transaction():
+                shards.publish_shard(self._folder.shards, staged)
+                self._index.trust_shard(staged.name)
+                index_shard(self._index, staged.name, staged.header, time.time())
+                self._index.count(
+                    written_bytes=staged.header.nbytes,
+                    raw_bytes=sum(len(encoded.block.tokens) for encoded in batch)
+                    * sum(group.token_bytes for group in self._groups),
+                )
 
 
 def make_chain(

@@ -36,6 +36,7 @@ from .types import (
     BlockHash,
     EncodedBlock,
     Origin,
+    Part,
     ShardHeader,
     StoredBlock,
     TensorSpec,
@@ -192,6 +193,23 @@ def quarantine_shard(folder: Path, name: str, quarantine: Path) -> Path:
     target = quarantine / f"{name}.safetensors"
     files.publish(shard_path(folder, name), target)
     return target
+
+
+def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
+    """Return a stored block as it was when it was encoded."""
+    parts = tuple(
+        Part(
+            name,
+            spec.dtype,
+            spec.shape,
+            data[spec.begin - stored.begin : spec.end - stored.begin],
+            spec.raw_nbytes,
+        )
+        for name, spec in stored.tensors.items()
+    )
+    return EncodedBlock(
+        stored.block, stored.codec, stored.is_lossless, stored.is_exact, parts
+    )
 
 
 def is_full(blocks: Sequence[EncodedBlock]) -> bool:

@@ -6,34 +6,44 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import check, entries, files
+from . import check, files
+from .catalog import Catalog, check_name, make_entry
 from .codecs import DEFAULT_CODEC, get_codec
 from .errors import (
     EntryExistsError,
-    EntryNotFoundError,
     FingerprintError,
-    FormatError,
     IntegrityError,
+    StoreLockedError,
 )
 from .fingerprint import Fingerprint
-from .folder import create_folder, default_path, open_folder
+from .folder import create_folder, default_path, limit_folder, open_folder
 from .index import Index
 from .indexing import index_folder
 from .reading import Reader
-from .types import Entry, Finding, Match, Place, Progress, Stats, StoredBlock
+from .types import (
+    BlockHash,
+    Entry,
+    Finding,
+    Match,
+    Place,
+    Progress,
+    Stats,
+    StoredBlock,
+)
 
 if TYPE_CHECKING:
-    from .loading import Loader, Request
+    from .loading import Hit, Loader, Request
+    from .prune import PrunePlan
     from .saving import Chain
 
 T = TypeVar("T")
 
-MAX_NAME = 200
+# How often what another process takes away meanwhile is looked for again.
+_TRIES = 3
 
 
 class Store:
@@ -66,6 +76,7 @@ class Store:
         self._tenant = tenant
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
+        self._catalog = Catalog(self._folder)
         self._opened: Index | None = None
 
     @property
@@ -123,22 +134,26 @@ class Store:
         from .saving import Saver, make_chain
 
         token_list = _as_tokens(tokens)
-        _check_name(name)
+        check_name(name)
         layout = caches.read_layout(prompt_cache, len(token_list))
         chain = make_chain(
             fingerprint, layout, self._tenant, token_list, self._folder.block_size
         )
 
         def write() -> Entry:
-            old = self._replaceable(name, chain, replace)
+            self._replaceable(name, chain, replace)
             saver = Saver(
                 self._folder, self._index, self._codec, prompt_cache, layout, chain
             )
-            saver.write_missing(progress or _ignore)
-            with files.locked(self._folder.lock, exclusive=True):
-                # Another process may have taken the name meanwhile.
-                old = self._replaceable(name, chain, replace)
-                return self._commit(name, chain, fingerprint.label, old)
+            for _ in range(_TRIES):
+                saver.write_missing(self._make_room, progress or _ignore)
+                entry = self._commit(name, chain, fingerprint.label, replace)
+                if entry is not None:
+                    return entry
+            raise IntegrityError(
+                "blocks vanish from the store while they are saved",
+                hint="is something else removing files from it?",
+            )
 
         return self._with_index(write)
 
@@ -174,14 +189,17 @@ class Store:
         request = self._request(token_list, fingerprint, exact, like)
 
         def restore() -> tuple[list[Any] | None, list[int]]:
-            loader = self._loader()
-            hit = loader.find(request)
-            if isinstance(hit, str) or not hit.num_tokens:
-                return None, token_list
-            prompt_cache, hit = loader.restore(hit, progress or _ignore)
-            if not hit.num_tokens:
-                return None, token_list
-            return prompt_cache, token_list[hit.num_tokens :]
+            for tries in range(_TRIES):
+                hit = self._loader().find(request)
+                if isinstance(hit, str) or not hit.num_tokens:
+                    break
+                prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
+                # What `prune` moved meanwhile is found at its new place.
+                if hit.reason != "damaged" or (hit.num_tokens and tries == _TRIES - 1):
+                    self._count_load(hit, len(token_list))
+                    return prompt_cache, token_list[hit.num_tokens :]
+            self._count_load(None, len(token_list))
+            return None, token_list
 
         return self._with_index(restore)
 
@@ -215,14 +233,13 @@ class Store:
             loader = self._loader()
             hit, tokens = loader.entry_hit(entry)
             cache, _ = loader.restore(hit, progress or _ignore, strict=True)
+            self._count_load(hit, len(tokens))
             return cache, tokens
 
         try:
             return self._with_index(restore)
-        except IntegrityError as error:
-            if error.block is None:
-                raise
-            # Another shard may hold a good copy of the block.
+        except IntegrityError:
+            # Another shard may hold a good copy, or `prune` have moved a block.
             self._with_index(lambda: index_folder(self._index, self._folder))
             return self._with_index(restore)
 
@@ -247,13 +264,7 @@ class Store:
 
         Damaged ones are left out; :meth:`verify` reports them.
         """
-        found = []
-        for entry_id in entries.list_ids(self._folder.entries):
-            with suppress(IntegrityError, FormatError):
-                entry = entries.read_entry(self._folder.entries, entry_id)
-                # Another process may have removed it just now.
-                found += [entry] if entry else []
-        return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
+        return self._catalog.all()
 
     def entry(self, ref: str) -> Entry:
         """Return the entry with this name, or whose id starts so.
@@ -262,18 +273,7 @@ class Store:
             EntryNotFoundError: There is none, or the start fits several.
             IntegrityError: Its file is damaged.
         """
-        folder = self._folder.entries
-        named = entries.read_entry(folder, entries.entry_id(ref, ""))
-        if named is not None:
-            return named
-        ids = [found for found in entries.list_ids(folder) if found.startswith(ref)]
-        entry = entries.read_entry(folder, ids[0]) if ref and len(ids) == 1 else None
-        if entry is None:
-            several = f": {len(ids)} ids start so" if ref and len(ids) > 1 else ""
-            raise EntryNotFoundError(
-                f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"
-            )
-        return entry
+        return self._catalog.find(ref)
 
     def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
         """Return the blocks of an entry, first to last, and where they lie.
@@ -301,10 +301,73 @@ class Store:
         Raises:
             EntryNotFoundError: There is none.
         """
-        with files.locked(self._folder.lock, exclusive=True):
-            entry = self.entry(ref)
-            entries.remove_entry(self._folder.entries, entry.id)
-        return entry
+        return self._catalog.remove(ref)
+
+    def rename(self, ref: str, name: str) -> Entry:
+        """Give an entry another name, or its first, and return it.
+
+        Raises:
+            EntryNotFoundError: There is none.
+            EntryExistsError: The name is taken.
+            ValueError: The name could not be typed.
+        """
+        return self._catalog.rename(ref, name)
+
+    def pin(self, ref: str, *, pinned: bool = True) -> Entry:
+        """Keep an entry from ever being evicted, or no longer, and return it.
+
+        Raises:
+            EntryNotFoundError: There is none.
+        """
+        return self._catalog.pin(ref, pinned=pinned)
+
+    def plan_prune(
+        self,
+        *,
+        max_bytes: int | None = None,
+        older_than_s: float | None = None,
+        named: bool = False,
+        now: bool = False,
+    ) -> PrunePlan:
+        """Return what could go; its ``execute()`` frees it.
+
+        Without options, that is what no entry reaches.
+
+        Args:
+            max_bytes: Evict entries until the shards have at most so many bytes.
+            older_than_s: Evict entries that were not used for so many seconds.
+            named: Evict entries with names too, after all others.
+            now: Free unreachable blocks younger than an hour too. A save that is
+                under way elsewhere then has to write them again.
+        """
+        from .prune import GRACE_S, Policy, plan_prune
+
+        policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
+
+        def plan() -> PrunePlan:
+            # Blocks that only the shards know must not look dispensable.
+            if self._has_gaps():
+                index_folder(self._index, self._folder)
+            return plan_prune(self._folder, self._index, policy)
+
+        return self._with_index(plan)
+
+    def repair(self) -> list[Finding]:
+        """Put right what :meth:`verify` finds, and return what it found.
+
+        Damaged files go to quarantine, good blocks of damaged shards into new ones, and
+        the index is built anew. What is lost stays lost until it is saved again.
+        """
+        self.close()
+        return check.repair(self._folder)
+
+    def set_limit(self, max_bytes: int) -> None:
+        """Set the size limit of the store, in bytes of shards.
+
+        Raises:
+            ValueError: It is not positive.
+        """
+        self._folder = limit_folder(self._folder, max_bytes)
 
     def stats(self) -> Stats:
         """Return sums over the store."""
@@ -319,6 +382,8 @@ class Store:
                 num_tokens=sum(entry.num_tokens for entry in known),
                 nbytes=sum(sizes.values()),
                 entry_bytes=sum(entry.nbytes for entry in known),
+                max_bytes=self._folder.max_bytes,
+                counters=self._index.counters(),
             )
 
         return self._with_index(count)
@@ -383,11 +448,7 @@ class Store:
         Raises:
             EntryExistsError: The name belongs to something else.
         """
-        key = entries.entry_id(name, chain.tip.hex())
-        try:
-            old = entries.read_entry(self._folder.entries, key)
-        except IntegrityError:
-            return None  # what nobody can read stands in nobody's way
+        old = self._catalog.holder(name, chain.tip.hex())
         if old is None or replace or chain.continues(old):
             return old
         raise EntryExistsError(
@@ -396,31 +457,61 @@ class Store:
         )
 
     def _commit(
-        self, name: str | None, chain: Chain, model: str, old: Entry | None
-    ) -> Entry:
-        """Write the entry, which makes the save count."""
-        places = self._index.longest_prefix([block.hash for block in chain.blocks])
-        if len(places) < len(chain.blocks):
-            raise IntegrityError(
-                "blocks vanished from the store while they were saved",
-                hint="save again",
+        self, name: str | None, chain: Chain, model: str, replace: bool
+    ) -> Entry | None:
+        """Write the entry; ``None`` where `prune` has taken blocks meanwhile."""
+        with files.locked(self._folder.lock, exclusive=True):
+            # Another process may have taken the name meanwhile.
+            old = self._replaceable(name, chain, replace)
+            hashes = [block.hash for block in chain.blocks]
+            places = self._index.longest_prefix(hashes)
+            if len(places) < len(hashes):
+                return None
+            entry = make_entry(
+                old,
+                name=name,
+                tip=chain.tip.hex(),
+                root=chain.root.hex(),
+                num_tokens=chain.num_tokens,
+                nbytes=sum(place.nbytes for place in places),
+                codec=self._codec.name,
+                model=model,
             )
-        now = time.time()
-        entry = Entry(
-            id=entries.entry_id(name, chain.tip.hex()),
-            name=name,
-            tip=chain.tip.hex(),
-            root=chain.root.hex(),
-            num_tokens=chain.num_tokens,
-            nbytes=sum(place.nbytes for place in places),
-            codec=self._codec.name,
-            model=model,
-            made_with=_versions(),
-            created_at=old.created_at if old else now,
-            updated_at=now,
-        )
-        entries.write_entry(self._folder.entries, entry, self._folder.staging)
-        return entry
+            return self._catalog.commit(entry)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Evict what was used least recently, where a shard would pass the limit."""
+        limit = self._folder.max_bytes
+        if sum(self._index.shards().values()) + nbytes > limit:
+            from .prune import Policy, plan_prune
+
+            # A little more than needed, or every save would have to.
+            policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
+            plan_prune(self._folder, self._index, policy).execute()
+
+    def _has_gaps(self) -> bool:
+        """Say whether the index cannot follow an entry to its first block."""
+        for entry in self.entries():
+            end = BlockHash(bytes.fromhex(entry.tip))
+            for _, parent in self._index.chain(end):
+                end = parent
+            if end.hex() != entry.root:
+                return True
+        return False
+
+    def _count_load(self, hit: Hit | None, num_tokens: int) -> None:
+        """Remember what a load found; losing this costs nothing."""
+        restored = hit.num_tokens if hit else 0
+        with suppress(StoreLockedError, OSError), self._index.unsynced():
+            self._index.count(
+                hits=1 if hit else 0,
+                misses=0 if hit else 1,
+                restored_tokens=restored,
+                missed_tokens=num_tokens - restored,
+                read_bytes=sum(place.nbytes for place in hit.places) if hit else 0,
+            )
+            if hit:
+                self._index.note_use(hit.places[-1].hash, time.time())
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""
@@ -442,26 +533,6 @@ def _as_tokens(tokens: Sequence[int]) -> list[int]:
         TypeError: One is no integer.
     """
     return [operator.index(token) for token in tokens]
-
-
-def _check_name(name: str | None) -> None:
-    """Refuse names that could not be typed or printed."""
-    if name is None:
-        return
-    if not name or len(name) > MAX_NAME or not name.isprintable() or name[0] == "-":
-        raise ValueError(
-            f"a name has 1 to {MAX_NAME} printable characters and does not start"
-            f" with `-`: {name!r}"
-        )
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions that an entry records; advisory."""
-    found = {}
-    for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
-        with suppress(PackageNotFoundError):
-            found[distribution] = version(distribution)
-    return found
 
 
 def _ignore(done: int, total: int) -> None:

@@ -107,6 +107,7 @@ class Entry:
         made_with: Versions of kvstore, mlx and mlx-lm; advisory.
         created_at: When the name was first saved, Unix seconds.
         updated_at: When it was last saved, Unix seconds.
+        pinned: It is never evicted.
     """
 
     id: str
@@ -120,6 +121,7 @@ class Entry:
     made_with: dict[str, str]
     created_at: float
     updated_at: float
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +317,11 @@ class Stats:
         num_tokens: Tokens over all entries, shared ones counted each time.
         nbytes: Bytes of all shards.
         entry_bytes: Bytes of all entries' blocks, shared ones counted each time.
+        max_bytes: The size limit.
+        counters: Sums over the life of the index: ``hits``, ``misses``,
+            ``restored_tokens`` (not recomputed), ``missed_tokens``,
+            ``written_bytes``, ``read_bytes``, ``raw_bytes`` (what was written,
+            before any codec).
     """
 
     num_entries: int
@@ -323,3 +330,5 @@ class Stats:
     num_tokens: int
     nbytes: int
     entry_bytes: int
+    max_bytes: int
+    counters: dict[str, int]

@@ -34,6 +34,8 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 _PIECE_FLOATS = 49152
+_MAX_PRODUCT = 2**18
+_MIN_ROWS = 8
 # Up to so many bits, comparing with every boundary is faster than a look-up.
 _MAX_COMPARED_BITS = 4
 # Cells of the look-up table of boundaries: each is narrower than two of those at 8 bits
@@ -294,11 +296,23 @@ def _head_pieces(
 def _directions(planes: Sequence[Bytes], bits: int, rotation: Rotation) -> Floats:
     """Return decoded vectors of norm about 1, shape ``(H, T, D)``."""
     table = _level_table(bits)
-    shape = (*planes[0].shape[:2], rotation.dim)
     levels = np.take(table, _table_indices(planes, bits), axis=0, mode="wrap")
-    matrix = _unrotation(rotation, plane_widths(bits)[0])
-    directions: Floats = np.matmul(levels.reshape(-1, rotation.dim), matrix)
-    return directions.reshape(shape)
+    num_vectors = planes[0].shape[0] * planes[0].shape[1]
+    rows = _rows_per_product(num_vectors, rotation.dim)
+    directions: Floats = np.matmul(
+        levels.reshape(-1, rows, rotation.dim),
+        _unrotation(rotation, plane_widths(bits)[0]),
+    )
+    return directions.reshape(*planes[0].shape[:2], rotation.dim)
+
+
+def _rows_per_product(num_vectors: int, dim: int) -> int:
+    """Return how many vectors to multiply at once: a divisor of ``num_vectors``."""
+    # OpenBLAS starts its threads at 2**18 multiplications, and they spin: beside busy
+    # cores a call was seen to take 50 times longer. Too few rows are slow as well.
+    most = max(1, (_MAX_PRODUCT - 1) // dim**2)
+    rows = math.gcd(num_vectors, 1 << (most.bit_length() - 1))
+    return rows if rows >= _MIN_ROWS else num_vectors
 
 
 def _table_indices(planes: Sequence[Bytes], bits: int) -> NDArray[Any]:

@@ -1,0 +1,281 @@
+"""What a store can do without: a plan to look at, and to execute.
+
+Unreachable blocks go when they are older than an hour, since a save that has not
+committed its entry yet may need younger ones. What an evicted entry alone needed goes
+at once. Rows go before files, and a file only after a second look under the lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import entries, files, shards
+from .errors import FormatError, IntegrityError
+from .folder import StoreFolder
+from .index import Index
+from .indexing import index_shard
+from .types import BlockHash, Entry, Place
+
+GRACE_S = 3600.0
+_SLACK_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may go.
+
+    Attributes:
+        max_bytes: Evict until all shards together have at most so many bytes.
+        older_than_s: Evict what was not used for so many seconds.
+        named: Evict entries with names too, after all others; never pinned ones.
+        grace_s: How old unreachable blocks must be.
+    """
+
+    max_bytes: int | None = None
+    older_than_s: float | None = None
+    named: bool = False
+    grace_s: float = GRACE_S
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What would go, as of when the plan was made.
+
+    Attributes:
+        entries: Entries to be removed, in that order.
+        removed: Shards that nothing needs, and their bytes.
+        repacked: Shards to be rewritten without their dead blocks, and the bytes
+            that frees.
+        leftovers: Files of crashed saves.
+        nbytes: Bytes of all shards now.
+    """
+
+    entries: tuple[Entry, ...]
+    removed: dict[str, int]
+    repacked: dict[str, int]
+    leftovers: tuple[Path, ...]
+    nbytes: int
+    _pruner: Pruner = field(repr=False, compare=False)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that executing the plan frees."""
+        return sum(self.removed.values()) + sum(self.repacked.values())
+
+    def execute(self) -> int:
+        """Do it, and return the bytes freed.
+
+        What other processes saved meanwhile stays.
+
+        Raises:
+            StoreLockedError: Another process kept the store locked.
+        """
+        return self._pruner.execute(self)
+
+
+def plan_prune(folder: StoreFolder, index: Index, policy: Policy) -> PrunePlan:
+    """Return what a policy lets go. Never writes."""
+    return Pruner(folder, index, policy).plan()
+
+
+class _Survey:
+    """All entries, the blocks that each needs, and when it was last used."""
+
+    def __init__(self, folder: StoreFolder, index: Index) -> None:
+        self.entries = _readable_entries(folder)
+        self._chains = {entry.id: _chain(index, entry) for entry in self.entries}
+        self._references = Counter(
+            block for chain in self._chains.values() for block in chain
+        )
+        self._uses = index.uses()
+
+    def is_live(self, block: BlockHash) -> bool:
+        """Say whether an entry needs a block."""
+        return self._references[block] > 0
+
+    def used_at(self, entry: Entry) -> float:
+        """Return when an entry was saved or last hit, the later of both."""
+        chain = self._chains[entry.id]
+        return max(entry.updated_at, *(self._uses.get(block, 0.0) for block in chain))
+
+    def candidates(self, *, named: bool) -> list[Entry]:
+        """Return what may be evicted: least recently used first, named ones last."""
+        found = [e for e in self.entries if e.name is None or (named and not e.pinned)]
+        return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
+
+    def release(self, entry: Entry) -> list[BlockHash]:
+        """Take an entry away and return the blocks that nothing needs any more."""
+        chain = self._chains.pop(entry.id)
+        self._references.subtract(chain)
+        return [block for block in chain if not self.is_live(block)]
+
+
+class Pruner:
+    """Makes and executes one plan.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        policy: What may go.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index, policy: Policy) -> None:
+        self._folder = folder
+        self._index = index
+        self._policy = policy
+
+    def plan(self) -> PrunePlan:
+        """Return what would go."""
+        sizes = self._index.shards()
+        survey = _Survey(self._folder, self._index)
+        evicted, gone = self._choose_entries(survey, sum(sizes.values()))
+        kept = {
+            name: sum(place.nbytes for place in self._kept(name, survey, gone))
+            for name in sizes
+        }
+        removed = {name: size for name, size in sizes.items() if not kept[name]}
+        left = sum(sizes.values()) - sum(removed.values())
+        partly = {name: size - kept[name] for name, size in sizes.items() if kept[name]}
+        repacked = dict(self._choose_repacks(sizes, partly, left))
+        leftovers = tuple(self._leftovers(set(sizes)))
+        return PrunePlan(
+            evicted, removed, repacked, leftovers, sum(sizes.values()), self
+        )
+
+    def execute(self, plan: PrunePlan) -> int:
+        """Carry a plan out; see :meth:`PrunePlan.execute`."""
+        with files.locked(self._folder.lock, exclusive=True):
+            gone = {
+                block
+                for entry in plan.entries
+                if self._remove_entry(entry)
+                for block in _chain(self._index, entry)
+            }
+        survey = _Survey(self._folder, self._index)
+        before = sum(self._index.shards().values())
+        for name in plan.repacked:
+            self._repack(name, survey, gone)
+        with files.locked(self._folder.lock, exclusive=True):
+            # The second look: entries committed since then keep their blocks.
+            survey = _Survey(self._folder, self._index)
+            for name in (*plan.removed, *plan.repacked):
+                if not self._kept(name, survey, gone):
+                    self._remove_shard(name)
+        for path in plan.leftovers:
+            with suppress(FileNotFoundError):
+                files.remove(path)
+        return before - sum(self._index.shards().values())
+
+    def _choose_entries(
+        self, survey: _Survey, left: int
+    ) -> tuple[tuple[Entry, ...], set[BlockHash]]:
+        """Return the entries that go, and the blocks that only they needed."""
+        policy = self._policy
+        evicted: list[Entry] = []
+        gone: set[BlockHash] = set()
+        for entry in survey.candidates(named=policy.named):
+            age = time.time() - survey.used_at(entry)
+            is_old = policy.older_than_s is not None and age > policy.older_than_s
+            is_over = policy.max_bytes is not None and left > policy.max_bytes
+            if is_old or is_over:
+                released = survey.release(entry)
+                gone |= set(released)
+                left -= sum(self._index.block_bytes(block) for block in released)
+                evicted.append(entry)
+        return tuple(evicted), gone
+
+    def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
+        """Return the blocks of a shard that stay."""
+        added_at = self._index.added_at(shard)
+        is_young = time.time() - added_at < self._policy.grace_s
+        return [
+            place
+            for place in self._index.places_in(shard)
+            if survey.is_live(place.hash) or (is_young and place.hash not in gone)
+        ]
+
+    def _choose_repacks(
+        self, sizes: dict[str, int], dead: dict[str, int], left: int
+    ) -> Iterator[tuple[str, int]]:
+        """Yield shards to rewrite and what that frees, the most wasteful first."""
+        limit = self._policy.max_bytes
+        for name in sorted(dead, key=lambda name: -dead[name]):
+            is_over = limit is not None and left > limit
+            # A header of its own is no waste.
+            if dead[name] * 2 > sizes[name] or (is_over and dead[name] > _SLACK_BYTES):
+                left -= dead[name]
+                yield name, dead[name]
+
+    def _leftovers(self, known: set[str]) -> Iterator[Path]:
+        """Yield what crashed saves left: staged files, and shards without rows."""
+        for path in self._folder.staging.iterdir():
+            if self._is_old(path):
+                yield path
+        for name in shards.list_shards(self._folder.shards):
+            path = shards.shard_path(self._folder.shards, name)
+            if name not in known and self._is_old(path):
+                yield path
+
+    def _is_old(self, path: Path) -> bool:
+        try:
+            return time.time() - path.stat().st_mtime > self._policy.grace_s
+        except FileNotFoundError:
+            return False  # renamed away just now
+
+    def _remove_entry(self, entry: Entry) -> bool:
+        """Remove an entry's file, unless it was saved again meanwhile."""
+        if entries.read_entry(self._folder.entries, entry.id) != entry:
+            return False
+        entries.remove_entry(self._folder.entries, entry.id)
+        return True
+
+    def _remove_shard(self, name: str) -> None:
+        """Drop a shard's rows, then its file."""
+        with self._index.transaction():
+            self._index.drop_shard(name)
+        with suppress(FileNotFoundError):
+            files.remove(shards.shard_path(self._folder.shards, name))
+
+    def _repack(self, name: str, survey: _Survey, gone: set[BlockHash]) -> None:
+        """Write the blocks of a shard that stay into another, and point there."""
+        kept = {place.hash for place in self._kept(name, survey, gone)}
+        try:
+            with shards.open_shard(self._folder.shards, name) as opened:
+                stored = [b for b in opened.header.blocks if b.block.hash in kept]
+                data = list(opened.read(stored))
+                origin = opened.header.origin
+        except (IntegrityError, FormatError, FileNotFoundError):
+            return  # it stays as it is, for `verify` to report
+        if not stored:
+            return
+        blocks = [shards.as_written(b, d) for b, d in zip(stored, data, strict=True)]
+        with (
+            shards.staged_shard(self._folder.staging, origin, blocks) as staged,
+            self._index.transaction(),
+        ):
+            shards.publish_shard(self._folder.shards, staged)
+            added_at = self._index.added_at(name)
+            index_shard(self._index, staged.name, staged.header, added_at)
+            for block in kept:
+                self._index.move_block(block, name, staged.name)
+
+
+def _readable_entries(folder: StoreFolder) -> list[Entry]:
+    """Return all entries that can be read; the others protect nothing."""
+    found = []
+    for entry_id in entries.list_ids(folder.entries):
+        with suppress(IntegrityError, FormatError):
+            entry = entries.read_entry(folder.entries, entry_id)
+            found += [entry] if entry else []
+    return found
+
+
+def _chain(index: Index, entry: Entry) -> list[BlockHash]:
+    """Return the blocks of an entry, last first, as far as the chain holds."""
+    tip = BlockHash(bytes.fromhex(entry.tip))
+    return [place.hash for place, _ in index.chain(tip)]
