@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import prompt_cache as caches
@@ -34,11 +34,13 @@ class Chain:
 
     Attributes:
         root: What the first block has as parent.
+        layout: How the prompt cache is built.
         origin: What computed their rows.
         blocks: The blocks; the last may be a tail.
     """
 
     root: BlockHash
+    layout: Layout
     origin: Origin
     blocks: tuple[Block, ...]
 
@@ -51,6 +53,11 @@ class Chain:
     def num_tokens(self) -> int:
         """Tokens in all blocks."""
         return self.blocks[-1].start + len(self.blocks[-1].tokens)
+
+    def without_tail(self, block_size: int) -> Chain | None:
+        """Return the full blocks only, or ``None`` where there are none."""
+        full = tuple(b for b in self.blocks if len(b.tokens) == block_size)
+        return replace(self, blocks=full) if full else None
 
     def continues(self, entry: Entry) -> bool:
         """Say whether an entry's tokens and model are those that this starts with."""
@@ -72,7 +79,6 @@ class Saver:
         index: Its index.
         codec: For full blocks; a tail is stored lossless.
         prompt_cache: mlx-lm's caches.
-        layout: How it is built.
         chain: Its blocks.
     """
 
@@ -82,7 +88,6 @@ class Saver:
         index: Index,
         codec: Codec,
         prompt_cache: Sequence[Any],
-        layout: Layout,
         chain: Chain,
     ) -> None:
         self._folder = folder
@@ -90,7 +95,7 @@ class Saver:
         self._codec = codec
         self._cache = prompt_cache
         self._chain = chain
-        self._groups = caches.group_layers(layout)
+        self._groups = caches.group_layers(chain.layout)
         self._provenance: Provenance = caches.read_provenance(prompt_cache)
 
     def write_missing(
@@ -174,12 +179,18 @@ class Saver:
 
 def make_chain(
     fingerprint: Fingerprint,
-    layout: Layout,
+    prompt_cache: Sequence[Any],
     tenant: str,
     tokens: Sequence[int],
     block_size: int,
 ) -> Chain:
-    """Return the chain of blocks that a prompt cache's tokens make."""
+    """Return the chain of blocks that a prompt cache's tokens make.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+        ValueError: It is empty, a batch, or holds other than ``tokens``.
+    """
+    layout = caches.read_layout(prompt_cache, len(tokens))
     origin = Origin(fingerprint.fields, caches.layout_to_json(layout), tenant)
     root = hash_root(fingerprint.digest, origin.layout, tenant)
-    return Chain(root, origin, tuple(split_tokens(root, tokens, block_size)))
+    return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

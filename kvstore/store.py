@@ -129,24 +129,14 @@ class Store:
             ValueError: Tokens and rows disagree, or the name is not one.
             OSError: The disk is full or fails; nothing acknowledged is lost.
         """
-        # Imported here: listing a store needs no MLX.
-        from . import prompt_cache as caches
-        from .saving import Saver, make_chain
-
         token_list = _as_tokens(tokens)
         check_name(name)
-        layout = caches.read_layout(prompt_cache, len(token_list))
-        chain = make_chain(
-            fingerprint, layout, self._tenant, token_list, self._folder.block_size
-        )
+        chain = self._make_chain(token_list, prompt_cache, fingerprint)
 
         def write() -> Entry:
             self._replaceable(name, chain, replace)
-            saver = Saver(
-                self._folder, self._index, self._codec, prompt_cache, layout, chain
-            )
             for _ in range(_TRIES):
-                saver.write_missing(self._make_room, progress or _ignore)
+                self._write_missing(chain, prompt_cache, progress)
                 entry = self._commit(name, chain, fingerprint.label, replace)
                 if entry is not None:
                     return entry
@@ -156,6 +146,34 @@ class Store:
             )
 
         return self._with_index(write)
+
+    def save_blocks(
+        self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
+    ) -> int:
+        """Write the full blocks of a prompt cache that is still growing.
+
+        For a long prefill: a crash at 90 % then loses 10 %. There is no entry yet, so
+        :meth:`plan_prune` frees them when an hour has passed without one.
+
+        Args:
+            tokens: Exactly the tokens whose rows are in the cache.
+            prompt_cache: mlx-lm's list of per-layer caches.
+            model: What computed it.
+
+        Returns:
+            How many leading tokens are stored now.
+
+        Raises:
+            UnsupportedCacheError: A layer is of a class that cannot be stored.
+            ValueError: Tokens and rows disagree.
+            OSError: The disk is full or fails.
+        """
+        chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
+        full = chain.without_tail(self._folder.block_size)
+        if full is None:
+            return 0
+        self._with_index(lambda: self._write_missing(full, prompt_cache, None))
+        return full.num_tokens
 
     def load(
         self,
@@ -439,6 +457,23 @@ class Store:
             raise ValueError("there are no tokens")
         classes = None if like is None else layout_classes(like)
         return Request(tokens, fingerprint.digest, self._tenant, exact, classes)
+
+    def _make_chain(
+        self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint
+    ) -> Chain:
+        # Imported here: listing a store needs no MLX.
+        from .saving import make_chain
+
+        size = self._folder.block_size
+        return make_chain(model, prompt_cache, self._tenant, tokens, size)
+
+    def _write_missing(
+        self, chain: Chain, prompt_cache: Sequence[Any], progress: Progress | None
+    ) -> None:
+        from .saving import Saver
+
+        saver = Saver(self._folder, self._index, self._codec, prompt_cache, chain)
+        saver.write_missing(self._make_room, progress or _ignore)
 
     def _replaceable(
         self, name: str | None, chain: Chain, replace: bool
