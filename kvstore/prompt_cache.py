@@ -169,7 +169,7 @@ class Restoring:
         self._views.clear()
         restored: PromptCache = []
         for layer, arrays in zip(self._layout, self._arrays, strict=True):
-            cache: Any = KVCache()  # type: ignore[no-untyped-call]
+            cache: Any = KVCache()
             cache.keys = _as_dtype(arrays.pop("k"), layer.keys.dtype)
             cache.values = _as_dtype(arrays.pop("v"), layer.values.dtype)
             cache.offset = num_tokens
