@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 
 from . import prompt_cache as caches
-from .codecs import Rows, get_codec
+from .codecs import get_codec, lossless_twin
 from .errors import CodecError, FormatError, IntegrityError
 from .folder import StoreFolder
 from .hashing import common_run, hash_root, split_tokens
@@ -56,6 +56,7 @@ class Hit:
         num_tokens: Tokens restored; it may end inside the last block.
         reason: Why the hit ends there.
         detail: The same as a sentence.
+        classes: The cache classes asked for, or ``None`` for those of the layout.
     """
 
     root: BlockHash
@@ -64,6 +65,7 @@ class Hit:
     num_tokens: int
     reason: Reason
     detail: str
+    classes: tuple[str, ...] | None = None
 
 
 class Loader:
@@ -89,7 +91,7 @@ class Loader:
         ]
         if not hits:
             return "nothing of this model is stored"
-        return max(hits, key=lambda hit: hit.num_tokens)
+        return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
 
     def entry_hit(self, entry: Entry) -> tuple[Hit, list[int]]:
         """Return all blocks of an entry as a hit, and its tokens.
@@ -130,7 +132,8 @@ class Loader:
             if strict:
                 raise
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
-        return restoring.finish(done, provenance), hit
+        restored = restoring.finish(done, provenance)
+        return caches.convert(restored, hit.classes), hit
 
     def _decode(
         self, stored: StoredBlock, data: memoryview, hit: Hit, out: caches.Restoring
@@ -142,16 +145,18 @@ class Loader:
             codec = get_codec(stored.codec)
             if codec.is_lossless != stored.is_lossless:
                 raise IntegrityError(f"{stored.codec} is not what the block says it is")
+            twin = lossless_twin(codec)
+            whole = block.start + len(block.tokens)
             for number, group in enumerate(caches.group_layers(hit.layout)):
-                for side in caches.SIDES:
-                    spec = group.spec(side)
-                    shape = (len(group.layers), spec.num_heads, len(block.tokens))
-                    rows = Rows(side, block.start, (*shape, spec.head_dim), spec.dtype)
-                    prefix = f"{number}.{side}."
-                    parts = codec.open(data, stored.begin, stored.tensors, rows, prefix)
+                for name, rows in caches.rows_in(group, block.start, whole):
+                    array_codec = codec if name in caches.CODABLE else twin
+                    prefix = f"{number}.{name}."
+                    parts = array_codec.open(
+                        data, stored.begin, stored.tensors, rows, prefix
+                    )
                     for i, layer in enumerate(group.layers):
-                        view = out.rows(layer, side, block.start, stop)
-                        codec.array.decode_into(parts, rows, i, view)
+                        view = out.rows(layer, name, rows.start, stop)
+                        array_codec.array.decode_into(parts, rows, i, view)
         except (IntegrityError, CodecError) as error:
             name = block.hash.hex()
             raise IntegrityError(
@@ -168,8 +173,9 @@ class Loader:
             layout = caches.layout_from_json(layout_json)
         except IntegrityError:
             return None  # of a class that only another release knows
-        classes = tuple(layer.cache_class for layer in layout)
-        if request.classes is not None and classes != request.classes:
+        wanted = request.classes
+        # Decoded codes are never exact rows.
+        if wanted and not caches.fits(layout, wanted, decoding=not request.exact):
             return None
         size = self._folder.block_size
         chain = [
@@ -178,7 +184,7 @@ class Loader:
             if len(block.tokens) == size
         ]
         held = self._held(request, chain)
-        start = Hit(root, layout, held, len(held) * size, "end", "")
+        start = Hit(root, layout, held, len(held) * size, "end", "", wanted)
         if start.num_tokens == len(request.tokens):
             return _leave_one(start, size)
         parent = chain[len(held) - 1].hash if held else root
@@ -264,6 +270,10 @@ def _leave_one(hit: Hit, block_size: int) -> Hit:
         detail="the last block is lossy and cannot be cut, and the model must be fed"
         " a token",
     )
+
+
+def _is_as_stored(hit: Hit) -> bool:
+    return not hit.classes or caches.fits(hit.layout, hit.classes, decoding=False)
 
 
 def _is_usable(place: Place, request: Request) -> bool:

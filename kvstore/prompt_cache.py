@@ -1,12 +1,13 @@
-"""Prompt caches to rows per block, and back. The only file that touches mlx-lm caches.
+"""Prompt caches to rows per block, and back.
 
-Live caches are read by their attributes and only up to ``offset``: rows past it are
-somebody's trimmed conversation.
+With `layers.py`, which knows the cache classes, the only file that touches mlx-lm's
+caches. Live caches are read by their attributes and only up to ``offset``: rows past it
+are somebody's trimmed conversation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +15,21 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from .codecs import Rows
 from .errors import IntegrityError, UnsupportedCacheError
-from .types import JSON, LayerLayout, Layout, Provenance, RowSpec, Side
+from .layers import DTYPES, capacity, kind_named, kind_of
+from .types import JSON, LayerLayout, Layout, Provenance, RowSpec
 
 Array = npt.NDArray[np.generic]
 
 PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
 
-SIDES: tuple[Side, Side] = ("k", "v")
+CODABLE = ("k", "v")
+"""The arrays that a lossy codec may code; all others are stored lossless."""
 
-_MLX_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _MLX_DTYPES.items()}
 _MAX_LAYERS = 4096
-_MAX_DIM = 65_536
-# mlx-lm's KVCache grows by so many rows at a time.
-_STEP = 256
+_MAX_SIZE = 2**20
 # The attribute that carries a restored cache's provenance; copies keep it.
 _PROVENANCE = "kvstore_provenance"
 
@@ -46,15 +46,14 @@ class Group:
     layout: LayerLayout
     layers: tuple[int, ...]
 
-    def spec(self, side: Side) -> RowSpec:
-        """Return what a token adds to one side."""
-        return side_spec(self.layout, side)
-
     @property
     def token_bytes(self) -> int:
         """Bytes that one token adds to all of these layers."""
-        specs = (self.layout.keys, self.layout.values)
-        one = sum(s.num_heads * s.head_dim * _MLX_DTYPES[s.dtype].size for s in specs)
+        one = sum(
+            spec.num_heads * spec.head_dim * DTYPES[spec.dtype].size
+            for _, spec in self.layout.rows
+            if spec.end is None
+        )
         return one * len(self.layers)
 
 
@@ -64,6 +63,16 @@ def group_layers(layout: Layout) -> list[Group]:
     for number, layer in enumerate(layout):
         members.setdefault(layer, []).append(number)
     return [Group(layer, tuple(numbers)) for layer, numbers in members.items()]
+
+
+def rows_in(group: Group, start: int, stop: int) -> Iterator[tuple[str, Rows]]:
+    """Yield the arrays that have rows for some tokens, and which rows those are."""
+    for name, spec in group.layout.rows:
+        first = max(start, spec.begin)
+        last = stop if spec.end is None else min(stop, spec.end)
+        if first < last:
+            shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
+            yield name, Rows(name, first, shape, spec.dtype)
 
 
 def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
@@ -79,44 +88,11 @@ def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
     """
     if not prompt_cache:
         raise ValueError("the prompt cache has no layers")
-    layers = [_read_layer(i, cache) for i, cache in enumerate(prompt_cache)]
-    for number, cache in enumerate(prompt_cache):
-        if cache.offset != num_tokens:
-            raise ValueError(
-                f"layer {number} holds {cache.offset} rows for {num_tokens} tokens"
-            )
-    return tuple(layers)
-
-
-def check_classes(prompt_cache: Sequence[Any]) -> None:
-    """Refuse a prompt cache that cannot be stored, before anything is in it.
-
-    Raises:
-        UnsupportedCacheError: A layer is of a class that cannot be stored.
-    """
-    for number, cache in enumerate(prompt_cache):
-        _check_class(number, cache)
-
-
-def layout_classes(prompt_cache: Sequence[Any]) -> tuple[str, ...]:
-    """Return the class of each layer's cache; it may be empty still."""
-    return tuple(type(cache).__name__ for cache in prompt_cache)
-
-
-def split(
-    prompt_cache: Sequence[Any], group: Group, side: Side, start: int, stop: int
-) -> Array:
-    """Return rows of some layers as NumPy holds them, shape ``(L, H, T, D)``.
-
-    They are evaluated here, on the caller's thread.
-    """
-    caches = [prompt_cache[number] for number in group.layers]
-    arrays = [cache.keys if side == "k" else cache.values for cache in caches]
-    rows = mx.stack([array[0, :, start:stop, :] for array in arrays])
-    if rows.dtype == mx.bfloat16:
-        rows = rows.view(mx.uint16)
-    mx.eval(rows)
-    return np.asarray(rows)
+    check_classes(prompt_cache)
+    return tuple(
+        _read_layer(number, cache, num_tokens)
+        for number, cache in enumerate(prompt_cache)
+    )
 
 
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
@@ -127,34 +103,99 @@ def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     )
 
 
+def check_classes(prompt_cache: Sequence[Any]) -> None:
+    """Refuse a prompt cache that cannot be stored, before anything is in it.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+    """
+    for number, cache in enumerate(prompt_cache):
+        kind_of(number, cache)
+
+
+def layout_classes(prompt_cache: Sequence[Any]) -> tuple[str, ...]:
+    """Return the class of each layer's cache; it may be empty still."""
+    return tuple(type(cache).__name__ for cache in prompt_cache)
+
+
+def fits(layout: Layout, classes: Sequence[str], *, decoding: bool) -> bool:
+    """Say whether caches of these classes can be had from a layout.
+
+    Args:
+        layout: How the stored cache is built.
+        classes: The class wanted of each layer.
+        decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
+    """
+    stored = [layer.cache_class for layer in layout]
+    decodable = ("TurboQuantKVCache", "KVCache")
+    return len(stored) == len(classes) and all(
+        pair[0] == pair[1] or (decoding and pair == decodable)
+        for pair in zip(stored, classes, strict=True)
+    )
+
+
+def convert(prompt_cache: PromptCache, classes: Sequence[str] | None) -> PromptCache:
+    """Decode the caches of codes whose place a ``KVCache`` is wanted in."""
+    if classes is None or tuple(classes) == layout_classes(prompt_cache):
+        return prompt_cache
+    converted: PromptCache = []
+    for cache, wanted in zip(prompt_cache, classes, strict=True):
+        if type(cache).__name__ == wanted:
+            converted.append(cache)
+            continue
+        decoded = cache.to_kv_cache()
+        mark = Provenance(coded_tokens=cache.offset, is_exact=False)
+        setattr(decoded, _PROVENANCE, mark)
+        converted.append(decoded)
+    mx.eval([cache.state for cache in converted])
+    return converted
+
+
+def split(prompt_cache: Sequence[Any], group: Group, name: str, rows: Rows) -> Array:
+    """Return rows of some layers as NumPy holds them, shape ``(L, H, T, D)``.
+
+    They are evaluated here, on the caller's thread.
+    """
+    begin = dict(group.layout.rows)[name].begin
+    first, last = rows.start - begin, rows.start - begin + rows.shape[2]
+    arrays = [
+        kind_of(number, prompt_cache[number]).arrays(prompt_cache[number])[name]
+        for number in group.layers
+    ]
+    stacked = mx.stack([array[0, :, first:last, :] for array in arrays])
+    if stacked.dtype == mx.bfloat16:
+        stacked = stacked.view(mx.uint16)
+    mx.eval(stacked)
+    return np.asarray(stacked)
+
+
 class Restoring:
     """A prompt cache being rebuilt, layer by layer, in the buffers it will own.
 
     Args:
         layout: How it is built.
         num_tokens: How many tokens' rows there will be.
-
-    Attributes:
-        capacity: Rows in each buffer: whole steps, and room for the next token.
     """
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
-        self.capacity = (num_tokens // _STEP + 1) * _STEP
+        rows = capacity(num_tokens)
         self._arrays = [
-            {side: self._allocate(side_spec(layer, side)) for side in SIDES}
+            {name: _allocate(spec, rows) for name, spec in layer.rows}
             for layer in layout
         ]
         mx.eval(self._arrays)
         # MLX shares its memory with NumPy, and nothing has read the arrays yet.
-        self._views: list[dict[Side, Array]] = [
-            {side: np.asarray(array)[0] for side, array in arrays.items()}
+        self._views: list[dict[str, Array]] = [
+            {name: np.asarray(array)[0] for name, array in arrays.items()}
             for arrays in self._arrays
         ]
 
-    def rows(self, layer: int, side: Side, start: int, stop: int) -> Array:
+    def rows(self, layer: int, name: str, start: int, stop: int) -> Array:
         """Return a writable view of rows, shape ``(H, stop - start, D)``."""
-        return self._views[layer][side][:, start:stop, :]
+        begin = dict(self._layout[layer].rows)[name].begin
+        first, last = start - begin, max(start, stop) - begin
+        return self._views[layer][name][:, first:last, :]
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Return the prompt cache with ``num_tokens`` rows.
@@ -163,29 +204,19 @@ class Restoring:
             num_tokens: Rows that have been written.
             provenance: What they went through.
         """
-        from mlx_lm.models.cache import KVCache
-
         # Without the views, a cache is the only owner and grows in place.
         self._views.clear()
         restored: PromptCache = []
         for layer, arrays in zip(self._layout, self._arrays, strict=True):
-            cache: Any = KVCache()
-            cache.keys = _as_dtype(arrays.pop("k"), layer.keys.dtype)
-            cache.values = _as_dtype(arrays.pop("v"), layer.values.dtype)
-            cache.offset = num_tokens
+            typed = {
+                name: _as_dtype(arrays.pop(name), spec.dtype)
+                for name, spec in layer.rows
+            }
+            cache = kind_named(layer.cache_class).build(layer, typed, num_tokens)
             setattr(cache, _PROVENANCE, provenance)
             restored.append(cache)
-        mx.eval([(cache.keys, cache.values) for cache in restored])
+        mx.eval([cache.state for cache in restored])
         return restored
-
-    def _allocate(self, spec: RowSpec) -> mx.array:
-        dtype = mx.uint16 if spec.dtype == "BF16" else _MLX_DTYPES[spec.dtype]
-        return mx.zeros((1, spec.num_heads, self.capacity, spec.head_dim), dtype)
-
-
-def side_spec(layer: LayerLayout, side: Side) -> RowSpec:
-    """Return what a token adds to one side of a layer."""
-    return layer.keys if side == "k" else layer.values
 
 
 def layout_to_json(layout: Layout) -> list[JSON]:
@@ -193,8 +224,11 @@ def layout_to_json(layout: Layout) -> list[JSON]:
     return [
         {
             "class": layer.cache_class,
-            "k": [layer.keys.num_heads, layer.keys.head_dim, layer.keys.dtype],
-            "v": [layer.values.num_heads, layer.values.head_dim, layer.values.dtype],
+            "params": dict(layer.params),
+            "rows": {
+                name: [s.num_heads, s.head_dim, s.dtype, s.begin, s.end]
+                for name, s in layer.rows
+            },
         }
         for layer in layout
     ]
@@ -210,57 +244,56 @@ def layout_from_json(value: Any) -> Layout:
         if not 0 < len(value) <= _MAX_LAYERS:
             raise ValueError(f"{len(value)} layers")
         return tuple(_layer_from_json(layer) for layer in value)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IntegrityError(f"a shard's layout cannot be read: {error}") from error
 
 
 def _layer_from_json(value: JSON) -> LayerLayout:
-    if value["class"] != "KVCache":
-        raise ValueError(f"class {value['class']!r}")
-    return LayerLayout(
-        "KVCache", _spec_from_json(value["k"]), _spec_from_json(value["v"])
+    kind = kind_named(value["class"])
+    # In the kind's own order, since JSON objects are sorted on disk.
+    rows = tuple(
+        (name, _spec_from_json(value["rows"][name])) for name in kind.array_names
     )
+    if len(rows) != len(value["rows"]):
+        raise ValueError(f"a {kind.name} with other arrays than it has")
+    params = tuple(sorted(value["params"].items()))
+    if not all(type(number) is int for _, number in params):
+        raise ValueError("a parameter is not an integer")
+    return LayerLayout(kind.name, params, rows)
 
 
 def _spec_from_json(value: Any) -> RowSpec:
-    heads, dim, dtype = value
-    if dtype not in _MLX_DTYPES:
+    heads, dim, dtype, begin, end = value
+    if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}")
-    if type(heads) is not int or type(dim) is not int:
+    if not all(type(n) is int for n in (heads, dim, begin, end or 0)):
         raise ValueError("a size is not an integer")
-    if not (0 < heads <= _MAX_DIM and 0 < dim <= _MAX_DIM):
-        raise ValueError(f"{heads} heads of dimension {dim}")
-    return RowSpec(heads, dim, dtype)
+    if not (0 < heads * dim <= _MAX_SIZE and heads > 0 and 0 <= begin <= _MAX_SIZE):
+        raise ValueError(f"{heads} heads of dimension {dim} from token {begin}")
+    if end is not None and not begin < end <= _MAX_SIZE:
+        raise ValueError(f"rows from token {begin} to {end}")
+    return RowSpec(heads, dim, dtype, begin, end)
 
 
-def _check_class(number: int, cache: Any) -> None:
-    from mlx_lm.models.cache import KVCache
-
-    # A subclass may keep more than keys and values, so the class itself only.
-    if type(cache) is not KVCache:
-        raise UnsupportedCacheError(
-            f"layer {number} is a {type(cache).__name__}, which cannot be stored",
-            hint="models whose layers are all KVCache can be stored",
-        )
-
-
-def _read_layer(number: int, cache: Any) -> LayerLayout:
+def _read_layer(number: int, cache: Any, num_tokens: int) -> LayerLayout:
     """Return the layout of one layer's cache."""
-    _check_class(number, cache)
-    if cache.keys is None or cache.values is None:
+    if cache.empty():
         raise ValueError(f"layer {number} is empty")
-    return LayerLayout(
-        "KVCache", _read_spec(number, cache.keys), _read_spec(number, cache.values)
-    )
+    if cache.offset != num_tokens:
+        raise ValueError(
+            f"layer {number} holds {cache.offset} rows for {num_tokens} tokens"
+        )
+    try:
+        return kind_of(number, cache).read(cache)
+    except (ValueError, UnsupportedCacheError) as error:
+        raise type(error)(f"layer {number}: {error}") from error
 
 
-def _read_spec(number: int, array: mx.array) -> RowSpec:
-    batch, heads, _, dim = array.shape
-    if batch != 1:
-        raise ValueError(f"layer {number} is a batch of {batch}; store each by itself")
-    if array.dtype not in _DTYPE_NAMES:
-        raise UnsupportedCacheError(f"layer {number} holds {array.dtype}")
-    return RowSpec(heads, dim, _DTYPE_NAMES[array.dtype])
+def _allocate(spec: RowSpec, rows: int) -> mx.array:
+    """Return a zeroed buffer; bfloat16 as its bits, which NumPy can write."""
+    dtype = mx.uint16 if spec.dtype == "BF16" else DTYPES[spec.dtype]
+    last = rows if spec.end is None else min(rows, spec.end)
+    return mx.zeros((1, spec.num_heads, last - spec.begin, spec.head_dim), dtype)
 
 
 def _as_dtype(array: mx.array, dtype: str) -> mx.array:

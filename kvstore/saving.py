@@ -9,7 +9,7 @@ from typing import Any
 
 from . import prompt_cache as caches
 from . import shards
-from .codecs import Codec, Rows, lossless_twin
+from .codecs import Codec, lossless_twin
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .hashing import hash_block_tokens, hash_root, split_tokens
@@ -96,6 +96,10 @@ class Saver:
         self._cache = prompt_cache
         self._chain = chain
         self._groups = caches.group_layers(chain.layout)
+        if not any(
+            name in caches.CODABLE for g in self._groups for name, _ in g.layout.rows
+        ):
+            self._codec = lossless_twin(codec)
         self._provenance: Provenance = caches.read_provenance(prompt_cache)
 
     def write_missing(
@@ -146,15 +150,14 @@ class Saver:
 
     def _encode(self, block: Block) -> EncodedBlock:
         codec = self._codec_of(block)
+        twin = lossless_twin(codec)
         parts: list[Part] = []
         stop = block.start + len(block.tokens)
         for number, group in enumerate(self._groups):
-            for side in caches.SIDES:
-                spec = group.spec(side)
-                x = caches.split(self._cache, group, side, block.start, stop)
-                shape = (len(group.layers), spec.num_heads, len(block.tokens))
-                rows = Rows(side, block.start, (*shape, spec.head_dim), spec.dtype)
-                parts += codec.encode(x, rows, f"{number}.{side}.")
+            for name, rows in caches.rows_in(group, block.start, stop):
+                x = caches.split(self._cache, group, name, rows)
+                array_codec = codec if name in caches.CODABLE else twin
+                parts += array_codec.encode(x, rows, f"{number}.{name}.")
         return EncodedBlock(
             block, codec.name, codec.is_lossless, self._is_exact(block), tuple(parts)
         )

@@ -15,23 +15,24 @@ Progress = Callable[[int, int], None]
 JSON = dict[str, Any]
 """A JSON object."""
 
-Side = Literal["k", "v"]
-"""Keys or values."""
-
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """One side of one layer: what a token adds to it.
+    """One array of one layer: the row that a token adds to it.
 
     Attributes:
         num_heads: ``H``, the number of KV heads.
-        head_dim: ``D``, the head dimension.
+        head_dim: ``D``, the length of one head's row.
         dtype: safetensors name of the element type, such as ``BF16``.
+        begin: Position of the first token that has a row.
+        end: Position behind the last one that has, or ``None``.
     """
 
     num_heads: int
     head_dim: int
     dtype: str
+    begin: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,15 @@ class LayerLayout:
     """How one layer of a prompt cache is built.
 
     Attributes:
-        cache_class: Name of the mlx-lm cache class.
-        keys: What a token adds to the keys.
-        values: What a token adds to the values.
+        cache_class: Name of the cache class.
+        params: What it was made with, such as bits and group size, by name.
+        rows: Its arrays by name; ``k`` and ``v`` are keys and values as they are, and
+            only these may be coded.
     """
 
     cache_class: str
-    keys: RowSpec
-    values: RowSpec
+    params: tuple[tuple[str, int], ...]
+    rows: tuple[tuple[str, RowSpec], ...]
 
 
 Layout = tuple[LayerLayout, ...]

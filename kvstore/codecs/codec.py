@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import IntegrityError
-from ..types import Part, Side, TensorSpec
+from ..types import Part, TensorSpec
 
 Array = npt.NDArray[np.generic]
 
@@ -24,22 +24,23 @@ NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "F16": np.float16,
     "BF16": np.uint16,
     "U8": np.uint8,
+    "U32": np.uint32,
 }
 """How each stored dtype is held in NumPy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of one side of one block are.
+    """What the rows of one array of one block are.
 
     Attributes:
-        side: Keys or values.
+        side: Name of the array: ``k`` and ``v`` are keys and values.
         start: Position in the sequence of the first token.
         shape: ``(L, H, T, D)``: layers, KV heads, tokens, head dimension.
-        dtype: safetensors name of the element type: F32, F16 or BF16.
+        dtype: safetensors name of the element type.
     """
 
-    side: Side
+    side: str
     start: int
     shape: tuple[int, int, int, int]
     dtype: str

@@ -60,6 +60,8 @@ class Turbo:
     def parts(self, rows: Rows) -> PartSpecs:
         """Return codes, norms, mean and sinks as far as these rows have them."""
         layers, heads, tokens, dim = rows.shape
+        if rows.dtype not in ("F32", "F16", "BF16"):
+            raise CodecError(f"turbo codes are of floats, not of {rows.dtype}")
         if dim % 8:
             raise CodecError(
                 f"turbo codes need a head dimension divisible by 8, not {dim}",

@@ -1,0 +1,80 @@
+"""Fixtures of the store's tests."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvstore.folder import create_folder
+
+HERE = Path(__file__).parent
+
+
+def load_beside(name):
+    """Import a module that lies beside this file, once."""
+    full = f"kvstore_tests_{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+@pytest.fixture(scope="session")
+def caches():
+    """The module `caches.py`: makers of tiny prompt caches."""
+    return load_beside("caches")
+
+
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory):
+    """A store of small blocks, to be copied: making one syncs hundreds of folders."""
+    return create_folder(tmp_path_factory.mktemp("empty") / "store", 16).path
+
+
+@pytest.fixture
+def store_path(tmp_path, _empty_store):
+    """A store of small blocks."""
+    return shutil.copytree(_empty_store, tmp_path / "store")
+
+
+@pytest.fixture
+def run_python():
+    """A function that runs a program in a process of its own and returns its output.
+
+    The program may `import caches`.
+    """
+
+    def run(program, *arguments, check=True, **options):
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            check=check,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getcwd()}"},
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def flip_bit():
+    """A function that flips one bit of a file, or of bytes."""
+
+    def flip(target, bit):
+        data = bytearray(target if isinstance(target, bytes) else target.read_bytes())
+        data[bit // 8] ^= 1 << (bit % 8)
+        if not isinstance(target, bytes):
+            mode = target.stat().st_mode
+            target.chmod(0o600)
+            target.write_bytes(data)
+            target.chmod(mode)
+        return bytes(data)
+
+    return flip

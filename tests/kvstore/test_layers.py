@@ -1,0 +1,163 @@
+"""Every class of append-only cache is stored as what it keeps, and rebuilt from it."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+import kvstore
+from turboquant.kv_cache import TurboQuantKVCache
+
+LAYERS = 2
+MAKERS = {
+    "KVCache": KVCache,
+    "ConcatenateKVCache": ConcatenateKVCache,
+    "QuantizedKVCache 4": lambda: QuantizedKVCache(group_size=64, bits=4),
+    "QuantizedKVCache 8": lambda: QuantizedKVCache(group_size=32, bits=8),
+    "TurboQuantKVCache 4": lambda: TurboQuantKVCache(4),
+    "TurboQuantKVCache 5v3": lambda: TurboQuantKVCache(5, 3),
+}
+kinds = pytest.mark.parametrize("kind", MAKERS)
+
+
+def filled(kind, rows):
+    """Return a prompt cache of one class over some rows."""
+    prompt_cache = [MAKERS[kind]() for _ in range(LAYERS)]
+    return extended(prompt_cache, rows)
+
+
+def extended(prompt_cache, rows):
+    """Append rows to every layer."""
+    for layer, cache in enumerate(prompt_cache):
+        cache.update_and_fetch(rows[layer, 0], rows[layer, 1])
+    return prompt_cache
+
+
+def fetched(prompt_cache):
+    """Return the bits of all that the layers give to attention."""
+
+    def bits(value):
+        if isinstance(value, mx.array):
+            return bytes(memoryview(mx.contiguous(value).view(mx.uint8)))
+        return [bits(item) for item in value]
+
+    return [bits(cache.keys_and_values()) for cache in prompt_cache]
+
+
+@kinds
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 16, 17, 40, 300])
+def test_what_is_restored_goes_on_as_if_never_stored(
+    store_path, caches, kind, num_tokens
+):
+    """A restored cache holds the same bits, and takes more rows to the same bits."""
+    rows = caches.random_rows(num_tokens, 1)
+    more = caches.random_rows(30, 2)
+    tokens = list(range(num_tokens))
+    with kvstore.Store(store_path, codec="turbo4+zstd") as store:
+        cache = filled(kind, rows)
+        if kind == "KVCache":
+            return  # it is coded here; the lossless codecs are tested elsewhere
+        if kind == "ConcatenateKVCache":
+            store = kvstore.Store(store_path, codec="planes+zstd")
+        store.save(tokens, cache, caches.MODEL, name="x")
+        restored, held = store.load_entry("x", caches.MODEL)
+    assert held == tokens
+    assert [type(c) for c in restored] == [type(c) for c in cache]
+    assert fetched(restored) == fetched(cache)
+    assert fetched(extended(restored, more)) == fetched(extended(cache, more))
+
+
+@kinds
+def test_a_second_turn_writes_its_rows_and_one_block_at_most(store_path, caches, kind):
+    """Growing a restored cache adds a shard of the new rows."""
+    rows = caches.random_rows(40, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        first = store.save(list(range(40)), filled(kind, rows), caches.MODEL, name="x")
+        cache, _ = store.load_entry("x", caches.MODEL)
+        before = fetched(cache)
+        extended(cache, caches.random_rows(10, 2))
+        store.save(list(range(50)), cache, caches.MODEL, name="x")
+        assert len(store.chain("x")) == 4
+        per_token = first.nbytes / 40
+        written = store.stats().counters["written_bytes"] - first.nbytes
+        assert written < 26 * per_token + 10_000
+        again, _ = store.load(list(range(41)), caches.MODEL)
+        assert fetched(again) == before
+
+
+@kinds
+def test_a_hit_may_end_anywhere_in_lossless_blocks(store_path, caches, kind):
+    """A prompt that diverges inside a block restores the rows before, to the bit."""
+    rows = caches.random_rows(40, 1)
+    for cut in (1, 2, 3, 4, 5, 15, 16, 17, 33):
+        with kvstore.Store(store_path, codec="raw") as store:
+            store.save(list(range(40)), filled(kind, rows), caches.MODEL, name="x")
+            restored, rest = store.load([*range(cut), -7], caches.MODEL)
+        assert rest == [-7]
+        assert fetched(restored) == fetched(filled(kind, rows[..., :cut, :]))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "Quant" in kind])
+def test_live_codes_are_exact_under_their_own_layout(store_path, caches, kind):
+    """A quantized live cache loses nothing in the store, so it is served as exact."""
+    cache = filled(kind, caches.random_rows(40, 1))
+    with kvstore.Store(store_path, codec="turbo2+zstd") as store:
+        store.save(list(range(40)), cache, caches.MODEL, name="x")
+        assert all(row.is_exact for _, row in store.chain("x"))
+        restored, _ = store.load([*range(40), -1], caches.MODEL, exact=True)
+    assert fetched(restored) == fetched(cache)
+
+
+def test_codes_are_restored_as_rows_where_those_are_asked_for(store_path, caches):
+    """`like` a KVCache, stored codes come back decoded, and are not exact."""
+    cache = filled("TurboQuantKVCache 4", caches.random_rows(40, 1))
+    like = [KVCache() for _ in range(LAYERS)]
+    prompt = [*range(40), -1]
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(list(range(40)), cache, caches.MODEL, name="codes")
+        restored, rest = store.load(prompt, caches.MODEL, like=like)
+        assert (rest, [type(c) for c in restored]) == ([-1], [KVCache] * LAYERS)
+        assert fetched(restored) == fetched(cache)
+        store.save(list(range(40)), restored, caches.MODEL, name="rows")
+        assert not any(row.is_exact for _, row in store.chain("rows"))
+        assert store.load(prompt, caches.MODEL, like=like, exact=True)[0] is None
+        as_codes = [TurboQuantKVCache(4) for _ in range(LAYERS)]
+        restored, _ = store.load(prompt, caches.MODEL, like=as_codes)
+        assert type(restored[0]) is TurboQuantKVCache
+
+
+def test_early_and_late_layers_may_differ(store_path, caches):
+    """A prompt cache of several classes is stored layer by layer."""
+    rows = caches.random_rows(40, 1, layers=4)
+    cache = [MAKERS[kind]() for kind in ("KVCache", "QuantizedKVCache 4") * 2]
+    extended(cache, rows)
+    with kvstore.Store(store_path, codec="planes+zstd") as store:
+        store.save(list(range(40)), cache, caches.MODEL, name="x")
+        restored, _ = store.load_entry("x", caches.MODEL)
+    assert fetched(restored) == fetched(cache)
+
+
+class Subclass(KVCache):
+    """Keeps more than its base, for all that the store knows."""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [RotatingKVCache(8), ArraysCache(2), CacheList(KVCache(), KVCache()), Subclass()],
+    ids=lambda cache: type(cache).__name__,
+)
+def test_other_classes_are_refused_by_name(store_path, caches, other):
+    """A class that cannot be stored is named with its layer, and nothing is written."""
+    cache = [*caches.make_cache(20), other]
+    with kvstore.Store(store_path, codec="raw") as store:
+        with pytest.raises(kvstore.UnsupportedCacheError) as caught:
+            store.save(list(range(20)), cache, caches.MODEL, name="x")
+        assert f"layer 2 is a {type(other).__name__}" in str(caught.value)
+        assert store.entries() == []
+    assert list(store_path.glob("shards/*/*")) == []
