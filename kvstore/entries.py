@@ -21,6 +21,7 @@ from .types import JSON, Entry
 
 FORMAT = 1
 MAX_BYTES = 65_536
+_ID = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _STAMPED = {"created_at", "updated_at"}
 
@@ -62,7 +63,8 @@ def read_entry(folder: Path, entry: str) -> Entry | None:
 
 def list_ids(folder: Path) -> list[str]:
     """Return the ids of all entries, sorted."""
-    return sorted(path.stem for path in folder.glob("*.json"))
+    stems = (path.stem for path in folder.glob("*.json"))
+    return sorted(stem for stem in stems if _ID.fullmatch(stem))
 
 
 def remove_entry(folder: Path, entry: str) -> None:
@@ -86,11 +88,14 @@ def _parse(path: Path, data: bytes) -> Entry:
     """Return the entry that ``data`` spells, having checked its digest."""
     try:
         body = json.loads(data)
-        digest = body.pop("digest")
-        form = body.pop("format")
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        digest, form = body.pop("digest"), body.pop("format")
+        rest = {"format": form, **body}
+        # To the byte as it was written: JSON can be spelled in several ways.
+        is_whole = data == canonical_json({"digest": digest, **rest})
+        is_right = digest == _digest(rest)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise _damaged(path, "not an entry") from error
-    if digest != _digest({"format": form, **body}):
+    if not (is_whole and is_right) or type(form) is not int:
         raise _damaged(path, "digest mismatch")
     if form != FORMAT:
         raise FormatError(
@@ -118,11 +123,13 @@ def _fits(name: str, value: Any) -> bool:
     if name == "pinned":
         return isinstance(value, bool)
     if name in _STAMPED:
-        return isinstance(value, float | int)
+        return type(value) in (float, int)
     if name in ("num_tokens", "nbytes"):
-        return isinstance(value, int) and value >= 0
+        return type(value) is int and value > 0
     if name == "made_with":
-        return isinstance(value, dict)
+        return isinstance(value, dict) and all(
+            isinstance(text, str) for text in value.values()
+        )
     if name in ("tip", "root"):
         return isinstance(value, str) and _HASH.fullmatch(value) is not None
     return isinstance(value, str)

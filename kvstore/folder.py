@@ -109,6 +109,7 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     if path.exists() and not path.is_dir():
         raise _not_a_store(path)
     files.make_private_dir(path)
+    _refuse_foreign(path)
     with files.locked(path / "lock", exclusive=True):
         # Another process may have made it while this one waited.
         if not (path / CONFIG).exists():
@@ -134,11 +135,17 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     return replace(folder, chosen_bytes=max_bytes)
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a folder that holds what no store that is being made would."""
+    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG", CONFIG}
+    foreign = {child.name for child in path.iterdir()} - ours
+    # Another process may have made it a store meanwhile, and used it.
+    if foreign and not (path / CONFIG).exists():
+        raise _not_a_store(path)
+
+
 def _fill(path: Path, block_size: int) -> None:
     """Make everything a store has; the configuration last, since it makes it one."""
-    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG"}
-    if any(child.name not in ours for child in path.iterdir()):
-        raise _not_a_store(path)
     for name in _FOLDERS:
         files.make_private_dir(path / name)
     # All at once: a folder made during a save would need a sync of its own.
@@ -157,16 +164,19 @@ def _fill(path: Path, block_size: int) -> None:
 def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
     try:
         values = json.loads(data)
-        form, store_id = values["format"], values["id"]
-        block_size = values["block_size"]
+        form = values["format"]
+        # First of all, since the rest may be other in another format.
+        if type(form) is int and form != FORMAT:
+            raise FormatError(
+                f"store has format {form}, this release reads {FORMAT}: {path}",
+                hint="upgrade mlx-kvstore",
+            )
+        store_id, block_size = values["id"], values["block_size"]
         max_bytes = values.get("max_bytes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(config) from error
-    if form != FORMAT:
-        raise FormatError(
-            f"store has format {form}, this release reads {FORMAT}: {path}",
-            hint="upgrade mlx-kvstore",
-        )
+    if type(form) is not int:
+        raise _damaged(config)
     if not isinstance(store_id, str) or type(block_size) is not int or block_size < 8:
         raise _damaged(config)
     if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):

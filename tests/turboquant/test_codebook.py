@@ -9,10 +9,12 @@ ALL_BITS = range(1, 9)
 
 
 def density(x: np.ndarray) -> np.ndarray:
+    """Return the density of N(0, 1)."""
     return np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
 def tail(x: np.ndarray) -> np.ndarray:
+    """Return the mass of N(0, 1) above each number."""
     return np.array([math.erfc(value / math.sqrt(2)) / 2 for value in x])
 
 

@@ -19,6 +19,7 @@ DIMS = [8, 64, 80, 96, 128, 192, 256, 576]
 
 
 def random_indices(bits: int, dim: int) -> np.ndarray:
+    """Return indices of 10 vectors, the same for the same dim."""
     return np.random.default_rng(dim).integers(0, 2**bits, (2, 5, dim), np.uint8)
 
 
@@ -64,7 +65,7 @@ def test_packed_bytes_are_frozen(bits: int, codes: str) -> None:
 
 
 def test_nibbles_hold_coordinates_half_a_vector_apart() -> None:
-    """Byte j of 4 bits holds coordinate j in its low nibble, j + D/2 in its high one."""
+    """Byte j of 4 bits holds coordinate j, and in its high nibble j + D/2."""
     indices = mx.array(np.arange(16, dtype=np.uint8))
 
     codes = np.array(pack_codes(indices, 4))

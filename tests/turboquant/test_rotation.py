@@ -16,6 +16,7 @@ DIMS = [8, 24, 64, 80, 96, 128, 192, 256, 576]
 
 
 def normal_vectors(dim: int, num: int = 40) -> np.ndarray:
+    """Return N(0, 1) numbers, the same for the same dim."""
     return np.random.default_rng(dim).standard_normal((num, dim)).astype(np.float32)
 
 

@@ -82,7 +82,8 @@ def encode(x: NDArray[Any], bits: int, rotation: Rotation) -> tuple[Bytes, Float
             indices, norm = _quantize_columns(columns, bits, rotation)
             codes[piece] = _pack_columns(indices, bits).T
             np.minimum(norm / scale, _FLOAT32_MAX, out=norms[piece])
-    return codes.reshape(*x.shape[:-1], -1), norms.reshape(x.shape[:-1])
+    shape = x.shape[:-1]
+    return codes.reshape(*shape, codes.shape[1]), norms.reshape(shape)
 
 
 def decode_into(

@@ -1,0 +1,43 @@
+"""The command ``kvstore``: one file per few verbs, each with a Python method behind it.
+
+Nothing here imports mlx-lm before a verb that runs a model is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .entry_verbs import inspect_entry, list_entries, load, remove
+from .failures import run
+from .model_verbs import demo, generate, lookup, save
+from .root import cli
+from .store_verbs import completion, show_dir, verify
+
+for _verb in (
+    save,
+    load,
+    generate,
+    lookup,
+    list_entries,
+    inspect_entry,
+    remove,
+    verify,
+    demo,
+    show_dir,
+    completion,
+):
+    cli.add_command(_verb)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code.
+
+    Args:
+        args: Its arguments; those of the process by default.
+    """
+    sys.exit(run(cli, args))
+
+
+__all__ = ["cli", "main"]

@@ -1,0 +1,123 @@
+"""Every error as two lines, ``error:`` and ``hint:``, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+
+from ..errors import KVStoreError
+from ..output import print_failure
+from .root import log, start_logging
+
+INTERRUPTED = 130
+USAGE = 2
+
+_HINTS = {
+    errno.ENOSPC: "free some space and try again; what was saved before is whole",
+    errno.EDQUOT: "free some space and try again; what was saved before is whole",
+    errno.EACCES: "check owner and mode of the folder, or choose another",
+    errno.EPERM: "check owner and mode of the folder, or choose another",
+    errno.EROFS: "choose a folder that can be written, with `--store DIR`",
+    errno.EIO: "the disk fails: look at the system's log before you write to it again",
+    errno.EMFILE: "raise the limit of open files, with `ulimit -n`",
+    errno.ENOENT: "check the path",
+}
+_TRACE_HINT = "`-vv` shows where it happened"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a person is told of an error.
+
+    Attributes:
+        message: What is wrong, with the values.
+        hint: What to do about it.
+        exit_code: What the process exits with.
+    """
+
+    message: str
+    hint: str
+    exit_code: int = 1
+
+
+def run(command: click.Command, args: Sequence[str] | None) -> int:
+    """Run a command and return its exit code; errors are told on stderr."""
+    start_logging()
+    try:
+        # Verbs return nothing; click returns the code of `context.exit(code)`.
+        code = command.main(args, prog_name="kvstore", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    except (click.Abort, KeyboardInterrupt):
+        hint = "the same command goes on from what is kept"
+        print_failure("interrupted", hint)
+        return INTERRUPTED
+    except Exception as error:
+        failure = explain(error)
+        log.debug("where it happened:", exc_info=error)
+        print_failure(failure.message, failure.hint)
+        return failure.exit_code
+    return code or 0
+
+
+def explain(error: Exception) -> Failure:
+    """Return what to tell a person of an error."""
+    match error:
+        case KVStoreError():
+            return Failure(str(error), error.hint or _TRACE_HINT, error.exit_code)
+        case click.UsageError():
+            return _explain_usage(error)
+        case click.ClickException():
+            return Failure(_own_style(error.format_message()), _TRACE_HINT)
+        case OSError():
+            return _explain_os(error)
+        case ValueError():
+            return Failure(str(error), _TRACE_HINT)
+        case MemoryError():
+            return Failure("out of memory", "close other programs, or save less")
+    return Failure(
+        f"internal error: {type(error).__name__}: {error}",
+        "run it again with `-vv` and report what it prints",
+    )
+
+
+def _explain_usage(error: click.UsageError) -> Failure:
+    path = error.ctx.command_path if error.ctx else "kvstore"
+    guesses = getattr(error, "possibilities", None) or ()
+    hint = getattr(error, "hint", f"`{path} -h` shows how it is used")
+    # With its guesses, click's message has two sentences.
+    message = error.message if guesses else error.format_message()
+    if guesses:
+        hint = "did you mean " + " or ".join(f"`{guess}`" for guess in guesses) + "?"
+    return Failure(_own_style(message), hint, USAGE)
+
+
+def _explain_os(error: OSError) -> Failure:
+    hint = _HINTS.get(error.errno or 0, _TRACE_HINT)
+    if error.strerror is None:
+        return Failure(str(error), hint)
+    where = f": {os.fspath(error.filename)!s}" if error.filename is not None else ""
+    return Failure(f"{_lower_first(error.strerror)}{where}", hint)
+
+
+def _own_style(message: str) -> str:
+    """Return a message of click's in our style."""
+    return _lower_first(re.sub(r"'([^']*)'", r"`\1`", message.rstrip(".")))
+
+
+def _lower_first(text: str) -> str:
+    """Return a sentence with a small letter first, but leave `I/O` alone."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _drop_stdout() -> None:
+    """Let Python's flush at exit go nowhere: nobody reads stdout any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,236 @@
+"""Options that several verbs share, spelled as mlx-lm spells them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+from click.shell_completion import CompletionItem
+
+from ..types import JSON
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model.
+
+    Attributes:
+        model: A folder or a Hugging Face repository.
+        adapter_path: Folder of an adapter, or ``None``.
+        trust_remote_code: Let it bring code of its own.
+    """
+
+    model: str
+    adapter_path: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """What to say to it.
+
+    Attributes:
+        prompt: The text, or ``-`` for stdin.
+        system_prompt: What the system says before.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take the prompt as plain text.
+    """
+
+    prompt: str
+    system_prompt: str | None
+    chat_template_config: JSON | None
+    ignore_chat_template: bool
+
+    def read(self) -> str:
+        """Return the text.
+
+        Raises:
+            click.UsageError: There is none.
+        """
+        text = sys.stdin.read() if self.prompt == "-" else self.prompt
+        if not text:
+            raise click.UsageError("the prompt is empty")
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the next token is drawn.
+
+    Attributes:
+        temp: Temperature; 0 takes the likeliest.
+        top_p: Draw from the likeliest that together have this probability.
+        top_k: Draw from so many; 0 from all.
+        seed: Of the random numbers, or ``None``.
+    """
+
+    temp: float
+    top_p: float
+    top_k: int
+    seed: int | None
+
+    def make_sampler(self) -> Callable[[Any], Any]:
+        """Return mlx-lm's sampler, with the seed set."""
+        import mlx.core as mx
+        from mlx_lm.sample_utils import make_sampler
+
+        if self.seed is not None:
+            mx.random.seed(self.seed)
+        return cast(
+            "Callable[[Any], Any]",
+            make_sampler(self.temp, self.top_p, top_k=self.top_k),
+        )
+
+
+class JSONObject(click.ParamType[JSON]):
+    """A JSON object on the command line."""
+
+    name = "json"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> JSON:
+        """Return the object."""
+        try:
+            found = json.loads(value)
+        except ValueError as error:
+            self.fail(f"not valid JSON: {error}", param, ctx)
+        if not isinstance(found, dict):
+            self.fail("not a JSON object", param, ctx)
+        return found
+
+
+class Percentage(click.ParamType[float]):
+    """A part, such as ``10%``."""
+
+    name = "percentage"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the part as a number from 0 to 1."""
+        if isinstance(value, float):
+            return value
+        try:
+            part = float(value.removesuffix("%")) / 100
+        except ValueError:
+            part = -1
+        if not (value.endswith("%") and 0 <= part <= 1):
+            self.fail(f"`{value}` is not a percentage such as 10%", param, ctx)
+        return part
+
+
+def model_options(command: F) -> F:
+    """Add the options that choose a model; they come as one ``ModelOptions``."""
+    for option in (
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Let the model and its tokenizer bring code of their own.",
+        ),
+        click.option(
+            "--adapter-path", metavar="DIR", help="Folder of an adapter's weights."
+        ),
+        click.option(
+            "--model",
+            metavar="MODEL",
+            required=True,
+            help="Folder of the model, or its Hugging Face repository.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def prompt_options(command: F) -> F:
+    """Add the options that make a prompt; they come as one ``PromptOptions``."""
+    for option in (
+        click.option(
+            "--ignore-chat-template",
+            is_flag=True,
+            help="Take the prompt as plain text.",
+        ),
+        click.option(
+            "--chat-template-config",
+            metavar="JSON",
+            type=JSONObject(),
+            help="More variables for the chat template, such as '{\"key\": true}'.",
+        ),
+        click.option(
+            "--system-prompt", metavar="TEXT", help="What the system says first."
+        ),
+        click.option(
+            "--prompt",
+            metavar="TEXT",
+            required=True,
+            help="The prompt; `-` reads it from stdin.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
+    """Hand the options that are fields of ``kind`` over as one argument ``name``."""
+
+    def wrap(command: F) -> F:
+        @functools.wraps(command)
+        def call(*args: Any, **options: Any) -> Any:
+            fields = {field: options.pop(field) for field in kind.__slots__}
+            return command(*args, **{name: kind(**fields)}, **options)
+
+        return call  # type: ignore[return-value]
+
+    return wrap
+
+
+def complete_entries(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return the names of entries that start so, for the shell's completion."""
+    from ..errors import KVStoreError
+    from .root import open_store
+
+    try:
+        names = [entry.name or entry.id for entry in open_store(context).entries()]
+    except (KVStoreError, OSError):
+        return []  # a shell that completes is no place for errors
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+prefill_step_size = click.option(
+    "--prefill-step-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Prompt tokens to compute at a time; fewer take less memory.",
+)
+codec = click.option(
+    "--codec",
+    metavar="CODEC",
+    help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
+    " with +zstd or not.  [default: turbo4+zstd]",
+)
+name = click.option("--name", metavar="NAME", help="A name for the entry.")
+replace = click.option(
+    "--replace",
+    is_flag=True,
+    help="Take the name from an entry that this one does not continue.",
+)
+output_file = click.option(
+    "-o",
+    "--output",
+    "path",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write; it ends in .safetensors.",
+)

@@ -1,0 +1,147 @@
+"""The command without a verb: what holds for all verbs, before or after them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from .. import __version__
+from ..output import Mode, Output
+
+if TYPE_CHECKING:
+    from ..store import Store
+
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+log = logging.getLogger("kvstore")
+
+
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Note a general option where every verb finds it."""
+    if value:
+        # Shared by the command and its verb; what comes later wins.
+        context.meta[f"kvstore.{option.name}"] = value
+    if option.name == "verbose" and value:
+        log.setLevel(_LEVELS[min(value, 2)])
+
+
+def _general_options(*, hidden: bool) -> list[click.Option]:
+    """Return new options that hold for all verbs."""
+    common: dict[str, Any] = {
+        "callback": _keep,
+        "expose_value": False,
+        "hidden": hidden,
+    }
+    return [
+        click.Option(
+            ["--store"],
+            type=click.Path(file_okay=True, path_type=Path),
+            metavar="DIR",
+            help="The store's folder.  [default: $KVSTORE_DIR, else"
+            " $XDG_CACHE_HOME/kvstore, else ~/.cache/kvstore]",
+            **common,
+        ),
+        click.Option(
+            ["--json"],
+            is_flag=True,
+            help="Print one JSON document on stdout.",
+            **common,
+        ),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Print ids only.", **common),
+        click.Option(
+            ["-v", "--verbose"],
+            count=True,
+            help="Say more on stderr; -vv adds the traceback of an error.",
+            **common,
+        ),
+    ]
+
+
+class Verb(click.Command):
+    """A verb; takes the general options too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += _general_options(hidden=True)
+
+
+class Root(click.Group):
+    """The command; lists its verbs in the order of their use."""
+
+    command_class = Verb
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the verbs as they were added."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=Root,
+    params=cast("list[click.Parameter]", _general_options(hidden=False)),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+    options_metavar="[OPTIONS]",
+    subcommand_metavar="VERB [ARGS]...",
+)
+@click.version_option(__version__, prog_name="kvstore", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Keep prompt caches of mlx-lm on disk, and go on from them without prefill.
+
+    The options here may stand before the verb or after it. Exit codes: 0 done, 1 failed
+    or not found or damage found, 2 wrong usage, 10 no store, 11 store locked, 130
+    interrupted.
+    """
+
+
+def output_of(context: click.Context) -> Output:
+    """Return where a verb puts what it has to say.
+
+    Raises:
+        click.UsageError: Two modes were asked for.
+    """
+    modes: dict[str, Mode] = {"json": "json", "quiet": "quiet"}
+    asked = [mode for name, mode in modes.items() if f"kvstore.{name}" in context.meta]
+    if len(asked) > 1:
+        raise click.UsageError("`--json` and `-q` exclude each other", context)
+    return Output(*asked)
+
+
+def store_path(context: click.Context) -> Path | None:
+    """Return the folder given by ``--store``, or ``None``."""
+    return cast("Path | None", context.meta.get("kvstore.store"))
+
+
+def open_store(
+    context: click.Context, *, create: bool = False, codec: str | None = None
+) -> Store:
+    """Open the store, which ends with the verb.
+
+    Args:
+        context: Of the verb.
+        create: Make it where there is none.
+        codec: What full blocks are saved with.
+
+    Raises:
+        StoreNotFoundError: There is none.
+    """
+    from ..store import Store
+
+    path = store_path(context)
+    if codec is None:
+        store = Store(path, create=create)
+    else:
+        store = Store(path, codec, create=create)
+    log.info("store: %s", store.path)
+    return context.with_resource(store)
+
+
+def start_logging() -> None:
+    """Send what ``-v`` asks for to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(_LEVELS[0])
+    log.propagate = False

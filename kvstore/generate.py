@@ -1,0 +1,336 @@
+"""mlx-lm's generation with a store: restore, go on, save the tokens that have rows.
+
+A prompt cache holds rows for a while before its owner knows: Ctrl-C may come between
+two layers, or between keys and values. So what is saved are the tokens up to which
+mlx-lm has said that it is done, whatever the cache's own offset says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import GenerationResponse, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from . import prompt_cache as caches
+from .catalog import check_name
+from .errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    FingerprintError,
+    IntegrityError,
+)
+from .fingerprint import Fingerprint
+from .store import Store
+from .types import Entry, Progress
+
+PREFILL_STEP_SIZE = 2048
+"""mlx-lm's own default."""
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | mx.array | Sequence[int],
+    *,
+    store: Store,
+    fingerprint: Fingerprint,
+    name: str | None = None,
+    replace: bool = False,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Progress | None = None,
+    load_progress: Progress | None = None,
+    save_progress: Progress | None = None,
+    on_saved: Callable[[Entry], None] | None = None,
+) -> Generator[GenerationResponse, None, None]:
+    """Generate text as mlx-lm does, from what a store holds of the prompt.
+
+    Prompt and reply are saved at the end, when the generator is closed, and on Ctrl-C.
+    Where that comes before the whole prompt is computed, what is done is saved without
+    the name.
+
+    Args:
+        model: The model, from ``mlx_lm.load``.
+        tokenizer: Its tokenizer.
+        prompt: Text or tokens; the whole conversation, not only what is new.
+        store: Where it is restored from and saved to.
+        fingerprint: The model's.
+        name: A name for the entry. It moves from an entry that this continues.
+        replace: Take the name from an entry that this does not continue.
+        max_tokens: Tokens to generate at most; -1 for no limit.
+        sampler: mlx-lm's ``sampler``.
+        logits_processors: mlx-lm's; they see the tokens not restored only.
+        prefill_step_size: Prompt tokens computed at a time.
+        prompt_progress_callback: Called with (tokens computed, tokens to compute).
+        load_progress: Called with (tokens restored, tokens held).
+        save_progress: Called with (tokens saved, tokens in all).
+        on_saved: Called with the entry.
+
+    Yields:
+        mlx-lm's responses; ``prompt_tokens`` counts those that were computed.
+
+    Raises:
+        EntryExistsError: The name is taken.
+        UnsupportedCacheError: The model's prompt cache cannot be stored.
+    """
+    run = _Run(
+        model, _encode(tokenizer, prompt), store, fingerprint, name, replace,
+        load_progress,
+    )  # fmt: skip
+    responses = mlx_lm.stream_generate(
+        model,
+        tokenizer,
+        run.rest,
+        max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=run.prompt_cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=run.watch(prompt_progress_callback),
+    )
+    try:
+        # Closed before anything is saved: it holds MLX's stream.
+        with closing(responses):
+            for response in responses:
+                run.add(int(response.token))
+                yield response
+    except (KeyboardInterrupt, GeneratorExit):
+        run.save(save_progress, on_saved)
+        raise
+    run.save(save_progress, on_saved)
+
+
+def save_prompt(
+    model: Any,
+    tokens: Sequence[int],
+    *,
+    store: Store,
+    fingerprint: Fingerprint,
+    name: str | None = None,
+    replace: bool = False,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Progress | None = None,
+    load_progress: Progress | None = None,
+    save_progress: Progress | None = None,
+) -> tuple[Entry, int]:
+    """Compute what a store lacks of a prompt, and save it.
+
+    On Ctrl-C what is computed is saved, without the name.
+
+    Args:
+        model: The model, from ``mlx_lm.load``.
+        tokens: The prompt.
+        store: Where it is saved.
+        fingerprint: The model's.
+        name: A name for the entry. It moves from an entry that this continues.
+        replace: Take the name from an entry that this does not continue.
+        prefill_step_size: Tokens computed at a time.
+        prompt_progress_callback: Called with (tokens computed, tokens to compute).
+        load_progress: Called with (tokens restored, tokens held).
+        save_progress: Called with (tokens saved, tokens in all).
+
+    Returns:
+        The entry, and how many tokens were restored instead of computed.
+
+    Raises:
+        EntryExistsError: The name is taken.
+        UnsupportedCacheError: The model's prompt cache cannot be stored.
+    """
+    run = _Run(model, tokens, store, fingerprint, name, replace, load_progress)
+    try:
+        prefill(
+            model,
+            run.rest,
+            run.prompt_cache,
+            prefill_step_size=prefill_step_size,
+            progress=run.watch(prompt_progress_callback),
+        )
+    except KeyboardInterrupt:
+        run.save(save_progress)
+        raise
+    entry = run.save(save_progress)
+    assert entry is not None  # all rows are there
+    return entry, run.num_restored
+
+
+def prefill(
+    model: Any,
+    tokens: Sequence[int],
+    prompt_cache: list[Any] | None = None,
+    *,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Compute the rows of all tokens, with mlx-lm's own boundaries.
+
+    All but the last go in steps, the last alone: so it has the same bits that
+    ``generate_step`` gives it, fed to a cache that holds the others.
+
+    Args:
+        model: The model.
+        tokens: What to feed; not what ``prompt_cache`` already holds.
+        prompt_cache: Goes on from here; a new one by default.
+        prefill_step_size: Tokens computed at a time.
+        progress: Called with (tokens computed, tokens to compute).
+
+    Returns:
+        The prompt cache.
+    """
+    if prompt_cache is None:
+        prompt_cache = make_prompt_cache(model)
+    for _ in generate_step(
+        mx.array(list(tokens)),
+        model,
+        max_tokens=0,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=progress,
+    ):
+        pass
+    return prompt_cache
+
+
+def entry_tokens(
+    store: Store, name: str, fingerprint: Fingerprint | None = None
+) -> list[int] | None:
+    """Return the tokens of the entry with this name, or ``None``.
+
+    Args:
+        store: Where to look.
+        name: Its name; not its id.
+        fingerprint: The model's; ``None`` takes whatever made the entry.
+
+    Raises:
+        FingerprintError: Another model made it.
+        IntegrityError: A part of it is missing or damaged.
+    """
+    try:
+        if store.entry(name).name != name:
+            return None
+    except EntryNotFoundError:
+        return None
+    if fingerprint is not None:
+        difference = store.fingerprint_of(name).difference(fingerprint)
+        if difference:
+            raise FingerprintError(
+                f"`{name}` was made by another model: {difference}",
+                hint="give the model, and the adapter, that it was saved with",
+            )
+    chain = store.chain(name)
+    return [token for _, stored in chain for token in stored.block.tokens]
+
+
+class _Run:
+    """Tokens, the prompt cache that they go into, and how many of its rows are whole.
+
+    Attributes:
+        prompt_cache: Grows while mlx-lm works.
+        rest: The tokens to feed.
+        num_restored: Tokens that came from the store.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Sequence[int],
+        store: Store,
+        fingerprint: Fingerprint,
+        name: str | None,
+        replace: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._store = store
+        self._fingerprint = fingerprint
+        self._name = name
+        self._replace = replace
+        self._tokens = list(tokens)
+        self._num_prompt = len(self._tokens)
+        empty = make_prompt_cache(model)
+        caches.check_classes(empty)
+        self._check_name()
+        held, self.rest = store.load(
+            self._tokens, fingerprint, like=empty, progress=progress
+        )
+        self.prompt_cache: list[Any] = empty if held is None else held
+        self.num_restored = self._num_prompt - len(self.rest)
+        self._num_rows = self.num_restored
+
+    def watch(self, progress: Progress | None) -> Progress:
+        """Return a callback for mlx-lm that notes which rows are whole."""
+
+        def note(done: int, total: int) -> None:
+            self._num_rows = self.num_restored + done
+            if progress is not None:
+                progress(done, total)
+
+        return note
+
+    def add(self, token: int) -> None:
+        """Note a token that was generated; mlx-lm has fed it before it told us."""
+        self._tokens.append(token)
+        self._num_rows = len(self._tokens)
+
+    def save(
+        self,
+        progress: Progress | None,
+        on_saved: Callable[[Entry], None] | None = None,
+    ) -> Entry | None:
+        """Save what is whole; nothing where that is only what was restored."""
+        num_rows = min(self._num_rows, *(cache.offset for cache in self.prompt_cache))
+        if num_rows <= self.num_restored:
+            return None
+        for cache in self.prompt_cache:
+            cache.trim(cache.offset - num_rows)
+        entry = self._store.save(
+            self._tokens[:num_rows],
+            self.prompt_cache,
+            self._fingerprint,
+            # A name is for a conversation, not for half a question.
+            name=self._name if num_rows >= self._num_prompt else None,
+            replace=self._replace,
+            progress=progress,
+        )
+        if on_saved is not None:
+            on_saved(entry)
+        return entry
+
+    def _check_name(self) -> None:
+        """Refuse now what the store would refuse after a long prefill."""
+        if self._name is None:
+            return
+        check_name(self._name)
+        if self._replace:
+            return
+        with suppress(IntegrityError):  # then the store lets it be replaced
+            if not self._continues(self._name):
+                raise EntryExistsError(
+                    f"the name `{self._name}` is taken by an entry that this one does"
+                    " not continue",
+                    hint="choose another name, or replace it with `--replace`",
+                )
+
+    def _continues(self, name: str) -> bool:
+        """Say whether an entry's tokens, if there is one, are those we start with."""
+        try:
+            held = entry_tokens(self._store, name, self._fingerprint)
+        except FingerprintError:
+            return False
+        return held is None or held == self._tokens[: len(held)]
+
+
+def _encode(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:
+    """Return the tokens that ``mlx_lm.stream_generate`` makes of a prompt."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(prompt, add_special_tokens=not has_bos))

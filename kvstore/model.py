@@ -1,0 +1,269 @@
+"""Models, tokenizers, prompts and cache files as mlx-lm has them. Knows no store.
+
+mlx-lm takes a second to import, so each function imports what it needs of it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import files
+from .errors import KVStoreError
+from .fingerprint import Fingerprint
+from .types import JSON
+
+# Stand for what was said while a chat template is rendered.
+_QUERY, _REPLY = "<query>", "<reply>"
+
+
+def find_model(model: str) -> Path:
+    """Return the folder of a model, downloaded where mlx-lm would download it.
+
+    Args:
+        model: A folder, or a repository on the Hugging Face Hub.
+
+    Raises:
+        KVStoreError: There is no such model.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise KVStoreError(
+            f"not a model folder: `{model}`",
+            hint="give the folder that holds `config.json`",
+        )
+    # What `mlx_lm.load` itself asks where the weights are.
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(model))
+    except (OSError, ValueError) as error:
+        raise KVStoreError(
+            f"no model `{model}`: no such folder, and no such repository can be had",
+            hint="give a folder or a Hugging Face repository that mlx-lm loads",
+        ) from error
+
+
+def load_model(
+    model: str, adapter_path: str | None = None, *, trust_remote_code: bool = False
+) -> tuple[Any, Any, Fingerprint]:
+    """Load a model as mlx-lm does.
+
+    Args:
+        model: A folder, or a repository on the Hugging Face Hub.
+        adapter_path: Folder with an adapter's weights and configuration.
+        trust_remote_code: Let the model and its tokenizer bring code of their own.
+
+    Returns:
+        The model, its tokenizer, and its fingerprint.
+
+    Raises:
+        KVStoreError: There is no such model, or mlx-lm cannot load it.
+    """
+    fingerprint = fingerprint_model(model, adapter_path)
+    from mlx_lm import load
+
+    try:
+        loaded, tokenizer, *_ = load(
+            str(find_model(model)),
+            adapter_path=adapter_path,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _cannot_load(model, error) from error
+    return loaded, tokenizer, fingerprint
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer alone.
+
+    Raises:
+        KVStoreError: There is no such model, or mlx-lm cannot load its tokenizer.
+    """
+    path = find_model(model)
+    from mlx_lm import utils
+
+    try:
+        load: Any = utils.load_tokenizer
+        return load(path, {"trust_remote_code": trust_remote_code})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _cannot_load(model, error) from error
+
+
+def fingerprint_model(model: str, adapter_path: str | None = None) -> Fingerprint:
+    """Return a model's fingerprint, labelled with the name it was given by.
+
+    Raises:
+        KVStoreError: There is no such model or adapter.
+    """
+    fingerprint = Fingerprint.from_path(find_model(model), adapter_path)
+    return replace(fingerprint, label=model)
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str,
+    *,
+    system_prompt: str | None = None,
+    chat_template_config: JSON | None = None,
+    ignore_chat_template: bool = False,
+    is_open: bool = False,
+) -> list[int]:
+    """Return the tokens of the first message of a conversation.
+
+    Args:
+        tokenizer: The model's, from mlx-lm.
+        prompt: What the user says.
+        system_prompt: What the system says before.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take the prompt as plain text.
+        is_open: Leave the message open, as ``mlx_lm.cache_prompt`` does, so that
+            more can be added to it; else the reply comes next.
+
+    Raises:
+        ValueError: There is a system prompt and no chat template.
+    """
+    if not _has_template(tokenizer, ignore_chat_template):
+        if system_prompt is not None:
+            raise ValueError("a system prompt needs a chat template, and none is used")
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    text = _render(tokenizer, messages, chat_template_config, is_open=is_open)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def encode_continuation(
+    tokenizer: Any,
+    prompt: str,
+    tokens: Sequence[int],
+    *,
+    chat_template_config: JSON | None = None,
+    ignore_chat_template: bool = False,
+) -> list[int]:
+    """Return the tokens that a prompt adds behind those of a conversation.
+
+    Where the conversation ends with a reply, that is closed and a message of the user
+    follows. Where it ends inside a message, the prompt goes on with that, as with
+    ``mlx_lm.generate --prompt-cache-file``.
+
+    Args:
+        tokenizer: The model's, from mlx-lm.
+        prompt: What the user says.
+        tokens: The conversation so far.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take the prompt as plain text.
+
+    Raises:
+        ValueError: The chat template leaves out parts of a conversation.
+    """
+    if not _has_template(tokenizer, ignore_chat_template):
+        return list(tokenizer.encode(prompt, add_special_tokens=False))
+    query = {"role": "user", "content": prompt}
+    asked = {"role": "user", "content": _QUERY}
+    reply = {"role": "assistant", "content": _REPLY}
+    config = chat_template_config
+    before, after = _around(_QUERY, _render(tokenizer, [asked], config))
+    if after.strip() and after.strip() in tokenizer.decode(list(tokens)):
+        text = _around(_REPLY, _render(tokenizer, [asked, reply, query], config))[1]
+    else:
+        text = _render(tokenizer, [query], config)[len(before) :]
+    added = list(tokenizer.encode(text, add_special_tokens=False))
+    # The model ended its reply itself, with the token that the template would add.
+    is_closed = tokens and tokens[-1] in tokenizer.eos_token_ids
+    return added[1:] if is_closed and added[:1] == [tokens[-1]] else added
+
+
+def write_prompt_cache(
+    path: Path, prompt_cache: Sequence[Any], model: str, *, overwrite: bool = False
+) -> int:
+    """Write the file that ``mlx_lm.generate --prompt-cache-file`` reads.
+
+    It appears whole or not at all, and only its owner can read it.
+
+    Args:
+        path: Where; the name ends in ``.safetensors``.
+        prompt_cache: mlx-lm's list of per-layer caches.
+        model: What mlx-lm is to load the model by.
+        overwrite: Replace a file that is there.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        KVStoreError: There is a file, or the name has another ending.
+        OSError: It cannot be written.
+    """
+    if path.suffix != ".safetensors":
+        # mlx-lm tells the format by it.
+        raise KVStoreError(
+            f"not a name for a safetensors file: `{path}`",
+            hint="end it in `.safetensors`",
+        )
+    if path.exists() and not overwrite:
+        raise KVStoreError(
+            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
+        )
+    from mlx_lm.models.cache import save_prompt_cache
+
+    metadata = {"model": model, "tokenizer_config": "{}"}
+    staged = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.safetensors")
+    descriptor = files.create(staged)
+    try:
+        save_prompt_cache(str(staged), list(prompt_cache), metadata)
+        files.sync(descriptor)
+        nbytes = os.fstat(descriptor).st_size
+        files.publish(staged, path)
+    finally:
+        os.close(descriptor)
+        staged.unlink(missing_ok=True)
+    return nbytes
+
+
+def _cannot_load(model: str, error: Exception) -> KVStoreError:
+    return KVStoreError(
+        f"mlx-lm cannot load `{model}`: {error}",
+        hint="give a model that `mlx_lm.generate --model` loads",
+    )
+
+
+def _has_template(tokenizer: Any, ignore_chat_template: bool) -> bool:
+    return bool(tokenizer.has_chat_template) and not ignore_chat_template
+
+
+def _render(
+    tokenizer: Any,
+    messages: Sequence[JSON],
+    config: JSON | None,
+    *,
+    is_open: bool = False,
+) -> str:
+    """Return a conversation as text, the last message open or a reply to come."""
+    text = tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=not is_open,
+        continue_final_message=is_open,
+        **(config or {}),
+    )
+    return str(text)
+
+
+def _around(marker: str, text: str) -> tuple[str, str]:
+    """Return what stands before and behind the marker.
+
+    Raises:
+        ValueError: The chat template has left it out.
+    """
+    before, found, after = text.partition(marker)
+    if not found:
+        raise ValueError("the chat template leaves out parts of a conversation")
+    return before, after

@@ -1,0 +1,273 @@
+"""Generation with a store says what mlx-lm says, and keeps what it computed."""
+
+from contextlib import closing
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+import kvstore
+from kvstore.generate import entry_tokens, prefill, save_prompt, stream_generate
+
+PROMPT = [(7 * i) % 250 for i in range(300)]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store that loses nothing."""
+    with kvstore.Store(tmp_path / "store", codec="raw") as opened:
+        yield opened
+
+
+def tokens_of(responses):
+    """Return the tokens of a reply."""
+    return [response.token for response in responses]
+
+
+def generate(loaded, store, prompt, **options):
+    """Return the tokens of a reply, generated with a store."""
+    model, tokenizer, fingerprint = loaded
+    responses = stream_generate(
+        model, tokenizer, prompt, store=store, fingerprint=fingerprint, **options
+    )
+    return tokens_of(responses)
+
+
+def save(loaded, store, tokens, **options):
+    """Save a prompt; return the entry and how many tokens were restored."""
+    model, _, fingerprint = loaded
+    return save_prompt(model, tokens, store=store, fingerprint=fingerprint, **options)
+
+
+def rows_equal(left, right):
+    """Say whether two prompt caches hold the same bits."""
+    return all(
+        a.offset == b.offset
+        and mx.array_equal(mx.stack(a.keys_and_values()), mx.stack(b.keys_and_values()))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_a_reply_is_the_one_of_mlx_lm(loaded, store):
+    """With an empty store and with a full one, greedy text is what mlx-lm generates."""
+    model, tokenizer, _ = loaded
+    expected = tokens_of(mlx_lm.stream_generate(model, tokenizer, PROMPT, 20))
+    assert generate(loaded, store, PROMPT, max_tokens=20) == expected
+    assert generate(loaded, store, PROMPT, max_tokens=20) == expected
+
+
+def test_a_second_run_computes_one_token(loaded, store):
+    """A prompt that is held whole is restored but for the token that must be fed."""
+    model, tokenizer, fingerprint = loaded
+    save(loaded, store, PROMPT)
+    responses = stream_generate(
+        model, tokenizer, PROMPT, store=store, fingerprint=fingerprint, max_tokens=2
+    )
+    assert [response.prompt_tokens for response in responses] == [1, 1]
+
+
+def test_text_is_encoded_as_mlx_lm_does(loaded, store):
+    """A prompt may be text; the same tokens are looked up and fed."""
+    model, tokenizer, _ = loaded
+    expected = tokens_of(mlx_lm.stream_generate(model, tokenizer, "some text", 5))
+    assert generate(loaded, store, "some text", max_tokens=5) == expected
+    assert entry_tokens(store, "x") is None
+    (entry,) = store.entries()
+    assert entry.num_tokens == len("some text") + 5
+
+
+def test_what_is_saved_is_what_was_said(loaded, store):
+    """The entry holds prompt and reply, and its rows are those of a prefill."""
+    model, _, fingerprint = loaded
+    said = generate(loaded, store, PROMPT, max_tokens=9, name="chat")
+    assert entry_tokens(store, "chat", fingerprint) == PROMPT + said
+    restored, tokens = store.load_entry("chat", fingerprint)
+    again = prefill(model, PROMPT)
+    for token in said:
+        model(mx.array([[token]]), cache=again)
+    assert tokens == PROMPT + said
+    assert rows_equal(restored, again)
+
+
+def test_the_end_of_a_reply_is_saved_too(loaded, store):
+    """The token that ends a reply is fed by mlx-lm, so its rows are kept."""
+    _, tokenizer, _ = loaded
+    end = next(iter(tokenizer.eos_token_ids))
+    said = generate(
+        loaded, store, PROMPT, name="chat", sampler=lambda logprobs: mx.array([end])
+    )
+    assert said == [end]
+    assert entry_tokens(store, "chat") == [*PROMPT, end]
+
+
+def test_a_consumer_may_stop(loaded, store):
+    """What was said before the generator was closed is kept, and no more."""
+    model, tokenizer, fingerprint = loaded
+    said = []
+    responses = stream_generate(
+        model, tokenizer, PROMPT, store=store, fingerprint=fingerprint, name="chat"
+    )
+    with closing(responses):
+        for response in responses:
+            said.append(response.token)
+            if len(said) == 5:
+                break
+    assert entry_tokens(store, "chat") == PROMPT + said
+    store.load_entry("chat", fingerprint)
+
+
+class Interrupting(KVCache):
+    """A cache that is interrupted between its offset and its rows."""
+
+    calls = 0
+    stop = 0
+
+    def update_and_fetch(self, keys, values):
+        """Add rows, unless it is time to be interrupted."""
+        Interrupting.calls += 1
+        if Interrupting.calls == Interrupting.stop:
+            self.offset += keys.shape[2]
+            raise KeyboardInterrupt
+        return super().update_and_fetch(keys, values)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """A function that has the N-th update of a layer interrupted."""
+    monkeypatch.setattr("kvstore.prompt_cache.check_classes", lambda caches: None)
+
+    def arm(stop):
+        Interrupting.calls, Interrupting.stop = 0, stop
+        monkeypatch.setattr(
+            "kvstore.generate.make_prompt_cache",
+            lambda model: [Interrupting() for _ in model.layers],
+        )
+        monkeypatch.setattr(
+            KVCache, "__subclasshook__", classmethod(lambda *_: True), raising=False
+        )
+
+    return arm
+
+
+@pytest.mark.parametrize("stop", range(1, 13))
+def test_an_interrupt_never_saves_a_row_that_is_not_there(
+    loaded, store, interrupt, monkeypatch, stop
+):
+    """Ctrl-C between any two updates of the cache keeps right rows only."""
+    model, _, fingerprint = loaded
+    kept = []
+
+    def check(tokens, prompt_cache, fingerprint, *, name, replace, progress):
+        exact = prefill(model, tokens) if len(tokens) == len(PROMPT) else None
+        kept.append((list(tokens), [cache.offset for cache in prompt_cache], name))
+        if exact is not None:
+            assert rows_equal(prompt_cache, exact)
+
+    interrupt(stop)
+    monkeypatch.setattr(store, "save", check)
+    with pytest.raises(KeyboardInterrupt):
+        generate(loaded, store, PROMPT, prefill_step_size=100, name="chat")
+    for tokens, offsets, name in kept:
+        assert offsets == [len(tokens)] * 2
+        assert tokens[: len(PROMPT)] == PROMPT[: len(tokens)]
+        assert name == ("chat" if len(tokens) >= len(PROMPT) else None)
+    assert bool(kept) == (stop > 2)
+
+
+def test_an_interrupted_prefill_is_taken_up(loaded, store):
+    """After Ctrl-C in a prefill the same command goes on from what is kept."""
+
+    def stop(done, total):
+        if done >= 200:
+            raise KeyboardInterrupt
+
+    options = {"name": "doc", "prefill_step_size": 100}
+    with pytest.raises(KeyboardInterrupt):
+        save(loaded, store, PROMPT, prompt_progress_callback=stop, **options)
+    assert entry_tokens(store, "doc") is None
+    entry, num_restored = save(loaded, store, PROMPT, **options)
+    assert (entry.num_tokens, num_restored) == (300, 200)
+
+
+def test_an_error_saves_nothing(loaded, store):
+    """When the model fails, its rows may be anything: none are kept."""
+
+    def fail(logprobs):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(loaded, store, PROMPT, sampler=fail)
+    assert store.entries() == []
+
+
+def test_prefill_has_the_boundaries_of_mlx_lm(loaded):
+    """The rows are those that `mlx_lm.cache_prompt` computes, bit for bit."""
+    from mlx_lm.generate import generate_step
+
+    model = loaded[0]
+    expected = make_prompt_cache(model)
+    for _ in generate_step(
+        mx.array(PROMPT),
+        model,
+        max_tokens=0,
+        prompt_cache=expected,
+        prefill_step_size=64,
+    ):
+        pass
+    assert rows_equal(prefill(model, PROMPT, prefill_step_size=64), expected)
+
+
+def test_a_restored_prefix_gives_the_bits_of_an_unbroken_run(loaded, store):
+    """Restoring all but one token and feeding that is what `generate_step` does."""
+    model, _, fingerprint = loaded
+    save(loaded, store, PROMPT)
+    restored, rest = store.load(PROMPT, fingerprint)
+    assert rows_equal(prefill(model, rest, restored), prefill(model, PROMPT))
+
+
+def test_a_taken_name_is_refused_before_the_prefill(loaded, store):
+    """A name that another conversation has is refused while nothing is computed."""
+    save(loaded, store, PROMPT, name="doc")
+    computed = []
+    with pytest.raises(kvstore.EntryExistsError):
+        save(
+            loaded, store, PROMPT[::-1], name="doc",
+            prompt_progress_callback=lambda done, total: computed.append(done),
+        )  # fmt: skip
+    assert computed == []
+    entry, _ = save(loaded, store, PROMPT[::-1], name="doc", replace=True)
+    assert entry_tokens(store, "doc") == PROMPT[::-1]
+
+
+def test_a_name_is_another_models(loaded, store, other_model):
+    """The same tokens under the same name, computed by another model, are refused."""
+    save(loaded, store, PROMPT, name="doc")
+    other = kvstore.model.load_model(str(other_model))
+    with pytest.raises(kvstore.EntryExistsError):
+        save(other, store, PROMPT, name="doc")
+    with pytest.raises(kvstore.FingerprintError, match="weights"):
+        entry_tokens(store, "doc", other[2])
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a\nb", "x" * 201])
+def test_a_bad_name_is_refused_before_the_prefill(loaded, store, name):
+    """A name that cannot be typed is refused while nothing is computed."""
+    with pytest.raises(ValueError, match="a name has"):
+        save(loaded, store, PROMPT, name=name, prompt_progress_callback=None)
+    assert store.entries() == []
+
+
+def test_an_id_is_no_name(loaded, store):
+    """The start of an id does not stand for a name where a name is asked for."""
+    entry, _ = save(loaded, store, PROMPT)
+    assert entry_tokens(store, entry.id[:6]) is None
+
+
+def test_an_unknown_class_is_refused_before_the_prefill(loaded, store, monkeypatch):
+    """A model whose caches cannot be stored is refused with the layer's number."""
+    caches = [KVCache(), RotatingKVCache(64)]
+    monkeypatch.setattr("kvstore.generate.make_prompt_cache", lambda model: caches)
+    with pytest.raises(kvstore.UnsupportedCacheError, match="layer 1 is a Rotating"):
+        save(loaded, store, PROMPT)
+    assert caches[0].offset == 0

@@ -1,0 +1,345 @@
+"""The index: places of blocks, better copies, transactions, damage told apart."""
+
+import os
+import random
+import stat
+
+import apsw
+import pytest
+
+from kvstore.errors import (
+    FormatError,
+    IntegrityError,
+    KVStoreError,
+    StoreLockedError,
+)
+from kvstore.hashing import hash_block_tokens, hash_root, split_tokens
+from kvstore.index import MAX_CHILDREN, Index
+from kvstore.types import Block, Place
+
+ROOT = hash_root("ab" * 32, [], "")
+CHAIN = list(split_tokens(ROOT, list(range(50)), 16))
+SHARD, OTHER = "a1" * 32, "b2" * 32
+LAYOUT = [{"class": "KVCache", "k": [2, 64, "F32"], "v": [2, 64, "F32"]}]
+
+
+class Stop(BaseException):
+    """What an interrupt looks like to the code under test."""
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where an index is to be."""
+    return tmp_path / "index.sqlite"
+
+
+@pytest.fixture
+def index(path):
+    """An open index."""
+    opened = Index(path)
+    yield opened
+    opened.close()
+
+
+def place_of(block, shard=SHARD, *, lossless=True, exact=True, nbytes=100):
+    """Return a place for a block."""
+    return Place(block.hash, shard, len(block.tokens), nbytes, lossless, exact)
+
+
+def fill(index, blocks=CHAIN, shard=SHARD, **options):
+    """Add blocks to an index, in one transaction."""
+    with index.transaction():
+        index.add_root(ROOT, "ab" * 32, "", LAYOUT)
+        index.add_shard(shard, 1000, 5.0)
+        for block in blocks:
+            index.add_block(block, place_of(block, shard, **options))
+
+
+def test_a_block_is_found_where_it_was_put(index):
+    """The index returns what it was told, and nothing for others."""
+    fill(index)
+    assert [place_of(block) for block in CHAIN] == [index.place(b.hash) for b in CHAIN]
+    assert index.place(ROOT) is None
+    assert len(CHAIN) == index.count_blocks()
+
+
+def test_an_index_survives_being_closed(path):
+    """What was committed is there in the next process."""
+    index = Index(path)
+    fill(index)
+    index.close()
+    again = Index(path)
+    assert place_of(CHAIN[0]) == again.place(CHAIN[0].hash)
+    assert {SHARD: 1000} == again.shards()
+    assert [(ROOT, LAYOUT)] == again.roots("ab" * 32, "")
+    again.close()
+
+
+def test_the_longest_prefix_ends_at_the_first_gap(index):
+    """Blocks behind a gap do not count."""
+    fill(index, [CHAIN[0], CHAIN[1], CHAIN[3]])
+    hashes = [block.hash for block in CHAIN]
+    assert [place_of(b) for b in CHAIN[:2]] == index.longest_prefix(hashes)
+    assert [] == index.longest_prefix([])
+
+
+def test_children_are_found_by_parent_and_first_token(index):
+    """Only blocks that begin with the token asked for are returned."""
+    fill(index)
+    assert [place_of(CHAIN[1])] == index.children(CHAIN[0].hash, 16)
+    assert [] == index.children(CHAIN[0].hash, 17)
+    assert index.has_children(CHAIN[0].hash)
+    assert not index.has_children(CHAIN[-1].hash)
+
+
+def test_so_many_children_and_no_more(index):
+    """A parent with very many children costs a bounded amount of work."""
+    tails = [
+        Block(hash_block_tokens(ROOT, (7, i)), ROOT, 0, (7, i))
+        for i in range(MAX_CHILDREN + 5)
+    ]
+    fill(index, tails)
+    assert MAX_CHILDREN == len(index.children(ROOT, 7))
+
+
+QUALITIES = [(False, False), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("second", range(3))
+def test_only_a_better_copy_replaces_an_older_one(index, first, second):
+    """Lossy gives way to lossless, and that to exact; equals stay."""
+    for number, shard in ((first, SHARD), (second, OTHER)):
+        lossless, exact = QUALITIES[number]
+        fill(index, CHAIN[:1], shard, lossless=lossless, exact=exact)
+    place = index.place(CHAIN[0].hash)
+    lossless, exact = QUALITIES[max(first, second)]
+    shard = OTHER if second > first else SHARD
+    assert place_of(CHAIN[0], shard, lossless=lossless, exact=exact) == place
+
+
+def test_a_damaged_copy_stays_out(index):
+    """A copy that was found damaged is not indexed again, another one is."""
+    fill(index)
+    with index.transaction():
+        index.drop_block(CHAIN[0].hash, SHARD)
+    assert index.place(CHAIN[0].hash) is None
+    fill(index)
+    assert index.place(CHAIN[0].hash) is None
+    fill(index, CHAIN[:1], OTHER)
+    assert place_of(CHAIN[0], OTHER) == index.place(CHAIN[0].hash)
+
+
+def test_a_shard_written_anew_is_trusted_again(index):
+    """What is known of a shard's damage ends when it is replaced."""
+    fill(index)
+    with index.transaction():
+        index.drop_block(CHAIN[0].hash, SHARD)
+        index.trust_shard(SHARD)
+    fill(index)
+    assert place_of(CHAIN[0]) == index.place(CHAIN[0].hash)
+
+
+def test_a_copy_elsewhere_is_not_dropped(index):
+    """A damaged copy takes no place away from a block that lies elsewhere."""
+    fill(index, CHAIN[:1], OTHER)
+    with index.transaction():
+        index.drop_block(CHAIN[0].hash, SHARD)
+    assert place_of(CHAIN[0], OTHER) == index.place(CHAIN[0].hash)
+
+
+def test_a_shard_goes_with_its_blocks(index):
+    """Forgetting a shard forgets its blocks and no others."""
+    fill(index, CHAIN[:2])
+    fill(index, CHAIN[2:], OTHER)
+    with index.transaction():
+        index.drop_shard(SHARD)
+    assert {OTHER: 1000} == index.shards()
+    assert [place_of(b, OTHER) for b in sorted(CHAIN[2:], key=lambda b: b.hash)] == (
+        index.places_in(OTHER)
+    )
+    assert [] == index.places_in(SHARD)
+
+
+def test_a_block_of_no_known_shard_is_not_added(index):
+    """A block's place needs its shard's row."""
+    with index.transaction():
+        index.add_block(CHAIN[0], place_of(CHAIN[0], OTHER))
+    assert index.place(CHAIN[0].hash) is None
+    assert [] == index.lost_blocks()
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, ValueError])
+def test_a_transaction_that_fails_changes_nothing(index, error):
+    """Whatever interrupts a transaction, all of it is undone."""
+    fill(index, CHAIN[:1])
+    with pytest.raises(error), index.transaction():
+        index.add_block(CHAIN[1], place_of(CHAIN[1]))
+        index.drop_shard(SHARD)
+        raise error
+    assert place_of(CHAIN[0]) == index.place(CHAIN[0].hash)
+    assert index.place(CHAIN[1].hash) is None
+    fill(index)  # and the next one works
+
+
+def test_a_full_disk_in_a_transaction_undoes_it(index):
+    """The error is the operating system's, and the index goes on working."""
+    fill(index, CHAIN[:1])
+    connection = index._connection
+    pages = connection.execute("PRAGMA page_count").fetchall()[0][0]
+    connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(OSError, match="No space left"), index.transaction():
+        for number in range(1000):
+            index.add_shard(f"{number:064x}", 1, 1.0)
+    assert {SHARD: 1000} == index.shards()
+    fill(index, CHAIN[1:2])
+    assert place_of(CHAIN[1]) == index.place(CHAIN[1].hash)
+
+
+def test_another_process_that_writes_is_waited_for_and_not_for_ever(index, path):
+    """A lock held for too long is said to be one."""
+    impatient = Index(path, timeout_s=0.1)
+    with (
+        index.transaction(),
+        pytest.raises(StoreLockedError, match="locked by another process"),
+        impatient.transaction(),
+    ):
+        pass
+    with impatient.transaction():
+        pass
+    impatient.close()
+
+
+def test_readers_go_on_while_another_process_writes(index, path):
+    """A transaction under way is invisible, and keeps nobody from reading."""
+    fill(index, CHAIN[:1])
+    reader = Index(path, timeout_s=0.1)
+    with index.transaction():
+        index.add_block(CHAIN[1], place_of(CHAIN[1]))
+        assert place_of(CHAIN[0]) == reader.place(CHAIN[0].hash)
+        assert reader.place(CHAIN[1].hash) is None
+    assert place_of(CHAIN[1]) == reader.place(CHAIN[1].hash)
+    reader.close()
+
+
+def test_the_index_is_private_whatever_the_umask(path):
+    """The database and the files beside it are the owner's alone."""
+    before = os.umask(0)
+    try:
+        index = Index(path)
+        fill(index)
+        files = [path, *path.parent.glob("index.sqlite-*")]
+        assert len(files) > 1
+        assert {0o600} == {stat.S_IMODE(file.stat().st_mode) for file in files}
+        index.close()
+    finally:
+        os.umask(before)
+
+
+def test_commits_reach_the_disk(index):
+    """Durability is FULL in a write-ahead log: an acknowledged save stays."""
+    names = ("journal_mode", "synchronous")
+    rows = [index._connection.execute(f"PRAGMA {n}").fetchall()[0][0] for n in names]
+    assert ["wal", 2] == rows
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"\0" * 4096, b"SQLite format 3\0" + b"\xff" * 4080]
+)
+def test_a_file_that_is_no_database_is_damage(path, data):
+    """Garbage in place of the index is an IntegrityError that names the file."""
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError) as caught:
+        Index(path)
+    assert path == caught.value.path
+
+
+def test_a_newer_schema_is_not_damage(path):
+    """An index of a later release is refused, and the hint says that it may go."""
+    Index(path).close()
+    connection = apsw.Connection(str(path))
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(FormatError, match="schema 99") as caught:
+        Index(path)
+    assert "rebuilt" in caught.value.hint
+
+
+def answer(path):
+    """Ask an index everything; return the answers."""
+    index = Index(path)
+    try:
+        return [
+            index.longest_prefix([block.hash for block in CHAIN]),
+            [index.children(b.parent, b.tokens[0]) for b in CHAIN],
+            index.roots("ab" * 32, ""),
+            index.shards(),
+            index.places_in(SHARD),
+            index.lost_blocks(),
+            index.check(),
+            index.counters(),
+            index.uses(),
+            list(index.chain(CHAIN[-1].hash)),
+        ]
+    finally:
+        index.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_gives_an_answer_or_our_error(path, flip_bit, seed):
+    """Whatever bits flip in the file, only our own errors come out."""
+    index = Index(path)
+    fill(index)
+    index.close()
+    good = path.read_bytes()
+    chance = random.Random(seed)
+    for _ in range(100):
+        data = good
+        for _ in range(chance.choice([1, 1, 1, 3, 100])):
+            data = flip_bit(data, chance.randrange(len(good) * 8))
+        path.write_bytes(data)
+        try:
+            answer(path)
+        except KVStoreError:
+            pass
+        finally:
+            for beside in path.parent.glob("index.sqlite-*"):
+                beside.unlink()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 4095, 4096, 4097, 12_000])
+def test_a_truncated_index_gives_an_answer_or_our_error(path, size):
+    """A file that is cut short is damage, and nothing else."""
+    index = Index(path)
+    fill(index)
+    index.close()
+    path.write_bytes(path.read_bytes()[:size])
+    try:
+        assert [] == answer(path)[0]
+    except IntegrityError as error:
+        assert path == error.path
+
+
+@pytest.mark.parametrize("values", ["NULL", "'x'", "x'00'", "1.5", "-1", "1 << 62"])
+@pytest.mark.parametrize(
+    "column", ["num_tokens", "nbytes", "quality", "shard", "parent", "first_token"]
+)
+def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
+    """SQLite checks types when it writes and not when it reads; we do."""
+    index = Index(path)
+    fill(index)
+    index._connection.execute("PRAGMA writable_schema = ON")
+    index._connection.execute(
+        "UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '')"
+    )
+    index.close()
+    connection = apsw.Connection(str(path))
+    connection.execute(f"UPDATE blocks SET {column} = {values}")
+    connection.close()
+    try:
+        places, *_ = answer(path)
+    except IntegrityError as error:
+        assert path == error.path
+    else:
+        for place in places:
+            assert [int, int] == [type(place.num_tokens), type(place.nbytes)]

@@ -1,0 +1,197 @@
+"""Models and prompts are what mlx-lm makes of them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kvstore.errors import KVStoreError
+from kvstore.model import (
+    encode_continuation,
+    encode_prompt,
+    find_model,
+    fingerprint_model,
+    load_model,
+    load_tokenizer,
+    write_prompt_cache,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    """The tiny model's tokenizer, with a template in the manner of ChatML."""
+    return loaded[1]
+
+
+def test_a_model_comes_with_its_fingerprint(tiny_model, loaded):
+    """The fingerprint is that of the files, and bears the name that was given."""
+    model, tokenizer, fingerprint = loaded
+    assert fingerprint.label == str(tiny_model)
+    assert fingerprint == fingerprint_model(str(tiny_model))
+    assert len(model.layers) == 2
+    assert tokenizer.has_chat_template
+
+
+def test_other_weights_are_another_fingerprint(tiny_model, other_model):
+    """Two models of one shape and different weights are told apart, and how."""
+    tiny, other = (fingerprint_model(str(path)) for path in (tiny_model, other_model))
+    assert "weights" in tiny.difference(other)
+
+
+def test_a_missing_model_is_one_error(monkeypatch):
+    """A name that is no folder and no repository is refused with a hint."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(KVStoreError, match="no model `/no/where`") as caught:
+        find_model("/no/where")
+    assert caught.value.hint
+
+
+def test_a_file_is_no_model(tiny_model):
+    """A file inside the model's folder is refused, not loaded."""
+    with pytest.raises(KVStoreError, match="not a model folder"):
+        find_model(str(tiny_model / "config.json"))
+
+
+def test_what_mlx_lm_cannot_load_is_one_error(tiny_model, tmp_path):
+    """An unknown model type is an error with what mlx-lm says of it."""
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "none"}))
+    with pytest.raises(KVStoreError, match="none not supported"):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_loads_without_weights(tiny_model, tokenizer):
+    """What `lookup` loads gives the same tokens as what `generate` loads."""
+    alone = load_tokenizer(str(tiny_model))
+    assert encode_prompt(alone, "hi") == encode_prompt(tokenizer, "hi")
+
+
+def test_a_prompt_is_rendered_as_mlx_lm_does(tokenizer):
+    """A closed message invites the reply, after the system's words if there are any."""
+    tokens = encode_prompt(tokenizer, "hi", system_prompt="be kind")
+    assert tokenizer.decode(tokens) == (
+        "<|im_start|>system\nbe kind<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_an_open_message_is_a_prefix_of_the_closed_one(tokenizer):
+    """What `save` computes is what `generate` of the same prompt begins with."""
+    begun = encode_prompt(tokenizer, "a document", is_open=True)
+    whole = encode_prompt(tokenizer, "a document")
+    assert whole[: len(begun)] == begun
+    assert tokenizer.decode(begun).endswith("user\na document")
+
+
+def test_a_template_may_be_ignored(tokenizer):
+    """Plain text is encoded as it is, and a system prompt then has no place."""
+    tokens = encode_prompt(tokenizer, "hi", ignore_chat_template=True)
+    assert tokenizer.decode(tokens) == "hi"
+    with pytest.raises(ValueError, match="needs a chat template"):
+        encode_prompt(
+            tokenizer, "hi", system_prompt="be kind", ignore_chat_template=True
+        )
+
+
+def test_variables_reach_the_template(tokenizer):
+    """The configuration of a chat template overrides what is set otherwise."""
+    config = {"add_generation_prompt": False}
+    with pytest.raises(TypeError):  # it is no variable of the template
+        encode_prompt(tokenizer, "hi", chat_template_config=config)
+    tokens = encode_prompt(tokenizer, "hi", chat_template_config={"unknown": 1})
+    assert tokens == encode_prompt(tokenizer, "hi")
+
+
+def test_a_prompt_goes_on_with_an_open_message(tokenizer):
+    """Behind an open message comes more of it, its end, and the reply's begin."""
+    begun = encode_prompt(tokenizer, "a document", is_open=True)
+    added = encode_continuation(tokenizer, "\nand a question", begun)
+    assert begun + added == encode_prompt(tokenizer, "a document\nand a question")
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_a_prompt_follows_a_reply(tokenizer, end):
+    """Behind a reply, closed by the model or cut off, comes a message of the user."""
+    begun = encode_prompt(tokenizer, "first")
+    held = begun + tokenizer.encode(f"reply{end}", add_special_tokens=False)
+    added = encode_continuation(tokenizer, "second", held)
+    assert tokenizer.decode(held + added) == (
+        tokenizer.decode(begun) + "reply<|im_end|>\n"
+        "<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_plain_text_goes_on_as_plain_text(tokenizer):
+    """Without a template a prompt is appended, with nothing between."""
+    held = encode_prompt(tokenizer, "one", ignore_chat_template=True)
+    added = encode_continuation(tokenizer, " two", held, ignore_chat_template=True)
+    assert tokenizer.decode(held + added) == "one two"
+
+
+@pytest.fixture
+def prompt_cache(loaded):
+    """A prompt cache of five tokens."""
+    from kvstore.generate import prefill
+
+    return prefill(loaded[0], [1, 2, 3, 4, 5])
+
+
+def test_mlx_lm_reads_what_is_written(prompt_cache, tmp_path):
+    """The file holds the rows, the model's name and a tokenizer's configuration."""
+    from mlx_lm.models.cache import load_prompt_cache
+
+    path = tmp_path / "cache.safetensors"
+    assert write_prompt_cache(path, prompt_cache, "a/model") == path.stat().st_size
+    restored, metadata = load_prompt_cache(str(path), return_metadata=True)
+    assert [cache.offset for cache in restored] == [5, 5]
+    assert metadata == {"model": "a/model", "tokenizer_config": "{}"}
+    keys = restored[1].keys_and_values()[0]
+    assert (keys == prompt_cache[1].keys_and_values()[0]).all().item()
+
+
+def test_a_cache_file_is_private_and_alone(prompt_cache, tmp_path):
+    """Only its owner can read the transcript, and nothing else is left behind."""
+    path = tmp_path / "cache.safetensors"
+    write_prompt_cache(path, prompt_cache, "m")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_overwritten_on_demand_only(prompt_cache, tmp_path):
+    """What is there stays, unless it is asked for."""
+    path = tmp_path / "cache.safetensors"
+    path.write_bytes(b"mine")
+    with pytest.raises(KVStoreError, match="there is a file already"):
+        write_prompt_cache(path, prompt_cache, "m")
+    assert path.read_bytes() == b"mine"
+    write_prompt_cache(path, prompt_cache, "m", overwrite=True)
+    assert path.stat().st_size > 1000
+
+
+def test_a_failed_write_leaves_the_old_file(prompt_cache, tmp_path, monkeypatch):
+    """An error in the middle leaves what was there, and no temporary file."""
+    path = tmp_path / "cache.safetensors"
+    path.write_bytes(b"mine")
+    monkeypatch.setattr("kvstore.files.sync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_prompt_cache(path, prompt_cache, "m", overwrite=True)
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cache_file_needs_its_ending(prompt_cache, tmp_path):
+    """mlx-lm tells the format by the name, so another ending is refused."""
+    with pytest.raises(KVStoreError, match="not a name for a safetensors file"):
+        write_prompt_cache(tmp_path / "cache.bin", prompt_cache, "m")
+
+
+def test_importing_this_module_imports_no_mlx_lm():
+    """mlx-lm takes a second, which only the functions that need it spend."""
+    program = "import sys, kvstore.model; print('mlx_lm' in sys.modules)"
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == "False\n"

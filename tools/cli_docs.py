@@ -1,0 +1,58 @@
+"""Write docs/CLI.md from the command line itself.
+
+Usage: python tools/cli_docs.py
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from kvstore.cli import cli
+
+PATH = Path(__file__).parent.parent / "docs/CLI.md"
+
+
+def render() -> str:
+    """Return the page."""
+    root = click.Context(cli, info_name="kvstore", **cli.context_settings)
+    lines = ["# The command line", ""]
+    lines += ["Written by `make docs` from the program itself; do not edit.", ""]
+    lines += describe(root)
+    for name in cli.list_commands(root):
+        verb = click.Context(cli.commands[name], info_name=name, parent=root)
+        lines += ["", f"## kvstore {name}", "", *describe(verb)]
+    return "\n".join(lines) + "\n"
+
+
+def describe(context: click.Context) -> Iterator[str]:
+    """Yield how a command is used, what it does, and its options."""
+    command = context.command
+    yield f"`{context.command_path} {' '.join(command.collect_usage_pieces(context))}`"
+    yield ""
+    yield inspect.cleandoc(command.help or "")
+    rows = list(filter(None, map(option_row, options(context))))
+    if rows:
+        yield from ("", "| option | meaning |", "|---|---|", *rows)
+
+
+def options(context: click.Context) -> Iterator[tuple[str, str]]:
+    """Yield the options that are not the same everywhere, with what they mean."""
+    for option in context.command.get_params(context):
+        described = option.get_help_record(context)
+        is_help = option.name == "help" and context.parent is not None
+        if isinstance(option, click.Option) and described and not is_help:
+            yield described
+
+
+def option_row(option: tuple[str, str]) -> str:
+    """Return one line of the table of options."""
+    flags, meaning = (" ".join(text.split()).replace("|", "\\|") for text in option)
+    return f"| `{flags}` | {meaning} |"
+
+
+if __name__ == "__main__":
+    PATH.write_text(render())
