@@ -11,17 +11,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from .codecs import MLX_DTYPES
 from .errors import UnsupportedCacheError
 from .types import LayerLayout, RowSpec
 
-DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U8": mx.uint8,
-    "U32": mx.uint32,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 # mlx-lm's caches grow by so many rows at a time.
 _STEP = 256
 _SINKS = 4

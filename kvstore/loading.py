@@ -119,7 +119,7 @@ class Loader:
         Raises:
             IntegrityError: Damage, where ``strict``.
         """
-        restoring = caches.Restoring(hit.layout, hit.num_tokens)
+        restoring = caches.start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         try:
             for shard, places in groupby(hit.places, key=lambda place: place.shard):
@@ -154,9 +154,7 @@ class Loader:
                     parts = array_codec.open(
                         data, stored.begin, stored.tensors, rows, prefix
                     )
-                    for i, layer in enumerate(group.layers):
-                        view = out.rows(layer, name, rows.start, stop)
-                        array_codec.array.decode_into(parts, rows, i, view)
+                    out.write(array_codec, parts, group, rows, stop)
         except (IntegrityError, CodecError) as error:
             name = block.hash.hex()
             raise IntegrityError(

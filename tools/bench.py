@@ -57,7 +57,7 @@ PHASES = {
         (planes.Planes, "decode_into"),
         (turbo.Turbo, "decode_into"),
     ],
-    "evaluate": [(caches.Restoring, "__init__"), (caches.Restoring, "finish")],
+    "evaluate": [(caches.HostRestoring, "__init__"), (caches.HostRestoring, "finish")],
 }
 
 
@@ -290,9 +290,9 @@ def measure_copy(
 ) -> Row:
     """Write and read the bytes of the rows, and nothing else: the limit."""
     rows = [
-        caches.split(prompt_cache, group, side, 0, len(tokens)).data.cast("B")
+        caches.split(prompt_cache, group, name, rows).data.cast("B")
         for group in caches.group_layers(caches.read_layout(prompt_cache, len(tokens)))
-        for side in caches.SIDES
+        for name, rows in caches.rows_in(group, 0, len(tokens))
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows"

@@ -74,6 +74,7 @@ def dequantize_polar(
     rotation: Rotation,
     *,
     dtype: mx.Dtype = mx.float32,
+    mean: mx.array | None = None,
 ) -> mx.array:
     """Undo `quantize_polar`, but for the rounding.
 
@@ -83,6 +84,7 @@ def dequantize_polar(
         bits: Bits per coordinate, 1 to 8.
         rotation: The rotation the vectors were quantized with.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
+        mean: What is added to the vectors, of a shape that broadcasts to ``(..., D)``.
 
     Returns:
         Vectors, shape ``(..., D)``, of ``dtype``.
@@ -98,7 +100,10 @@ def dequantize_polar(
         )
     directions = invert_wh_rotation(levels[unpack_codes(codes, bits)], rotation)
     norms = mx.where(mx.isfinite(norms), norms, math.nan).astype(mx.float32)
-    return _clamp(directions * norms[..., None], mx.finfo(dtype).max).astype(dtype)
+    vectors = directions * norms[..., None]
+    if mean is not None:
+        vectors = vectors + mean.astype(mx.float32)
+    return _clamp(vectors, mx.finfo(dtype).max).astype(dtype)
 
 
 def _scale_to_middle(x: mx.array) -> tuple[mx.array, mx.array]:

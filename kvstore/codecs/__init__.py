@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 
 from ..errors import CodecError
-from .codec import ArrayCodec, Codec, Rows
+from .codec import MLX_DTYPES, ArrayCodec, Codec, Rows
 from .planes import Planes
 from .raw import Raw
 from .turbo import Turbo
@@ -67,6 +67,7 @@ def _array_codec(name: str) -> ArrayCodec | None:
 
 __all__ = [
     "DEFAULT_CODEC",
+    "MLX_DTYPES",
     "Codec",
     "Rows",
     "codec_names",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +28,15 @@ NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "U32": np.uint32,
 }
 """How each stored dtype is held in NumPy."""
+
+MLX_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+}
+"""The same in MLX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,9 @@ class ArrayCodec(Protocol):
 
         ``out`` of a lossless codec may have fewer tokens: the first ones then.
         """
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Return all layers' rows, ``(L, H, T, D)``, computed on MLX's device."""
 
 
 class BytesCodec(Protocol):

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
-from .codec import NUMPY_DTYPES, Array, PartSpecs, Rows
+from .codec import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
 def split_planes(x: Array) -> Array:
@@ -59,3 +62,12 @@ class Planes:
     ) -> None:
         """Join one layer's planes."""
         join_planes(parts["planes"][:, layer, :, : out.shape[1]], out)
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Join the planes on the device."""
+        planes = mx.array(parts["planes"])
+        whole = _UNSIGNED[planes.shape[0]]
+        joined = planes[0].astype(whole)
+        for i in range(1, planes.shape[0]):
+            joined = joined | (planes[i].astype(whole) << 8 * i)
+        return joined.view(MLX_DTYPES[rows.dtype])

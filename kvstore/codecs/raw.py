@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .codec import Array, PartSpecs, Rows
+import mlx.core as mx
+
+from .codec import MLX_DTYPES, Array, PartSpecs, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +30,7 @@ class Raw:
     ) -> None:
         """Copy one layer."""
         out[...] = parts["rows"][layer, :, : out.shape[1]]
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Move the rows to the device."""
+        return mx.array(parts["rows"]).view(MLX_DTYPES[rows.dtype])

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from turboquant import make_wh_rotation
+from turboquant import dequantize_polar, make_wh_rotation
 from turboquant.kernels import numpy as kernels
 from turboquant.packing import plane_widths
 
 from ..errors import CodecError
-from .codec import Array, PartSpecs, Rows
+from .codec import MLX_DTYPES, Array, PartSpecs, Rows
 from .planes import join_planes, split_planes
 
 NUM_SINKS = 4
@@ -118,6 +119,24 @@ class Turbo:
             make_wh_rotation(rows.shape[3], SEED),
             mean=parts["mean"][layer] if rows.side == "k" else None,
         )
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Decode all layers on the device."""
+        norms = np.empty(parts["norms"].shape[1:], np.float32)
+        join_planes(parts["norms"], norms)
+        codes = [mx.array(parts[name]) for name, _ in self._planes(rows)]
+        dtype = MLX_DTYPES[rows.dtype]
+        decoded = dequantize_polar(
+            mx.concatenate(codes, axis=-1),
+            mx.array(norms),
+            self._bits(rows),
+            make_wh_rotation(rows.shape[3], SEED),
+            dtype=dtype,
+            mean=mx.array(parts["mean"])[:, :, None] if rows.side == "k" else None,
+        )
+        if not _num_sinks(rows):
+            return decoded
+        return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
 
     def _bits(self, rows: Rows) -> int:
         return self.key_bits if rows.side == "k" else self.value_bits

@@ -1,0 +1,66 @@
+"""Restoring on MLX's device gives what restoring in NumPy gives."""
+
+import mlx.core as mx
+import pytest
+
+import kvstore
+from kvstore import prompt_cache
+from turboquant.kv_cache import TurboQuantKVCache
+
+CODECS = ("raw", "planes", "planes+zstd", "turbo4+zstd", "turbo3", "turbo5v3", "turbo8")
+
+
+def restored_by(restoring, monkeypatch, store, prompt, model):
+    """Return what `load` gives with one way of restoring."""
+    monkeypatch.setattr(prompt_cache, "start_restoring", restoring)
+    return store.load(prompt, model)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_device_restores_what_numpy_does(
+    store_path, caches, monkeypatch, codec, dtype
+):
+    """Bit for bit where the codec is lossless, else but for the last place."""
+    tokens, cut = list(range(100)), 87
+    with kvstore.Store(store_path, codec=codec) as store:
+        store.save(tokens, caches.make_cache(100, dtype=dtype), caches.MODEL)
+        for prompt in ([*tokens, -1], [*tokens[:cut], -1]):
+            (host, _), (device, rest) = (
+                restored_by(way, monkeypatch, store, prompt, caches.MODEL)
+                for way in (prompt_cache.HostRestoring, prompt_cache.DeviceRestoring)
+            )
+            assert device[0].offset == host[0].offset == len(prompt) - len(rest)
+            assert device[0].keys.shape == host[0].keys.shape
+            assert device[0].keys.dtype == dtype
+            if codec.startswith("turbo"):
+                assert worst_difference(host, device) <= 4 * mx.finfo(dtype).eps
+            else:
+                assert caches.rows_of(device) == caches.rows_of(host)
+
+
+def worst_difference(left, right):
+    """Return the largest difference relative to the largest number."""
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        for x, y in zip(a.keys_and_values(), b.keys_and_values(), strict=True):
+            x, y = x.astype(mx.float32), y.astype(mx.float32)
+            gap = mx.abs(x - y).max() / mx.abs(x).max()
+            worst = max(worst, gap.item())
+    return worst
+
+
+def test_the_device_restores_live_codes(store_path, caches, monkeypatch):
+    """A cache of codes is restored on the device bit for bit."""
+    rows = caches.random_rows(50, 1)
+    cache = [TurboQuantKVCache(3) for _ in rows]
+    for layer, pair in zip(cache, rows, strict=True):
+        layer.update_and_fetch(pair[0], pair[1])
+    monkeypatch.setattr(prompt_cache, "start_restoring", prompt_cache.DeviceRestoring)
+    with kvstore.Store(store_path) as store:
+        store.save(list(range(50)), cache, caches.MODEL)
+        for length in (2, 4, 5, 50):
+            restored, _ = store.load([*range(length), -1], caches.MODEL)
+            for a, b in zip(restored, cache, strict=True):
+                got, kept = a.coded_keys.read(length), b.coded_keys.read(length)
+                assert mx.array_equal(got, kept).item()
