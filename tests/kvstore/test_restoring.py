@@ -34,7 +34,7 @@ def test_the_device_restores_what_numpy_does(
             assert device[0].keys.shape == host[0].keys.shape
             assert device[0].keys.dtype == dtype
             if codec.startswith("turbo"):
-                assert worst_difference(host, device) <= 4 * mx.finfo(dtype).eps
+                assert worst_difference(host, device) <= 16 * mx.finfo(dtype).eps
             else:
                 assert caches.rows_of(device) == caches.rows_of(host)
 
