@@ -67,6 +67,7 @@ _PLACE = """
 SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality
 FROM blocks JOIN shards ON shards.id = blocks.shard
 """
+_PLACE_KINDS = (bytes, str, int, int, int)
 
 
 class Index:
@@ -118,7 +119,7 @@ class Index:
 
     def place(self, block: BlockHash) -> Place | None:
         """Return where a block lies, or ``None``."""
-        rows = self._query(_PLACE + "WHERE blocks.hash = ?", (block,))
+        rows = self._select(_PLACE + "WHERE blocks.hash = ?", (block,), _PLACE_KINDS)
         return _to_place(rows[0]) if rows else None
 
     def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
@@ -132,7 +133,8 @@ class Index:
             " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
         )
         seen: set[BlockHash] = set()
-        while tip not in seen and (rows := self._query(query, (tip,))):
+        kinds = (*_PLACE_KINDS, bytes)
+        while tip not in seen and (rows := self._select(query, (tip,), kinds)):
             seen.add(tip)
             tip = BlockHash(rows[0][5])
             yield _to_place(rows[0][:5]), tip
@@ -153,9 +155,9 @@ class Index:
             "WHERE blocks.parent = ? AND blocks.first_token = ? ORDER BY blocks.hash"
             f" LIMIT {MAX_CHILDREN}"
         )
-        return [
-            _to_place(r) for r in self._query(_PLACE + query, (parent, first_token))
-        ]
+        values = (parent, first_token)
+        rows = self._select(_PLACE + query, values, _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
 
     def has_children(self, parent: BlockHash) -> bool:
         """Say whether any block follows ``parent``."""
@@ -165,27 +167,32 @@ class Index:
     def places_in(self, shard: str) -> list[Place]:
         """Return the places of all blocks that the index puts into a shard."""
         query = _PLACE + "WHERE shards.name = ? ORDER BY blocks.hash"
-        return [_to_place(row) for row in self._query(query, (shard,))]
+        rows = self._select(query, (shard,), _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
 
     def lost_blocks(self) -> list[BlockHash]:
         """Return the blocks whose shard the index does not know."""
         query = "SELECT hash FROM blocks WHERE shard NOT IN (SELECT id FROM shards)"
-        return [BlockHash(block) for (block,) in self._query(query)]
+        rows = self._select(query, (), (bytes,))
+        return [BlockHash(block) for (block,) in rows]
 
     def roots(self, fingerprint: str, tenant: str) -> list[tuple[BlockHash, JSON]]:
         """Return the root hash and layout of everything one model has stored."""
         query = "SELECT hash, layout FROM roots WHERE fingerprint = ? AND tenant = ?"
-        rows = self._query(query + " ORDER BY hash", (fingerprint, tenant))
+        values = (fingerprint, tenant)
+        rows = self._select(query + " ORDER BY hash", values, (bytes, str))
         with self._translated():
             return [(BlockHash(root), json.loads(layout)) for root, layout in rows]
 
     def shards(self) -> dict[str, int]:
         """Return name and bytes of every shard."""
-        return dict(self._query("SELECT name, nbytes FROM shards ORDER BY name"))
+        query = "SELECT name, nbytes FROM shards ORDER BY name"
+        return dict(self._select(query, (), (str, int)))
 
     def added_at(self, shard: str) -> float:
         """Return when a shard was added, Unix seconds; 0 for one not known."""
-        rows = self._query("SELECT added_at FROM shards WHERE name = ?", (shard,))
+        query = "SELECT added_at FROM shards WHERE name = ?"
+        rows = self._select(query, (shard,), (float,))
         return float(rows[0][0]) if rows else 0.0
 
     def block_bytes(self, block: BlockHash) -> int:
@@ -195,17 +202,17 @@ class Index:
             " AS others WHERE others.shard = shards.id) FROM blocks"
             " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
         )
-        rows = self._query(query, (block,))
+        rows = self._select(query, (block,), (int,))
         return int(rows[0][0]) if rows else 0
 
     def uses(self) -> dict[BlockHash, float]:
         """Return when a hit last ended in each block, Unix seconds."""
-        rows = self._query("SELECT hash, used_at FROM uses")
+        rows = self._select("SELECT hash, used_at FROM uses", (), (bytes, float))
         return {BlockHash(block): used_at for block, used_at in rows}
 
     def counters(self) -> dict[str, int]:
         """Return all counters by name."""
-        return dict(self._query("SELECT name, value FROM counters"))
+        return dict(self._select("SELECT name, value FROM counters", (), (str, int)))
 
     def count(self, **amounts: int) -> None:
         """Add to counters."""
@@ -312,6 +319,22 @@ class Index:
     def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._translated():
             return self._connection.execute(sql, values).fetchall()
+
+    def _select(
+        self, sql: str, values: Sequence[Any], kinds: tuple[type, ...]
+    ) -> list[Any]:
+        """Return rows whose columns are of these types.
+
+        SQLite checks types when it writes; a flipped bit makes another one.
+        """
+        rows = self._query(sql, values)
+        for row in rows:
+            if tuple(map(type, row)) != kinds:
+                raise IntegrityError(
+                    f"the index is damaged: {self.path}: a column is of another type",
+                    path=self.path,
+                )
+        return rows
 
     def _prepare(self) -> None:
         """Set the connection up, and create the tables where there are none."""

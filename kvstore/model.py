@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,13 @@ def encode_continuation(
     asked = {"role": "user", "content": _QUERY}
     reply = {"role": "assistant", "content": _REPLY}
     config = chat_template_config
+    conversation = _render(tokenizer, [asked, reply, query], config)
+    header, next_message = _around(_REPLY, _around(_QUERY, conversation)[1])
     before, after = _around(_QUERY, _render(tokenizer, [asked], config))
-    if after.strip() and after.strip() in tokenizer.decode(list(tokens)):
-        text = _around(_REPLY, _render(tokenizer, [asked, reply, query], config))[1]
+    # Some templates begin a reply with more, such as `<think>`, than they repeat later.
+    begin = _common_prefix(header, after).strip()
+    if begin and begin in tokenizer.decode(list(tokens)):
+        text = next_message
     else:
         text = _render(tokenizer, [query], config)[len(before) :]
     added = list(tokenizer.encode(text, add_special_tokens=False))
@@ -246,15 +251,26 @@ def _render(
     *,
     is_open: bool = False,
 ) -> str:
-    """Return a conversation as text, the last message open or a reply to come."""
-    text = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=False,
-        add_generation_prompt=not is_open,
-        continue_final_message=is_open,
-        **(config or {}),
-    )
-    return str(text)
+    """Return a conversation as text, the last message open or a reply to come.
+
+    Raises:
+        KVStoreError: The chat template refuses it.
+    """
+    from jinja2 import TemplateError
+
+    options = {"add_generation_prompt": not is_open, "continue_final_message": is_open}
+    options |= config or {}
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), **{**options, "tokenize": False}
+            )
+        )
+    except TemplateError as error:
+        raise KVStoreError(
+            f"the chat template refuses this conversation: {error}",
+            hint="`--ignore-chat-template` takes the prompt as plain text",
+        ) from error
 
 
 def _around(marker: str, text: str) -> tuple[str, str]:
@@ -267,3 +283,8 @@ def _around(marker: str, text: str) -> tuple[str, str]:
     if not found:
         raise ValueError("the chat template leaves out parts of a conversation")
     return before, after
+
+
+def _common_prefix(left: str, right: str) -> str:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
+    return "".join(letter for letter, _ in same)

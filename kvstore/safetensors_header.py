@@ -21,6 +21,7 @@ ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -89,7 +90,14 @@ def _finite(text: str) -> float:
 
 
 def _is_text_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    if not isinstance(value, dict) or not all(map(_is_text, value.values())):
+        return False
+    return all(map(_is_text, value))
+
+
+def _is_text(value: Any) -> bool:
+    # JSON can spell half a character, which is no text.
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 def is_count(value: Any, limit: int = 2**63) -> bool:

@@ -341,9 +341,9 @@ def _parse(header: bytes, size: int) -> ShardHeader:
     return ShardHeader(origin, blocks, data_begin, size)
 
 
-def _field(value: JSON, name: str, kind: type) -> Any:
+def _field(value: Any, name: str, kind: type) -> Any:
     """Return a field of exactly this type."""
-    if type(value.get(name)) is not kind:
+    if not isinstance(value, dict) or type(value.get(name)) is not kind:
         raise ValueError(f"field {name} is missing or not of type {kind.__name__}")
     return value[name]
 
@@ -352,14 +352,15 @@ def _parse_blocks(rows: list[Any], tensors: JSON) -> tuple[StoredBlock, ...]:
     """Return the block table, every tensor being some block's."""
     if len(rows) > MAX_BLOCKS:
         raise ValueError(f"{len(rows)} blocks, more than {MAX_BLOCKS}")
-    owned: list[JSON] = [{} for _ in rows]
+    owned: dict[str, JSON] = {str(number): {} for number in range(len(rows))}
     for name, spec in tensors.items():
         number, _, part = name.partition(".")
-        if not number.isdecimal() or int(number) >= len(rows):
+        if number not in owned:
             raise ValueError(f"tensor {name} belongs to no block")
-        owned[int(number)][part] = spec
+        owned[number][part] = spec
     return tuple(
-        _parse_block(row, parts) for row, parts in zip(rows, owned, strict=True)
+        _parse_block(row, parts)
+        for row, parts in zip(rows, owned.values(), strict=True)
     )
 
 

@@ -5,6 +5,7 @@ Tests hold every other implementation against this one. Nothing else uses it.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,7 @@ def unrotate(x: NDArray[np.floating], rotation: Rotation) -> NDArray[np.float64]
     return (x.astype(np.float64) @ hadamard(rotation)) * rotation_signs(rotation)
 
 
+@lru_cache
 def hadamard(rotation: Rotation) -> NDArray[np.float64]:
     """Return the block-diagonal orthonormal Walsh-Hadamard matrix, shape ``(D, D)``."""
     matrix = np.zeros((rotation.dim, rotation.dim))

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .demo_verb import demo
 from .entry_verbs import inspect_entry, list_entries, load, remove
 from .failures import run
-from .model_verbs import demo, generate, lookup, save
+from .model_verbs import generate, lookup, save
 from .root import cli
 from .store_verbs import completion, show_dir, verify
 

@@ -76,19 +76,13 @@ def load(
         "nbytes": sum(cache.nbytes for cache in prompt_cache),
         "elapsed_s": round(seconds, 3),
     }
-    text = (
-        f"restored {format_count(entry.num_tokens, 'token')} of {entry_label(entry)}"
-        f" in {seconds:.2f} s: {format_bytes(data['nbytes'])} from"
-        f" {format_bytes(entry.nbytes)}"
-    )
     if path is not None:
         from ..model import write_prompt_cache
 
         label = model or entry.model
         size = write_prompt_cache(path, prompt_cache, label, overwrite=overwrite)
         data |= {"file": str(path), "file_bytes": size}
-        text += f"; wrote {format_bytes(size)}: {path}"
-    output.result(text, data, [str(path) if path else entry.id])
+    output.result(_describe_load(entry, data), data, [str(path) if path else entry.id])
 
 
 @click.command("ls", cls=Verb)
@@ -98,8 +92,9 @@ def list_entries(context: click.Context) -> None:
 
     SIZE counts blocks that entries share with each of them.
     """
+    output = output_of(context)
     entries = open_store(context).entries()
-    output_of(context).table(
+    output.table(
         entries,
         _entry_columns(entries),
         data=entry_data,
@@ -173,6 +168,17 @@ def entry_data(entry: Entry) -> JSON:
 def entry_label(entry: Entry) -> str:
     """Return what to call an entry in a sentence."""
     return f"`{entry.name or entry.id[:_SHORT]}`"
+
+
+def _describe_load(entry: Entry, data: JSON) -> str:
+    text = (
+        f"restored {format_count(entry.num_tokens, 'token')} of {entry_label(entry)}"
+        f" in {data['elapsed_s']:.2f} s: {format_bytes(data['nbytes'])} from"
+        f" {format_bytes(entry.nbytes)}"
+    )
+    if "file" in data:
+        text += f"; wrote {format_bytes(data['file_bytes'])}: {data['file']}"
+    return text
 
 
 def _fingerprint(model: str | None, adapter_path: str | None) -> Fingerprint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -49,6 +50,7 @@ class Failure:
 def run(command: click.Command, args: Sequence[str] | None) -> int:
     """Run a command and return its exit code; errors are told on stderr."""
     start_logging()
+    _allow_any_text()
     try:
         # Verbs return nothing; click returns the code of `context.exit(code)`.
         code = command.main(args, prog_name="kvstore", standalone_mode=False)
@@ -116,6 +118,13 @@ def _own_style(message: str) -> str:
 def _lower_first(text: str) -> str:
     """Return a sentence with a small letter first, but leave `I/O` alone."""
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _allow_any_text() -> None:
+    """Print what a terminal cannot show as escapes, instead of failing halfway."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_stdout() -> None:

@@ -1,4 +1,4 @@
-"""The verbs that run a model: save, generate, lookup, demo."""
+"""The verbs that run a model: save, generate, lookup."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..folder import default_path
-from ..output import Output, format_bytes, format_count, terminal_width
+from ..output import Output, format_bytes, format_count
 from . import options
 from .entry_verbs import entry_data, entry_label
 from .options import (
@@ -22,7 +20,7 @@ from .options import (
     model_options,
     prompt_options,
 )
-from .root import Verb, log, open_store, output_of, store_path
+from .root import Verb, load_fast_blas, open_store, output_of
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -202,81 +200,11 @@ def lookup(context: click.Context, model: ModelOptions, prompt: PromptOptions) -
     )
 
 
-@click.command(cls=Verb)
-@model_options
-@click.option(
-    "--document",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text to read.  [default: a part of Python's manual]",
-)
-@click.option("--question", metavar="TEXT", help="What to ask about it.")
-@click.option(
-    "--num-tokens",
-    metavar="N",
-    type=click.IntRange(min=256),
-    help="How much of it to read.  [default: about 2,000 tokens, 256 where the model"
-    " is slow]",
-)
-@click.option(
-    "--max-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=48,
-    show_default=True,
-    help="Tokens of an answer at most.",
-)
-@click.option(
-    "--codec",
-    "codecs",
-    metavar="CODEC",
-    multiple=True,
-    help="A codec to compare; may be given several times.  [default: the usual ones]",
-)
-@click.pass_context
-@gathered("model", ModelOptions)
-def demo(
-    context: click.Context,
-    model: ModelOptions,
-    document: Path | None,
-    question: str | None,
-    num_tokens: int | None,
-    max_tokens: int,
-    codecs: tuple[str, ...],
-) -> None:
-    """Show the main job on a model, with the seconds and bytes that it takes.
-
-    Prefills a document and saves it, with several codecs. For each of them a new
-    process resumes it, is asked a question, and answers.
-    """
-    output = output_of(context)
-    _load_openblas()
-    from ..demo import CODECS, format_result, run_demo
-
-    with output.progress() as bars:
-        result = run_demo(
-            model.model,
-            store=store_path(context) or default_path(),
-            adapter_path=model.adapter_path,
-            trust_remote_code=model.trust_remote_code,
-            document=document,
-            question=question,
-            num_tokens=num_tokens,
-            max_tokens=max_tokens,
-            codecs=codecs or CODECS,
-            bar=bars.bar,
-            note=output.note,
-        )
-    names = [row.name for row in result.rows if row.name is not None]
-    text = format_result(result, terminal_width())
-    output.result(text, result.to_json(), names)
-
-
 def _open(
     context: click.Context, options: ModelOptions, codec: str | None
 ) -> tuple[Store, Any, Any, Fingerprint]:
     """Open the store, and load model, tokenizer and fingerprint."""
-    _load_openblas()
+    load_fast_blas()
     from ..model import find_model, load_model
 
     find_model(options.model)  # a wrong name must not leave an empty store behind
@@ -287,13 +215,6 @@ def _open(
         trust_remote_code=options.trust_remote_code,
     )
     return store, loaded, tokenizer, fingerprint
-
-
-def _load_openblas() -> None:
-    """Put a fast BLAS under MLX; only works before MLX is imported."""
-    from ..blas import load_openblas
-
-    log.info("OpenBLAS: %s", load_openblas())
 
 
 def _encode(

@@ -138,6 +138,13 @@ def open_store(
     return context.with_resource(store)
 
 
+def load_fast_blas() -> None:
+    """Put a fast BLAS under MLX; works only before MLX is imported."""
+    from ..blas import load_openblas
+
+    log.info("OpenBLAS: %s", load_openblas() or "none")
+
+
 def start_logging() -> None:
     """Send what ``-v`` asks for to stderr."""
     handler = logging.StreamHandler(sys.stderr)

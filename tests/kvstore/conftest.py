@@ -8,8 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kvstore.folder import create_folder
+
+# Machines that test are slow now and then, which is no failure.
+settings.register_profile(
+    "kvstore",
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("kvstore")
 
 HERE = Path(__file__).parent
 

@@ -1,6 +1,7 @@
 """Entry files: what is written is read back, and damage is never believed."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import blake3
@@ -100,12 +101,19 @@ def test_every_flipped_bit_is_detected(folder, flip_bit):
     unnoticed = []
     for bit in range(len(good) * 8):
         path.write_bytes(flip_bit(good, bit))
-        try:
+        with suppress(IntegrityError):
             unnoticed.append((bit, entries.read_entry(folder, ENTRY.id)))
-        except IntegrityError as error:
-            assert path == error.path
-            assert error.hint
     assert [] == unnoticed
+
+
+def test_damage_names_the_file_and_the_remedy(folder, flip_bit):
+    """The error of a damaged entry says which file, and what to do."""
+    path = write(folder)
+    flip_bit(path, 300)
+    with pytest.raises(IntegrityError, match="entry file is damaged") as caught:
+        entries.read_entry(folder, ENTRY.id)
+    assert path == caught.value.path
+    assert "save it again" in caught.value.hint
 
 
 def test_every_truncation_is_detected(folder):

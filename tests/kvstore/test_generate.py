@@ -40,13 +40,19 @@ def save(loaded, store, tokens, **options):
     return save_prompt(model, tokens, store=store, fingerprint=fingerprint, **options)
 
 
+def rows(prompt_cache):
+    """Return all rows of a prompt cache in one array."""
+    return mx.stack([mx.stack(cache.keys_and_values()) for cache in prompt_cache])
+
+
 def rows_equal(left, right):
     """Say whether two prompt caches hold the same bits."""
-    return all(
-        a.offset == b.offset
-        and mx.array_equal(mx.stack(a.keys_and_values()), mx.stack(b.keys_and_values()))
-        for a, b in zip(left, right, strict=True)
-    )
+    return mx.array_equal(rows(left), rows(right)).item()
+
+
+def rows_close(left, right):
+    """Say whether two prompt caches were computed from the same tokens."""
+    return mx.allclose(rows(left), rows(right), atol=1e-3).item()
 
 
 def test_a_reply_is_the_one_of_mlx_lm(loaded, store):
@@ -143,9 +149,6 @@ def interrupt(monkeypatch):
             "kvstore.generate.make_prompt_cache",
             lambda model: [Interrupting() for _ in model.layers],
         )
-        monkeypatch.setattr(
-            KVCache, "__subclasshook__", classmethod(lambda *_: True), raising=False
-        )
 
     return arm
 
@@ -155,20 +158,19 @@ def test_an_interrupt_never_saves_a_row_that_is_not_there(
     loaded, store, interrupt, monkeypatch, stop
 ):
     """Ctrl-C between any two updates of the cache keeps right rows only."""
-    model, _, fingerprint = loaded
     kept = []
 
     def check(tokens, prompt_cache, fingerprint, *, name, replace, progress):
-        exact = prefill(model, tokens) if len(tokens) == len(PROMPT) else None
-        kept.append((list(tokens), [cache.offset for cache in prompt_cache], name))
-        if exact is not None:
-            assert rows_equal(prompt_cache, exact)
+        exact = prefill(loaded[0], tokens)
+        offsets = [cache.offset for cache in prompt_cache]
+        kept.append((list(tokens), offsets, name, rows_close(prompt_cache, exact)))
 
     interrupt(stop)
     monkeypatch.setattr(store, "save", check)
     with pytest.raises(KeyboardInterrupt):
         generate(loaded, store, PROMPT, prefill_step_size=100, name="chat")
-    for tokens, offsets, name in kept:
+    for tokens, offsets, name, are_right in kept:
+        assert are_right
         assert offsets == [len(tokens)] * 2
         assert tokens[: len(PROMPT)] == PROMPT[: len(tokens)]
         assert name == ("chat" if len(tokens) >= len(PROMPT) else None)
@@ -236,7 +238,7 @@ def test_a_taken_name_is_refused_before_the_prefill(loaded, store):
             prompt_progress_callback=lambda done, total: computed.append(done),
         )  # fmt: skip
     assert computed == []
-    entry, _ = save(loaded, store, PROMPT[::-1], name="doc", replace=True)
+    save(loaded, store, PROMPT[::-1], name="doc", replace=True)
     assert entry_tokens(store, "doc") == PROMPT[::-1]
 
 

@@ -23,10 +23,30 @@ TOKENS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40)
 @pytest.mark.parametrize(
     ("fingerprint", "layout", "tenant", "expected"),
     [
-        ("ab" * 32, [{"class": "KVCache"}], "", "a92890dcf4fb2eca7d52499dc2ef9078ff6a036a100f94b6a12e2fc3392bf04f"),
-        ("", [], "", "500b5a5f695e9193954add82dcd6da5a38ff6ba1816bdcc95618cf9e32d1ae12"),
-        ("ab" * 32, [{"class": "KVCache"}], "ann", "b3e60ff642f79643ef5a752dfe3a539e5610d93c1ece79de437c6537b968112d"),
-        ("ab" * 32, [{"class": "KVCache"}], "änn", "aa1e87d813531f3896fda35834e4ce21e81a257d12f213b41dfcbe36283c1d27"),
+        (
+            "ab" * 32,
+            [{"class": "KVCache"}],
+            "",
+            "a92890dcf4fb2eca7d52499dc2ef9078ff6a036a100f94b6a12e2fc3392bf04f",
+        ),
+        (
+            "",
+            [],
+            "",
+            "500b5a5f695e9193954add82dcd6da5a38ff6ba1816bdcc95618cf9e32d1ae12",
+        ),
+        (
+            "ab" * 32,
+            [{"class": "KVCache"}],
+            "ann",
+            "b3e60ff642f79643ef5a752dfe3a539e5610d93c1ece79de437c6537b968112d",
+        ),
+        (
+            "ab" * 32,
+            [{"class": "KVCache"}],
+            "änn",
+            "aa1e87d813531f3896fda35834e4ce21e81a257d12f213b41dfcbe36283c1d27",
+        ),
     ],
 )
 def test_root_hashes_are_frozen(fingerprint, layout, tenant, expected):
@@ -39,8 +59,14 @@ def test_root_hashes_are_frozen(fingerprint, layout, tenant, expected):
     [
         ([0], "f88cc711ead5ad0f2caccc56c1070b0f0d6b79edc3e60b92531cfe2bcd483d8f"),
         ([1, 2, 3], "740ca7d41b9e0402f37c24b98f7dade76b2fb0718a02ffa1376d08c901f2ab35"),
-        ([-1, -(2**63), 2**63 - 1], "dedffee6dcce4fffa38e79be3cc267e8d9784b1448fc0476fdda63906ad07272"),
-        (list(range(256)), "12febe1c954ee2f5a3a0dc580dfc927fa6553d306ec8a6a6fe369b6307e5de84"),
+        (
+            [-1, -(2**63), 2**63 - 1],
+            "dedffee6dcce4fffa38e79be3cc267e8d9784b1448fc0476fdda63906ad07272",
+        ),
+        (
+            list(range(256)),
+            "12febe1c954ee2f5a3a0dc580dfc927fa6553d306ec8a6a6fe369b6307e5de84",
+        ),
     ],
 )
 def test_block_hashes_are_frozen(tokens, expected):

@@ -99,10 +99,16 @@ def test_a_template_may_be_ignored(tokenizer):
 def test_variables_reach_the_template(tokenizer):
     """The configuration of a chat template overrides what is set otherwise."""
     config = {"add_generation_prompt": False}
-    with pytest.raises(TypeError):  # it is no variable of the template
-        encode_prompt(tokenizer, "hi", chat_template_config=config)
-    tokens = encode_prompt(tokenizer, "hi", chat_template_config={"unknown": 1})
-    assert tokens == encode_prompt(tokenizer, "hi")
+    tokens = encode_prompt(tokenizer, "hi", chat_template_config=config)
+    assert tokenizer.decode(tokens).endswith("user\nhi<|im_end|>\n")
+
+
+def test_a_template_that_refuses_is_one_error(tokenizer, monkeypatch):
+    """What a chat template raises is an error with its words."""
+    template = "{{ raise_exception('no system here') }}"
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+    with pytest.raises(KVStoreError, match="no system here"):
+        encode_prompt(tokenizer, "hi", system_prompt="be kind")
 
 
 def test_a_prompt_goes_on_with_an_open_message(tokenizer):
@@ -121,6 +127,25 @@ def test_a_prompt_follows_a_reply(tokenizer, end):
     assert tokenizer.decode(held + added) == (
         tokenizer.decode(begun) + "reply<|im_end|>\n"
         "<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if quiet %}<think></think>\n{% else %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_a_reply_is_known_however_it_began(tokenizer, monkeypatch):
+    """Whether a reply began with thinking or without, the next message follows it."""
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", THINKING)
+    held = encode_prompt(tokenizer, "first", chat_template_config={"quiet": True})
+    held += tokenizer.encode("reply", add_special_tokens=False)
+    added = encode_continuation(tokenizer, "second", held)
+    assert tokenizer.decode(added) == (
+        "<|im_end|>\n<|im_start|>user\nsecond<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n"
     )
 
 

@@ -32,6 +32,8 @@ def solve_lloyd_max(bits: int) -> np.ndarray:
     for _ in range(50):
         mass, mean = cells(x)
         error = x - (mean[:-1] + mean[1:]) / 2
+        if np.abs(error).max(initial=0) < 1e-15:
+            break
         edges = np.concatenate([[0], x])
         # How each mean moves with the boundary below and the one above it.
         with_lower = density(edges) * (mean - edges) / mass

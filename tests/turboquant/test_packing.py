@@ -1,7 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -35,6 +35,7 @@ def test_packing_matches_oracle(bits: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
+@settings(deadline=None)  # MLX's first call on a busy machine is slow
 @given(data=st.data())
 def test_unpacking_undoes_packing(bits: int, data: st.DataObject) -> None:
     """Any indices come back from their codes."""
@@ -51,10 +52,10 @@ def test_unpacking_undoes_packing(bits: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("bits", "codes"),
     [
-        (1, "b2"),
-        (2, "1be4"),
-        (3, "0000000000"),
-        (4, "00000000"),
+        (1, "00ff"),
+        (2, "0055aaff"),
+        (3, "3399993333cc"),
+        (4, "80d52a7fc4196eb3"),
     ],
 )
 def test_packed_bytes_are_frozen(bits: int, codes: str) -> None:

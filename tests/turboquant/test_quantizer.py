@@ -67,18 +67,20 @@ def test_dequantizing_matches_oracle(bits: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("dim", [64, 80, 128])
-def test_error_is_near_theory(bits: int, dim: int) -> None:
-    """Normal vectors lose what Lloyd-Max must lose of them."""
+@pytest.mark.parametrize(
+    ("dim", "least"), [(64, 0.90), (80, 0.91), (128, 0.94), (576, 0.97)]
+)
+def test_error_is_near_theory(bits: int, dim: int, least: float) -> None:
+    """Normal vectors lose what Lloyd-Max must, or less: short ones have no tail."""
     rotation = make_wh_rotation(dim)
-    x = normal_vectors(1000, dim)
+    x = normal_vectors(500, dim)
 
     decoded = dequantize_polar(
         *quantize_polar(mx.array(x), bits, rotation), bits, rotation
     )
 
     error = np.square(np.array(decoded) - x).sum() / np.square(x).sum()
-    assert error == pytest.approx(MSE[bits - 1], rel=0.05)
+    assert least < error / MSE[bits - 1] < 1.005
 
 
 def test_one_spike_is_spread() -> None:
@@ -182,16 +184,17 @@ def test_broken_norms_decode_to_nan(bad: float) -> None:
 def test_overflow_is_clamped(dtype: mx.Dtype) -> None:
     """What exceeds the dtype becomes its largest finite number, with its sign."""
     largest = mx.finfo(dtype).max
-    x = np.zeros((1, 64), np.float32)
-    x[0, :2] = np.float32(largest) * [1, -1]
-    codes, norms = quantize_polar(mx.array(x), 4, ROTATION)
+    x = np.zeros((2, 64), np.float32)
+    x[:, 0] = largest, -largest
+    # The level nearest to 1 is 1.05 at 5 bits: the largest norm decodes to more.
+    codes, norms = quantize_polar(mx.array(x), 5, ROTATION)
     norms = mx.minimum(norms * 1.5, mx.finfo(mx.float32).max)
 
-    decoded = dequantize_polar(codes, norms, 4, ROTATION, dtype=dtype)
+    decoded = dequantize_polar(codes, norms, 5, ROTATION, dtype=dtype)
 
     assert mx.isfinite(decoded).all()
     if dtype != mx.float32:
-        assert [largest, -largest] == decoded[0, :2].tolist()
+        assert [largest, -largest] == decoded[:, 0].tolist()
 
 
 def test_arguments_must_fit() -> None:

@@ -360,7 +360,6 @@ def _cell_tables(bits: int) -> tuple[Bytes, Floats]:
     """Return each cell's lowest index, and the boundary where the next one begins."""
     # Begun early by a quarter, since the sum that picks a cell is rounded.
     cells = np.arange(_NUM_CELLS) - _NUM_CELLS // 2 - 0.25
-    cells[0] = -np.inf
     boundaries = _boundaries(bits)
     lowest = np.searchsorted(boundaries, cells / _CELLS_PER_UNIT, side="right")
     return lowest.astype(np.uint8), np.append(boundaries, np.float32(np.inf))[lowest]

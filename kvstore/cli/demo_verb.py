@@ -1,0 +1,82 @@
+"""The verb demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..folder import default_path
+from ..output import terminal_width
+from .options import ModelOptions, gathered, model_options
+from .root import Verb, load_fast_blas, output_of, store_path
+
+
+@click.command(cls=Verb)
+@model_options
+@click.option(
+    "--document",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text to read.  [default: a part of Python's manual]",
+)
+@click.option("--question", metavar="TEXT", help="What to ask about it.")
+@click.option(
+    "--num-tokens",
+    metavar="N",
+    type=click.IntRange(min=256),
+    help="How much of it to read.  [default: about 2,000 tokens, 256 where the model"
+    " is slow]",
+)
+@click.option(
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=48,
+    show_default=True,
+    help="Tokens of an answer at most.",
+)
+@click.option(
+    "--codec",
+    "codecs",
+    metavar="CODEC",
+    multiple=True,
+    help="A codec to compare; may be given several times.  [default: the usual ones]",
+)
+@click.pass_context
+@gathered("model", ModelOptions)
+def demo(
+    context: click.Context,
+    model: ModelOptions,
+    document: Path | None,
+    question: str | None,
+    num_tokens: int | None,
+    max_tokens: int,
+    codecs: tuple[str, ...],
+) -> None:
+    """Show the main job on a model, with the seconds and bytes that it takes.
+
+    Prefills a document and saves it, with several codecs. For each of them a new
+    process resumes it, is asked a question, and answers.
+    """
+    output = output_of(context)
+    load_fast_blas()
+    from ..demo import CODECS, format_result, run_demo
+
+    with output.progress() as bars:
+        result = run_demo(
+            model.model,
+            store=store_path(context) or default_path(),
+            adapter_path=model.adapter_path,
+            trust_remote_code=model.trust_remote_code,
+            document=document,
+            question=question,
+            num_tokens=num_tokens,
+            max_tokens=max_tokens,
+            codecs=codecs or CODECS,
+            bar=bars.bar,
+            note=output.note,
+        )
+    names = [row.name for row in result.rows if row.name is not None]
+    text = format_result(result, terminal_width())
+    output.result(text, result.to_json(), names)

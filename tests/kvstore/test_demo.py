@@ -1,0 +1,194 @@
+"""The demo prefills once, resumes in new processes, and says what that brought."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import kvstore
+from kvstore import demo
+
+CODECS = ("raw", "planes+zstd", "turbo4+zstd")
+
+
+def run_demo(model, store, **options):
+    """Run the demo, quickly; return what it found and what it said."""
+    notes = []
+    options = {"num_tokens": 600, "codecs": CODECS, "max_tokens": 8} | options
+    result = demo.run_demo(str(model), store=store, note=notes.append, **options)
+    return result, notes
+
+
+@pytest.fixture(scope="module")
+def store_path(tmp_path_factory):
+    """The store of the demo that most tests look at."""
+    return tmp_path_factory.mktemp("demo") / "store"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, store_path):
+    """What a demo found, and what it said."""
+    return run_demo(tiny_model, store_path)
+
+
+@pytest.fixture
+def tiny_demo(tiny_model, tmp_path):
+    """A demo before it has read anything."""
+    source = demo.Source(str(tiny_model), None, False)
+    return demo._Demo(source, tmp_path / "store", demo._show_nothing, demo._say_nothing)
+
+
+def test_every_way_is_resumed_in_a_new_process(finished):
+    """There are prefill, mlx-lm's file and each codec, and so many processes ran."""
+    result, notes = finished
+    assert [row.way for row in result.rows] == [demo.PREFILL, demo.MLX_LM, *CODECS]
+    assert sum("in a new process" in note for note in notes) == 1 + len(CODECS)
+
+
+def test_a_lossless_codec_gives_the_same_answer(finished):
+    """What was kept without loss answers as if nothing had happened."""
+    prefill, *others = finished[0].rows
+    exact = [row for row in others if "turbo" not in row.way]
+    assert [row.is_same for row in exact] == [True] * 3
+    assert {row.answer for row in exact} == {prefill.answer}
+    assert prefill.num_answer == 8
+
+
+def test_the_table_holds_what_was_measured(finished):
+    """Sizes are those of files, and a speedup is prefill by resume."""
+    prefill, mlx_file, raw, planes, turbo = finished[0].rows
+    assert prefill.nbytes is None
+    assert mlx_file.nbytes > raw.nbytes > planes.nbytes > turbo.nbytes > 0
+    assert raw.speedup == prefill.first_s / raw.first_s
+    assert all(0 < row.first_s < row.answer_s for row in (prefill, raw, turbo))
+
+
+def test_the_entries_stay_in_the_store(finished, store_path):
+    """The store given holds one entry per codec, and verify finds nothing."""
+    result, _ = finished
+    with kvstore.Store(store_path, create=False) as store:
+        held = {entry.name: entry.num_tokens for entry in store.entries()}
+        assert store.verify() == []
+    assert held == {f"demo-{codec}": result.num_tokens for codec in CODECS}
+    assert {row.name for row in result.rows if row.name} == set(held)
+
+
+def test_a_second_demo_writes_no_new_shard(finished, store_path, tiny_model):
+    """Rows that are the same to the last bit are taken up again."""
+    before = set(store_path.glob("shards/*/*"))
+    result, _ = run_demo(tiny_model, store_path, codecs=("raw",))
+    assert set(store_path.glob("shards/*/*")) == before
+    assert result.rows[-1].nbytes == finished[0].rows[2].nbytes
+
+
+def test_another_document_takes_the_name(tiny_model, tmp_path):
+    """A demo with another text and question replaces the entry."""
+    store, text = tmp_path / "store", tmp_path / "mine.txt"
+    text.write_text("Once upon a time.")
+    options = {"codecs": ("turbo2",)}
+    run_demo(tiny_model, store, num_tokens=100, **options)
+    result, _ = run_demo(
+        tiny_model, store, document=text, question="When?", num_tokens=None, **options
+    )
+    assert (result.question, result.num_tokens < 100) == ("When?", True)
+    with kvstore.Store(store, create=False) as opened:
+        assert [e.num_tokens for e in opened.entries()] == [result.num_tokens]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 200, 256, 257, 512])
+def test_a_document_never_ends_with_a_block(tiny_demo, num_tokens):
+    """A lossy block at the end of a prompt could not be used whole."""
+    document, question = tiny_demo.make_tokens("long " * 200, "Why?", num_tokens)
+    assert len(document) % 256
+    assert num_tokens - 1 <= len(document) <= max(num_tokens, 100)
+    assert "Why?" in tiny_demo._tokenizer.decode(question)
+
+
+def test_a_slow_model_reads_a_short_document(tiny_demo, monkeypatch):
+    """Where 2,000 tokens would take long, the demo reads 256, and says so."""
+    notes = []
+    tiny_demo._note = notes.append
+    assert tiny_demo._choose_length("long " * 200) == 2000
+    monkeypatch.setattr(demo, "_PATIENCE_S", 0.0)
+    assert tiny_demo._choose_length("long " * 200) == 256
+    assert len(notes) == 1
+    assert "256 tokens instead of 2,000" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), (b"\xff\xfe", "not UTF-8"), (b" \n", "is empty")],
+)
+def test_a_document_that_cannot_be_read_is_an_error(tmp_path, content, reason):
+    """The error names the file and says why, before a model is loaded."""
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(kvstore.KVStoreError, match=reason) as caught:
+        run_demo("missing", tmp_path / "store", document=path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_unknown_codec_is_told_before_the_model_is_loaded(tmp_path):
+    """A typing error costs no waiting."""
+    with pytest.raises(kvstore.CodecError, match="unknown codec `turbo0`"):
+        run_demo("missing", tmp_path / "store", codecs=("raw", "turbo0"))
+
+
+def test_a_cache_that_cannot_be_stored_is_told_before_prefill():
+    """The error names the class and the layer."""
+
+    class Odd:
+        """A cache that nobody knows."""
+
+    class Model:
+        """A model that wants one."""
+
+        def make_cache(self):
+            return [Odd()]
+
+    with pytest.raises(kvstore.UnsupportedCacheError, match=r"layer 0 is an? Odd"):
+        demo._empty_cache(Model())
+
+
+def test_a_store_that_lost_the_rows_is_an_error(tiny_model, tmp_path):
+    """The new process finds that nothing is there, and its error arrives here."""
+    kvstore.Store(tmp_path / "store").close()
+    source = demo.Source(str(tiny_model), None, False)
+    job = demo.Job(source, [1, 2, 3], [4], 8, store=str(tmp_path / "store"))
+    with pytest.raises(kvstore.KVStoreError, match="gave back 0 of 3 tokens: "):
+        demo._start_process(job)
+    with pytest.raises(kvstore.KVStoreError, match="no model `missing`"):
+        demo._start_process(replace(job, source=replace(source, model="missing")))
+
+
+def test_a_process_that_dies_is_an_error(tmp_path, monkeypatch):
+    """Whatever kills the new process, there is an error and no wrong number."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    job = demo.Job(demo.Source("m", None, False), [1], [2], 8)
+    with pytest.raises(kvstore.KVStoreError, match="failed with exit code 1"):
+        demo._start_process(job)
+
+
+def test_importing_the_demo_leaves_openblas_its_chance():
+    """Neither this module nor what it imports brings MLX."""
+    program = "import sys, kvstore.demo; sys.exit('mlx.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_table_is_readable():
+    """One line per way; answers are printed where they differ."""
+    same = demo.DemoRow("raw", "demo-raw", 5_000_000, 0.5, 40, 1, "Yes.", 2, 2, True)
+    differs = replace(same, way="turbo2", answer="No.", num_same=0, is_same=False)
+    prefill = replace(same, way=demo.PREFILL, name=None, nbytes=None, speedup=1.0)
+    result = demo.DemoResult("m", "s", 2000, "Is it?", (prefill, same, differs))
+    text = demo.format_result(result)
+    assert [" ".join(line.split()) for line in text.splitlines()[3:6]] == [
+        "prefill 0.50 s 1.0× 1.00 s",
+        "raw 5.0 MB 0.50 s 40× 1.00 s yes",
+        "turbo2 5.0 MB 0.50 s 40× 1.00 s first 0 of 2 tokens",
+    ]
+    assert text.endswith("question: Is it?\nprefill: Yes.\nturbo2: No.")
+    assert json.loads(json.dumps(result.to_json()))["rows"][1]["way"] == "raw"
