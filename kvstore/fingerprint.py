@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _MAX_JSON_BYTES = 16 * 1024 * 1024
 _MISSING = object()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fingerprint:
     """Names what computed a prompt cache.
 
@@ -47,7 +47,11 @@ class Fingerprint:
     """
 
     fields: JSON
-    label: str = field(default="", compare=False)
+    label: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        """Compare digests: to Python 1, 1.0 and True are equal, and no JSON is."""
+        return isinstance(other, Fingerprint) and self.digest == other.digest
 
     def __hash__(self) -> int:
         """Hash by the digest, since the fields are a dict."""

@@ -45,7 +45,8 @@ CREATE TABLE blocks (
     first_token INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
     nbytes INTEGER NOT NULL,
-    quality INTEGER NOT NULL  -- 0 lossy, 1 lossless, 2 exact
+    quality INTEGER NOT NULL,  -- 0 lossy, 1 lossless, 2 exact
+    extras INTEGER NOT NULL  -- rows of windows and states held
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
 CREATE INDEX blocks_by_shard ON blocks (shard);
@@ -64,10 +65,11 @@ CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
 ) WITHOUT ROWID;
 """
 _PLACE = """
-SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality
+SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality,
+    blocks.extras
 FROM blocks JOIN shards ON shards.id = blocks.shard
 """
-_PLACE_KINDS = (bytes, str, int, int, int)
+_PLACE_KINDS = (bytes, str, int, int, int, int)
 
 
 class Index:
@@ -129,15 +131,15 @@ class Index:
         """
         query = (
             "SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,"
-            " blocks.quality, blocks.parent FROM blocks"
+            " blocks.quality, blocks.extras, blocks.parent FROM blocks"
             " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
         )
         seen: set[BlockHash] = set()
         kinds = (*_PLACE_KINDS, bytes)
         while tip not in seen and (rows := self._select(query, (tip,), kinds)):
             seen.add(tip)
-            tip = BlockHash(rows[0][5])
-            yield _to_place(rows[0][:5]), tip
+            tip = BlockHash(rows[0][6])
+            yield _to_place(rows[0][:6]), tip
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
@@ -260,13 +262,15 @@ class Index:
     def add_block(self, block: Block, place: Place) -> None:
         """Remember where a block lies; only a better copy replaces an older one."""
         self._query(
-            "INSERT INTO blocks SELECT ?1, ?2, id, ?3, ?4, ?5, ?6 FROM shards"
-            " WHERE name = ?7 AND NOT EXISTS"
-            " (SELECT 1 FROM damaged WHERE hash = ?1 AND damaged.shard = ?7)"
+            "INSERT INTO blocks SELECT ?1, ?2, id, ?3, ?4, ?5, ?6, ?7 FROM shards"
+            " WHERE name = ?8 AND NOT EXISTS"
+            " (SELECT 1 FROM damaged WHERE hash = ?1 AND damaged.shard = ?8)"
             " ON CONFLICT (hash) DO UPDATE SET parent = excluded.parent,"
             " shard = excluded.shard, first_token = excluded.first_token,"
             " num_tokens = excluded.num_tokens, nbytes = excluded.nbytes,"
-            " quality = excluded.quality WHERE excluded.quality > blocks.quality",
+            " quality = excluded.quality, extras = excluded.extras"
+            " WHERE (excluded.extras, excluded.quality)"
+            " > (blocks.extras, blocks.quality)",
             (
                 block.hash,
                 block.parent,
@@ -274,6 +278,7 @@ class Index:
                 len(block.tokens),
                 place.nbytes,
                 place.is_lossless + place.is_exact,
+                place.num_extras,
                 place.shard,
             ),
         )
@@ -394,6 +399,8 @@ def _touch(path: Path) -> None:
         return  # another process was faster
 
 
-def _to_place(row: tuple[bytes, str, int, int, int]) -> Place:
-    block, shard, num_tokens, nbytes, quality = row
-    return Place(BlockHash(block), shard, num_tokens, nbytes, quality > 0, quality > 1)
+def _to_place(row: tuple[bytes, str, int, int, int, int]) -> Place:
+    block, shard, num_tokens, nbytes, quality, extras = row
+    return Place(
+        BlockHash(block), shard, num_tokens, nbytes, quality > 0, quality > 1, extras
+    )

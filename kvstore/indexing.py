@@ -44,6 +44,7 @@ def _place(shard: str, stored: StoredBlock) -> Place:
         stored.end - stored.begin,
         stored.is_lossless,
         stored.is_exact,
+        stored.num_extras,
     )
 
 

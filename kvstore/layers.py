@@ -1,7 +1,13 @@
-"""What each cache class keeps for a token, and how a cache is built from it again.
+"""What each cache class keeps of a sequence, and how a cache is built from it again.
 
-One small class per kind of cache. All of these are append-only: a token adds a row to
-each array, and the rows of earlier tokens stay as they are.
+One small class per kind of cache. An array of a layer holds one of these:
+
+* ``rows``: a row per token, kept for good; a block has its own tokens' rows.
+* ``window``: a row per token, of which the cache drops old ones. A block has the rows
+  that were still there when it was saved.
+* ``state``: no rows; what the layer is at one position. A block has it only where it
+  was saved at its very end: a checkpoint.
+* ``mark``: as ``state``, and a cache can be built without it.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from .codecs import MLX_DTYPES
 from .errors import UnsupportedCacheError
@@ -20,8 +27,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 _STEP = 256
 _SINKS = 4
 
-Arrays = Mapping[str, mx.array]
-"""Rows by name, shape ``(1, H, rows, D)``."""
+Buffers = Mapping[str, mx.array]
+"""What is restored, by name: rows as ``(1, H, rows, D)``, states ``(1, 1, 1, N)``."""
+
+Held = dict[str, tuple[mx.array, int]]
+"""What a cache holds, by name: an array, and the position of its first row."""
 
 
 class Kind(Protocol):
@@ -30,27 +40,26 @@ class Kind(Protocol):
     name: str
     """Of the class."""
 
-    array_names: tuple[str, ...]
-    """What it keeps, in the order in which it is stored."""
-
     def owns(self, cache: Any) -> bool:
         """Say whether a cache is of this very class; a subclass may keep more."""
 
     def read(self, cache: Any) -> LayerLayout:
-        """Return the layout of a cache that has rows."""
+        """Return the layout of a cache, without rows where it is empty."""
 
-    def arrays(self, cache: Any) -> dict[str, mx.array]:
-        """Return its buffers, with at least the rows of all tokens."""
+    def held(self, cache: Any) -> Held:
+        """Return what the cache holds."""
 
-    def build(self, layout: LayerLayout, arrays: Arrays, num_tokens: int) -> Any:
-        """Return a cache that owns these buffers."""
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Return the first position that a cache of so many tokens needs a row of."""
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
+        """Return a cache that owns these buffers; an empty one where there are none."""
 
 
 class PlainRows:
     """``KVCache``: keys and values as they are."""
 
     name = "KVCache"
-    array_names: tuple[str, ...] = ("k", "v")
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``KVCache``."""
@@ -60,20 +69,26 @@ class PlainRows:
 
     def read(self, cache: Any) -> LayerLayout:
         """Return heads, dimensions and dtype of keys and values."""
-        rows = {name: _spec(array) for name, array in self.arrays(cache).items()}
-        return _layout(self.name, rows)
+        return _layout(self.name, _row_specs(self.held(cache)))
 
-    def arrays(self, cache: Any) -> dict[str, mx.array]:
+    def held(self, cache: Any) -> Held:
         """Return keys and values."""
-        return {"k": cache.keys, "v": cache.values}
+        if cache.keys is None:
+            return {}
+        return {"k": (cache.keys, 0), "v": (cache.values, 0)}
 
-    def build(self, layout: LayerLayout, arrays: Arrays, num_tokens: int) -> Any:
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Say that it has no window."""
+        return 0
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``KVCache``."""
         from mlx_lm.models.cache import KVCache
 
         cache: Any = KVCache()
-        cache.keys, cache.values = arrays["k"], arrays["v"]
-        cache.offset = num_tokens
+        if buffers:
+            cache.keys, cache.values = buffers["k"], buffers["v"]
+            cache.offset = num_tokens
         return cache
 
 
@@ -88,23 +103,23 @@ class ConcatenatedRows(PlainRows):
 
         return type(cache) is ConcatenateKVCache
 
-    def build(self, layout: LayerLayout, arrays: Arrays, num_tokens: int) -> Any:
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``ConcatenateKVCache``, whose arrays are as long as its offset."""
         from mlx_lm.models.cache import ConcatenateKVCache
 
         cache: Any = ConcatenateKVCache()
-        cache.keys, cache.values = (arrays[n][..., :num_tokens, :] for n in ("k", "v"))
-        cache.offset = num_tokens
+        if buffers:
+            cache.keys = buffers["k"][..., :num_tokens, :]
+            cache.values = buffers["v"][..., :num_tokens, :]
+            cache.offset = num_tokens
         return cache
 
 
-class AffineRows:
+class AffineRows(PlainRows):
     """``QuantizedKVCache``: packed codes, scales and biases, bit for bit."""
 
     name = "QuantizedKVCache"
-    array_names: tuple[str, ...] = tuple(
-        f"{side}.{part}" for side in "kv" for part in ("codes", "scales", "biases")
-    )
+    _names = tuple(f"{s}.{p}" for s in "kv" for p in ("codes", "scales", "biases"))
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``QuantizedKVCache``."""
@@ -114,33 +129,34 @@ class AffineRows:
 
     def read(self, cache: Any) -> LayerLayout:
         """Return what it keeps, with group size and bits."""
-        rows = {name: _spec(array) for name, array in self.arrays(cache).items()}
-        return _layout(self.name, rows, bits=cache.bits, group_size=cache.group_size)
+        specs = _row_specs(self.held(cache))
+        return _layout(self.name, specs, bits=cache.bits, group_size=cache.group_size)
 
-    def arrays(self, cache: Any) -> dict[str, mx.array]:
+    def held(self, cache: Any) -> Held:
         """Return codes, scales and biases of both sides."""
-        return dict(zip(self.array_names, (*cache.keys, *cache.values), strict=True))
+        if cache.keys is None:
+            return {}
+        arrays = zip(self._names, (*cache.keys, *cache.values), strict=True)
+        return {name: (array, 0) for name, array in arrays}
 
-    def build(self, layout: LayerLayout, arrays: Arrays, num_tokens: int) -> Any:
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``QuantizedKVCache``."""
         from mlx_lm.models.cache import QuantizedKVCache
 
         params = dict(layout.params)
         cache: Any = QuantizedKVCache(params["group_size"], params["bits"])
-        ordered = [arrays[name] for name in self.array_names]
-        # Lists, since mlx-lm assigns to their items.
-        cache.keys, cache.values = ordered[:3], ordered[3:]
-        cache.offset = num_tokens
+        if buffers:
+            ordered = [buffers[name] for name in self._names]
+            # Lists, since mlx-lm assigns to their items.
+            cache.keys, cache.values = ordered[:3], ordered[3:]
+            cache.offset = num_tokens
         return cache
 
 
-class TurboRows:
+class TurboRows(PlainRows):
     """``TurboQuantKVCache``: its own codes, never decoded and encoded again."""
 
     name = "TurboQuantKVCache"
-    array_names: tuple[str, ...] = tuple(
-        f"{side}.{part}" for side in "kv" for part in ("sinks", "codes", "norms")
-    )
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``TurboQuantKVCache``; asking imports nothing."""
@@ -148,37 +164,42 @@ class TurboRows:
 
     def read(self, cache: Any) -> LayerLayout:
         """Return what it keeps, as far as the sinks tell; there may be no codes yet."""
-        rows: dict[str, RowSpec] = {}
-        for side, held in self._sides(cache):
-            sinks = _spec(held.sinks)
-            heads, dim = sinks.num_heads, sinks.head_dim
-            rows[f"{side}.sinks"] = RowSpec(heads, dim, sinks.dtype, 0, _SINKS)
-            rows[f"{side}.codes"] = RowSpec(heads, dim * held.bits // 8, "U8", _SINKS)
-            rows[f"{side}.norms"] = RowSpec(heads, 1, "F32", _SINKS)
+        specs: dict[str, RowSpec] = {}
         bits = {f"{side}_bits": held.bits for side, held in self._sides(cache)}
-        return _layout(self.name, rows, **bits)
-
-    def arrays(self, cache: Any) -> dict[str, mx.array]:
-        """Return sinks, codes and norms of both sides."""
-        found: dict[str, mx.array] = {}
+        if cache.empty():
+            return _layout(self.name, specs, **bits)
         for side, held in self._sides(cache):
-            found[f"{side}.sinks"] = held.sinks
+            sinks = _row_spec(held.sinks)
+            heads, dim = sinks.num_heads, sinks.head_dim
+            specs[f"{side}.sinks"] = RowSpec(heads, dim, sinks.dtype, 0, _SINKS)
+            specs[f"{side}.codes"] = RowSpec(heads, dim * held.bits // 8, "U8", _SINKS)
+            specs[f"{side}.norms"] = RowSpec(heads, 1, "F32", _SINKS)
+        return _layout(self.name, specs, **bits)
+
+    def held(self, cache: Any) -> Held:
+        """Return sinks, codes and norms of both sides."""
+        found: Held = {}
+        for side, held in self._sides(cache):
+            if held.sinks is not None:
+                found[f"{side}.sinks"] = (held.sinks, 0)
             if held.codes is not None:
-                found[f"{side}.codes"] = held.codes
-                found[f"{side}.norms"] = held.norms[..., None]
+                found[f"{side}.codes"] = (held.codes, _SINKS)
+                found[f"{side}.norms"] = (held.norms[..., None], _SINKS)
         return found
 
-    def build(self, layout: LayerLayout, arrays: Arrays, num_tokens: int) -> Any:
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``TurboQuantKVCache``."""
         from turboquant.kv_cache import TurboQuantKVCache
 
         params = dict(layout.params)
         cache = TurboQuantKVCache(params["k_bits"], params["v_bits"])
+        if not buffers:
+            return cache
         for side, held in self._sides(cache):
-            held.sinks = arrays[f"{side}.sinks"][:, :, :num_tokens]
+            held.sinks = buffers[f"{side}.sinks"][:, :, :num_tokens]
             if num_tokens > _SINKS:
-                held.codes = arrays[f"{side}.codes"]
-                held.norms = arrays[f"{side}.norms"][..., 0]
+                held.codes = buffers[f"{side}.codes"]
+                held.norms = buffers[f"{side}.norms"][..., 0]
         cache.offset = num_tokens
         return cache
 
@@ -186,7 +207,183 @@ class TurboRows:
         return (("k", cache.coded_keys), ("v", cache.coded_values))
 
 
-KINDS: tuple[Kind, ...] = (PlainRows(), ConcatenatedRows(), AffineRows(), TurboRows())
+class RotatingRows:
+    """``RotatingKVCache``: the first ``keep`` rows and a window, in temporal order.
+
+    Once it has wrapped in place, its write position is kept too: attention over rows
+    in another order differs in the last bit.
+    """
+
+    name = "RotatingKVCache"
+
+    def owns(self, cache: Any) -> bool:
+        """Say whether it is a ``RotatingKVCache``."""
+        from mlx_lm.models.cache import RotatingKVCache
+
+        return type(cache) is RotatingKVCache
+
+    def read(self, cache: Any) -> LayerLayout:
+        """Return heads, dimensions and dtype, window and keep."""
+        specs: dict[str, RowSpec] = {}
+        if cache.keys is not None:
+            for side, array in (("k", cache.keys), ("v", cache.values)):
+                spec = _row_spec(array)
+                shape = (spec.num_heads, spec.head_dim, spec.dtype)
+                if cache.keep:
+                    specs[f"{side}.keep"] = RowSpec(*shape, 0, cache.keep)
+                window = RowSpec(*shape, cache.keep, None, "window")
+                specs[f"{side}.window"] = window
+            specs["index"] = RowSpec(1, 1, "U32", kind="mark")
+        return _layout(self.name, specs, keep=cache.keep, max_size=cache.max_size)
+
+    def held(self, cache: Any) -> Held:
+        """Return the rows that are still there, in temporal order."""
+        if cache.keys is None:
+            return {}
+        found: Held = {}
+        for side, array in (("k", cache.keys), ("v", cache.values)):
+            rows = cache._temporal_order(array)[:, :, : cache.offset]
+            first = cache.offset - rows.shape[2] + cache.keep
+            if cache.keep:
+                found[f"{side}.keep"] = (rows[:, :, : cache.keep], 0)
+            found[f"{side}.window"] = (rows[:, :, cache.keep :], first)
+        if cache.offset > cache.keys.shape[2] > cache._idx:
+            index = mx.array([cache._idx], mx.uint32).reshape(1, 1, 1, 1)
+            found["index"] = (index, cache.offset)
+        return found
+
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Return where the window of ``max_size`` rows, less ``keep``, begins."""
+        params = dict(layout.params)
+        keep = params["keep"]
+        return max(keep, num_tokens - (params["max_size"] - keep))
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
+        """Return a ``RotatingKVCache``, rolled to where it had wrapped."""
+        from mlx_lm.models.cache import RotatingKVCache
+
+        params = dict(layout.params)
+        cache: Any = RotatingKVCache(params["max_size"], params["keep"])
+        if not buffers:
+            return cache
+        keep = params["keep"]
+        sides = []
+        for side in ("k", "v"):
+            window = buffers[f"{side}.window"]
+            kept = [buffers[f"{side}.keep"][:, :, :num_tokens]] if keep else []
+            sides.append(mx.concatenate([*kept, window], axis=2))
+        cache.offset, cache._idx = num_tokens, sides[0].shape[2]
+        if "index" in buffers and cache._idx == params["max_size"]:
+            cache._idx = int(np.asarray(buffers["index"]).item())
+            sides = [_rolled(side, keep, cache._idx) for side in sides]
+        cache.keys, cache.values = sides
+        return cache
+
+
+class ChunkedRows:
+    """``ChunkedKVCache``: the rows from ``start_position`` on."""
+
+    name = "ChunkedKVCache"
+
+    def owns(self, cache: Any) -> bool:
+        """Say whether it is a ``ChunkedKVCache``."""
+        from mlx_lm.models.cache import ChunkedKVCache
+
+        return type(cache) is ChunkedKVCache
+
+    def read(self, cache: Any) -> LayerLayout:
+        """Return heads, dimensions, dtype and the length of a chunk."""
+        specs = {}
+        if cache.keys is not None:
+            for side, array in (("k", cache.keys), ("v", cache.values)):
+                spec = _row_spec(array)
+                shape = (spec.num_heads, spec.head_dim, spec.dtype)
+                specs[f"{side}.window"] = RowSpec(*shape, 0, None, "window")
+        return _layout(self.name, specs, chunk_size=cache.chunk_size)
+
+    def held(self, cache: Any) -> Held:
+        """Return the rows that are still there."""
+        if cache.keys is None:
+            return {}
+        rows = cache.offset - cache.start_position
+        sides = (("k", cache.keys), ("v", cache.values))
+        return {
+            f"{side}.window": (array[:, :, :rows], cache.start_position)
+            for side, array in sides
+        }
+
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Return where the last ``chunk_size`` rows begin."""
+        return max(0, num_tokens - dict(layout.params)["chunk_size"])
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
+        """Return a ``ChunkedKVCache``."""
+        from mlx_lm.models.cache import ChunkedKVCache
+
+        cache: Any = ChunkedKVCache(dict(layout.params)["chunk_size"])
+        if buffers:
+            cache.keys, cache.values = buffers["k.window"], buffers["v.window"]
+            cache.offset = num_tokens
+            cache.start_position = num_tokens - cache.keys.shape[2]
+        return cache
+
+
+class States:
+    """``ArraysCache``: recurrent states, which cannot be cut."""
+
+    name = "ArraysCache"
+
+    def owns(self, cache: Any) -> bool:
+        """Say whether it is an ``ArraysCache``."""
+        from mlx_lm.models.cache import ArraysCache
+
+        return type(cache) is ArraysCache
+
+    def read(self, cache: Any) -> LayerLayout:
+        """Return shape and dtype of each state that there is."""
+        if cache.left_padding is not None or cache.lengths is not None:
+            raise ValueError("a batch; store each by itself")
+        specs = {}
+        params = {"size": len(cache.cache)}
+        for i, state in enumerate(cache.cache):
+            if state is not None:
+                specs[f"state{i}"] = _state_spec(state)
+                params |= {f"shape{i}.{j}": n for j, n in enumerate(state.shape)}
+        return _layout(self.name, specs, **params)
+
+    def held(self, cache: Any) -> Held:
+        """Return the states."""
+        return {
+            f"state{i}": (state.reshape(1, 1, 1, -1), 0)
+            for i, state in enumerate(cache.cache)
+            if state is not None
+        }
+
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Say that it has no window."""
+        return 0
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
+        """Return an ``ArraysCache``."""
+        from mlx_lm.models.cache import ArraysCache
+
+        params = dict(layout.params)
+        cache: Any = ArraysCache(params["size"])
+        for name, state in buffers.items():
+            shape = _shape(params, name.removeprefix("state"))
+            cache[int(name.removeprefix("state"))] = state.reshape(shape)
+        return cache
+
+
+KINDS: tuple[Kind, ...] = (
+    PlainRows(),
+    ConcatenatedRows(),
+    AffineRows(),
+    TurboRows(),
+    RotatingRows(),
+    ChunkedRows(),
+    States(),
+)
 
 
 def kind_named(name: str) -> Kind:
@@ -222,15 +419,45 @@ def capacity(num_tokens: int) -> int:
     return (num_tokens // _STEP + 1) * _STEP
 
 
-def _spec(array: mx.array) -> RowSpec:
+def _row_spec(array: mx.array) -> RowSpec:
     """Return heads, dimension and dtype of a buffer of one sequence."""
     batch, heads, _, dim = array.shape
     if batch != 1:
         raise ValueError(f"a batch of {batch}; store each by itself")
+    return RowSpec(heads, dim, _dtype_name(array))
+
+
+def _row_specs(held: Held) -> dict[str, RowSpec]:
+    return {name: _row_spec(array) for name, (array, _) in held.items()}
+
+
+def _state_spec(array: mx.array) -> RowSpec:
+    if array.shape[0] != 1:
+        raise ValueError(f"a batch of {array.shape[0]}; store each by itself")
+    return RowSpec(1, array.size, _dtype_name(array), kind="state")
+
+
+def _dtype_name(array: mx.array) -> str:
     if array.dtype not in _DTYPE_NAMES:
-        raise UnsupportedCacheError(f"rows of {array.dtype} cannot be stored")
-    return RowSpec(heads, dim, _DTYPE_NAMES[array.dtype])
+        raise UnsupportedCacheError(f"{array.dtype} cannot be stored")
+    return _DTYPE_NAMES[array.dtype]
 
 
-def _layout(name: str, rows: Mapping[str, RowSpec], **params: int) -> LayerLayout:
-    return LayerLayout(name, tuple(sorted(params.items())), tuple(rows.items()))
+def _shape(params: Mapping[str, int], number: str) -> tuple[int, ...]:
+    """Return the shape of a state, which the layout holds a number at a time."""
+    prefix = f"shape{number}."
+    sizes = {
+        k.removeprefix(prefix): n for k, n in params.items() if k.startswith(prefix)
+    }
+    return tuple(sizes[str(i)] for i in range(len(sizes)))
+
+
+def _rolled(rows: mx.array, keep: int, index: int) -> mx.array:
+    """Return rows in temporal order as a cache that wrote up to ``index`` has them."""
+    newest = rows.shape[2] - (index - keep)
+    parts = [rows[:, :, :keep], rows[:, :, newest:], rows[:, :, keep:newest]]
+    return mx.concatenate(parts, axis=2)
+
+
+def _layout(name: str, specs: Mapping[str, RowSpec], **params: int) -> LayerLayout:
+    return LayerLayout(name, tuple(sorted(params.items())), tuple(specs.items()))

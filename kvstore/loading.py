@@ -131,7 +131,11 @@ class Loader:
         except (IntegrityError, FormatError) as error:
             if strict:
                 raise
+            # Windows and states were to be rebuilt where the hit ended.
+            done = done if caches.has_only_rows(hit.layout) else 0
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
+            if not done:
+                return [], hit
         restored = restoring.finish(done, provenance)
         return caches.convert(restored, hit.classes), hit
 
@@ -148,7 +152,13 @@ class Loader:
             twin = lossless_twin(codec)
             whole = block.start + len(block.tokens)
             for number, group in enumerate(caches.group_layers(hit.layout)):
-                for name, rows in caches.rows_in(group, block.start, whole):
+                found = caches.rows_stored(
+                    stored.tensors, number, group, block.start, whole
+                )
+                for name, rows in found:
+                    is_state = group.spec(name).kind in ("state", "mark")
+                    if is_state and whole != hit.num_tokens:
+                        continue
                     array_codec = codec if name in caches.CODABLE else twin
                     prefix = f"{number}.{name}."
                     parts = array_codec.open(
@@ -184,9 +194,36 @@ class Loader:
         held = self._held(request, chain)
         start = Hit(root, layout, held, len(held) * size, "end", "", wanted)
         if start.num_tokens == len(request.tokens):
-            return _leave_one(start, size)
+            return self._fit(_leave_one(start, size))
         parent = chain[len(held) - 1].hash if held else root
-        return self._extend(request, start, parent)
+        return self._fit(self._extend(request, start, parent))
+
+    def _fit(self, hit: Hit) -> Hit:
+        """Return a hit shortened to where every layer can be rebuilt."""
+        if caches.has_only_rows(hit.layout) or not hit.places:
+            return hit
+        try:
+            blocks = [self._reader.stored(place) for place in hit.places]
+        except (IntegrityError, FormatError) as error:
+            return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
+        stops = [hit.num_tokens, *(block.block.start for block in reversed(blocks))]
+        for stop in filter(None, stops):
+            held = [block for block in blocks if block.block.start < stop]
+            if caches.is_restorable(hit.layout, held, stop):
+                break
+        else:
+            stop, held = 0, []
+        if stop == hit.num_tokens:
+            return hit
+        detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
+        detail += f"the last checkpoint before is at {stop:,}"
+        return replace(
+            hit,
+            places=hit.places[: len(held)],
+            num_tokens=stop,
+            reason="checkpoint",
+            detail=detail,
+        )
 
     def _held(self, request: Request, chain: Sequence[Block]) -> tuple[Place, ...]:
         """Return the leading blocks of a chain that are held and may be used."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import prompt_cache as caches
 from . import shards
-from .codecs import Codec, lossless_twin
+from .codecs import Codec, Rows, lossless_twin
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .hashing import hash_block_tokens, hash_root, split_tokens
@@ -79,7 +79,8 @@ class Saver:
         index: Its index.
         codec: For full blocks; a tail is stored lossless.
         prompt_cache: mlx-lm's caches.
-        chain: Its blocks.
+        chain: Its blocks, or the leading ones.
+        num_tokens: How many tokens' rows it holds.
     """
 
     def __init__(
@@ -89,13 +90,15 @@ class Saver:
         codec: Codec,
         prompt_cache: Sequence[Any],
         chain: Chain,
+        num_tokens: int,
     ) -> None:
         self._folder = folder
         self._index = index
         self._codec = codec
-        self._cache = prompt_cache
         self._chain = chain
+        self._num_tokens = num_tokens
         self._groups = caches.group_layers(chain.layout)
+        self._held = caches.hold(prompt_cache)
         if not any(
             name in caches.CODABLE for g in self._groups for name, _ in g.layout.rows
         ):
@@ -125,7 +128,28 @@ class Saver:
     def _is_wanted(self, block: Block) -> bool:
         """Say whether the store lacks a block, or an exact copy that we have."""
         place = self._index.place(block.hash)
-        return place is None or (self._is_exact(block) and not place.is_exact)
+        if place is None:
+            return True
+        mine = (self._num_extras(block), self._is_exact(block))
+        return mine > (place.num_extras, place.is_exact)
+
+    def _rows(self, block: Block) -> Iterator[tuple[int, caches.Group, str, Rows]]:
+        """Yield what there is of a block: group and its number, array, rows."""
+        stop = block.start + len(block.tokens)
+        at_tip = stop == self._num_tokens
+        for number, group in enumerate(self._groups):
+            found = caches.rows_held(self._held, group, block.start, stop, at_tip)
+            for name, rows in found:
+                yield number, group, name, rows
+
+    def _num_extras(self, block: Block) -> int:
+        """Return how much of windows and states there is of a block."""
+        found = [
+            (group.spec(name).kind, rows) for _, group, name, rows in self._rows(block)
+        ]
+        windows = [rows.shape[2] for kind, rows in found if kind == "window"]
+        has_state = any(kind == "state" for kind, _ in found)
+        return min(windows, default=0) + has_state
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
@@ -152,14 +176,17 @@ class Saver:
         codec = self._codec_of(block)
         twin = lossless_twin(codec)
         parts: list[Part] = []
-        stop = block.start + len(block.tokens)
-        for number, group in enumerate(self._groups):
-            for name, rows in caches.rows_in(group, block.start, stop):
-                x = caches.split(self._cache, group, name, rows)
-                array_codec = codec if name in caches.CODABLE else twin
-                parts += array_codec.encode(x, rows, f"{number}.{name}.")
+        for number, group, name, rows in self._rows(block):
+            x = caches.split(self._held, group, name, rows)
+            array_codec = codec if name in caches.CODABLE else twin
+            parts += array_codec.encode(x, rows, f"{number}.{name}.")
         return EncodedBlock(
-            block, codec.name, codec.is_lossless, self._is_exact(block), tuple(parts)
+            block,
+            codec.name,
+            codec.is_lossless,
+            self._is_exact(block),
+            self._num_extras(block),
+            tuple(parts),
         )
 
     def _write(

@@ -208,7 +208,12 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
         for name, spec in stored.tensors.items()
     )
     return EncodedBlock(
-        stored.block, stored.codec, stored.is_lossless, stored.is_exact, parts
+        stored.block,
+        stored.codec,
+        stored.is_lossless,
+        stored.is_exact,
+        stored.num_extras,
+        parts,
     )
 
 
@@ -263,6 +268,7 @@ def _row(encoded: EncodedBlock) -> JSON:
         "codec": encoded.codec,
         "lossless": encoded.is_lossless,
         "exact": encoded.is_exact,
+        "extras": encoded.num_extras,
         "digest": digest.hexdigest(),
         "raw": {
             part.name: part.raw_nbytes
@@ -387,6 +393,7 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
         _field(row, "codec", str),
         is_lossless,
         is_exact,
+        _field(row, "extras", int),
         _field(row, "digest", str),
         begin,
         end,

@@ -136,7 +136,7 @@ class Store:
         def write() -> Entry:
             self._replaceable(name, chain, replace)
             for _ in range(_TRIES):
-                self._write_missing(chain, prompt_cache, progress)
+                self._write_missing(chain, prompt_cache, len(token_list), progress)
                 entry = self._commit(name, chain, fingerprint.label, replace)
                 if entry is not None:
                     return entry
@@ -172,7 +172,9 @@ class Store:
         full = chain.without_tail(self._folder.block_size)
         if full is None:
             return 0
-        self._with_index(lambda: self._write_missing(full, prompt_cache, None))
+        self._with_index(
+            lambda: self._write_missing(full, prompt_cache, chain.num_tokens, None)
+        )
         return full.num_tokens
 
     def load(
@@ -468,11 +470,17 @@ class Store:
         return make_chain(model, prompt_cache, self._tenant, tokens, size)
 
     def _write_missing(
-        self, chain: Chain, prompt_cache: Sequence[Any], progress: Progress | None
+        self,
+        chain: Chain,
+        prompt_cache: Sequence[Any],
+        num_tokens: int,
+        progress: Progress | None,
     ) -> None:
         from .saving import Saver
 
-        saver = Saver(self._folder, self._index, self._codec, prompt_cache, chain)
+        saver = Saver(
+            self._folder, self._index, self._codec, prompt_cache, chain, num_tokens
+        )
         saver.write_missing(self._make_room, progress or _ignore)
 
     def _replaceable(

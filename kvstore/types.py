@@ -26,6 +26,7 @@ class RowSpec:
         dtype: safetensors name of the element type, such as ``BF16``.
         begin: Position of the first token that has a row.
         end: Position behind the last one that has, or ``None``.
+        kind: What it holds; `layers.py` says what each means.
     """
 
     num_heads: int
@@ -33,6 +34,7 @@ class RowSpec:
     dtype: str
     begin: int = 0
     end: int | None = None
+    kind: Literal["rows", "window", "state", "mark"] = "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,19 @@ class LayerLayout:
     rows: tuple[tuple[str, RowSpec], ...]
 
 
-Layout = tuple[LayerLayout, ...]
-"""One :class:`LayerLayout` per layer of a prompt cache, in order."""
+@dataclass(frozen=True, slots=True)
+class ListLayout:
+    """A layer that is a ``CacheList``.
+
+    Attributes:
+        caches: The layouts of its caches.
+    """
+
+    caches: tuple[LayerLayout | ListLayout, ...]
+
+
+Layout = tuple[LayerLayout | ListLayout, ...]
+"""One layout per layer of a prompt cache, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +96,8 @@ class Place:
         nbytes: Its bytes in the shard.
         is_lossless: Its codec loses nothing.
         is_exact: Lossless, and nothing lossy went into computing it.
+        num_extras: How much it holds of windows and states: the rows of its window,
+            and one more for a checkpoint. More of it makes a copy the better one.
     """
 
     hash: BlockHash
@@ -91,6 +106,7 @@ class Place:
     nbytes: int
     is_lossless: bool
     is_exact: bool
+    num_extras: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +170,7 @@ class EncodedBlock:
         codec: Name of the codec that made the parts.
         is_lossless: That codec loses nothing.
         is_exact: Lossless, and nothing lossy went into computing the rows.
+        num_extras: As in :class:`Place`.
         parts: In the order in which they are written.
     """
 
@@ -161,6 +178,7 @@ class EncodedBlock:
     codec: str
     is_lossless: bool
     is_exact: bool
+    num_extras: int
     parts: tuple[Part, ...]
 
 
@@ -207,6 +225,7 @@ class StoredBlock:
         codec: Name of the codec of its parts.
         is_lossless: That codec loses nothing.
         is_exact: Lossless, and nothing lossy went into computing the rows.
+        num_extras: As in :class:`Place`.
         digest: BLAKE3 of its bytes in hex.
         begin: First byte of its range, counted from the start of the data.
         end: One past the last byte.
@@ -217,6 +236,7 @@ class StoredBlock:
     codec: str
     is_lossless: bool
     is_exact: bool
+    num_extras: int
     digest: str
     begin: int
     end: int
@@ -253,13 +273,16 @@ class Provenance:
     is_exact: bool = True
 
 
-Reason = Literal["whole", "end", "divergence", "inexact", "fingerprint", "damaged"]
+Reason = Literal[
+    "whole", "end", "divergence", "inexact", "checkpoint", "fingerprint", "damaged"
+]
 """Why a match ends where it does.
 
 ``whole``: all but the last token, which the model must be fed; ``end``: what is
 stored ends there; ``divergence``: other tokens follow; ``inexact``: the next block
 is lossy and exact rows, or a part of it, were asked for; ``fingerprint``: nothing
-of this model is stored; ``damaged``: the next block is stored and cannot be used.
+of this model is stored; ``checkpoint``: more is stored, and windows or states can be
+rebuilt no further; ``damaged``: the next block is stored and cannot be used.
 """
 
 

@@ -1,14 +1,13 @@
 """Seconds and bytes of saving and loading, per codec, beside mlx-lm's own file.
 
-One run, one table: prefill on a real model, then for every codec save, load and load to
-the first logits, with the load split into read, check, zstd, decode and evaluate; the
-same for `mlx_lm`'s `save_prompt_cache` and `load_prompt_cache`, and for a plain copy of
-the bytes, which is the limit. Every figure is a median. With `--cold`, as root on Linux,
-the page cache is dropped before each load. `--growth` measures random rows of the
-model's shape from 1,000 to 32,000 tokens.
+One run, one table: prefill on a real model, then per codec save, load and load to the
+first logits, the load split into read, check, zstd, decode and evaluate; the same for
+`save_prompt_cache` and `load_prompt_cache` of mlx-lm, and for a plain copy of the bytes,
+which is the limit. Every figure is a median. With `--cold`, as root on Linux, the page
+cache is dropped before each load. `--growth` measures random rows of the model's shape
+from 1,000 to 32,000 tokens.
 
-    python tools/bench.py MODEL [--tokens 2000] [--growth] [--cold] [--json FILE]
-                          [--plot FILE]
+    python tools/bench.py MODEL [--tokens N] [--growth] [--cold] [--json F] [--plot F]
 """
 
 from __future__ import annotations
@@ -289,10 +288,11 @@ def measure_copy(
     tokens: list[int], prompt_cache: list[Any], options: argparse.Namespace
 ) -> Row:
     """Write and read the bytes of the rows, and nothing else: the limit."""
+    held = caches.hold(prompt_cache)
     rows = [
-        caches.split(prompt_cache, group, name, rows).data.cast("B")
+        caches.split(held, group, name, rows).data.cast("B")
         for group in caches.group_layers(caches.read_layout(prompt_cache, len(tokens)))
-        for name, rows in caches.rows_in(group, 0, len(tokens))
+        for name, rows in caches.rows_held(held, group, 0, len(tokens), True)
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows"

@@ -52,12 +52,9 @@ def run(command: click.Command, args: Sequence[str] | None) -> int:
     start_logging()
     _allow_any_text()
     try:
-        # Verbs return nothing; click returns the code of `context.exit(code)`.
+        # Verbs return nothing; click returns the code of `context.exit(code)`, and is
+        # quiet itself when nobody reads stdout any more.
         code = command.main(args, prog_name="kvstore", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_stdout()
-        return 1
     except (click.Abort, KeyboardInterrupt):
         hint = "the same command goes on from what is kept"
         print_failure("interrupted", hint)
@@ -125,8 +122,3 @@ def _allow_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _drop_stdout() -> None:
-    """Let Python's flush at exit go nowhere: nobody reads stdout any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,12 +8,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
 
 from ..types import JSON
+
+if TYPE_CHECKING:
+    JSONParam = click.ParamType[JSON]
+    PartParam = click.ParamType[float]
+else:
+    # Older releases of click cannot be asked for the type.
+    JSONParam = PartParam = click.ParamType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -90,7 +97,7 @@ class SamplingOptions:
         )
 
 
-class JSONObject(click.ParamType[JSON]):
+class JSONObject(JSONParam):
     """A JSON object on the command line."""
 
     name = "json"
@@ -108,7 +115,7 @@ class JSONObject(click.ParamType[JSON]):
         return found
 
 
-class Percentage(click.ParamType[float]):
+class Percentage(PartParam):
     """A part, such as ``10%``."""
 
     name = "percentage"

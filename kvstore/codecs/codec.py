@@ -26,6 +26,7 @@ NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "BF16": np.uint16,
     "U8": np.uint8,
     "U32": np.uint32,
+    "I32": np.int32,
 }
 """How each stored dtype is held in NumPy."""
 
@@ -35,6 +36,7 @@ MLX_DTYPES = {
     "BF16": mx.bfloat16,
     "U8": mx.uint8,
     "U32": mx.uint32,
+    "I32": mx.int32,
 }
 """The same in MLX."""
 
