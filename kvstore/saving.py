@@ -185,8 +185,8 @@ class Saver:
             codec.name,
             codec.is_lossless,
             self._is_exact(block),
-            self._num_extras(block),
             tuple(parts),
+            self._num_extras(block),
         )
 
     def _write(

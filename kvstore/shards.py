@@ -212,8 +212,8 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
         stored.codec,
         stored.is_lossless,
         stored.is_exact,
-        stored.num_extras,
         parts,
+        stored.num_extras,
     )
 
 

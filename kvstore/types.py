@@ -170,16 +170,16 @@ class EncodedBlock:
         codec: Name of the codec that made the parts.
         is_lossless: That codec loses nothing.
         is_exact: Lossless, and nothing lossy went into computing the rows.
-        num_extras: As in :class:`Place`.
         parts: In the order in which they are written.
+        num_extras: As in :class:`Place`.
     """
 
     block: Block
     codec: str
     is_lossless: bool
     is_exact: bool
-    num_extras: int
     parts: tuple[Part, ...]
+    num_extras: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def options(context: click.Context) -> Iterator[tuple[str, str]]:
     """Yield the options that are not the same everywhere, with what they mean."""
     for option in context.command.get_params(context):
         described = option.get_help_record(context)
-        is_help = option.name == "help" and context.parent is not None
+        is_help = "--help" in option.opts and context.parent is not None
         if isinstance(option, click.Option) and described and not is_help:
             yield described
 

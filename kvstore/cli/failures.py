@@ -92,8 +92,10 @@ def _explain_usage(error: click.UsageError) -> Failure:
     path = error.ctx.command_path if error.ctx else "kvstore"
     guesses = getattr(error, "possibilities", None) or ()
     hint = getattr(error, "hint", f"`{path} -h` shows how it is used")
-    # With its guesses, click's message has two sentences.
     message = error.message if guesses else error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        # With its guesses, click's message has two sentences.
+        message = f"no such option `{error.option_name}`"
     if guesses:
         hint = "did you mean " + " or ".join(f"`{guess}`" for guess in guesses) + "?"
     return Failure(_own_style(message), hint, USAGE)

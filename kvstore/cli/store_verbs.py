@@ -58,7 +58,9 @@ def show_dir(context: click.Context) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("shell", type=click.Choice(_SHELLS), required=False)
+@click.argument(
+    "shell", metavar="[bash|zsh|fish]", type=click.Choice(_SHELLS), required=False
+)
 def completion(shell: str | None) -> None:
     """Print the script that makes a shell complete `kvstore`.
 
