@@ -12,8 +12,8 @@ from pathlib import Path
 from . import entries, files, shards
 from .errors import FormatError, IntegrityError
 from .folder import StoreFolder
-from .index import Index
-from .indexing import index_folder, is_sound
+from .index import Index, index_identity
+from .indexing import index_folder, is_sound, place_in
 from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
 
 _SHARD_DAMAGE = ("damaged-shard", "damaged-block")
@@ -29,11 +29,12 @@ def open_index(folder: StoreFolder) -> Index:
         StoreLockedError: Another process kept it locked.
         FormatError: A newer release wrote it.
     """
-    if folder.index.exists():
+    seen = index_identity(folder.index)
+    if seen is not None:
         try:
             return Index(folder.index)
         except IntegrityError:
-            replace_index(folder)
+            replace_index(folder, seen)
     else:
         with files.locked(folder.lock, exclusive=True):
             if not folder.index.exists():
@@ -41,11 +42,16 @@ def open_index(folder: StoreFolder) -> Index:
     return Index(folder.index)
 
 
-def replace_index(folder: StoreFolder) -> None:
-    """Put a damaged index into quarantine and build another from the shards."""
+def replace_index(folder: StoreFolder, seen: tuple[int, int] | None) -> None:
+    """Put a damaged index into quarantine and build another from the shards.
+
+    Args:
+        folder: The store.
+        seen: The identity of the damaged file; if another process has replaced it
+            meanwhile, nothing is left to do.
+    """
     with files.locked(folder.lock, exclusive=True):
-        if not _is_healthy(folder):
-            _set_index_aside(folder)
+        if index_identity(folder.index) in (seen, None):
             _build_index(folder)
 
 
@@ -88,7 +94,6 @@ def repair(folder: StoreFolder) -> list[Finding]:
                 files.publish(path, folder.quarantine / aside)
         for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
             _replace_shard(folder, Path(damaged).stem)
-        _set_index_aside(folder)
         _build_index(folder)
     return findings
 
@@ -130,24 +135,14 @@ def _set_index_aside(folder: StoreFolder) -> None:
             files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
 
 
-def _is_healthy(folder: StoreFolder) -> bool:
-    """Say whether the index can be opened and passes SQLite's own check."""
-    try:
-        index = Index(folder.index)
-    except IntegrityError:
-        return False
-    try:
-        return not index.check()
-    except IntegrityError:
-        return False
-    finally:
-        index.close()
-
-
 def _build_index(folder: StoreFolder) -> None:
-    """Build the index beside and rename it into place, whole or not at all."""
+    """Build the index beside and rename it into place, whole or not at all.
+
+    What was there before goes to quarantine, a write-ahead log that is all that is
+    left of it too: SQLite would replay it over the new one.
+    """
     path = folder.staging / f"{secrets.token_hex(16)}.sqlite"
-    index = Index(path)
+    index = Index(path, create=True)
     try:
         index_folder(index, folder)
     finally:
@@ -157,6 +152,7 @@ def _build_index(folder: StoreFolder) -> None:
         files.sync(descriptor)
     finally:
         os.close(descriptor)
+    _set_index_aside(folder)
     files.publish(path, folder.index)
 
 
@@ -254,10 +250,10 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
     for name in sorted(known & on_disk):
         with suppress(IntegrityError, FormatError, FileNotFoundError):
             with shards.open_shard(folder.shards, name) as opened:
-                held = {stored.block.hash for stored in opened.header.blocks}
+                held = {place_in(name, stored) for stored in opened.header.blocks}
             for place in index.places_in(name):
-                if place.hash not in held:
-                    detail = f"block {place.hash.hex()[:12]} is not in {name[:12]}"
+                if place not in held:
+                    detail = f"block {place.hash.hex()[:12]} is not so in {name[:12]}"
                     yield _finding(folder, "damaged-index", folder.index, detail)
     for block in index.lost_blocks():
         detail = f"block {block.hex()[:12]} is in no shard"

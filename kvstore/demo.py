@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from .blas import load_openblas
 from .errors import KVStoreError
-from .hashing import BLOCK_SIZE, common_run
+from .hashing import common_run
 from .output import Column, format_bytes, format_table
 from .shards import shard_path
 from .types import JSON, Progress
@@ -112,7 +112,8 @@ class Run:
     """What a process did, with the model loaded and the tokens ready.
 
     Attributes:
-        first_s: Seconds to the first logits behind the document.
+        first_s: Seconds to the first logits behind the document, which one token more
+            has to be fed for.
         answer_s: Seconds to the first token of the answer; the question is fed too.
         answer: Tokens of the answer.
     """
@@ -282,25 +283,20 @@ class _Demo:
         part = self._cut(text, max(1, num_tokens - len(frame)))
         message = f"{_BEGIN}{self._tokenizer.decode(part)}{_END}"
         document = encode_prompt(self._tokenizer, message, is_open=True)
-        if len(document) % BLOCK_SIZE == 0:
-            # One token must be fed, and a lossy block that ends a prompt cannot be cut.
-            document.pop()
-        asked = encode_continuation(self._tokenizer, f"\n\n{question}", document)
-        return document, asked
+        asked = f"\n\n{question}"
+        return document, encode_continuation(self._tokenizer, asked, document)
 
     def run(self, job: Job, codecs: Sequence[str]) -> list[DemoRow]:
         """Prefill, save, answer; then resume everything saved in new processes."""
-        from .generate import prefill
-
         self._note(f"prefilling {len(job.document):,} tokens")
         progress = self._bar(PREFILL)
         start = time.perf_counter()
-        prefill(self._model, job.document, self._cache, progress=progress)
-        first_s = time.perf_counter() - start
+        _read(self._model, self._cache, job.document, progress)
+        prefill_s = time.perf_counter() - start
         with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
             saved = [self._save_file(job, Path(folder))]
             saved += [self._save(job, codec) for codec in codecs]
-            run = _answer(self._model, self._tokenizer, self._cache, job, first_s)
+            run = _answer(self._model, self._tokenizer, self._cache, job, prefill_s)
             rows = [self._make_row(PREFILL, None, None, run, run)]
             for one in saved:
                 self._note(f"resuming from {one.way} in a new process")
@@ -366,10 +362,8 @@ class _Demo:
         return NUM_TOKENS_SLOW
 
     def _time(self, tokens: list[int]) -> float:
-        from .generate import prefill
-
         start = time.perf_counter()
-        prefill(self._model, tokens)
+        _read(self._model, _empty_cache(self._model), tokens, _show_nothing(""))
         return time.perf_counter() - start
 
     def _cut(self, text: str, num_tokens: int) -> list[int]:
@@ -413,17 +407,36 @@ def _empty_cache(model: Any) -> list[Any]:
     return prompt_cache
 
 
+def _read(
+    model: Any, prompt_cache: list[Any], tokens: list[int], progress: Progress
+) -> None:
+    """Feed tokens as ``generate_step`` does: in steps, and no logits are computed."""
+    import mlx.core as mx
+
+    from .generate import PREFILL_STEP_SIZE
+
+    progress(0, len(tokens))
+    for begin in range(0, len(tokens), PREFILL_STEP_SIZE):
+        step = tokens[begin : begin + PREFILL_STEP_SIZE]
+        model(mx.array([step]), cache=prompt_cache)
+        mx.eval([cache.state for cache in prompt_cache])
+        mx.clear_cache()
+        progress(begin + len(step), len(tokens))
+
+
 def _digest_rows(prompt_cache: Sequence[Any]) -> str:
-    """Return a digest of the bits of all rows."""
+    """Return a digest of the bits in a prompt cache."""
     import blake3
     import mlx.core as mx
     import numpy as np
+    from mlx.utils import tree_flatten
 
     digest = blake3.blake3()
-    for cache in prompt_cache:
-        for rows in (cache.keys, cache.values):
-            held = mx.contiguous(rows[..., : cache.offset, :])
-            octets = held.reshape(-1).view(mx.uint8)
+    states = dict(tree_flatten([cache.state for cache in prompt_cache]))
+    for name, value in states.items():
+        digest.update(name.encode())
+        if isinstance(value, mx.array):
+            octets = mx.contiguous(value).reshape(-1).view(mx.uint8)
             digest.update(np.asarray(octets).data)
     return str(digest.hexdigest(8))
 
@@ -436,17 +449,27 @@ def _shard_bytes(store: Store, name: str) -> int:
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompt_cache: list[Any], job: Job, first_s: float
+    model: Any, tokenizer: Any, prompt_cache: list[Any], job: Job, before_s: float
 ) -> Run:
-    """Feed the question and answer it greedily."""
+    """Feed the question, its first token alone, and answer it greedily.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompt_cache: Holds the document.
+        job: The question, and how long the answer may be.
+        before_s: Seconds that it took to have the prompt cache.
+    """
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
+    start = time.perf_counter() - before_s
+    mx.eval(model(mx.array([job.question[:1]]), cache=prompt_cache))
+    first_s = time.perf_counter() - start
     answer: list[int] = []
     answer_s = 0.0
-    start = time.perf_counter()
     for token, _ in generate_step(
-        mx.array(job.question),
+        mx.array(job.question[1:]),
         model,
         max_tokens=job.max_tokens,
         prompt_cache=prompt_cache,
@@ -455,7 +478,7 @@ def _answer(
         if token in tokenizer.eos_token_ids:
             break
         answer.append(int(token))
-    return Run(first_s, first_s + answer_s, answer)
+    return Run(first_s, answer_s, answer)
 
 
 def _start_process(job: Job) -> Run:
@@ -485,14 +508,11 @@ def _read_job(data: JSON) -> Job:
 def _resume(job: Job) -> Run:
     """Restore the prompt cache and answer; runs in the new process."""
     model, tokenizer, fingerprint = job.source.load()
-    from .generate import prefill
-
     with _open_store(job) as store:
         start = time.perf_counter()
         prompt_cache = _restore(job, store, fingerprint)
-        prefill(model, job.document[-1:], prompt_cache)
-        first_s = time.perf_counter() - start
-        return _answer(model, tokenizer, prompt_cache, job, first_s)
+        restored_s = time.perf_counter() - start
+        return _answer(model, tokenizer, prompt_cache, job, restored_s)
 
 
 def _open_store(job: Job) -> AbstractContextManager[Store | None]:
@@ -505,31 +525,25 @@ def _open_store(job: Job) -> AbstractContextManager[Store | None]:
 
 
 def _restore(job: Job, store: Store | None, fingerprint: Fingerprint) -> list[Any]:
-    """Return the prompt cache of the document, less its last token.
+    """Return the prompt cache of the document.
 
     Raises:
         KVStoreError: The store has lost a part of it.
     """
     if store is None:
-        return _load_mlx_file(job.mlx_file)
-    found, rest = store.load(job.document, fingerprint)
-    if found is None or len(rest) != 1:
-        match = store.lookup(job.document, fingerprint)
+        from mlx_lm.models.cache import load_prompt_cache
+
+        return list(load_prompt_cache(job.mlx_file))
+    prompt = job.document + job.question
+    found, rest = store.load(prompt, fingerprint)
+    if found is None or len(rest) != len(job.question):
+        match = store.lookup(prompt, fingerprint)
         raise KVStoreError(
             f"the store gave back {match.num_tokens:,} of {len(job.document):,}"
             f" tokens: {match.detail}",
             hint="`kvstore verify` looks for damage",
         )
     return found
-
-
-def _load_mlx_file(path: str) -> list[Any]:
-    """Return the prompt cache in a file of mlx-lm, less its last token."""
-    from mlx_lm.models.cache import load_prompt_cache, trim_prompt_cache
-
-    prompt_cache: list[Any] = load_prompt_cache(path)
-    trim_prompt_cache(prompt_cache, 1)
-    return prompt_cache
 
 
 def _show_nothing(what: str) -> Progress:

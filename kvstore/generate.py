@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import GenerationResponse, generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from . import prompt_cache as caches
 from .catalog import check_name
@@ -30,6 +30,9 @@ from .types import Entry, Progress
 
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
+
+CHECKPOINT_EVERY = 2048
+"""A state may be as large as the rows of thousands of tokens."""
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -48,6 +51,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: list[LogitsProcessor] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
@@ -57,7 +61,8 @@ def stream_generate(
 
     Prompt and reply are saved at the end, when the generator is closed, and on Ctrl-C.
     Where that comes before the whole prompt is computed, what is done is saved without
-    the name.
+    the name; where it comes in the middle of a step, only a cache whose layers are all
+    ``KVCache`` can be saved.
 
     Args:
         model: The model, from ``mlx_lm.load``.
@@ -70,7 +75,8 @@ def stream_generate(
         max_tokens: Tokens to generate at most; -1 for no limit.
         sampler: mlx-lm's ``sampler``.
         logits_processors: mlx-lm's; they see the tokens not restored only.
-        prefill_step_size: Prompt tokens computed at a time.
+        prefill_step_size: Prompt tokens computed, and then stored, at a time.
+        checkpoint_every: Tokens at least between two states of recurrent layers.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
@@ -85,7 +91,7 @@ def stream_generate(
     """
     run = _Run(
         model, _encode(tokenizer, prompt), store, fingerprint, name, replace,
-        load_progress,
+        load_progress, checkpoint_every,
     )  # fmt: skip
     responses = mlx_lm.stream_generate(
         model,
@@ -104,8 +110,11 @@ def stream_generate(
             for response in responses:
                 run.add(int(response.token))
                 yield response
-    except (KeyboardInterrupt, GeneratorExit):
+    except GeneratorExit:
         run.save(save_progress, on_saved)
+        raise
+    except KeyboardInterrupt:
+        run.save(save_progress, on_saved, is_interrupted=True)
         raise
     run.save(save_progress, on_saved)
 
@@ -119,13 +128,14 @@ def save_prompt(
     name: str | None = None,
     replace: bool = False,
     prefill_step_size: int = PREFILL_STEP_SIZE,
+    checkpoint_every: int = CHECKPOINT_EVERY,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
 ) -> tuple[Entry, int]:
     """Compute what a store lacks of a prompt, and save it.
 
-    On Ctrl-C what is computed is saved, without the name.
+    Ctrl-C is met as in :func:`stream_generate`.
 
     Args:
         model: The model, from ``mlx_lm.load``.
@@ -134,7 +144,8 @@ def save_prompt(
         fingerprint: The model's.
         name: A name for the entry. It moves from an entry that this continues.
         replace: Take the name from an entry that this does not continue.
-        prefill_step_size: Tokens computed at a time.
+        prefill_step_size: Tokens computed, and then stored, at a time.
+        checkpoint_every: Tokens at least between two states of recurrent layers.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
@@ -146,7 +157,10 @@ def save_prompt(
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored.
     """
-    run = _Run(model, tokens, store, fingerprint, name, replace, load_progress)
+    run = _Run(
+        model, tokens, store, fingerprint, name, replace,
+        load_progress, checkpoint_every,
+    )  # fmt: skip
     try:
         prefill(
             model,
@@ -156,7 +170,7 @@ def save_prompt(
             progress=run.watch(prompt_progress_callback),
         )
     except KeyboardInterrupt:
-        run.save(save_progress)
+        run.save(save_progress, is_interrupted=True)
         raise
     entry = run.save(save_progress)
     assert entry is not None  # all rows are there
@@ -248,6 +262,7 @@ class _Run:
         name: str | None,
         replace: bool,
         progress: Progress | None,
+        checkpoint_every: int,
     ) -> None:
         self._store = store
         self._fingerprint = fingerprint
@@ -258,6 +273,8 @@ class _Run:
         empty = make_prompt_cache(model)
         caches.check_classes(empty)
         self._check_name()
+        self._next_checkpoint = checkpoint_every
+        self._checkpoint_every = checkpoint_every
         held, self.rest = store.load(
             self._tokens, fingerprint, like=empty, progress=progress
         )
@@ -266,14 +283,29 @@ class _Run:
         self._num_rows = self.num_restored
 
     def watch(self, progress: Progress | None) -> Progress:
-        """Return a callback for mlx-lm that notes which rows are whole."""
+        """Return a callback for mlx-lm that keeps what is whole."""
 
         def note(done: int, total: int) -> None:
             self._num_rows = self.num_restored + done
             if progress is not None:
                 progress(done, total)
+            # At the end the cache may be a token ahead already.
+            if 0 < done < total:
+                self._save_blocks(done)
 
         return note
+
+    def _save_blocks(self, done: int) -> None:
+        """Store what a long prefill has computed so far."""
+        due = done >= self._next_checkpoint
+        if due:
+            self._next_checkpoint = done + self._checkpoint_every
+        self._store.save_blocks(
+            self._tokens[: self._num_rows],
+            self.prompt_cache,
+            self._fingerprint,
+            checkpoint=due,
+        )
 
     def add(self, token: int) -> None:
         """Note a token that was generated; mlx-lm has fed it before it told us."""
@@ -284,25 +316,42 @@ class _Run:
         self,
         progress: Progress | None,
         on_saved: Callable[[Entry], None] | None = None,
+        *,
+        is_interrupted: bool = False,
     ) -> Entry | None:
-        """Save what is whole; nothing where that is only what was restored."""
-        num_rows = min(self._num_rows, *(cache.offset for cache in self.prompt_cache))
-        if num_rows <= self.num_restored:
+        """Save what is whole; nothing where that is only what was restored.
+
+        Args:
+            progress: Called with (tokens saved, tokens in all).
+            on_saved: Called with the entry.
+            is_interrupted: mlx-lm may have stopped in the middle of a step.
+        """
+        if self._num_rows <= self.num_restored:
             return None
-        for cache in self.prompt_cache:
-            cache.trim(cache.offset - num_rows)
+        if is_interrupted and not self._cut():
+            return None
         entry = self._store.save(
-            self._tokens[:num_rows],
+            self._tokens[: self._num_rows],
             self.prompt_cache,
             self._fingerprint,
             # A name is for a conversation, not for half a question.
-            name=self._name if num_rows >= self._num_prompt else None,
+            name=self._name if self._num_rows >= self._num_prompt else None,
             replace=self._replace,
             progress=progress,
         )
         if on_saved is not None:
             on_saved(entry)
         return entry
+
+    def _cut(self) -> bool:
+        """Drop rows that may not be whole; return whether that can be done."""
+        layers = caches.flatten_caches(self.prompt_cache)
+        # A window or a state has forgotten what it was before the step.
+        if not all(isinstance(cache, KVCache) for cache in layers):
+            return False
+        for cache in layers:
+            cache.trim(cache.offset - self._num_rows)
+        return True
 
     def _check_name(self) -> None:
         """Refuse now what the store would refuse after a long prefill."""

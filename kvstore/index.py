@@ -76,8 +76,12 @@ class Index:
     """An open index.
 
     Args:
-        path: The database file; created when missing.
+        path: The database file.
+        create: Make it, where an existing one is asked for otherwise.
         timeout_s: How long to wait for another process's write.
+
+    Attributes:
+        identity: Device and inode, which tell this file from one that replaced it.
 
     Raises:
         IntegrityError: The file is damaged; throw it away and rebuild it.
@@ -85,14 +89,20 @@ class Index:
         FormatError: A newer release wrote it.
     """
 
-    def __init__(self, path: Path, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, path: Path, *, create: bool = False, timeout_s: float = 10.0
+    ) -> None:
         self.path = path
+        self.identity: tuple[int, int] | None = None
         with self._translated():
-            if not path.exists():
+            if create:
                 _touch(path)
-            self._connection = apsw.Connection(str(path))
+            # Without CREATE: an index that vanishes now is not to come back empty.
+            flags = apsw.SQLITE_OPEN_READWRITE
+            self._connection = apsw.Connection(str(path), flags)
+            self.identity = index_identity(path)
             self._connection.set_busy_timeout(int(timeout_s * 1000))
-            self._prepare()
+            self._prepare(create)
 
     def close(self) -> None:
         """Close the database."""
@@ -123,6 +133,25 @@ class Index:
         """Return where a block lies, or ``None``."""
         rows = self._select(_PLACE + "WHERE blocks.hash = ?", (block,), _PLACE_KINDS)
         return _to_place(rows[0]) if rows else None
+
+    def place_of(self, block: Block) -> Place | None:
+        """Return where a block lies, where the index knows it as what it is.
+
+        Raises:
+            IntegrityError: The index says otherwise, so it is damaged.
+        """
+        place = self.place(block.hash)
+        if place is None:
+            return None
+        # By way of its parent, as a prompt that leaves it halfway will look for it.
+        query = (
+            "SELECT num_tokens FROM blocks INDEXED BY blocks_by_parent"
+            " WHERE parent = ? AND first_token = ? AND hash = ?"
+        )
+        told = self._query(query, (block.parent, block.tokens[0], block.hash))
+        if told != [(len(block.tokens),)]:
+            raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
+        return place
 
     def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
         """Yield the blocks from a tip backwards with their parents, up to a gap.
@@ -270,7 +299,9 @@ class Index:
             " num_tokens = excluded.num_tokens, nbytes = excluded.nbytes,"
             " quality = excluded.quality, extras = excluded.extras"
             " WHERE (excluded.extras, excluded.quality)"
-            " > (blocks.extras, blocks.quality)",
+            " > (blocks.extras, blocks.quality)"
+            # A shard that is not known cannot be better.
+            " OR blocks.shard NOT IN (SELECT id FROM shards)",
             (
                 block.hash,
                 block.parent,
@@ -335,14 +366,21 @@ class Index:
         rows = self._query(sql, values)
         for row in rows:
             if tuple(map(type, row)) != kinds:
-                raise IntegrityError(
-                    f"the index is damaged: {self.path}: a column is of another type",
-                    path=self.path,
-                )
+                raise self._damaged("a column is of another type")
         return rows
 
-    def _prepare(self) -> None:
-        """Set the connection up, and create the tables where there are none."""
+    def _damaged(self, why: str) -> IntegrityError:
+        return IntegrityError(
+            f"the index is damaged: {self.path}: {why}", path=self.path
+        )
+
+    def _prepare(self, create: bool) -> None:
+        """Set the connection up, and create the tables where there are none.
+
+        An index that is not ours is not written to.
+        """
+        if not create:
+            self._check_version()
         for pragma in (
             "journal_mode = WAL",
             "synchronous = FULL",
@@ -351,15 +389,21 @@ class Index:
             "cell_size_check = ON",
         ):
             self._connection.execute(f"PRAGMA {pragma}")
-        if self._version() == 0:
+        if create and self._version() == 0:
             with self.transaction():
                 if self._version() == 0:
                     self._connection.execute(_SCHEMA)
                     self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        if self._version() != SCHEMA_VERSION:
+            self._check_version()
+
+    def _check_version(self) -> None:
+        version = self._version()
+        if version == 0:
+            raise self._damaged("it has no schema")
+        if version != SCHEMA_VERSION:
             raise FormatError(
-                f"index has schema {self._version()}, this release reads"
-                f" {SCHEMA_VERSION}: {self.path}",
+                f"index has schema {version}, this release reads {SCHEMA_VERSION}:"
+                f" {self.path}",
                 hint="upgrade mlx-kvstore, or delete the index: it is rebuilt",
             )
 
@@ -386,9 +430,16 @@ class Index:
             raise OSError(errno.EIO, str(error), str(self.path)) from error
         except (apsw.Error, ValueError, UnicodeDecodeError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
-            raise IntegrityError(
-                f"the index is damaged: {self.path}: {error}", path=self.path
-            ) from error
+            raise self._damaged(str(error)) from error
+
+
+def index_identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file, or ``None`` where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _touch(path: Path) -> None:

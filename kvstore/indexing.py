@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from . import shards
 from .errors import FormatError, IntegrityError
 from .fingerprint import Fingerprint
@@ -32,10 +34,10 @@ def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -
     index.add_root(root, fingerprint, origin.tenant, origin.layout)
     index.add_shard(name, header.nbytes, added_at)
     for stored in filter(is_sound, header.blocks):
-        index.add_block(stored.block, _place(name, stored))
+        index.add_block(stored.block, place_in(name, stored))
 
 
-def _place(shard: str, stored: StoredBlock) -> Place:
+def place_in(shard: str, stored: StoredBlock) -> Place:
     """Return the place of a block in a shard."""
     return Place(
         stored.block.hash,
@@ -50,6 +52,33 @@ def _place(shard: str, stored: StoredBlock) -> Place:
 
 def index_folder(index: Index, folder: StoreFolder) -> None:
     """Tell the index of every shard in the store that can be read."""
+    for _ in _index_each(index, folder):
+        pass
+
+
+def confirm_folder(index: Index, folder: StoreFolder) -> None:
+    """Tell the index of every shard, and compare what it then says with all of them.
+
+    Whoever removes shards by the index's word does this first.
+
+    Raises:
+        IntegrityError: The index says something else, so it is damaged.
+    """
+    copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
+    for name, header in _index_each(index, folder):
+        for stored in filter(is_sound, header.blocks):
+            copy = (place_in(name, stored), stored.block.parent)
+            copies.setdefault(stored.block.hash, []).append(copy)
+    for block, known in copies.items():
+        if next(index.chain(block), None) not in known:
+            raise IntegrityError(
+                f"the index is damaged: block {block.hex()[:12]} is not where it says",
+                path=folder.index,
+            )
+
+
+def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardHeader]]:
+    """Tell the index of one shard after the other, and yield name and header."""
     for name in shards.list_shards(folder.shards):
         try:
             with shards.open_shard(folder.shards, name) as opened:
@@ -59,3 +88,4 @@ def index_folder(index: Index, folder: StoreFolder) -> None:
             continue  # it stays where it is, and `verify` reports it
         with index.transaction():
             index_shard(index, name, header, added_at)
+        yield name, header

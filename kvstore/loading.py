@@ -131,6 +131,7 @@ class Loader:
         except (IntegrityError, FormatError) as error:
             if strict:
                 raise
+            self._raise_if_index(error)
             # Windows and states were to be rebuilt where the hit ended.
             done = done if caches.has_only_rows(hit.layout) else 0
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
@@ -241,19 +242,29 @@ class Loader:
             for place in self._index.children(parent, rest[0])
             if (stored := self._stored(place)) is not None
         ]
-        cut = [c for c in children if c[1].is_lossless and _is_usable(c[1], request)]
-        if cut:
-            run, place, _ = max(cut, key=lambda child: child[0])
-            places = (*hit.places, place)
-            hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
+        hits = [
+            replace(hit, places=(*hit.places, place), num_tokens=hit.num_tokens + run)
+            for run, place, _ in children
+            if place.is_lossless and _is_usable(place, request)
+        ]
+        # The one that can be rebuilt furthest, of these the longest run.
+        rebuilt = [(self._fit(found).num_tokens, found.num_tokens) for found in hits]
+        best = max(range(len(hits)), key=rebuilt.__getitem__, default=None)
+        hit = hit if best is None else hits[best]
         return self._explain(request, hit, parent, children)
 
     def _stored(self, place: Place) -> StoredBlock | None:
         """Return a block's row in its shard; ``None`` where that is damaged."""
         try:
             return self._reader.stored(place)
-        except (IntegrityError, FormatError):
+        except (IntegrityError, FormatError) as error:
+            self._raise_if_index(error)
             return None  # the reader has dropped it, or a later release wrote it
+
+    def _raise_if_index(self, error: IntegrityError | FormatError) -> None:
+        """Raise what is wrong with the index: it can be rebuilt."""
+        if isinstance(error, IntegrityError) and error.path == self._folder.index:
+            raise error
 
     def _explain(
         self,

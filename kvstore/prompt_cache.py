@@ -218,8 +218,9 @@ def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
         if _is_list(cache):
             layers.append(ListLayout(_read_layers(cache.caches)))
             continue
+        kind = kind_of(number, cache)
         try:
-            layers.append(kind_of(number, cache).read(cache))
+            layers.append(kind.read(cache))
         except (ValueError, UnsupportedCacheError) as error:
             raise type(error)(f"layer {number}: {error}") from error
     return tuple(layers)

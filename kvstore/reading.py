@@ -16,7 +16,7 @@ from .errors import IntegrityError, StoreLockedError
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .index import Index
-from .indexing import header_root, is_sound
+from .indexing import header_root, is_sound, place_in
 from .types import BlockHash, Entry, Place, ShardHeader, StoredBlock
 
 _MAX_HEADERS = 64
@@ -107,12 +107,13 @@ class Reader:
             IntegrityError: The shard is missing or damaged, or lacks a block.
         """
         with self._healing(shard), self._open(shard) as opened:
+            # First, since an index that lies is no reason to distrust a shard.
+            blocks = [self._find(opened.header, place) for place in places]
             if header_root(opened.header) != root:
                 raise IntegrityError(
                     f"shard belongs to another model or layout: {opened.path}",
                     path=opened.path,
                 )
-            blocks = [self._find(opened.header, place) for place in places]
             yield from zip(blocks, opened.read(blocks), strict=True)
 
     @contextmanager
@@ -130,14 +131,18 @@ class Reader:
         return self._headers[shard]
 
     def _find(self, header: ShardHeader, place: Place) -> StoredBlock:
-        """Return a block of a shard, having checked that its tokens are its hash."""
+        """Return a block of a shard that is what the index says of it.
+
+        Raises:
+            IntegrityError: It is not, so the index is damaged.
+        """
         for stored in header.blocks:
-            if stored.block.hash == place.hash and is_sound(stored):
+            if place_in(place.shard, stored) == place and is_sound(stored):
                 return stored
         raise IntegrityError(
-            f"shard {place.shard[:12]} does not hold block {place.hash.hex()[:12]}",
-            block=place.hash.hex(),
-            path=shards.shard_path(self._folder.shards, place.shard),
+            f"the index is damaged: shard {place.shard[:12]} does not hold block"
+            f" {place.hash.hex()[:12]} as it says",
+            path=self._folder.index,
         )
 
     @contextmanager
@@ -149,7 +154,11 @@ class Reader:
         """
         try:
             yield
-        except (FileNotFoundError, ValueError) as error:
+        except ValueError as error:
+            raise IntegrityError(
+                f"the index is damaged: {error}", path=self._folder.index
+            ) from error
+        except FileNotFoundError as error:
             self._forget(shard, None)
             raise IntegrityError(
                 f"shard {shard[:12]} is missing",
@@ -157,9 +166,10 @@ class Reader:
                 hint="save the prompt again",
             ) from error
         except IntegrityError as error:
-            self._forget(shard, error.block)
-            if error.block is None and error.path != self._folder.index:
-                self._quarantine(shard)
+            if error.path != self._folder.index:
+                self._forget(shard, error.block)
+                if error.block is None:
+                    self._quarantine(shard)
             raise
 
     def _forget(self, shard: str, block: str | None) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 from . import prompt_cache as caches
 from . import shards
 from .codecs import Codec, Rows, lossless_twin
+from .errors import IntegrityError
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .hashing import hash_block_tokens, hash_root, split_tokens
 from .index import Index
 from .indexing import index_shard
+from .reading import Reader
 from .types import (
     Block,
     BlockHash,
@@ -23,6 +25,7 @@ from .types import (
     Layout,
     Origin,
     Part,
+    Place,
     Progress,
     Provenance,
 )
@@ -54,6 +57,14 @@ class Chain:
         """Tokens in all blocks."""
         return self.blocks[-1].start + len(self.blocks[-1].tokens)
 
+    @property
+    def has_states(self) -> bool:
+        """Whether there are layers that can be restored at checkpoints only."""
+        specs = (
+            spec for layer in caches.flatten(self.layout) for _, spec in layer.rows
+        )
+        return any(spec.kind == "state" for spec in specs)
+
     def without_tail(self, block_size: int) -> Chain | None:
         """Return the full blocks only, or ``None`` where there are none."""
         full = tuple(b for b in self.blocks if len(b.tokens) == block_size)
@@ -76,27 +87,30 @@ class Saver:
 
     Args:
         folder: The store.
+        reader: Reads its blocks.
         index: Its index.
         codec: For full blocks; a tail is stored lossless.
         prompt_cache: mlx-lm's caches.
         chain: Its blocks, or the leading ones.
-        num_tokens: How many tokens' rows it holds.
+        tip: Where its states are to be stored: how many tokens it holds, or ``None``.
     """
 
     def __init__(
         self,
         folder: StoreFolder,
+        reader: Reader,
         index: Index,
         codec: Codec,
         prompt_cache: Sequence[Any],
         chain: Chain,
-        num_tokens: int,
+        tip: int | None,
     ) -> None:
         self._folder = folder
+        self._reader = reader
         self._index = index
         self._codec = codec
         self._chain = chain
-        self._num_tokens = num_tokens
+        self._tip = tip
         self._groups = caches.group_layers(chain.layout)
         self._held = caches.hold(prompt_cache)
         if not any(
@@ -123,20 +137,40 @@ class Saver:
             self._write(batch, make_room)
             last = batch[-1].block
             progress(last.start + len(last.tokens), total)
+        self._remember_root()
         progress(total, total)
 
     def _is_wanted(self, block: Block) -> bool:
         """Say whether the store lacks a block, or an exact copy that we have."""
-        place = self._index.place(block.hash)
-        if place is None:
+        place = self._index.place_of(block)
+        if place is None or not self._is_there(place):
             return True
         mine = (self._num_extras(block), self._is_exact(block))
         return mine > (place.num_extras, place.is_exact)
 
+    def _is_there(self, place: Place) -> bool:
+        """Say whether a block's shard is there and can be read, as the index says."""
+        try:
+            self._reader.stored(place)
+        except IntegrityError as error:
+            if error.path == self._folder.index:
+                raise
+            return False
+        return True
+
+    def _remember_root(self) -> None:
+        """Tell the index what the blocks descend from, should it not know."""
+        origin = self._chain.origin
+        digest = Fingerprint(origin.fingerprint).digest
+        root = (self._chain.root, origin.layout)
+        if root not in self._index.roots(digest, origin.tenant):
+            with self._index.transaction():
+                self._index.add_root(root[0], digest, origin.tenant, root[1])
+
     def _rows(self, block: Block) -> Iterator[tuple[int, caches.Group, str, Rows]]:
         """Yield what there is of a block: group and its number, array, rows."""
         stop = block.start + len(block.tokens)
-        at_tip = stop == self._num_tokens
+        at_tip = stop == self._tip
         for number, group in enumerate(self._groups):
             found = caches.rows_held(self._held, group, block.start, stop, at_tip)
             for name, rows in found:

@@ -22,10 +22,9 @@ from .errors import (
 from .fingerprint import Fingerprint
 from .folder import create_folder, default_path, limit_folder, open_folder
 from .index import Index
-from .indexing import index_folder
+from .indexing import confirm_folder, index_folder
 from .reading import Reader
 from .types import (
-    BlockHash,
     Entry,
     Finding,
     Match,
@@ -148,17 +147,24 @@ class Store:
         return self._with_index(write)
 
     def save_blocks(
-        self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
+        self,
+        tokens: Sequence[int],
+        prompt_cache: Sequence[Any],
+        fingerprint: Fingerprint,
+        *,
+        checkpoint: bool = True,
     ) -> int:
-        """Write the full blocks of a prompt cache that is still growing.
+        """Write the blocks of a prompt cache that is still growing.
 
         For a long prefill: a crash at 90 % then loses 10 %. There is no entry yet, so
-        :meth:`plan_prune` frees them when an hour has passed without one.
+        :meth:`plan_prune` frees them when an hour has passed without one. The tail is
+        left for the next call, except where it carries a checkpoint.
 
         Args:
             tokens: Exactly the tokens whose rows are in the cache.
             prompt_cache: mlx-lm's list of per-layer caches.
-            model: What computed it.
+            fingerprint: What computed it.
+            checkpoint: Store the state of recurrent layers too, at this position.
 
         Returns:
             How many leading tokens are stored now.
@@ -168,14 +174,14 @@ class Store:
             ValueError: Tokens and rows disagree.
             OSError: The disk is full or fails.
         """
-        chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
-        full = chain.without_tail(self._folder.block_size)
-        if full is None:
+        whole = self._make_chain(_as_tokens(tokens), prompt_cache, fingerprint)
+        keeps_tail = checkpoint and whole.has_states
+        chain = whole if keeps_tail else whole.without_tail(self._folder.block_size)
+        if chain is None:
             return 0
-        self._with_index(
-            lambda: self._write_missing(full, prompt_cache, chain.num_tokens, None)
-        )
-        return full.num_tokens
+        tip = whole.num_tokens if checkpoint else None
+        self._with_index(lambda: self._write_missing(chain, prompt_cache, tip, None))
+        return chain.num_tokens
 
     def load(
         self,
@@ -365,9 +371,8 @@ class Store:
         policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
 
         def plan() -> PrunePlan:
-            # Blocks that only the shards know must not look dispensable.
-            if self._has_gaps():
-                index_folder(self._index, self._folder)
+            # What is needed must not look dispensable to an index that is wrong.
+            confirm_folder(self._index, self._folder)
             return plan_prune(self._folder, self._index, policy)
 
         return self._with_index(plan)
@@ -433,8 +438,9 @@ class Store:
         except IntegrityError as error:
             if error.path != self._folder.index:
                 raise
+        seen = self._opened.identity if self._opened else None
         self.close()
-        check.replace_index(self._folder)
+        check.replace_index(self._folder, seen)
         return work()
 
     def _loader(self) -> Loader:
@@ -473,14 +479,15 @@ class Store:
         self,
         chain: Chain,
         prompt_cache: Sequence[Any],
-        num_tokens: int,
+        tip: int | None,
         progress: Progress | None,
     ) -> None:
         from .saving import Saver
 
         saver = Saver(
-            self._folder, self._index, self._codec, prompt_cache, chain, num_tokens
-        )
+            self._folder, self._reader(), self._index, self._codec, prompt_cache,
+            chain, tip,
+        )  # fmt: skip
         saver.write_missing(self._make_room, progress or _ignore)
 
     def _replaceable(
@@ -530,17 +537,8 @@ class Store:
 
             # A little more than needed, or every save would have to.
             policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
+            confirm_folder(self._index, self._folder)
             plan_prune(self._folder, self._index, policy).execute()
-
-    def _has_gaps(self) -> bool:
-        """Say whether the index cannot follow an entry to its first block."""
-        for entry in self.entries():
-            end = BlockHash(bytes.fromhex(entry.tip))
-            for _, parent in self._index.chain(end):
-                end = parent
-            if end.hex() != entry.root:
-                return True
-        return False
 
     def _count_load(self, hit: Hit | None, num_tokens: int) -> None:
         """Remember what a load found; losing this costs nothing."""

@@ -1,5 +1,7 @@
 """Generation with a store says what mlx-lm says, and keeps what it computed."""
 
+import subprocess
+import sys
 from contextlib import closing
 
 import mlx.core as mx
@@ -123,32 +125,24 @@ def test_a_consumer_may_stop(loaded, store):
     store.load_entry("chat", fingerprint)
 
 
-class Interrupting(KVCache):
-    """A cache that is interrupted between its offset and its rows."""
-
-    calls = 0
-    stop = 0
-
-    def update_and_fetch(self, keys, values):
-        """Add rows, unless it is time to be interrupted."""
-        Interrupting.calls += 1
-        if Interrupting.calls == Interrupting.stop:
-            self.offset += keys.shape[2]
-            raise KeyboardInterrupt
-        return super().update_and_fetch(keys, values)
-
-
 @pytest.fixture
 def interrupt(monkeypatch):
-    """A function that has the N-th update of a layer interrupted."""
-    monkeypatch.setattr("kvstore.prompt_cache.check_classes", lambda caches: None)
+    """A function that has the N-th update of a layer interrupted.
+
+    That comes between a cache's offset and its rows.
+    """
+    update = KVCache.update_and_fetch
+    calls = []
 
     def arm(stop):
-        Interrupting.calls, Interrupting.stop = 0, stop
-        monkeypatch.setattr(
-            "kvstore.generate.make_prompt_cache",
-            lambda model: [Interrupting() for _ in model.layers],
-        )
+        def update_or_interrupt(self, keys, values):
+            calls.append(1)
+            if len(calls) == stop:
+                self.offset += keys.shape[2]
+                raise KeyboardInterrupt
+            return update(self, keys, values)
+
+        monkeypatch.setattr(KVCache, "update_and_fetch", update_or_interrupt)
 
     return arm
 
@@ -175,6 +169,24 @@ def test_an_interrupt_never_saves_a_row_that_is_not_there(
         assert tokens[: len(PROMPT)] == PROMPT[: len(tokens)]
         assert name == ("chat" if len(tokens) >= len(PROMPT) else None)
     assert bool(kept) == (stop > 2)
+
+
+def test_an_interrupted_window_is_not_saved(loaded, store, monkeypatch):
+    """What cannot be cut back to the last whole row is not kept."""
+    monkeypatch.setattr(
+        "kvstore.generate.make_prompt_cache",
+        lambda model: [RotatingKVCache(512) for _ in model.layers],
+    )
+
+    def stop(done, total):
+        if done >= 200:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save(
+            loaded, store, PROMPT, prefill_step_size=100, prompt_progress_callback=stop
+        )
+    assert store.entries() == []
 
 
 def test_an_interrupted_prefill_is_taken_up(loaded, store):
@@ -268,8 +280,64 @@ def test_an_id_is_no_name(loaded, store):
 
 def test_an_unknown_class_is_refused_before_the_prefill(loaded, store, monkeypatch):
     """A model whose caches cannot be stored is refused with the layer's number."""
-    caches = [KVCache(), RotatingKVCache(64)]
+
+    class Subclass(KVCache):
+        pass
+
+    caches = [KVCache(), Subclass()]
     monkeypatch.setattr("kvstore.generate.make_prompt_cache", lambda model: caches)
-    with pytest.raises(kvstore.UnsupportedCacheError, match="layer 1 is a Rotating"):
+    with pytest.raises(kvstore.UnsupportedCacheError, match="layer 1 "):
         save(loaded, store, PROMPT)
     assert caches[0].offset == 0
+
+
+KILLED = """
+import os, sys
+import mlx.core as mx
+from mlx_lm import load
+import kvstore
+from kvstore import generate
+
+folder, path, stop, signal = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+model, tokenizer = load(folder)[:2]
+fingerprint = kvstore.Fingerprint.from_path(folder)
+
+def progress(done, total):
+    print(done, flush=True)
+    if done >= stop:
+        if signal == "kill":
+            os.kill(os.getpid(), 9)
+        raise KeyboardInterrupt
+
+with kvstore.Store(path) as store:
+    prompt = [i % 90 + 3 for i in range(4000)]
+    generate.save_prompt(
+        model, prompt, store=store, fingerprint=fingerprint, name="long",
+        prefill_step_size=400, prompt_progress_callback=progress,
+    )
+"""
+
+
+@pytest.mark.parametrize("signal", ["kill", "interrupt"])
+@pytest.mark.parametrize("stop", [400, 1200, 2000, 2800, 3999])
+def test_a_stopped_prefill_goes_on_where_it_was_stored(
+    tiny_model, tmp_path, signal, stop
+):
+    """After kill -9 or Ctrl-C, the next save computes only what was not stored."""
+    path = tmp_path / "store"
+    arguments = [sys.executable, "-c", KILLED, tiny_model, path]
+    stopped = subprocess.run([*arguments, str(stop), signal], capture_output=True)
+    assert stopped.returncode != 0
+    with kvstore.Store(path) as store:
+        assert store.verify() == []
+        assert [entry.name for entry in store.entries() if entry.name] == []
+    again = subprocess.run(
+        [*arguments, "99999", "-"], capture_output=True, check=True, text=True
+    )
+    computed = max(int(line) for line in again.stdout.split())
+    # A step that was killed before its callback ended was not stored yet.
+    stored = stop if signal == "interrupt" else stop - 400
+    assert computed <= 4000 - stored // 256 * 256
+    with kvstore.Store(path) as store:
+        assert store.entry("long").num_tokens == 4000
+        assert store.verify() == []

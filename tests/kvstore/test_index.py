@@ -37,7 +37,7 @@ def path(tmp_path):
 @pytest.fixture
 def index(path):
     """An open index."""
-    opened = Index(path)
+    opened = Index(path, create=True)
     yield opened
     opened.close()
 
@@ -66,7 +66,7 @@ def test_a_block_is_found_where_it_was_put(index):
 
 def test_an_index_survives_being_closed(path):
     """What was committed is there in the next process."""
-    index = Index(path)
+    index = Index(path, create=True)
     fill(index)
     index.close()
     again = Index(path)
@@ -237,7 +237,7 @@ def test_the_index_is_private_whatever_the_umask(path):
     """The database and the files beside it are the owner's alone."""
     before = os.umask(0)
     try:
-        index = Index(path)
+        index = Index(path, create=True)
         fill(index)
         files = [path, *path.parent.glob("index.sqlite-*")]
         assert len(files) > 1
@@ -267,7 +267,7 @@ def test_a_file_that_is_no_database_is_damage(path, data):
 
 def test_a_newer_schema_is_not_damage(path):
     """An index of a later release is refused, and the hint says that it may go."""
-    Index(path).close()
+    Index(path, create=True).close()
     connection = apsw.Connection(str(path))
     connection.execute("PRAGMA user_version = 99")
     connection.close()
@@ -299,7 +299,7 @@ def answer(path):
 @pytest.mark.parametrize("seed", range(4))
 def test_damage_gives_an_answer_or_our_error(path, flip_bit, seed):
     """Whatever bits flip in the file, only our own errors come out."""
-    index = Index(path)
+    index = Index(path, create=True)
     fill(index)
     index.close()
     good = path.read_bytes()
@@ -318,7 +318,7 @@ def test_damage_gives_an_answer_or_our_error(path, flip_bit, seed):
 @pytest.mark.parametrize("size", [0, 1, 100, 4095, 4096, 4097, 12_000])
 def test_a_truncated_index_gives_an_answer_or_our_error(path, size):
     """A file that is cut short is damage, and nothing else."""
-    index = Index(path)
+    index = Index(path, create=True)
     fill(index)
     index.close()
     path.write_bytes(path.read_bytes()[:size])
@@ -332,7 +332,7 @@ def test_a_truncated_index_gives_an_answer_or_our_error(path, size):
 )
 def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
     """SQLite checks types when it writes and not when it reads; we do."""
-    index = Index(path)
+    index = Index(path, create=True)
     fill(index)
     index._connection.execute("PRAGMA writable_schema = ON")
     index._connection.execute(
