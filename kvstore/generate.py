@@ -16,6 +16,8 @@ import mlx_lm
 from mlx_lm.generate import GenerationResponse, generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from turboquant.kv_cache import TurboQuantKVCache, quantize_prompt_cache
+
 from . import prompt_cache as caches
 from .catalog import check_name
 from .errors import (
@@ -52,6 +54,7 @@ def stream_generate(
     logits_processors: list[LogitsProcessor] | None = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     checkpoint_every: int = CHECKPOINT_EVERY,
+    kv_bits: int | str | None = None,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
@@ -77,6 +80,8 @@ def stream_generate(
         logits_processors: mlx-lm's; they see the tokens not restored only.
         prefill_step_size: Prompt tokens computed, and then stored, at a time.
         checkpoint_every: Tokens at least between two states of recurrent layers.
+        kv_bits: Keep the live cache quantized, from its first token: ``"turbo3"`` in
+            TurboQuant codes, a number of bits as mlx-lm does, in groups of 64.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
@@ -91,7 +96,7 @@ def stream_generate(
     """
     run = _Run(
         model, _encode(tokenizer, prompt), store, fingerprint, name, replace,
-        load_progress, checkpoint_every,
+        load_progress, checkpoint_every, kv_bits,
     )  # fmt: skip
     responses = mlx_lm.stream_generate(
         model,
@@ -263,6 +268,7 @@ class _Run:
         replace: bool,
         progress: Progress | None,
         checkpoint_every: int,
+        kv_bits: int | str | None = None,
     ) -> None:
         self._store = store
         self._fingerprint = fingerprint
@@ -270,7 +276,7 @@ class _Run:
         self._replace = replace
         self._tokens = list(tokens)
         self._num_prompt = len(self._tokens)
-        empty = make_prompt_cache(model)
+        empty = _quantized(make_prompt_cache(model), kv_bits)
         caches.check_classes(empty)
         self._check_name()
         self._next_checkpoint = checkpoint_every
@@ -347,7 +353,7 @@ class _Run:
         """Drop rows that may not be whole; return whether that can be done."""
         layers = caches.flatten_caches(self.prompt_cache)
         # A window or a state has forgotten what it was before the step.
-        if not all(isinstance(cache, KVCache) for cache in layers):
+        if not all(isinstance(cache, KVCache | TurboQuantKVCache) for cache in layers):
             return False
         for cache in layers:
             cache.trim(cache.offset - self._num_rows)
@@ -375,6 +381,20 @@ class _Run:
         except FingerprintError:
             return False
         return held is None or held == self._tokens[: len(held)]
+
+
+def _quantized(empty: list[Any], kv_bits: int | str | None) -> list[Any]:
+    """Return empty caches that will hold codes."""
+    if kv_bits is None:
+        return empty
+    if isinstance(kv_bits, str):
+        return quantize_prompt_cache(empty, kv_bits)
+    return [
+        cache.to_quantized(group_size=64, bits=kv_bits)
+        if isinstance(cache, KVCache)
+        else cache
+        for cache in empty
+    ]
 
 
 def _encode(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:

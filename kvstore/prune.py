@@ -101,7 +101,8 @@ class _Survey:
     def used_at(self, entry: Entry) -> float:
         """Return when an entry was saved or last hit, the later of both."""
         chain = self._chains[entry.id]
-        return max(entry.updated_at, *(self._uses.get(block, 0.0) for block in chain))
+        uses = [self._uses.get(block, 0.0) for block in chain]
+        return max([entry.updated_at, *uses])
 
     def candidates(self, *, named: bool) -> list[Entry]:
         """Return what may be evicted: least recently used first, named ones last."""

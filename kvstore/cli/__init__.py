@@ -12,6 +12,7 @@ from typing import NoReturn
 from .demo_verb import demo
 from .entry_verbs import inspect_entry, list_entries, load, remove
 from .failures import run
+from .keeping_verbs import pin, prune, rename, stats
 from .model_verbs import generate, lookup, save
 from .root import cli
 from .store_verbs import completion, show_dir, verify
@@ -23,8 +24,12 @@ for _verb in (
     lookup,
     list_entries,
     inspect_entry,
+    rename,
+    pin,
     remove,
+    prune,
     verify,
+    stats,
     demo,
     show_dir,
     completion,

@@ -86,14 +86,19 @@ def load(
 
 
 @click.command("ls", cls=Verb)
+@click.option(
+    "--model", metavar="TEXT", help="Only entries whose MODEL has this in it."
+)
 @click.pass_context
-def list_entries(context: click.Context) -> None:
+def list_entries(context: click.Context, model: str | None) -> None:
     """List the entries, latest first.
 
     SIZE counts blocks that entries share with each of them.
     """
     output = output_of(context)
     entries = open_store(context).entries()
+    if model is not None:
+        entries = [entry for entry in entries if model in entry.model]
     output.table(
         entries,
         _entry_columns(entries),

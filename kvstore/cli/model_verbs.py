@@ -115,6 +115,7 @@ def save(
     help="Sample from so many of the likeliest tokens; 0 from all.",
 )
 @click.option("--seed", metavar="N", type=int, help="Seed of the sampling.")
+@options.kv_bits
 @options.prefill_step_size
 @click.pass_context
 @gathered("sampling", options.SamplingOptions)
@@ -130,6 +131,7 @@ def generate(
     replace: bool,
     max_tokens: int,
     prefill_step_size: int,
+    kv_bits: int | str | None,
 ) -> None:
     """Go on from what is kept, generate text, and keep the result.
 
@@ -156,6 +158,7 @@ def generate(
             max_tokens=max_tokens,
             sampler=sampling.make_sampler(),
             prefill_step_size=prefill_step_size,
+            kv_bits=kv_bits,
             load_progress=bars.bar("restore"),
             prompt_progress_callback=bars.bar("prefill"),
             save_progress=bars.bar("save"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,6 +136,23 @@ class Percentage(PartParam):
         return part
 
 
+class KVBits(click.ParamType[int | str]):
+    """A mode of the live cache: ``turbo3``, or mlx-lm's number of bits."""
+
+    name = "bits"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        """Return the mode, or the number."""
+        text = str(value)
+        if text in ("2", "3", "4", "5", "6", "8"):
+            return int(text)
+        if not re.fullmatch(r"turbo[1-8](v[1-8])?", text):
+            self.fail(f"`{text}` is neither turbo3 nor a number of bits", param, ctx)
+        return text
+
+
 def model_options(command: F) -> F:
     """Add the options that choose a model; they come as one ``ModelOptions``."""
     for option in (
@@ -220,6 +238,13 @@ prefill_step_size = click.option(
     default=2048,
     show_default=True,
     help="Prompt tokens to compute at a time; fewer take less memory.",
+)
+kv_bits = click.option(
+    "--kv-bits",
+    metavar="BITS",
+    type=KVBits(),
+    help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or 8, 6, 5,"
+    " 4, 3, 2 bits as mlx-lm does.",
 )
 codec = click.option(
     "--codec",

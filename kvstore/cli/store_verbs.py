@@ -30,14 +30,25 @@ _SHELLS = ("bash", "zsh", "fish")
     help="Read the shards' bytes too: all, or such a part of the shards, as in"
     " --read-data=10%.",
 )
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Read everything and put right what can be: damaged files go to quarantine,"
+    " what is whole in them into new ones, and the index is built anew.",
+)
 @click.pass_context
-def verify(context: click.Context, read_data: float) -> None:
+def verify(context: click.Context, read_data: float, repair: bool) -> None:
     """Compare entries, index and shards, and list what is wrong.
 
-    Nothing is changed. Exits with 1 where anything is wrong.
+    Nothing is changed, unless `--repair` is given. Exits with 1 where anything is
+    wrong, or still is after a repair.
     """
     output = output_of(context)
     store = open_store(context)
+    if repair:
+        for finding in store.repair():
+            output.warning(f"{finding.path}: {finding.detail}")
+        read_data = 1.0
     with output.progress() as bars:
         findings = store.verify(read_data, progress=bars.bar("verify"))
     _print_findings(output, findings)

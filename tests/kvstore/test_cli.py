@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -317,7 +316,9 @@ def test_verify_finds_nothing_wrong(run_cli, saved, words):
 
 def test_verify_finds_damage(run_cli, saved, tmp_path):
     """A flipped bit is a finding with the entry's name, and the code 1."""
-    (shard,) = (tmp_path / "store").glob("shards/*/*.safetensors")
+    with kvstore.Store(tmp_path / "store") as store:
+        name = store.chain("doc")[0][0].shard
+    shard = tmp_path / f"store/shards/{name[:2]}/{name}.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.chmod(0o600)
@@ -515,11 +516,17 @@ def test_ls_of_a_thousand_entries_is_quick(kvstore_cli, tmp_path):
         entries.write_entry(folder.entries, entry, folder.staging)
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        before = os.times()
         finished = kvstore_cli("ls")
-        times.append(time.perf_counter() - begin)
+        after = os.times()
+        times.append(
+            after.children_user
+            - before.children_user
+            + after.children_system
+            - before.children_system
+        )
     assert finished.stdout.count("\n") == 1002
-    # The best of five: other tests run beside this one.
+    # Of the processor: what else runs on the machine must not fail a test.
     assert min(times) < 0.3
 
 

@@ -341,3 +341,37 @@ def test_a_stopped_prefill_goes_on_where_it_was_stored(
     with kvstore.Store(path) as store:
         assert store.entry("long").num_tokens == 4000
         assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    ("kv_bits", "cache_class"),
+    [("turbo3", "TurboQuantKVCache"), (4, "QuantizedKVCache")],
+)
+def test_a_quantized_live_cache_is_kept_as_its_codes(
+    loaded, store, kv_bits, cache_class
+):
+    """A run with `kv_bits` is resumed with the codes it had, and says the same."""
+    model, tokenizer, fingerprint = loaded[:3]
+
+    def say(prompt, max_tokens):
+        responses = stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            store=store,
+            fingerprint=fingerprint,
+            kv_bits=kv_bits,
+            max_tokens=max_tokens,
+        )
+        return [response.token for response in responses]
+
+    first = say(PROMPT, 8)
+    match = store.lookup([*PROMPT, *first, 5], fingerprint)
+    assert match.num_tokens >= len(PROMPT)
+    entry = store.entries()[0]
+    cache, tokens = store.load_entry(entry.id, fingerprint)
+    assert {type(layer).__name__ for layer in cache} == {cache_class}
+    # A new process would restore the same and go on alike.
+    again = say([*PROMPT, *first], 4)
+    assert len(again) == 4
+    assert tokens == [*PROMPT, *first][: len(tokens)]

@@ -1,0 +1,213 @@
+"""The verbs that keep a store in order: prune, stats, rename, pin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from ..errors import KVStoreError
+from ..output import Output, format_bytes, format_count, format_fields
+from ..prune import PrunePlan
+from ..types import Entry, Stats
+from . import options
+from .entry_verbs import entry_data, entry_label
+from .root import Verb, open_store, output_of
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, such as ``20GB``."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the size in bytes; the units are decimal."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", value.lower())
+        if match is None:
+            self.fail(f"`{value}` is not a size such as 20GB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Span(click.ParamType[float]):
+    """A length of time, such as ``30d``."""
+
+    name = "span"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the length in seconds."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.lower())
+        if match is None:
+            self.fail(f"`{value}` is not a length of time such as 30d", param, ctx)
+        return float(match[1]) * _SPANS[match[2]]
+
+
+@click.command(cls=Verb)
+@click.option(
+    "--max-size",
+    metavar="SIZE",
+    type=Size(),
+    help="Evict entries, least recently used first, until this much is left: 20GB.",
+)
+@click.option(
+    "--older-than",
+    metavar="SPAN",
+    type=Span(),
+    help="Evict entries not used for so long: 30d, 12h.",
+)
+@click.option(
+    "--named", is_flag=True, help="Evict entries with names too, after all others."
+)
+@click.option(
+    "--now",
+    is_flag=True,
+    help="Free blocks that nothing reaches even if they are younger than an hour.",
+)
+@click.option(
+    "--limit",
+    metavar="SIZE",
+    type=Size(),
+    help="Set the store's size limit, which saves keep to from now on.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
+@click.pass_context
+def prune(
+    context: click.Context,
+    max_size: int | None,
+    older_than: float | None,
+    named: bool,
+    now: bool,
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """Free what no entry reaches, and evict entries where asked to.
+
+    Blocks that nothing reaches are kept for an hour, since a save may be under way.
+    Pinned entries are never evicted.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    if limit is not None and not dry_run:
+        store.set_limit(limit)
+    plan = store.plan_prune(
+        max_bytes=max_size, older_than_s=older_than, named=named, now=now
+    )
+    if dry_run or not (plan.entries or plan.freed_bytes or plan.leftovers):
+        _print_pruned(output, plan, plan.freed_bytes, dry_run)
+        return
+    if not output.confirm(f"prune {_describe(plan)}?", is_answered=yes):
+        raise KVStoreError("nothing was removed", hint="`-y` confirms")
+    _print_pruned(output, plan, plan.execute(), dry_run)
+
+
+@click.command(cls=Verb)
+@click.pass_context
+def stats(context: click.Context) -> None:
+    """Show what the store holds, and what it has saved so far."""
+    output = output_of(context)
+    found = open_store(context).stats()
+    data = asdict(found) | {
+        "dedup_ratio": _ratio(found.entry_bytes, found.nbytes),
+        "compression_ratio": _compression(found),
+    }
+    output.result("\n".join(format_fields(_stats_fields(found))), data)
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.argument("name", metavar="NAME")
+@click.pass_context
+def rename(context: click.Context, ref: str, name: str) -> None:
+    """Give an entry another name, or its first."""
+    output = output_of(context)
+    entry = open_store(context).rename(ref, name)
+    output.result(f"`{ref}` is `{name}` now", entry_data(entry), [entry.id])
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.option("--off", is_flag=True, help="Let it be evicted again.")
+@click.pass_context
+def pin(context: click.Context, ref: str, off: bool) -> None:
+    """Keep an entry from ever being evicted."""
+    output = output_of(context)
+    entry = open_store(context).pin(ref, pinned=not off)
+    state = "may be evicted again" if off else "is never evicted now"
+    output.result(f"{entry_label(entry)} {state}", entry_data(entry), [entry.id])
+
+
+def _describe(plan: PrunePlan) -> str:
+    text = f"{format_bytes(plan.freed_bytes)} of {format_bytes(plan.nbytes)}"
+    if plan.entries:
+        text += f", with {_name(plan.entries)}"
+    return text
+
+
+def _name(entries: Sequence[Entry]) -> str:
+    names = ", ".join(entry_label(entry) for entry in entries[:3])
+    more = f" and {len(entries) - 3:,} more" if len(entries) > 3 else ""
+    return f"{format_count(len(entries), 'entry')}: {names}{more}"
+
+
+def _print_pruned(
+    output: Output, plan: PrunePlan, freed_bytes: int, dry_run: bool
+) -> None:
+    done = "would free" if dry_run else "freed"
+    text = f"{done} {format_bytes(freed_bytes)} of {format_bytes(plan.nbytes)}"
+    if plan.entries:
+        text += f"; {'would evict' if dry_run else 'evicted'} {_name(plan.entries)}"
+    data = {
+        "dry_run": dry_run,
+        "freed_bytes": freed_bytes,
+        "nbytes": plan.nbytes,
+        "entries": [entry_data(entry) for entry in plan.entries],
+        "removed_shards": list(plan.removed),
+        "repacked_shards": list(plan.repacked),
+    }
+    output.result(text, data, [entry.id for entry in plan.entries])
+
+
+def _stats_fields(found: Stats) -> list[tuple[str, str]]:
+    counters = found.counters
+    hits, misses = counters.get("hits", 0), counters.get("misses", 0)
+    shared = _ratio(found.entry_bytes, found.nbytes)
+    return [
+        ("entries", f"{found.num_entries:,}"),
+        ("tokens", f"{found.num_tokens:,}"),
+        ("size", f"{format_bytes(found.nbytes)} of {format_bytes(found.max_bytes)}"),
+        ("shards", f"{found.num_shards:,} with {found.num_blocks:,} blocks"),
+        (
+            "sharing",
+            f"{shared:.2f}x: entries would take {format_bytes(found.entry_bytes)}",
+        ),
+        ("compression", f"{_compression(found):.2f}x of what was written"),
+        ("hits", f"{hits:,} of {hits + misses:,} loads"),
+        ("not recomputed", format_count(counters.get("restored_tokens", 0), "token")),
+        ("recomputed", format_count(counters.get("missed_tokens", 0), "token")),
+        ("written", format_bytes(counters.get("written_bytes", 0))),
+        ("read", format_bytes(counters.get("read_bytes", 0))),
+    ]
+
+
+def _compression(found: Stats) -> float:
+    counters = found.counters
+    return _ratio(counters.get("raw_bytes", 0), counters.get("written_bytes", 0))
+
+
+def _ratio(above: int, below: int) -> float:
+    return round(above / below, 3) if below else 1.0
