@@ -55,6 +55,7 @@ def stream_generate(
     prefill_step_size: int = PREFILL_STEP_SIZE,
     checkpoint_every: int = CHECKPOINT_EVERY,
     kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
@@ -81,7 +82,8 @@ def stream_generate(
         prefill_step_size: Prompt tokens computed, and then stored, at a time.
         checkpoint_every: Tokens at least between two states of recurrent layers.
         kv_bits: Keep the live cache quantized, from its first token: ``"turbo3"`` in
-            TurboQuant codes, a number of bits as mlx-lm does, in groups of 64.
+            TurboQuant codes, a number of bits as mlx-lm does.
+        kv_group_size: Numbers that share a scale, where ``kv_bits`` is a number.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
@@ -96,7 +98,7 @@ def stream_generate(
     """
     run = _Run(
         model, _encode(tokenizer, prompt), store, fingerprint, name, replace,
-        load_progress, checkpoint_every, kv_bits,
+        load_progress, checkpoint_every, kv_bits, kv_group_size,
     )  # fmt: skip
     responses = mlx_lm.stream_generate(
         model,
@@ -269,6 +271,7 @@ class _Run:
         progress: Progress | None,
         checkpoint_every: int,
         kv_bits: int | str | None = None,
+        kv_group_size: int = 64,
     ) -> None:
         self._store = store
         self._fingerprint = fingerprint
@@ -276,7 +279,7 @@ class _Run:
         self._replace = replace
         self._tokens = list(tokens)
         self._num_prompt = len(self._tokens)
-        empty = _quantized(make_prompt_cache(model), kv_bits)
+        empty = _quantized(make_prompt_cache(model), kv_bits, kv_group_size)
         caches.check_classes(empty)
         self._check_name()
         self._next_checkpoint = checkpoint_every
@@ -383,14 +386,16 @@ class _Run:
         return held is None or held == self._tokens[: len(held)]
 
 
-def _quantized(empty: list[Any], kv_bits: int | str | None) -> list[Any]:
+def _quantized(
+    empty: list[Any], kv_bits: int | str | None, kv_group_size: int
+) -> list[Any]:
     """Return empty caches that will hold codes."""
     if kv_bits is None:
         return empty
     if isinstance(kv_bits, str):
         return quantize_prompt_cache(empty, kv_bits)
     return [
-        cache.to_quantized(group_size=64, bits=kv_bits)
+        cache.to_quantized(group_size=kv_group_size, bits=kv_bits)
         if isinstance(cache, KVCache)
         else cache
         for cache in empty

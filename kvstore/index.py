@@ -331,6 +331,11 @@ class Index:
             (new, block, old),
         )
 
+    def is_damaged(self, block: BlockHash, shard: str) -> bool:
+        """Say whether a copy of a block was found to be damaged."""
+        query = "SELECT 1 FROM damaged WHERE hash = ? AND shard = ?"
+        return bool(self._query(query, (block, shard)))
+
     def trust_shard(self, name: str) -> None:
         """Take back what was said of damage in a shard: it was written anew."""
         self._query("DELETE FROM damaged WHERE shard = ?", (name,))

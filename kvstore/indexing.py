@@ -59,7 +59,8 @@ def index_folder(index: Index, folder: StoreFolder) -> None:
 def confirm_folder(index: Index, folder: StoreFolder) -> None:
     """Tell the index of every shard, and compare what it then says with all of them.
 
-    Whoever removes shards by the index's word does this first.
+    Whoever removes shards by the index's word does this first. Copies that were found
+    damaged need not be known.
 
     Raises:
         IntegrityError: The index says something else, so it is damaged.
@@ -70,7 +71,10 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
             copy = (place_in(name, stored), stored.block.parent)
             copies.setdefault(stored.block.hash, []).append(copy)
     for block, known in copies.items():
-        if next(index.chain(block), None) not in known:
+        found = next(index.chain(block), None)
+        if found is None and all(index.is_damaged(block, p.shard) for p, _ in known):
+            continue
+        if found not in known:
             raise IntegrityError(
                 f"the index is damaged: block {block.hex()[:12]} is not where it says",
                 path=folder.index,

@@ -19,7 +19,6 @@ from struct import pack, unpack
 from typing import Any
 
 import blake3
-import numpy as np
 
 from . import files
 from .errors import FormatError, IntegrityError
@@ -152,7 +151,10 @@ class OpenShard:
         return self._read(self.header.data_begin + begin, end - begin)
 
     def _read(self, offset: int, size: int) -> memoryview:
-        # An uninitialised buffer: a bytearray would be cleared first.
+        # Imported here, since listing a store reads no block.
+        import numpy as np
+
+        # Uninitialised: a bytearray would be cleared first.
         data = np.empty(size, np.uint8).data
         try:
             files.read_into(self._descriptor, data, offset)

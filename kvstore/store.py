@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import check, files
 from .catalog import Catalog, check_name, make_entry
-from .codecs import DEFAULT_CODEC, get_codec
 from .errors import (
     EntryExistsError,
     FingerprintError,
@@ -22,7 +21,7 @@ from .errors import (
 from .fingerprint import Fingerprint
 from .folder import create_folder, default_path, limit_folder, open_folder
 from .index import Index
-from .indexing import confirm_folder, index_folder
+from .indexing import confirm_folder
 from .reading import Reader
 from .types import (
     Entry,
@@ -35,6 +34,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
+    from .codecs import Codec
     from .loading import Hit, Loader, Request
     from .prune import PrunePlan
     from .saving import Chain
@@ -53,7 +53,7 @@ class Store:
 
     Args:
         path: The folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
-        codec: What full blocks are saved with, such as ``turbo4+zstd``.
+        codec: What full blocks are saved with; ``turbo4+zstd`` by default.
         create: Make the store where there is none.
         tenant: Keeps apart what must not be shared within one store.
 
@@ -66,12 +66,14 @@ class Store:
     def __init__(
         self,
         path: str | Path | None = None,
-        codec: str = DEFAULT_CODEC,
+        codec: str | None = None,
         *,
         create: bool = True,
         tenant: str = "",
     ) -> None:
-        self._codec = get_codec(codec)
+        self._codec_name = codec
+        if codec is not None:
+            _ = self._codec  # refuses a wrong name now
         self._tenant = tenant
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
@@ -82,6 +84,13 @@ class Store:
     def path(self) -> Path:
         """The store's folder."""
         return self._folder.path
+
+    @property
+    def _codec(self) -> Codec:
+        # Imported here: listing a store needs neither NumPy nor MLX.
+        from .codecs import DEFAULT_CODEC, get_codec
+
+        return get_codec(self._codec_name or DEFAULT_CODEC)
 
     def __enter__(self) -> Store:
         return self
@@ -264,10 +273,13 @@ class Store:
 
         try:
             return self._with_index(restore)
-        except IntegrityError:
+        except IntegrityError as error:
             # Another shard may hold a good copy, or `prune` have moved a block.
-            self._with_index(lambda: index_folder(self._index, self._folder))
-            return self._with_index(restore)
+            self._with_index(lambda: confirm_folder(self._index, self._folder))
+            try:
+                return self._with_index(restore)
+            except IntegrityError:
+                raise error from None  # it says what was wrong, not what is missing now
 
     def lookup(
         self,

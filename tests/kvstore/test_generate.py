@@ -361,6 +361,7 @@ def test_a_quantized_live_cache_is_kept_as_its_codes(
             store=store,
             fingerprint=fingerprint,
             kv_bits=kv_bits,
+            kv_group_size=32,
             max_tokens=max_tokens,
         )
         return [response.token for response in responses]
