@@ -13,7 +13,7 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check format docs clean
+.PHONY: demo test test-all bench quality check format docs clean
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore --store .cache/demo-store demo --model $(MODEL)
@@ -23,6 +23,14 @@ test: $(STAMP) $(MODEL)/config.json
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest
+
+bench: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python tools/bench.py $(MODEL) --growth --json docs/bench.json --plot docs/bench.png
+
+quality: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python tools/quality.py $(MODEL) --csv docs/quality.csv --plot docs/quality.png
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 from . import entries, files
 from .errors import (
@@ -166,6 +165,9 @@ def check_name(name: str | None) -> None:
 
 def _versions() -> dict[str, str]:
     """Return the versions that an entry records; advisory."""
+    # Imported here: it takes as long as listing a thousand entries.
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
         with suppress(PackageNotFoundError):

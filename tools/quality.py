@@ -6,7 +6,7 @@ the restored ones. Printed, and written as CSV: bytes per element, KL divergence
 next-token distributions (mean and 99th percentile, in nats), how often the first choice
 is the same, and the change in perplexity.
 
-    python tools/quality.py MODEL [--texts FILE ...] [--codec NAME ...] [--csv FILE]
+    python tools/quality.py MODEL [--texts F ...] [--codec NAME] [--csv F] [--plot F]
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ def main() -> None:
         print_row(rows[-1])
     if options.csv:
         write_csv(options.csv, rows)
+    if options.plot:
+        plot(options.plot, rows)
 
 
 def parse_options() -> argparse.Namespace:
@@ -89,6 +91,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--following", type=int, default=256)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG; needs matplotlib")
     return parser.parse_args()
 
 
@@ -224,6 +227,26 @@ def write_csv(path: Path, rows: Sequence[Quality]) -> None:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Quality)])
         writer.writerows(astuple(row) for row in rows)
+
+
+def plot(path: Path, rows: Sequence[Quality]) -> None:
+    """Draw divergence over bits, of the store's codecs and of mlx's own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for label, is_affine in (("kvstore", False), ("mlx affine", True)):
+        mine = [row for row in rows if row.codec.startswith("mlx") == is_affine]
+        lossy = sorted(
+            (row.bits_per_element, row.mean_kl) for row in mine if row.mean_kl > 1e-9
+        )
+        axis.plot([x for x, _ in lossy], [y for _, y in lossy], "o-", label=label)
+    axis.set(xlabel="bits per number", ylabel="KL divergence, mean", yscale="log")
+    axis.grid(visible=True, alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
