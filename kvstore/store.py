@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from .index import Index
 from .indexing import confirm_folder
 from .reading import Reader
 from .types import (
+    BlockHash,
     Entry,
     Finding,
     Match,
@@ -79,6 +81,8 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         self._catalog = Catalog(self._folder)
         self._opened: Index | None = None
+        self._pending: Counter[str] = Counter()
+        self._uses: dict[BlockHash, float] = {}
 
     @property
     def path(self) -> Path:
@@ -104,7 +108,8 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the index."""
+        """Close the index, having written down what was loaded."""
+        self._write_notes()
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -142,6 +147,7 @@ class Store:
         chain = self._make_chain(token_list, prompt_cache, fingerprint)
 
         def write() -> Entry:
+            self._write_notes()
             self._replaceable(name, chain, replace)
             for _ in range(_TRIES):
                 self._write_missing(chain, prompt_cache, len(token_list), progress)
@@ -383,6 +389,7 @@ class Store:
         policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
 
         def plan() -> PrunePlan:
+            self._write_notes()
             # What is needed must not look dispensable to an index that is wrong.
             confirm_folder(self._index, self._folder)
             return plan_prune(self._folder, self._index, policy)
@@ -411,6 +418,7 @@ class Store:
         known = self.entries()
 
         def count() -> Stats:
+            self._write_notes()
             sizes = self._index.shards()
             return Stats(
                 num_entries=len(known),
@@ -552,20 +560,6 @@ class Store:
             confirm_folder(self._index, self._folder)
             plan_prune(self._folder, self._index, policy).execute()
 
-    def _count_load(self, hit: Hit | None, num_tokens: int) -> None:
-        """Remember what a load found; losing this costs nothing."""
-        restored = hit.num_tokens if hit else 0
-        with suppress(StoreLockedError, OSError), self._index.unsynced():
-            self._index.count(
-                hits=1 if hit else 0,
-                misses=0 if hit else 1,
-                restored_tokens=restored,
-                missed_tokens=num_tokens - restored,
-                read_bytes=sum(place.nbytes for place in hit.places) if hit else 0,
-            )
-            if hit:
-                self._index.note_use(hit.places[-1].hash, time.time())
-
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""
         if given is None:
@@ -577,6 +571,36 @@ class Store:
                 f"`{entry.name or entry.id}` was made by another model: {difference}",
                 hint="give the model, and the adapter, that it was saved with",
             )
+
+    def _count_load(self, hit: Hit | None, num_tokens: int) -> None:
+        """Note what a load found, to be written down when there is time."""
+        restored = hit.num_tokens if hit else 0
+        self._pending += Counter(
+            hits=1 if hit else 0,
+            misses=0 if hit else 1,
+            restored_tokens=restored,
+            missed_tokens=num_tokens - restored,
+            read_bytes=sum(place.nbytes for place in hit.places) if hit else 0,
+        )
+        if hit:
+            self._uses[hit.places[-1].hash] = time.time()
+
+    def _write_notes(self) -> None:
+        """Write down what was loaded; losing this costs nothing.
+
+        Not when it is loaded: SQLite may sync, and a prompt waits.
+        """
+        if not self._pending:
+            return
+        counts, uses = self._pending, self._uses
+        self._pending, self._uses = Counter(), {}
+        with (
+            suppress(StoreLockedError, IntegrityError, OSError),
+            self._index.unsynced(),
+        ):
+            self._index.count(**counts)
+            for block, used_at in uses.items():
+                self._index.note_use(block, used_at)
 
 
 def _as_tokens(tokens: Sequence[int]) -> list[int]:
