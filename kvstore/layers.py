@@ -72,10 +72,11 @@ class PlainRows:
         return _layout(self.name, _row_specs(self.held(cache)))
 
     def held(self, cache: Any) -> Held:
-        """Return keys and values."""
+        """Return keys and values, but not those of no dimension."""
         if cache.keys is None:
             return {}
-        return {"k": (cache.keys, 0), "v": (cache.values, 0)}
+        sides = {"k": (cache.keys, 0), "v": (cache.values, 0)}
+        return {name: side for name, side in sides.items() if side[0].shape[3]}
 
     def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
         """Say that it has no window."""
@@ -87,7 +88,9 @@ class PlainRows:
 
         cache: Any = KVCache()
         if buffers:
-            cache.keys, cache.values = buffers["k"], buffers["v"]
+            cache.keys = buffers["k"]
+            # An indexer has keys only.
+            cache.values = buffers.get("v", cache.keys[..., :0])
             cache.offset = num_tokens
         return cache
 

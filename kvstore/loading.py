@@ -124,6 +124,11 @@ class Loader:
         try:
             for shard, places in groupby(hit.places, key=lambda place: place.shard):
                 for stored, data in self._reader.read(shard, list(places), hit.root):
+                    if stored.block.start != done:
+                        name = stored.block.hash.hex()
+                        raise IntegrityError(
+                            f"block {name[:12]} is out of place", block=name
+                        )
                     self._decode(stored, data, hit, restoring)
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)

@@ -27,6 +27,7 @@ NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "U8": np.uint8,
     "U32": np.uint32,
     "I32": np.int32,
+    "I64": np.int64,
 }
 """How each stored dtype is held in NumPy."""
 
@@ -37,6 +38,7 @@ MLX_DTYPES = {
     "U8": mx.uint8,
     "U32": mx.uint32,
     "I32": mx.int32,
+    "I64": mx.int64,
 }
 """The same in MLX."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .codec import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows
 
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 def split_planes(x: Array) -> Array:

@@ -9,9 +9,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -127,14 +126,13 @@ class Turbo:
         join_planes(parts["norms"], norms)
         codes = [mx.array(parts[name]) for name, _ in self._planes(rows)]
         dtype = MLX_DTYPES[rows.dtype]
-        decode = _device_decoder(self._bits(rows), rows.shape[3], dtype)
-        # Of values, the mean that is added is zero: one program serves both.
-        layers, heads, _, dim = rows.shape
-        mean = parts.get("mean", np.zeros((layers, heads, dim), np.float16))
-        decoded = decode(
+        decoded = dequantize_polar(
             mx.concatenate(codes, axis=-1),
             mx.array(norms),
-            mx.array(mean)[..., None, :],
+            self._bits(rows),
+            make_wh_rotation(rows.shape[3], SEED),
+            dtype=dtype,
+            mean=mx.array(parts["mean"])[:, :, None] if rows.side == "k" else None,
         )
         if not _num_sinks(rows):
             return decoded
@@ -147,22 +145,6 @@ class Turbo:
         """Return name and width in bits of each plane of codes."""
         widths = plane_widths(self._bits(rows))
         return [(f"codes{i or ''}", width) for i, width in enumerate(widths)]
-
-
-@lru_cache(maxsize=64)
-def _device_decoder(
-    bits: int, dim: int, dtype: mx.Dtype
-) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Return codes, norms and means to vectors as one fused program.
-
-    Twice as fast as the single steps; blocks have few shapes, so it compiles rarely.
-    """
-    rotation = make_wh_rotation(dim, SEED)
-
-    def decode(codes: mx.array, norms: mx.array, mean: mx.array) -> mx.array:
-        return dequantize_polar(codes, norms, bits, rotation, dtype=dtype, mean=mean)
-
-    return mx.compile(decode) if mx.default_device() == mx.gpu else decode
 
 
 def _num_sinks(rows: Rows) -> int:

@@ -1,4 +1,4 @@
-"""Makers of tiny models of every architecture in mlx-lm, with random weights.
+"""Tiny models of every architecture in mlx-lm, with random weights, and their runs.
 
 Their arguments are built by the names of the fields: most architectures take what all
 share, and the tables below say what one wants otherwise.
@@ -176,7 +176,8 @@ OWN = {
     },
     "exaone_moe": {"is_moe_layer": [False, True, True, True]},
     "gear": {
-        "layer_types": ["conv", "full_attention", "conv", "sliding_attention"],
+        "layer_types": ["conv_mixer", "full_attention"]
+        + ["conv_mixer", "sliding_attention"],
     },
     "gemma3n": {
         "num_kv_shared_layers": 2,
@@ -204,11 +205,13 @@ OWN = {
     "granitemoehybrid": {
         **_SCALED,
         "layer_types": ["mamba", "attention", "mamba", "attention"],
+        "mamba_n_groups": 1,
     },
     "hunyuan": {
         "moe_topk": 2,
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,
+        "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
         "use_cla": True,
         "cla_share_factor": 2,
     },
@@ -236,6 +239,7 @@ OWN = {
     "llama4": {
         "attention_chunk_size": WINDOW,
         "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1,
         "intermediate_size_mlp": 64,
         "rope_scaling": None,
     },
@@ -258,7 +262,16 @@ OWN = {
         "swa_v_head_dim": 8,
     },
     "minicpm": {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2},
-    "minicpm3": {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 2},
+    "minicpm3": {
+        "dim_model_base": 32,
+        "scale_depth": 1.4,
+        "scale_emb": 2,
+        "rope_scaling": {
+            "original_max_position_embeddings": 500,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0] * 4,
+        },
+    },
     "minimax_m3_vl": {
         "dense_intermediate_size": 64,
         "moe_layer_freq": [0, 1, 1, 1],
@@ -307,6 +320,8 @@ OWN = {
         "dense_attention_every_n_layers": 2,
         "ff_intermediate_size": 64,
         "gegelu_limit": 20.0,
+        # It bans tokens by their numbers.
+        "vocab_size": 100352,
     },
     "phixtral": {"num_vocab": VOCABULARY, "model_dim": 64},
     "plamo": {"n_shared_head": 2},
@@ -314,6 +329,7 @@ OWN = {
         "schema_version": 1,
         "tensor_namespace": "mlx-lm-text",
         "hidden_size": 128,
+        "num_experts": 0,
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
         "modules": [
             {
@@ -325,6 +341,7 @@ OWN = {
         ],
     },
     "qwen": {"kv_channels": 16},
+    "qwen3_5": {"num_experts": 0},
     "recurrent_gemma": {
         "conv1d_width": 4,
         "logits_soft_cap": 30.0,
@@ -363,24 +380,38 @@ WRAPPED = {
 }
 """Whose language model takes the arguments of another architecture, or its own."""
 
-CANNOT = {
-    "olmo": "asks for the package ai2-olmo, and ends the process without it",
+NO_MODELS = (
+    "activations",
+    "base",
+    "bitlinear_layers",
+    "cache",
+    "gated_delta",
+    "mla",
+    "pipeline",
+    "rope_utils",
+    "ssm",
+    "switch_layers",
+)
+"""Modules that models are made of."""
+
+_METAL = "has a kernel in Metal, and none for the CPU"
+CANNOT_RUN = {
+    "bitnet": _METAL,
+    "muse_spark": _METAL,
+    "olmo": "imports the package ai2-olmo, and ends the process without it",
 }
-"""What cannot be built, and why."""
+"""What cannot be built or run here, and why."""
+
+CANNOT_STORE = {
+    "deepseek_v41": "LayerCache",
+}
+"""Whose cache is of a class of its own: its name."""
 
 
 def names():
-    """Return the modules that define a model, an import that fails included."""
-    found = []
-    for info in pkgutil.iter_modules(mlx_lm.models.__path__):
-        try:
-            module = importlib.import_module(f"mlx_lm.models.{info.name}")
-        except (ImportError, SystemExit):
-            found.append(info.name)
-            continue
-        if hasattr(module, "Model") and hasattr(module, "ModelArgs"):
-            found.append(info.name)
-    return found
+    """Return every module of `mlx_lm.models` that is not known to hold no model."""
+    found = [info.name for info in pkgutil.iter_modules(mlx_lm.models.__path__)]
+    return [name for name in found if name not in NO_MODELS]
 
 
 def arguments(name):
@@ -408,3 +439,29 @@ def make_model(name, dtype=mx.float32):
     model.update(tree_map(vary, model.parameters()))
     mx.eval(model.parameters())
     return model.eval()
+
+
+def feed(model, prompt_cache, tokens, *sizes):
+    """Feed tokens, in pieces of these sizes, and return the logits after the last."""
+    sizes = sizes or (len(tokens),)
+    assert sum(sizes) == len(tokens)
+    for size in sizes:
+        piece, tokens = tokens[:size], tokens[size:]
+        logits = model(mx.array([piece]), cache=prompt_cache)[0, -1]
+        mx.eval(logits)
+    return logits
+
+
+def go_on(model, prompt_cache, logits, num_tokens):
+    """Generate greedily; return the tokens fed, and the logits after each of them."""
+    tokens, seen = [], []
+    for _ in range(num_tokens):
+        tokens.append(int(mx.argmax(logits)))
+        logits = feed(model, prompt_cache, tokens[-1:])
+        seen.append(logits)
+    return tokens, seen
+
+
+def bits(arrays):
+    """Return the bits of some arrays."""
+    return [bytes(memoryview(mx.contiguous(a).view(mx.uint8))) for a in arrays]

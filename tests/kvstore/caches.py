@@ -47,3 +47,26 @@ def rows_of(prompt_cache, start=0, stop=None):
         for cache in prompt_cache
         for side in (cache.keys, cache.values)
     ]
+
+
+def cache_of(tokens):
+    """Return the prompt cache that :func:`make_work` gives these tokens."""
+    return make_cache(len(tokens), tokens[0] // 1000)
+
+
+def make_work(base):
+    """Return what a process saves, in order: name, tokens, prompt cache."""
+    work = []
+    for i, (name, num_tokens) in enumerate(
+        [
+            ("chat", 2 * BLOCK + 3),
+            ("other", 3 * BLOCK),
+            ("chat", 2 * BLOCK + 3),
+            (None, BLOCK + 1),
+            ("chat", BLOCK + 7),
+            (f"own {base}", 2 * BLOCK),
+        ]
+    ):
+        tokens = [1000 * (base + i + 1) + j for j in range(num_tokens)]
+        work.append((name, tokens, cache_of(tokens)))
+    return work

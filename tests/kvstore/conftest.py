@@ -41,15 +41,15 @@ def caches():
 
 
 @pytest.fixture(scope="session")
-def _empty_store(tmp_path_factory):
+def empty_store(tmp_path_factory):
     """A store of small blocks, to be copied: making one syncs hundreds of folders."""
     return create_folder(tmp_path_factory.mktemp("empty") / "store", 16).path
 
 
 @pytest.fixture
-def store_path(tmp_path, _empty_store):
+def store_path(tmp_path, empty_store):
     """A store of small blocks."""
-    return shutil.copytree(_empty_store, tmp_path / "store")
+    return shutil.copytree(empty_store, tmp_path / "store")
 
 
 @pytest.fixture

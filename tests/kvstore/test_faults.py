@@ -36,9 +36,9 @@ class Wrong(AssertionError):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, _empty_store, caches):
+def world(tmp_path_factory, empty_store, caches):
     """A store with two conversations, and what a clean load of them gives."""
-    path = shutil.copytree(_empty_store, tmp_path_factory.mktemp("faults") / "store")
+    path = shutil.copytree(empty_store, tmp_path_factory.mktemp("faults") / "store")
     saved = {
         name: caches.make_conversation(BLOCKS, seed, extra=EXTRA)
         for seed, name in ((1, "a"), (2, "b"))
