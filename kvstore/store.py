@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import operator
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import check, files
-from .catalog import Catalog, check_name, make_entry
+from . import check
+from .catalog import Catalog, check_name
 from .errors import (
-    EntryExistsError,
     FingerprintError,
     IntegrityError,
-    StoreLockedError,
 )
 from .fingerprint import Fingerprint
 from .folder import create_folder, default_path, limit_folder, open_folder
 from .index import Index
 from .indexing import confirm_folder
+from .notes import LoadNotes
 from .reading import Reader
 from .types import (
-    BlockHash,
     Entry,
     Finding,
     Match,
@@ -37,7 +32,8 @@ from .types import (
 
 if TYPE_CHECKING:
     from .codecs import Codec
-    from .loading import Hit, Loader, Request
+    from .commit import Committer
+    from .loading import Loader, Request
     from .prune import PrunePlan
     from .saving import Chain
 
@@ -81,8 +77,7 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         self._catalog = Catalog(self._folder)
         self._opened: Index | None = None
-        self._pending: Counter[str] = Counter()
-        self._uses: dict[BlockHash, float] = {}
+        self._notes = LoadNotes()
 
     @property
     def path(self) -> Path:
@@ -148,15 +143,13 @@ class Store:
 
         def write() -> Entry:
             self._write_notes()
-            self._replaceable(name, chain, replace)
-            for _ in range(_TRIES):
-                self._write_missing(chain, prompt_cache, len(token_list), progress)
-                entry = self._commit(name, chain, fingerprint.label, replace)
-                if entry is not None:
-                    return entry
-            raise IntegrityError(
-                "blocks vanish from the store while they are saved",
-                hint="is something else removing files from it?",
+            return self._committer().save(
+                chain,
+                prompt_cache,
+                name=name,
+                replace=replace,
+                model=fingerprint.label,
+                progress=progress or _ignore,
             )
 
         return self._with_index(write)
@@ -195,7 +188,9 @@ class Store:
         if chain is None:
             return 0
         tip = whole.num_tokens if checkpoint else None
-        self._with_index(lambda: self._write_missing(chain, prompt_cache, tip, None))
+        self._with_index(
+            lambda: self._committer().write_blocks(chain, prompt_cache, tip, _ignore)
+        )
         return chain.num_tokens
 
     def load(
@@ -237,9 +232,9 @@ class Store:
                 prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
                 # What `prune` moved meanwhile is found at its new place.
                 if hit.reason != "damaged" or (hit.num_tokens and tries == _TRIES - 1):
-                    self._count_load(hit, len(token_list))
+                    self._notes.add(hit, len(token_list))
                     return prompt_cache, token_list[hit.num_tokens :]
-            self._count_load(None, len(token_list))
+            self._notes.add(None, len(token_list))
             return None, token_list
 
         return self._with_index(restore)
@@ -274,7 +269,7 @@ class Store:
             loader = self._loader()
             hit, tokens = loader.entry_hit(entry)
             cache, _ = loader.restore(hit, progress or _ignore, strict=True)
-            self._count_load(hit, len(tokens))
+            self._notes.add(hit, len(tokens))
             return cache, tokens
 
         try:
@@ -495,70 +490,10 @@ class Store:
         size = self._folder.block_size
         return make_chain(model, prompt_cache, self._tenant, tokens, size)
 
-    def _write_missing(
-        self,
-        chain: Chain,
-        prompt_cache: Sequence[Any],
-        tip: int | None,
-        progress: Progress | None,
-    ) -> None:
-        from .saving import Saver
+    def _committer(self) -> Committer:
+        from .commit import Committer
 
-        saver = Saver(
-            self._folder, self._reader(), self._index, self._codec, prompt_cache,
-            chain, tip,
-        )  # fmt: skip
-        saver.write_missing(self._make_room, progress or _ignore)
-
-    def _replaceable(
-        self, name: str | None, chain: Chain, replace: bool
-    ) -> Entry | None:
-        """Return the entry that a save replaces, or ``None``.
-
-        Raises:
-            EntryExistsError: The name belongs to something else.
-        """
-        old = self._catalog.holder(name, chain.tip.hex())
-        if old is None or replace or chain.continues(old):
-            return old
-        raise EntryExistsError(
-            f"the name `{name}` is taken by an entry that this one does not continue",
-            hint="choose another name, or replace it",
-        )
-
-    def _commit(
-        self, name: str | None, chain: Chain, model: str, replace: bool
-    ) -> Entry | None:
-        """Write the entry; ``None`` where `prune` has taken blocks meanwhile."""
-        with files.locked(self._folder.lock, exclusive=True):
-            # Another process may have taken the name meanwhile.
-            old = self._replaceable(name, chain, replace)
-            hashes = [block.hash for block in chain.blocks]
-            places = self._index.longest_prefix(hashes)
-            if len(places) < len(hashes):
-                return None
-            entry = make_entry(
-                old,
-                name=name,
-                tip=chain.tip.hex(),
-                root=chain.root.hex(),
-                num_tokens=chain.num_tokens,
-                nbytes=sum(place.nbytes for place in places),
-                codec=self._codec.name,
-                model=model,
-            )
-            return self._catalog.commit(entry)
-
-    def _make_room(self, nbytes: int) -> None:
-        """Evict what was used least recently, where a shard would pass the limit."""
-        limit = self._folder.max_bytes
-        if sum(self._index.shards().values()) + nbytes > limit:
-            from .prune import Policy, plan_prune
-
-            # A little more than needed, or every save would have to.
-            policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
-            confirm_folder(self._index, self._folder)
-            plan_prune(self._folder, self._index, policy).execute()
+        return Committer(self._folder, self._index, self._catalog, self._codec)
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""
@@ -572,35 +507,9 @@ class Store:
                 hint="give the model, and the adapter, that it was saved with",
             )
 
-    def _count_load(self, hit: Hit | None, num_tokens: int) -> None:
-        """Note what a load found, to be written down when there is time."""
-        restored = hit.num_tokens if hit else 0
-        self._pending += Counter(
-            hits=1 if hit else 0,
-            misses=0 if hit else 1,
-            restored_tokens=restored,
-            missed_tokens=num_tokens - restored,
-            read_bytes=sum(place.nbytes for place in hit.places) if hit else 0,
-        )
-        if hit:
-            self._uses[hit.places[-1].hash] = time.time()
-
     def _write_notes(self) -> None:
-        """Write down what was loaded; losing this costs nothing.
-
-        Not when it is loaded: SQLite may sync, and a prompt waits.
-        """
-        if not self._pending:
-            return
-        counts, uses = self._pending, self._uses
-        self._pending, self._uses = Counter(), {}
-        with (
-            suppress(StoreLockedError, IntegrityError, OSError),
-            self._index.unsynced(),
-        ):
-            self._index.count(**counts)
-            for block, used_at in uses.items():
-                self._index.note_use(block, used_at)
+        if self._notes:
+            self._notes.write(self._index)
 
 
 def _as_tokens(tokens: Sequence[int]) -> list[int]:

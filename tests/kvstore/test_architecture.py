@@ -20,8 +20,9 @@ LEVELS = [
     {"blas", "files", "hashing", "safetensors_header", "codecs"},
     {"folder", "index", "shards", "entries", "fingerprint", "layers"},
     {"indexing", "prompt_cache", "catalog"},
-    {"reading"},
+    {"reading", "notes"},
     {"loading", "saving", "check", "prune", "bundles"},
+    {"commit"},
     {"store"},
     {"model", "generate", "server", "output"},
     {"demo"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "rich": {"cli", "output"},
     "mlx_lm": {"layers", "prompt_cache", "model", "generate", "server", "demo", "cli"},
     "transformers": {"model", "server", "demo"},
-    "turboquant": {"codecs.turbo", "layers", "prompt_cache"},
+    "turboquant": {"codecs.turbo", "layers", "generate"},
     "zstandard": {"codecs.zstd"},
     "safetensors": {"check"},
 }  # fmt: skip
@@ -206,6 +207,8 @@ def test_nothing_imports_the_live_cache_at_module_level():
     """`turboquant.kv_cache` brings mlx-lm, so it is imported inside functions."""
     for package, trees in (("kvstore", OURS), ("turboquant", THEIRS)):
         for name, tree in trees.items():
+            if name == "generate":
+                continue  # which brings mlx-lm itself
             found = imports(name, tree, top=True, package=package)
             assert "turboquant.kv_cache" not in set(found), (package, name)
 
@@ -313,7 +316,7 @@ print(*sorted(heavy & {{name.split(".")[0] for name in sys.modules}}))
         ("import kvstore; kvstore.KVStoreError", ""),
         ("import kvstore.cli", ""),
         ("import kvstore; kvstore.Fingerprint", ""),
-        ("import kvstore; kvstore.Store", "mlx numpy"),
+        ("import kvstore; kvstore.Store", ""),
     ],
 )
 def test_importing_is_cheap(statement, expected):

@@ -1,0 +1,128 @@
+"""A save from its first block to its entry, which is what makes it count.
+
+Blocks go first, without a lock; the entry last, under the store's exclusive lock, and
+only over a chain that is whole at that moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import files
+from .catalog import Catalog, make_entry
+from .codecs import Codec
+from .errors import EntryExistsError, IntegrityError
+from .folder import StoreFolder
+from .index import Index
+from .indexing import confirm_folder
+from .prune import Policy, plan_prune
+from .reading import Reader
+from .saving import Chain, Saver
+from .types import Entry, Progress
+
+# How often blocks that `prune` takes away meanwhile are written again.
+_TRIES = 3
+
+
+class Committer:
+    """Saves prompt caches into one store.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        catalog: Its entries.
+        codec: For full blocks.
+    """
+
+    def __init__(
+        self, folder: StoreFolder, index: Index, catalog: Catalog, codec: Codec
+    ) -> None:
+        self._folder = folder
+        self._index = index
+        self._catalog = catalog
+        self._codec = codec
+
+    def save(
+        self,
+        chain: Chain,
+        prompt_cache: Sequence[Any],
+        *,
+        name: str | None,
+        replace: bool,
+        model: str,
+        progress: Progress,
+    ) -> Entry:
+        """Write what is missing of a chain, and its entry.
+
+        Raises:
+            EntryExistsError: The name belongs to something else.
+        """
+        self._replaceable(name, chain, replace)
+        for _ in range(_TRIES):
+            self.write_blocks(chain, prompt_cache, chain.num_tokens, progress)
+            entry = self._commit(name, chain, model, replace)
+            if entry is not None:
+                return entry
+        raise IntegrityError(
+            "blocks vanish from the store while they are saved",
+            hint="is something else removing files from it?",
+        )
+
+    def write_blocks(
+        self,
+        chain: Chain,
+        prompt_cache: Sequence[Any],
+        tip: int | None,
+        progress: Progress,
+    ) -> None:
+        """Write what is missing of a chain; states only at position ``tip``."""
+        reader = Reader(self._folder, self._index)
+        saver = Saver(
+            self._folder, reader, self._index, self._codec, prompt_cache, chain, tip
+        )
+        saver.write_missing(self._make_room, progress)
+
+    def _replaceable(
+        self, name: str | None, chain: Chain, replace: bool
+    ) -> Entry | None:
+        """Return the entry that a save replaces, or ``None``."""
+        old = self._catalog.holder(name, chain.tip.hex())
+        if old is None or replace or chain.continues(old):
+            return old
+        raise EntryExistsError(
+            f"the name `{name}` is taken by an entry that this one does not continue",
+            hint="choose another name, or replace it",
+        )
+
+    def _commit(
+        self, name: str | None, chain: Chain, model: str, replace: bool
+    ) -> Entry | None:
+        """Write the entry; ``None`` where `prune` has taken blocks meanwhile."""
+        with files.locked(self._folder.lock, exclusive=True):
+            # Another process may have taken the name meanwhile.
+            old = self._replaceable(name, chain, replace)
+            hashes = [block.hash for block in chain.blocks]
+            places = self._index.longest_prefix(hashes)
+            if len(places) < len(hashes):
+                return None
+            entry = make_entry(
+                old,
+                name=name,
+                tip=chain.tip.hex(),
+                root=chain.root.hex(),
+                num_tokens=chain.num_tokens,
+                nbytes=sum(place.nbytes for place in places),
+                codec=self._codec.name,
+                model=model,
+            )
+            return self._catalog.commit(entry)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Evict what was used least recently, where a shard would pass the limit."""
+        limit = self._folder.max_bytes
+        if sum(self._index.shards().values()) + nbytes > limit:
+            # A little more than needed, or every save would have to.
+            policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
+            confirm_folder(self._index, self._folder)
+            plan_prune(self._folder, self._index, policy).execute()
