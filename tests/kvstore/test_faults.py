@@ -28,7 +28,7 @@ EXTRA = 5
 CODEC = "turbo4+zstd"
 
 
-class Wrong(AssertionError):
+class WrongRowsError(AssertionError):
     """Rows were loaded that are not those that were saved."""
 
 
@@ -90,7 +90,7 @@ class Broken:
         return self.path / "index.sqlite"
 
     def check_rows(self, name, restored, num_tokens):
-        """Raise `Wrong` unless a prompt cache holds a conversation's first rows."""
+        """Raise `WrongRowsError` unless a prompt cache holds a conversation's first rows."""
         num_bytes = 64 * 2  # of one row of one head, bfloat16
         for clean, found in zip(
             self.world.rows[name], self.caches.rows_of(restored), strict=True
@@ -101,7 +101,7 @@ class Broken:
                 begin = clean[head * size : head * size + num_tokens * num_bytes]
                 mine = len(found) // heads
                 if found[head * mine : (head + 1) * mine] != begin:
-                    raise Wrong(f"{name}: {num_tokens} tokens")
+                    raise WrongRowsError(f"{name}: {num_tokens} tokens")
 
     def load(self, name="a"):
         """Load by tokens: `right`, `part`, `miss`, or an error's name."""
