@@ -12,7 +12,9 @@ from .errors import CodecError, FormatError, IntegrityError
 from .folder import StoreFolder
 from .hashing import common_run, hash_root, split_tokens
 from .index import Index
+from .layout import group_layers, has_only_rows, layout_from_json
 from .reading import Reader
+from .restoring import Restoring, start_restoring
 from .types import (
     Block,
     BlockHash,
@@ -100,7 +102,7 @@ class Loader:
             IntegrityError: One is missing or damaged.
         """
         chain = self._reader.chain(entry)
-        layout = caches.layout_from_json(self._reader.layout(entry))
+        layout = layout_from_json(self._reader.layout(entry))
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
         tokens = [token for _, stored in chain for token in stored.block.tokens]
@@ -119,7 +121,7 @@ class Loader:
         Raises:
             IntegrityError: Damage, where ``strict``.
         """
-        restoring = caches.start_restoring(hit.layout, hit.num_tokens)
+        restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         try:
             for shard, places in groupby(hit.places, key=lambda place: place.shard):
@@ -138,7 +140,7 @@ class Loader:
                 raise
             self._raise_if_index(error)
             # Windows and states were to be rebuilt where the hit ended.
-            done = done if caches.has_only_rows(hit.layout) else 0
+            done = done if has_only_rows(hit.layout) else 0
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
             if not done:
                 return [], hit
@@ -146,7 +148,7 @@ class Loader:
         return caches.convert(restored, hit.classes), hit
 
     def _decode(
-        self, stored: StoredBlock, data: memoryview, hit: Hit, out: caches.Restoring
+        self, stored: StoredBlock, data: memoryview, hit: Hit, out: Restoring
     ) -> None:
         """Decode one block, layer by layer, into the buffers of the prompt cache."""
         block = stored.block
@@ -157,7 +159,7 @@ class Loader:
                 raise IntegrityError(f"{stored.codec} is not what the block says it is")
             twin = lossless_twin(codec)
             whole = block.start + len(block.tokens)
-            for number, group in enumerate(caches.group_layers(hit.layout)):
+            for number, group in enumerate(group_layers(hit.layout)):
                 found = caches.rows_stored(
                     stored.tensors, number, group, block.start, whole
                 )
@@ -184,7 +186,7 @@ class Loader:
         if hash_root(request.fingerprint, layout_json, request.tenant) != root:
             return None  # a damaged row of the index: it names no root of ours
         try:
-            layout = caches.layout_from_json(layout_json)
+            layout = layout_from_json(layout_json)
         except IntegrityError:
             return None  # of a class that only another release knows
         wanted = request.classes
@@ -206,7 +208,7 @@ class Loader:
 
     def _fit(self, hit: Hit) -> Hit:
         """Return a hit shortened to where every layer can be rebuilt."""
-        if caches.has_only_rows(hit.layout) or not hit.places:
+        if has_only_rows(hit.layout) or not hit.places:
             return hit
         try:
             blocks = [self._reader.stored(place) for place in hit.places]

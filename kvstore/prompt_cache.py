@@ -8,18 +8,17 @@ are somebody's trimmed conversation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .codecs import MLX_DTYPES, Codec, Rows
+from .codecs import MLX_DTYPES, Rows
 from .errors import IntegrityError, UnsupportedCacheError
-from .layers import Held, capacity, kind_named, kind_of
+from .layers import Held, kind_named, kind_of
+from .layout import Group, flatten, group_layers
 from .types import (
-    JSON,
     LayerLayout,
     Layout,
     ListLayout,
@@ -31,63 +30,14 @@ from .types import (
 
 Array = npt.NDArray[np.generic]
 
-Parts = Mapping[str, Array]
-"""The named arrays that a codec made of rows."""
-
 PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
 
 CODABLE = ("k", "v")
 """The arrays that a lossy codec may code; all others are stored lossless."""
 
-_MAX_LAYERS = 4096
-_MAX_SIZE = 2**28
-_MAX_NESTING = 8
 # The attribute that carries a restored cache's provenance; copies keep it.
 _PROVENANCE = "kvstore_provenance"
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Layers of equal layout, which are stacked into one tensor.
-
-    Attributes:
-        layout: The layout that they share.
-        layers: Their numbers, caches in a ``CacheList`` counted one by one.
-    """
-
-    layout: LayerLayout
-    layers: tuple[int, ...]
-
-    def spec(self, name: str) -> RowSpec:
-        """Return what a token adds to one array."""
-        return dict(self.layout.rows)[name]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token adds to all of these layers."""
-        one = sum(
-            spec.num_heads * spec.head_dim * MLX_DTYPES[spec.dtype].size
-            for _, spec in self.layout.rows
-            if spec.end is None and spec.kind in ("rows", "window")
-        )
-        return one * len(self.layers)
-
-
-def group_layers(layout: Layout) -> list[Group]:
-    """Return the groups of a layout, in the order of their first layers."""
-    members: dict[LayerLayout, list[int]] = {}
-    for number, layer in enumerate(flatten(layout)):
-        members.setdefault(layer, []).append(number)
-    return [Group(layer, tuple(numbers)) for layer, numbers in members.items()]
-
-
-def flatten(layout: Sequence[LayerLayout | ListLayout]) -> list[LayerLayout]:
-    """Return the layouts of all caches, those of a ``CacheList`` one by one."""
-    found: list[LayerLayout] = []
-    for layer in layout:
-        found += flatten(layer.caches) if isinstance(layer, ListLayout) else [layer]
-    return found
 
 
 def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
@@ -235,6 +185,12 @@ def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     )
 
 
+def mark(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
+    """Have a prompt cache remember what its rows went through."""
+    for cache in flatten_caches(prompt_cache):
+        setattr(cache, _PROVENANCE, provenance)
+
+
 def check_classes(prompt_cache: Sequence[Any]) -> None:
     """Refuse a prompt cache that cannot be stored, before anything is in it.
 
@@ -277,8 +233,7 @@ def convert(prompt_cache: PromptCache, classes: Sequence[str] | None) -> PromptC
             converted.append(cache)
             continue
         decoded = cache.to_kv_cache()
-        mark = Provenance(coded_tokens=cache.offset, is_exact=False)
-        setattr(decoded, _PROVENANCE, mark)
+        mark([decoded], Provenance(coded_tokens=cache.offset, is_exact=False))
         converted.append(decoded)
     mx.eval([cache.state for cache in converted])
     return converted
@@ -300,12 +255,6 @@ def split(held: Sequence[Held], group: Group, name: str, rows: Rows) -> Array:
         stacked = stacked.view(mx.uint16)
     mx.eval(stacked)
     return np.asarray(stacked)
-
-
-def has_only_rows(layout: Layout) -> bool:
-    """Say whether a prompt cache can be rebuilt wherever its rows are stored."""
-    specs = (spec for layer in flatten(layout) for _, spec in layer.rows)
-    return all(spec.kind == "rows" for spec in specs)
 
 
 def is_restorable(
@@ -340,282 +289,3 @@ def is_restorable(
 
 def _stop(stored: StoredBlock) -> int:
     return stored.block.start + len(stored.block.tokens)
-
-
-class Restoring(Protocol):
-    """A prompt cache being rebuilt, block by block."""
-
-    def write(
-        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
-    ) -> None:
-        """Decode the rows of one array of one block up to token ``stop``."""
-
-    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
-        """Return the prompt cache with ``num_tokens`` rows.
-
-        Args:
-            num_tokens: Rows that have been written.
-            provenance: What they went through.
-        """
-
-
-def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
-    """Return what rebuilds a prompt cache fastest on MLX's default device."""
-    if mx.default_device() == mx.cpu:
-        return HostRestoring(layout, num_tokens)
-    return DeviceRestoring(layout, num_tokens)
-
-
-class _Target:
-    """Which rows of each array a restored prompt cache needs."""
-
-    def __init__(self, layout: Layout, num_tokens: int) -> None:
-        self.layers = flatten(layout)
-        self._num_tokens = num_tokens
-
-    def begin(self, layer: LayerLayout, name: str, spec: RowSpec) -> int:
-        """Return the position of the first row."""
-        if spec.kind != "window":
-            return spec.begin
-        kind = kind_named(layer.cache_class)
-        return max(spec.begin, kind.window_begin(layer, self._num_tokens))
-
-    def num_rows(self, layer: LayerLayout, name: str, spec: RowSpec) -> int:
-        """Return how many rows the buffer has, room for the next ones included."""
-        if spec.kind == "window":
-            return max(0, self._num_tokens - self.begin(layer, name, spec))
-        if spec.kind != "rows":
-            return 1
-        rows = capacity(self._num_tokens)
-        return (rows if spec.end is None else min(rows, spec.end)) - spec.begin
-
-    def cut(self, group: Group, rows: Rows, stop: int) -> tuple[int, slice]:
-        """Return where in its buffer a block's rows go, and which of them."""
-        spec = group.spec(rows.side)
-        if spec.kind in ("state", "mark"):
-            return 0, slice(0, 1)
-        begin = self.begin(group.layout, rows.side, spec)
-        first = max(rows.start, begin)
-        last = max(first, min(stop, rows.start + rows.shape[2]))
-        return first - begin, slice(first - rows.start, last - rows.start)
-
-
-class HostRestoring:
-    """Decodes layer by layer, in NumPy, into the buffers that the caches will own.
-
-    Args:
-        layout: How the prompt cache is built.
-        num_tokens: How many tokens' rows there will be.
-    """
-
-    def __init__(self, layout: Layout, num_tokens: int) -> None:
-        self._layout = layout
-        self._target = _Target(layout, num_tokens)
-        self._arrays = [
-            {
-                name: _allocate(spec, self._target.num_rows(layer, name, spec))
-                for name, spec in layer.rows
-                if spec.kind != "mark"
-            }
-            for layer in self._target.layers
-        ]
-        mx.eval(self._arrays)
-        # MLX shares its memory with NumPy, and nothing has read the arrays yet.
-        self._views: list[dict[str, Array]] = [
-            {name: np.asarray(array)[0] for name, array in arrays.items()}
-            for arrays in self._arrays
-        ]
-
-    def write(
-        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
-    ) -> None:
-        """Decode into the buffers."""
-        where, which = self._target.cut(group, rows, stop)
-        for i, layer in enumerate(group.layers):
-            if rows.side not in self._views[layer]:
-                self._add(layer, rows.side, group.spec(rows.side))
-            view = self._views[layer][rows.side]
-            out = view[:, where : where + which.stop - which.start]
-            if which.start == 0:
-                codec.array.decode_into(parts, rows, i, out)
-            else:
-                whole = np.empty(rows.shape[1:], view.dtype)
-                codec.array.decode_into(parts, rows, i, whole)
-                out[...] = whole[:, which]
-
-    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
-        """Hand the buffers over."""
-        # Without the views, a cache is the only owner and grows in place.
-        self._views.clear()
-        typed = [
-            {
-                name: _as_dtype(arrays.pop(name), spec.dtype)
-                for name, spec in layer.rows
-                if name in arrays
-            }
-            for layer, arrays in zip(self._target.layers, self._arrays, strict=True)
-        ]
-        return _build(self._layout, typed, num_tokens, provenance)
-
-    def _add(self, layer: int, name: str, spec: RowSpec) -> None:
-        """Allocate a buffer for what not every block has."""
-        array = _allocate(spec, 1)
-        mx.eval(array)
-        self._arrays[layer][name] = array
-        self._views[layer][name] = np.asarray(array)[0]
-
-
-class DeviceRestoring:
-    """Decodes all layers of a block at once, on MLX's device, and joins the blocks.
-
-    Args:
-        layout: How the prompt cache is built.
-        num_tokens: How many tokens' rows there will be.
-    """
-
-    def __init__(self, layout: Layout, num_tokens: int) -> None:
-        self._layout = layout
-        self._target = _Target(layout, num_tokens)
-        self._pieces: list[dict[str, list[mx.array]]] = [
-            {name: [] for name, spec in layer.rows if spec.kind != "mark"}
-            for layer in self._target.layers
-        ]
-
-    def write(
-        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
-    ) -> None:
-        """Decode on the device, evaluated at once so that the codes can go."""
-        _, which = self._target.cut(group, rows, stop)
-        decoded = codec.array.decode(parts, rows)
-        pieces = [decoded[i : i + 1, :, which] for i in range(len(group.layers))]
-        mx.async_eval(pieces)
-        for layer, piece in zip(group.layers, pieces, strict=True):
-            self._pieces[layer].setdefault(rows.side, []).append(piece)
-
-    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
-        """Join the blocks of each layer, with room for the next token."""
-        joined = [
-            {
-                name: self._join(layer, name, spec, pieces.pop(name))
-                for name, spec in layer.rows
-                if name in pieces
-            }
-            for layer, pieces in zip(self._target.layers, self._pieces, strict=True)
-        ]
-        return _build(self._layout, joined, num_tokens, provenance)
-
-    def _join(
-        self, layer: LayerLayout, name: str, spec: RowSpec, pieces: list[mx.array]
-    ) -> mx.array:
-        missing = self._target.num_rows(layer, name, spec)
-        missing -= sum(piece.shape[2] for piece in pieces)
-        shape = (1, spec.num_heads, missing, spec.head_dim)
-        room = [mx.zeros(shape, MLX_DTYPES[spec.dtype])] if missing else []
-        return mx.concatenate([*pieces, *room], axis=2)
-
-
-def _build(
-    layout: Layout,
-    buffers: Sequence[dict[str, mx.array]],
-    num_tokens: int,
-    provenance: Provenance,
-) -> PromptCache:
-    """Return caches that own these buffers, evaluated on this thread."""
-    restored = _build_layers(layout, iter(buffers), num_tokens)
-    for cache in flatten_caches(restored):
-        setattr(cache, _PROVENANCE, provenance)
-    # An empty layer has no state to evaluate.
-    mx.eval([kept for held in hold(restored) for kept in held.values()])
-    return restored
-
-
-def _build_layers(
-    layout: Sequence[LayerLayout | ListLayout],
-    buffers: Iterator[dict[str, mx.array]],
-    num_tokens: int,
-) -> PromptCache:
-    from mlx_lm.models.cache import CacheList
-
-    built: PromptCache = []
-    for layer in layout:
-        if isinstance(layer, ListLayout):
-            built.append(CacheList(*_build_layers(layer.caches, buffers, num_tokens)))
-        else:
-            kind = kind_named(layer.cache_class)
-            built.append(kind.build(layer, next(buffers), num_tokens))
-    return built
-
-
-def layout_to_json(layout: Sequence[LayerLayout | ListLayout]) -> list[JSON]:
-    """Return a layout as a JSON value."""
-    return [
-        {"class": "CacheList", "caches": layout_to_json(layer.caches)}
-        if isinstance(layer, ListLayout)
-        else {
-            "class": layer.cache_class,
-            "params": dict(layer.params),
-            "rows": [
-                [name, s.num_heads, s.head_dim, s.dtype, s.begin, s.end, s.kind]
-                for name, s in layer.rows
-            ],
-        }
-        for layer in layout
-    ]
-
-
-def layout_from_json(value: Any) -> Layout:
-    """Return the layout that a JSON value describes.
-
-    Raises:
-        IntegrityError: It describes none.
-    """
-    try:
-        return _layers_from_json(value, _MAX_NESTING)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"a shard's layout cannot be read: {error}") from error
-
-
-def _layers_from_json(value: Any, nesting: int) -> Layout:
-    if not 0 < len(value) <= _MAX_LAYERS or nesting == 0:
-        raise ValueError(f"{len(value)} layers")
-    return tuple(
-        ListLayout(_layers_from_json(layer["caches"], nesting - 1))
-        if layer["class"] == "CacheList"
-        else _layer_from_json(layer)
-        for layer in value
-    )
-
-
-def _layer_from_json(value: JSON) -> LayerLayout:
-    kind = kind_named(value["class"])
-    rows = tuple((str(name), _spec_from_json(spec)) for name, *spec in value["rows"])
-    if len(dict(rows)) != len(rows):
-        raise ValueError("an array comes twice")
-    params = tuple(sorted(value["params"].items()))
-    if not all(type(number) is int and number >= 0 for _, number in params):
-        raise ValueError("a parameter is not a count")
-    return LayerLayout(kind.name, params, rows)
-
-
-def _spec_from_json(value: Any) -> RowSpec:
-    heads, dim, dtype, begin, end, kind = value
-    if dtype not in MLX_DTYPES or kind not in ("rows", "window", "state", "mark"):
-        raise ValueError(f"dtype {dtype!r} of {kind!r}")
-    if not all(type(n) is int for n in (heads, dim, begin, end or 0)):
-        raise ValueError("a size is not an integer")
-    if not (heads > 0 and 0 < heads * dim <= _MAX_SIZE and 0 <= begin <= _MAX_SIZE):
-        raise ValueError(f"{heads} heads of dimension {dim} from token {begin}")
-    if end is not None and not begin < end <= _MAX_SIZE:
-        raise ValueError(f"rows from token {begin} to {end}")
-    return RowSpec(heads, dim, dtype, begin, end, kind)
-
-
-def _allocate(spec: RowSpec, num_rows: int) -> mx.array:
-    """Return a zeroed buffer; bfloat16 as its bits, which NumPy can write."""
-    dtype = mx.uint16 if spec.dtype == "BF16" else MLX_DTYPES[spec.dtype]
-    return mx.zeros((1, spec.num_heads, num_rows, spec.head_dim), dtype)
-
-
-def _as_dtype(array: mx.array, dtype: str) -> mx.array:
-    """Return the bits of ``array`` as the dtype that they are of."""
-    return array.view(mx.bfloat16) if dtype == "BF16" else array

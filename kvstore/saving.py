@@ -16,6 +16,7 @@ from .folder import StoreFolder
 from .hashing import hash_block_tokens, hash_root, split_tokens
 from .index import Index
 from .indexing import index_shard
+from .layout import Group, flatten, group_layers, layout_to_json
 from .reading import Reader
 from .types import (
     Block,
@@ -60,9 +61,7 @@ class Chain:
     @property
     def has_states(self) -> bool:
         """Whether there are layers that can be restored at checkpoints only."""
-        specs = (
-            spec for layer in caches.flatten(self.layout) for _, spec in layer.rows
-        )
+        specs = (spec for layer in flatten(self.layout) for _, spec in layer.rows)
         return any(spec.kind == "state" for spec in specs)
 
     def without_tail(self, block_size: int) -> Chain | None:
@@ -111,7 +110,7 @@ class Saver:
         self._codec = codec
         self._chain = chain
         self._tip = tip
-        self._groups = caches.group_layers(chain.layout)
+        self._groups = group_layers(chain.layout)
         self._held = caches.hold(prompt_cache)
         if not any(
             name in caches.CODABLE for g in self._groups for name, _ in g.layout.rows
@@ -167,7 +166,7 @@ class Saver:
             with self._index.transaction():
                 self._index.add_root(root[0], digest, origin.tenant, root[1])
 
-    def _rows(self, block: Block) -> Iterator[tuple[int, caches.Group, str, Rows]]:
+    def _rows(self, block: Block) -> Iterator[tuple[int, Group, str, Rows]]:
         """Yield what there is of a block: group and its number, array, rows."""
         stop = block.start + len(block.tokens)
         at_tip = stop == self._tip
@@ -257,6 +256,6 @@ def make_chain(
         ValueError: It is empty, a batch, or holds other than ``tokens``.
     """
     layout = caches.read_layout(prompt_cache, len(tokens))
-    origin = Origin(fingerprint.fields, caches.layout_to_json(layout), tenant)
+    origin = Origin(fingerprint.fields, layout_to_json(layout), tenant)
     root = hash_root(fingerprint.digest, origin.layout, tenant)
     return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

@@ -2,7 +2,7 @@
 
 One run, one table: prefill on a real model, then per codec save, load and load to the
 first logits, the load split into read, check, zstd, decode and evaluate; the same for
-`save_prompt_cache` and `load_prompt_cache` of mlx-lm, and for a plain copy of the bytes,
+`save_prompt_cache`, `load_prompt_cache` of mlx-lm, and for a plain copy of the bytes,
 which is the limit. Every figure is a median. With `--cold`, as root on Linux, the page
 cache is dropped before each load. `--growth` measures random rows of the model's shape
 from 1,000 to 32,000 tokens.
@@ -40,8 +40,9 @@ from mlx_lm.models.cache import (  # noqa: E402
 
 import kvstore  # noqa: E402
 from kvstore import prompt_cache as caches  # noqa: E402
-from kvstore import shards  # noqa: E402
+from kvstore import restoring, shards  # noqa: E402
 from kvstore.codecs import planes, raw, turbo, zstd  # noqa: E402
+from kvstore.layout import group_layers  # noqa: E402
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
 GROWTH = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
@@ -56,7 +57,10 @@ PHASES = {
         (planes.Planes, "decode_into"),
         (turbo.Turbo, "decode_into"),
     ],
-    "evaluate": [(caches.HostRestoring, "__init__"), (caches.HostRestoring, "finish")],
+    "evaluate": [
+        (restoring.HostRestoring, "__init__"),
+        (restoring.HostRestoring, "finish"),
+    ],
 }
 
 
@@ -291,7 +295,7 @@ def measure_copy(
     held = caches.hold(prompt_cache)
     rows = [
         caches.split(held, group, name, rows).data.cast("B")
-        for group in caches.group_layers(caches.read_layout(prompt_cache, len(tokens)))
+        for group in group_layers(caches.read_layout(prompt_cache, len(tokens)))
         for name, rows in caches.rows_held(held, group, 0, len(tokens), True)
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -4,15 +4,15 @@ import mlx.core as mx
 import pytest
 
 import kvstore
-from kvstore import prompt_cache
+from kvstore import loading, restoring
 from turboquant.kv_cache import TurboQuantKVCache
 
 CODECS = ("raw", "planes", "planes+zstd", "turbo4+zstd", "turbo3", "turbo5v3", "turbo8")
 
 
-def restored_by(restoring, monkeypatch, store, prompt, model):
+def restored_by(way, monkeypatch, store, prompt, model):
     """Return what `load` gives with one way of restoring."""
-    monkeypatch.setattr(prompt_cache, "start_restoring", restoring)
+    monkeypatch.setattr(loading, "start_restoring", way)
     return store.load(prompt, model)
 
 
@@ -28,7 +28,7 @@ def test_the_device_restores_what_numpy_does(
         for prompt in ([*tokens, -1], [*tokens[:cut], -1]):
             (host, _), (device, rest) = (
                 restored_by(way, monkeypatch, store, prompt, caches.MODEL)
-                for way in (prompt_cache.HostRestoring, prompt_cache.DeviceRestoring)
+                for way in (restoring.HostRestoring, restoring.DeviceRestoring)
             )
             assert device[0].offset == host[0].offset == len(prompt) - len(rest)
             assert device[0].keys.shape == host[0].keys.shape
@@ -56,7 +56,7 @@ def test_the_device_restores_live_codes(store_path, caches, monkeypatch):
     cache = [TurboQuantKVCache(3) for _ in rows]
     for layer, pair in zip(cache, rows, strict=True):
         layer.update_and_fetch(pair[0], pair[1])
-    monkeypatch.setattr(prompt_cache, "start_restoring", prompt_cache.DeviceRestoring)
+    monkeypatch.setattr(loading, "start_restoring", restoring.DeviceRestoring)
     with kvstore.Store(store_path) as store:
         store.save(list(range(50)), cache, caches.MODEL)
         for length in (2, 4, 5, 50):
