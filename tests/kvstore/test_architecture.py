@@ -36,7 +36,10 @@ ALLOWED = {
     "apsw": {"index"},
     "click": {"cli", "output"},
     "rich": {"cli", "output"},
-    "mlx_lm": {"layers", "prompt_cache", "restoring", "model", "generate", "server", "demo", "cli"},
+    "mlx_lm": {
+        "layers", "prompt_cache", "restoring", "model", "generate", "server", "demo",
+        "cli",
+    },
     "transformers": {"model", "server", "demo"},
     "turboquant": {"codecs.turbo", "layers", "generate"},
     "zstandard": {"codecs.zstd"},
