@@ -219,7 +219,8 @@ def _check_index(
     was killed, and its blocks are found again when the same prompt is saved.
     """
     if not folder.index.exists():
-        yield _finding(folder, "damaged-index", folder.index, "it is missing")
+        if on_disk:
+            yield _finding(folder, "damaged-index", folder.index, "it is missing")
         return
     try:
         index = Index(folder.index)

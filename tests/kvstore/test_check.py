@@ -51,6 +51,12 @@ def test_a_sound_store_has_no_findings(folder):
     assert [] == find(folder)
 
 
+def test_a_new_store_has_no_findings(store_path):
+    """A store in which nothing was saved yet lacks nothing."""
+    assert [] == find(open_folder(store_path))
+    assert not (store_path / "index.sqlite").exists()
+
+
 def test_a_finding_says_what_where_and_who_suffers(folder):
     """A damaged block is found with its file, and every entry that needs it."""
     path = shard_files(folder)[0]

@@ -90,7 +90,7 @@ class Broken:
         return self.path / "index.sqlite"
 
     def check_rows(self, name, restored, num_tokens):
-        """Raise `WrongRowsError` unless a prompt cache holds a conversation's first rows."""
+        """Raise an error unless a prompt cache holds a conversation's first rows."""
         num_bytes = 64 * 2  # of one row of one head, bfloat16
         for clean, found in zip(
             self.world.rows[name], self.caches.rows_of(restored), strict=True
