@@ -1,25 +1,33 @@
 # Two commands do everything on a fresh machine with Python and make:
 #   make demo    the main job on a real model
 #   make test    the tests
+# `make test-031` runs those that meet mlx-lm's caches with mlx-lm 0.31.
 CHECK := import ensurepip, sys; assert (3, 11) <= sys.version_info < (3, 14)
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	$$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VENV_031 := .venv-031
+STAMP_031 := $(VENV_031)/.installed
+TESTS_031 := $(addprefix tests/,$(addsuffix .py,turboquant/test_kv_cache \
+	$(addprefix kvstore/test_,store layers generate restoring model import cli)))
 MODEL := .cache/smollm2
 comma := ,
 # On Linux, mlx needs a back end; on a Mac it brings Metal with it.
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all bench quality check format docs clean
+.PHONY: demo test test-031 test-all bench quality check format docs clean
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore --store .cache/demo-store demo --model $(MODEL)
 
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -m "not slow"
+
+test-031: $(STAMP_031)
+	$(VENV_031)/bin/pytest -m "not slow and not model" $(TESTS_031)
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest
@@ -45,7 +53,7 @@ docs: $(STAMP)
 	$(BIN)/python tools/cli_docs.py
 
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_031) .cache .mypy_cache .pytest_cache .ruff_cache
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with pip and venv"; \
@@ -53,6 +61,12 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+$(STAMP_031): pyproject.toml
+	$(PYTHON) -m venv $(VENV_031)
+	$(VENV_031)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV_031)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]" "mlx-lm==0.31.*"
 	touch $@
 
 $(MODEL)/config.json: tools/demo_model.py | $(STAMP)

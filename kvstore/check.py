@@ -89,13 +89,27 @@ def repair(folder: StoreFolder) -> list[Finding]:
     with files.locked(folder.lock, exclusive=True):
         for finding in findings:
             path = folder.path / finding.path
-            if finding.kind == "damaged-entry":
+            if finding.kind == "damaged-entry" and _is_broken(folder, path.stem):
                 aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
                 files.publish(path, folder.quarantine / aside)
         for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
-            _replace_shard(folder, Path(damaged).stem)
+            name = Path(damaged).stem
+            # It may have been written anew since it was looked at.
+            if list(_check_shard(folder, name, True, {})):
+                _replace_shard(folder, name)
         _build_index(folder)
     return findings
+
+
+def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
+    """Say whether an entry still cannot be read; it may have been saved again."""
+    try:
+        entries.read_entry(folder.entries, entry_id)
+    except IntegrityError:
+        return True
+    except FormatError:
+        return False  # whole, and another release's
+    return False
 
 
 def _replace_shard(folder: StoreFolder, name: str) -> None:
@@ -176,7 +190,9 @@ def _check_shard(
             _second_opinion(path)
     except FileNotFoundError:
         return  # pruned by another process meanwhile
-    except (IntegrityError, FormatError) as error:
+    except FormatError as error:
+        yield _finding(folder, "newer-format", path, str(error))
+    except IntegrityError as error:
         yield _finding(folder, "damaged-shard", path, str(error))
 
 
@@ -269,7 +285,10 @@ def _check_entries(
         path = entries.entry_path(folder.entries, entry_id)
         try:
             entry = entries.read_entry(folder.entries, entry_id)
-        except (IntegrityError, FormatError) as error:
+        except FormatError as error:
+            yield _finding(folder, "newer-format", path, str(error), (entry_id,))
+            continue
+        except IntegrityError as error:
             found = (entry_id,)
             yield _finding(folder, "damaged-entry", path, str(error), found)
             continue

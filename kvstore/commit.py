@@ -7,12 +7,13 @@ only over a chain that is whole at that moment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from . import files
 from .catalog import Catalog, make_entry
 from .codecs import Codec
-from .errors import EntryExistsError, IntegrityError
+from .errors import EntryExistsError, FormatError, IntegrityError
 from .folder import StoreFolder
 from .index import Index
 from .indexing import confirm_folder
@@ -124,5 +125,7 @@ class Committer:
         if sum(self._index.shards().values()) + nbytes > limit:
             # A little more than needed, or every save would have to.
             policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
-            confirm_folder(self._index, self._folder)
-            plan_prune(self._folder, self._index, policy).execute()
+            with suppress(FormatError):  # a later release's entries stay as they are
+                if plan_prune(self._folder, self._index, policy).entries:
+                    confirm_folder(self._index, self._folder)
+                    plan_prune(self._folder, self._index, policy).execute()

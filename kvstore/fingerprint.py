@@ -95,8 +95,8 @@ class Fingerprint:
     def of(cls, model: Any, label: str = "") -> Fingerprint:
         """Return the fingerprint of a live ``mlx.nn.Module`` from its parameters.
 
-        Reads every parameter: seconds for a large model. An adapter that is part
-        of the model is part of the parameters.
+        Reads every parameter: seconds for a large model. An adapter that is part of
+        the model is part of its modules, their parameters and plain attributes.
         """
         config = getattr(model, "args", None)
         fields: JSON = {
@@ -185,7 +185,7 @@ def _digest_adapter(path: str | Path | None, memory: _Memory) -> str | None:
 
 
 def _digest_parameters(model: Any) -> str:
-    """Return a digest over name, dtype, shape and bytes of every parameter."""
+    """Return a digest over all parameters, and classes and scalars of all modules."""
     import mlx.core as mx
     import numpy as np
     from mlx.utils import tree_flatten
@@ -196,6 +196,15 @@ def _digest_parameters(model: Any) -> str:
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
         octets = mx.contiguous(array).reshape(-1).view(mx.uint8)
         digest.update(np.asarray(octets).data)
+    # Scales and the like: an adapter's strength is no parameter.
+    for name, module in sorted(model.named_modules()):
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and key != "_training"
+        }
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        digest.update(canonical_json([name, kind, _plain(plain)]))
     return str(digest.hexdigest())
 
 

@@ -25,6 +25,7 @@ from .errors import (
     EntryNotFoundError,
     FingerprintError,
     IntegrityError,
+    StoreLockedError,
 )
 from .fingerprint import Fingerprint
 from .store import Store
@@ -281,7 +282,7 @@ class _Run:
         self._num_prompt = len(self._tokens)
         empty = _quantized(make_prompt_cache(model), kv_bits, kv_group_size)
         caches.check_classes(empty)
-        self._check_name()
+        self._check_name(empty)
         self._next_checkpoint = checkpoint_every
         self._checkpoint_every = checkpoint_every
         held, self.rest = store.load(
@@ -309,12 +310,15 @@ class _Run:
         due = done >= self._next_checkpoint
         if due:
             self._next_checkpoint = done + self._checkpoint_every
-        self._store.save_blocks(
-            self._tokens[: self._num_rows],
-            self.prompt_cache,
-            self._fingerprint,
-            checkpoint=due,
-        )
+        try:
+            self._store.save_blocks(
+                self._tokens[: self._num_rows],
+                self.prompt_cache,
+                self._fingerprint,
+                checkpoint=due,
+            )
+        except (OSError, StoreLockedError):
+            return  # the save at the end says so, when the reply is there
 
     def add(self, token: int) -> None:
         """Note a token that was generated; mlx-lm has fed it before it told us."""
@@ -339,18 +343,28 @@ class _Run:
             return None
         if is_interrupted and not self._cut():
             return None
-        entry = self._store.save(
-            self._tokens[: self._num_rows],
-            self.prompt_cache,
-            self._fingerprint,
-            # A name is for a conversation, not for half a question.
-            name=self._name if self._num_rows >= self._num_prompt else None,
-            replace=self._replace,
-            progress=progress,
-        )
+        # A name is for a conversation, not for half a question.
+        name = self._name if self._num_rows >= self._num_prompt else None
+        try:
+            entry = self._save(name, progress)
+        except EntryExistsError as error:
+            # It was taken meanwhile, or by another kind of cache: keep what was said.
+            entry = self._save(None, progress)
+            error.hint = f"it is kept as `{entry.id[:12]}`; {error.hint}"
+            raise
         if on_saved is not None:
             on_saved(entry)
         return entry
+
+    def _save(self, name: str | None, progress: Progress | None) -> Entry:
+        return self._store.save(
+            self._tokens[: self._num_rows],
+            self.prompt_cache,
+            self._fingerprint,
+            name=name,
+            replace=self._replace,
+            progress=progress,
+        )
 
     def _cut(self) -> bool:
         """Drop rows that may not be whole; return whether that can be done."""
@@ -362,7 +376,7 @@ class _Run:
             cache.trim(cache.offset - self._num_rows)
         return True
 
-    def _check_name(self) -> None:
+    def _check_name(self, like: list[Any]) -> None:
         """Refuse now what the store would refuse after a long prefill."""
         if self._name is None:
             return
@@ -370,20 +384,23 @@ class _Run:
         if self._replace:
             return
         with suppress(IntegrityError):  # then the store lets it be replaced
-            if not self._continues(self._name):
+            if not self._continues(self._name, like):
                 raise EntryExistsError(
                     f"the name `{self._name}` is taken by an entry that this one does"
                     " not continue",
                     hint="choose another name, or replace it with `--replace`",
                 )
 
-    def _continues(self, name: str) -> bool:
-        """Say whether an entry's tokens, if there is one, are those we start with."""
+    def _continues(self, name: str, like: list[Any]) -> bool:
+        """Say whether an entry, if there is one, is of what we start with."""
         try:
             held = entry_tokens(self._store, name, self._fingerprint)
         except FingerprintError:
             return False
-        return held is None or held == self._tokens[: len(held)]
+        if held is None:
+            return True
+        is_prefix = held == self._tokens[: len(held)]
+        return is_prefix and self._store.is_like(name, like)
 
 
 def _quantized(

@@ -69,6 +69,14 @@ SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.qualit
     blocks.extras
 FROM blocks JOIN shards ON shards.id = blocks.shard
 """
+STATE_EXTRAS = 2**40
+"""What a checkpoint adds to a block's extras; more than all windows have rows."""
+# The same as `is_better`, of the copy that is new against the one that is there.
+_BETTER = f"""
+(excluded.extras >= {STATE_EXTRAS} AND blocks.extras < {STATE_EXTRAS})
+OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
+    AND (excluded.extras > blocks.extras OR excluded.quality > blocks.quality))
+"""
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 
 
@@ -298,8 +306,7 @@ class Index:
             " shard = excluded.shard, first_token = excluded.first_token,"
             " num_tokens = excluded.num_tokens, nbytes = excluded.nbytes,"
             " quality = excluded.quality, extras = excluded.extras"
-            " WHERE (excluded.extras, excluded.quality)"
-            " > (blocks.extras, blocks.quality)"
+            f" WHERE {_BETTER}"
             # A shard that is not known cannot be better.
             " OR blocks.shard NOT IN (SELECT id FROM shards)",
             (
@@ -436,6 +443,21 @@ class Index:
         except (apsw.Error, ValueError, UnicodeDecodeError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
             raise self._damaged(str(error)) from error
+
+
+def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
+    """Say whether a copy of a block replaces another.
+
+    It must be the better in one respect and the worse in none; but a checkpoint, which
+    an entry cannot be restored without, counts above all.
+
+    Args:
+        new: Its extras, and whether it is exact.
+        old: The same of the copy that is there.
+    """
+    if new[0] >= STATE_EXTRAS > old[0]:
+        return True
+    return new != old and new[0] >= old[0] and new[1] >= old[1]
 
 
 def index_identity(path: Path) -> tuple[int, int] | None:

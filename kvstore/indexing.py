@@ -72,13 +72,34 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
             copies.setdefault(stored.block.hash, []).append(copy)
     for block, known in copies.items():
         found = next(index.chain(block), None)
-        if found is None and all(index.is_damaged(block, p.shard) for p, _ in known):
+        # Gone with their shards, which another process has pruned, or set aside.
+        left = [p for p, _ in known if not index.is_damaged(block, p.shard)]
+        if found is None and not any(_is_there(folder, place) for place in left):
             continue
-        if found not in known:
+        if found not in known and not _is_so(folder, found):
             raise IntegrityError(
                 f"the index is damaged: block {block.hex()[:12]} is not where it says",
                 path=folder.index,
             )
+
+
+def _is_there(folder: StoreFolder, place: Place) -> bool:
+    return shards.shard_path(folder.shards, place.shard).exists()
+
+
+def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
+    """Say whether a place is right after all: others save and prune meanwhile."""
+    if found is None:
+        return False
+    place, parent = found
+    try:
+        with shards.open_shard(folder.shards, place.shard) as opened:
+            return (place, parent) in [
+                (place_in(place.shard, stored), stored.block.parent)
+                for stored in opened.header.blocks
+            ]
+    except (IntegrityError, FormatError, FileNotFoundError, ValueError):
+        return False
 
 
 def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardHeader]]:

@@ -40,6 +40,9 @@ class Kind(Protocol):
     name: str
     """Of the class."""
 
+    is_exact: bool
+    """Whether it keeps what the model computed, to the bit."""
+
     def owns(self, cache: Any) -> bool:
         """Say whether a cache is of this very class; a subclass may keep more."""
 
@@ -60,6 +63,7 @@ class PlainRows:
     """``KVCache``: keys and values as they are."""
 
     name = "KVCache"
+    is_exact = True
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``KVCache``."""
@@ -122,6 +126,7 @@ class AffineRows(PlainRows):
     """``QuantizedKVCache``: packed codes, scales and biases, bit for bit."""
 
     name = "QuantizedKVCache"
+    is_exact = False
     _names = tuple(f"{s}.{p}" for s in "kv" for p in ("codes", "scales", "biases"))
 
     def owns(self, cache: Any) -> bool:
@@ -160,6 +165,7 @@ class TurboRows(PlainRows):
     """``TurboQuantKVCache``: its own codes, never decoded and encoded again."""
 
     name = "TurboQuantKVCache"
+    is_exact = False
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``TurboQuantKVCache``; asking imports nothing."""
@@ -218,6 +224,7 @@ class RotatingRows:
     """
 
     name = "RotatingKVCache"
+    is_exact = True
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``RotatingKVCache``."""
@@ -287,6 +294,7 @@ class ChunkedRows:
     """``ChunkedKVCache``: the rows from ``start_position`` on."""
 
     name = "ChunkedKVCache"
+    is_exact = True
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``ChunkedKVCache``."""
@@ -295,9 +303,20 @@ class ChunkedRows:
         return type(cache) is ChunkedKVCache
 
     def read(self, cache: Any) -> LayerLayout:
-        """Return heads, dimensions, dtype and the length of a chunk."""
+        """Return heads, dimensions, dtype and the length of a chunk.
+
+        Raises:
+            UnsupportedCacheError: It holds fewer rows than attention needs.
+        """
         specs = {}
         if cache.keys is not None:
+            # mlx-lm 0.31 lets go of rows where the end of its buffer is empty.
+            num_rows = cache.offset - cache.start_position
+            if num_rows < min(cache.offset, cache.chunk_size):
+                raise UnsupportedCacheError(
+                    f"{num_rows} rows are left of {cache.chunk_size}; mlx-lm before"
+                    " 0.32 drops too many"
+                )
             for side, array in (("k", cache.keys), ("v", cache.values)):
                 spec = _row_spec(array)
                 shape = (spec.num_heads, spec.head_dim, spec.dtype)
@@ -335,6 +354,7 @@ class States:
     """``ArraysCache``: recurrent states, which cannot be cut."""
 
     name = "ArraysCache"
+    is_exact = True
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is an ``ArraysCache``."""

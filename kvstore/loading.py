@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 
@@ -37,14 +37,14 @@ class Request:
         fingerprint: Digest of the model's fingerprint.
         tenant: Whose blocks.
         exact: Take exact blocks only.
-        classes: The cache class of each layer, or ``None`` for any.
+        classes: Class and parameters of each cache, or ``None`` for any.
     """
 
     tokens: Sequence[int]
     fingerprint: str
     tenant: str
     exact: bool = False
-    classes: tuple[str, ...] | None = None
+    classes: tuple[caches.Signature, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Hit:
         num_tokens: Tokens restored; it may end inside the last block.
         reason: Why the hit ends there.
         detail: The same as a sentence.
-        classes: The cache classes asked for, or ``None`` for those of the layout.
+        classes: What was asked for, or ``None`` for what the layout says.
     """
 
     root: BlockHash
@@ -67,7 +67,11 @@ class Hit:
     num_tokens: int
     reason: Reason
     detail: str
-    classes: tuple[str, ...] | None = None
+    classes: tuple[caches.Signature, ...] | None = None
+
+
+Child = tuple[int, Place, StoredBlock]
+"""How many tokens of a prompt a block shares, and the block."""
 
 
 class Loader:
@@ -106,6 +110,14 @@ class Loader:
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
         tokens = [token for _, stored in chain for token in stored.block.tokens]
+        blocks = [stored for _, stored in chain]
+        if not caches.is_restorable(layout, blocks, entry.num_tokens):
+            raise IntegrityError(
+                f"block {entry.tip[:12]} cannot be rebuilt: a state or rows of a window"
+                " are missing",
+                block=entry.tip,
+                hint="save the prompt again",
+            )
         return Hit(root, layout, places, entry.num_tokens, "whole", ""), tokens
 
     def restore(
@@ -202,11 +214,11 @@ class Loader:
         held = self._held(request, chain)
         start = Hit(root, layout, held, len(held) * size, "end", "", wanted)
         if start.num_tokens == len(request.tokens):
-            return self._fit(_leave_one(start, size))
+            return self._fit(request, _leave_one(start, size))
         parent = chain[len(held) - 1].hash if held else root
-        return self._fit(self._extend(request, start, parent))
+        return self._fit(request, self._extend(request, start, parent))
 
-    def _fit(self, hit: Hit) -> Hit:
+    def _fit(self, request: Request, hit: Hit) -> Hit:
         """Return a hit shortened to where every layer can be rebuilt."""
         if has_only_rows(hit.layout) or not hit.places:
             return hit
@@ -214,24 +226,33 @@ class Loader:
             blocks = [self._reader.stored(place) for place in hit.places]
         except (IntegrityError, FormatError) as error:
             return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
-        stops = [hit.num_tokens, *(block.block.start for block in reversed(blocks))]
-        for stop in filter(None, stops):
-            held = [block for block in blocks if block.block.start < stop]
-            if caches.is_restorable(hit.layout, held, stop):
-                break
-        else:
-            stop, held = 0, []
-        if stop == hit.num_tokens:
-            return hit
-        detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
-        detail += f"the last checkpoint before is at {stop:,}"
-        return replace(
-            hit,
-            places=hit.places[: len(held)],
-            num_tokens=stop,
-            reason="checkpoint",
-            detail=detail,
+        found = next(
+            replace(hit, places=places, num_tokens=stop)
+            for stop, places, held in self._ends(request, hit, blocks)
+            if not held or caches.is_restorable(hit.layout, held, stop)
         )
+        if found.num_tokens == hit.num_tokens:
+            return found
+        detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
+        detail += f"the last checkpoint before is at {found.num_tokens:,}"
+        return replace(found, reason="checkpoint", detail=detail)
+
+    def _ends(
+        self, request: Request, hit: Hit, blocks: Sequence[StoredBlock]
+    ) -> Iterator[tuple[int, tuple[Place, ...], list[StoredBlock]]]:
+        """Yield where a hit may end and with which blocks, the whole of it first.
+
+        An older tail beside a full block may hold a checkpoint.
+        """
+        yield hit.num_tokens, hit.places, list(blocks)
+        for number, stored in reversed(list(enumerate(blocks))):
+            start, places = stored.block.start, hit.places[:number]
+            rest = request.tokens[start:-1]
+            beside = self._children(request, stored.block.parent, rest)
+            for run, place, child in sorted(beside, key=_run_of, reverse=True):
+                if _can_cut(place, request):
+                    yield start + run, (*places, place), [*blocks[:number], child]
+            yield start, places, list(blocks[:number])
 
     def _held(self, request: Request, chain: Sequence[Block]) -> tuple[Place, ...]:
         """Return the leading blocks of a chain that are held and may be used."""
@@ -244,21 +265,23 @@ class Loader:
         rest = request.tokens[hit.num_tokens : -1]
         if not rest:
             return replace(hit, reason="whole", detail=_WHOLE)
-        children = [
+        children = self._children(request, parent, rest)
+        cut = [child for child in children if _can_cut(child[1], request)]
+        if cut:
+            run, place, _ = max(cut, key=_run_of)
+            places = (*hit.places, place)
+            hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
+        return self._explain(request, hit, parent, children)
+
+    def _children(
+        self, request: Request, parent: BlockHash, rest: Sequence[int]
+    ) -> list[Child]:
+        """Return the blocks behind ``parent`` that share tokens with ``rest``."""
+        return [
             (common_run(stored.block.tokens, rest), place, stored)
-            for place in self._index.children(parent, rest[0])
+            for place in (self._index.children(parent, rest[0]) if rest else ())
             if (stored := self._stored(place)) is not None
         ]
-        hits = [
-            replace(hit, places=(*hit.places, place), num_tokens=hit.num_tokens + run)
-            for run, place, _ in children
-            if place.is_lossless and _is_usable(place, request)
-        ]
-        # The one that can be rebuilt furthest, of these the longest run.
-        rebuilt = [(self._fit(found).num_tokens, found.num_tokens) for found in hits]
-        best = max(range(len(hits)), key=rebuilt.__getitem__, default=None)
-        hit = hit if best is None else hits[best]
-        return self._explain(request, hit, parent, children)
 
     def _stored(self, place: Place) -> StoredBlock | None:
         """Return a block's row in its shard; ``None`` where that is damaged."""
@@ -278,7 +301,7 @@ class Loader:
         request: Request,
         hit: Hit,
         parent: BlockHash,
-        children: Sequence[tuple[int, Place, StoredBlock]],
+        children: Sequence[Child],
     ) -> Hit:
         """Return the hit with the reason why it ends where it does."""
         at = hit.num_tokens
@@ -291,7 +314,7 @@ class Loader:
                 return replace(hit, detail=f"what is stored ends at token {at:,}")
             detail = f"what is stored goes on otherwise at token {at:,}"
             return replace(hit, reason="divergence", detail=detail)
-        run, _, stored = max(children, key=lambda child: child[0])
+        run, _, stored = max(children, key=_run_of)
         further = stored.block.start + run
         if further > at:
             detail = f"the block behind token {at:,} is not exact"
@@ -331,6 +354,14 @@ def _is_as_stored(hit: Hit) -> bool:
 
 def _is_usable(place: Place, request: Request) -> bool:
     return place.is_exact or not request.exact
+
+
+def _can_cut(place: Place, request: Request) -> bool:
+    return place.is_lossless and _is_usable(place, request)
+
+
+def _run_of(child: Child) -> int:
+    return child[0]
 
 
 def _add(provenance: Provenance, stored: StoredBlock, done: int) -> Provenance:

@@ -5,6 +5,8 @@ mlx-lm takes a second to import, so each function imports what it needs of it.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import secrets
 from collections.abc import Sequence
@@ -52,7 +54,11 @@ def find_model(model: str) -> Path:
 
 
 def load_model(
-    model: str, adapter_path: str | None = None, *, trust_remote_code: bool = False
+    model: str,
+    adapter_path: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> tuple[Any, Any, Fingerprint]:
     """Load a model as mlx-lm does.
 
@@ -60,6 +66,7 @@ def load_model(
         model: A folder, or a repository on the Hugging Face Hub.
         adapter_path: Folder with an adapter's weights and configuration.
         trust_remote_code: Let the model and its tokenizer bring code of their own.
+        lazy: Read the weights when they are used.
 
     Returns:
         The model, its tokenizer, and its fingerprint.
@@ -68,14 +75,16 @@ def load_model(
         KVStoreError: There is no such model, or mlx-lm cannot load it.
     """
     fingerprint = fingerprint_model(model, adapter_path)
-    from mlx_lm import load
+    import mlx_lm
 
+    load: Any = mlx_lm.load
     try:
         loaded, tokenizer, *_ = load(
             str(find_model(model)),
             adapter_path=adapter_path,
             tokenizer_config={"trust_remote_code": trust_remote_code},
-            trust_remote_code=trust_remote_code,
+            lazy=lazy,
+            **_trust(model, trust_remote_code),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _cannot_load(model, error) from error
@@ -223,7 +232,7 @@ def write_prompt_cache(
     staged = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.safetensors")
     descriptor = files.create(staged)
     try:
-        save_prompt_cache(str(staged), list(prompt_cache), metadata)
+        save_prompt_cache(str(staged), _readable(prompt_cache), metadata)
         files.sync(descriptor)
         nbytes = os.fstat(descriptor).st_size
         files.publish(staged, path)
@@ -231,6 +240,32 @@ def write_prompt_cache(
         os.close(descriptor)
         staged.unlink(missing_ok=True)
     return nbytes
+
+
+def _readable(prompt_cache: Sequence[Any]) -> list[Any]:
+    """Return caches of mlx-lm's own classes, with live codes decoded."""
+    # mlx-lm finds a class by its name, among its own only.
+    return [
+        cache.to_kv_cache() if hasattr(cache, "to_kv_cache") else cache
+        for cache in prompt_cache
+    ]
+
+
+def _trust(model: str, trust_remote_code: bool) -> dict[str, bool]:
+    """Return the argument that lets ``mlx_lm.load`` run a model's own code.
+
+    Raises:
+        ValueError: mlx-lm would run such code without being asked.
+    """
+    from mlx_lm import load
+
+    if "trust_remote_code" in inspect.signature(load).parameters:
+        return {"trust_remote_code": trust_remote_code}
+    # mlx-lm 0.31 has no such argument and runs whatever the configuration names.
+    config = json.loads((find_model(model) / "config.json").read_text())
+    if "model_file" in config and not trust_remote_code:
+        raise ValueError(f"it brings code of its own: {config['model_file']!r}")
+    return {}
 
 
 def _cannot_load(model: str, error: Exception) -> KVStoreError:

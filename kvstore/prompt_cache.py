@@ -8,6 +8,7 @@ are somebody's trimmed conversation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -32,6 +33,9 @@ Array = npt.NDArray[np.generic]
 
 PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
+
+Signature = tuple[str, tuple[tuple[str, int], ...]]
+"""Class of a cache, and the parameters that it was made with."""
 
 CODABLE = ("k", "v")
 """The arrays that a lossy codec may code; all others are stored lossless."""
@@ -178,11 +182,19 @@ def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
 
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     """Return what a prompt cache remembers; a computed one has nothing lossy."""
-    caches = flatten_caches(prompt_cache)
-    marks = [getattr(cache, _PROVENANCE, Provenance()) for cache in caches]
+    marks = [_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache))]
     return Provenance(
         max(mark.coded_tokens for mark in marks), all(mark.is_exact for mark in marks)
     )
+
+
+def _provenance_of(number: int, cache: Any) -> Provenance:
+    kept: Provenance | None = getattr(cache, _PROVENANCE, None)
+    if kept is None:
+        # What a cache of codes was decoded to says so itself.
+        coded = getattr(cache, "coded_tokens", 0)
+        kept = Provenance(coded, is_exact=not coded)
+    return replace(kept, is_exact=kept.is_exact and kind_of(number, cache).is_exact)
 
 
 def mark(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
@@ -201,39 +213,51 @@ def check_classes(prompt_cache: Sequence[Any]) -> None:
         kind_of(number, cache)
 
 
-def layout_classes(prompt_cache: Sequence[Any]) -> tuple[str, ...]:
-    """Return the class of each layer's cache; it may be empty still."""
-    return tuple(type(cache).__name__ for cache in flatten_caches(prompt_cache))
+def signature(prompt_cache: Sequence[Any]) -> tuple[Signature, ...]:
+    """Return class and parameters of each cache, which may be empty still."""
+    check_classes(prompt_cache)
+    return tuple(map(_signature, flatten(_read_layers(prompt_cache))))
 
 
-def fits(layout: Layout, classes: Sequence[str], *, decoding: bool) -> bool:
-    """Say whether caches of these classes can be had from a layout.
+def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool:
+    """Say whether caches of these classes and parameters can be had from a layout.
 
     Args:
         layout: How the stored cache is built.
-        classes: The class wanted of each layer.
+        wanted: Class and parameters of each cache.
         decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
     """
-    stored = [layer.cache_class for layer in flatten(layout)]
+    stored = [_signature(layer) for layer in flatten(layout)]
+    # What is decoded lies in no CacheList.
+    decoding = decoding and not any(isinstance(layer, ListLayout) for layer in layout)
     decodable = ("TurboQuantKVCache", "KVCache")
-    return len(stored) == len(classes) and all(
-        pair[0] == pair[1] or (decoding and pair == decodable)
-        for pair in zip(stored, classes, strict=True)
+    return len(stored) == len(wanted) and all(
+        was == asked or (decoding and (was[0], asked[0]) == decodable)
+        for was, asked in zip(stored, wanted, strict=True)
     )
 
 
-def convert(prompt_cache: PromptCache, classes: Sequence[str] | None) -> PromptCache:
+def _signature(layer: LayerLayout) -> Signature:
+    # The shapes of states are known only when there are states.
+    params = [pair for pair in layer.params if not pair[0].startswith("shape")]
+    return layer.cache_class, tuple(params)
+
+
+def convert(
+    prompt_cache: PromptCache, wanted: Sequence[Signature] | None
+) -> PromptCache:
     """Decode the caches of codes whose place a ``KVCache`` is wanted in."""
-    if classes is None or tuple(classes) == layout_classes(prompt_cache):
+    classes = [name for name, _ in wanted or ()]
+    stored = [type(cache).__name__ for cache in flatten_caches(prompt_cache)]
+    if wanted is None or classes == stored:
         return prompt_cache
     converted: PromptCache = []
     # No cache of codes lies in a CacheList, so layers and classes agree in number.
-    for cache, wanted in zip(prompt_cache, classes, strict=True):
-        if type(cache).__name__ == wanted:
+    for cache, name in zip(prompt_cache, classes, strict=True):
+        if type(cache).__name__ == name:
             converted.append(cache)
             continue
         decoded = cache.to_kv_cache()
-        mark([decoded], Provenance(coded_tokens=cache.offset, is_exact=False))
         converted.append(decoded)
     mx.eval([cache.state for cache in converted])
     return converted

@@ -79,7 +79,11 @@ class PrunePlan:
 
 
 def plan_prune(folder: StoreFolder, index: Index, policy: Policy) -> PrunePlan:
-    """Return what a policy lets go. Never writes."""
+    """Return what a policy lets go. Never writes.
+
+    Raises:
+        FormatError: A later release wrote entries into the store.
+    """
     return Pruner(folder, index, policy).plan()
 
 
@@ -93,6 +97,10 @@ class _Survey:
             block for chain in self._chains.values() for block in chain
         )
         self._uses = index.uses()
+        # Of an entry that lacks a block, nobody can say which others it needs.
+        self.is_whole = all(
+            _first_parent(index, entry) == entry.root for entry in self.entries
+        )
 
     def is_live(self, block: BlockHash) -> bool:
         """Say whether an entry needs a block."""
@@ -106,7 +114,7 @@ class _Survey:
 
     def candidates(self, *, named: bool) -> list[Entry]:
         """Return what may be evicted: least recently used first, named ones last."""
-        found = [e for e in self.entries if e.name is None or (named and not e.pinned)]
+        found = [e for e in self.entries if not e.pinned and (e.name is None or named)]
         return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
 
     def release(self, entry: Entry) -> list[BlockHash]:
@@ -142,7 +150,12 @@ class Pruner:
         removed = {name: size for name, size in sizes.items() if not kept[name]}
         left = sum(sizes.values()) - sum(removed.values())
         partly = {name: size - kept[name] for name, size in sizes.items() if kept[name]}
-        repacked = dict(self._choose_repacks(sizes, partly, left))
+        holed = {
+            name
+            for name in partly
+            if len(self._kept(name, survey, gone)) < len(self._index.places_in(name))
+        }
+        repacked = dict(self._choose_repacks(sizes, partly, holed, left))
         leftovers = tuple(self._leftovers(set(sizes)))
         return PrunePlan(
             evicted, removed, repacked, leftovers, sum(sizes.values()), self
@@ -168,8 +181,7 @@ class Pruner:
                 if not self._kept(name, survey, gone):
                     self._remove_shard(name)
         for path in plan.leftovers:
-            with suppress(FileNotFoundError):
-                files.remove(path)
+            self._remove_leftover(path)
         return before - sum(self._index.shards().values())
 
     def _choose_entries(
@@ -197,36 +209,51 @@ class Pruner:
         return [
             place
             for place in self._index.places_in(shard)
-            if survey.is_live(place.hash) or (is_young and place.hash not in gone)
+            if survey.is_live(place.hash)
+            or (place.hash not in gone and (is_young or not survey.is_whole))
         ]
 
     def _choose_repacks(
-        self, sizes: dict[str, int], dead: dict[str, int], left: int
+        self, sizes: dict[str, int], dead: dict[str, int], holed: set[str], left: int
     ) -> Iterator[tuple[str, int]]:
         """Yield shards to rewrite and what that frees, the most wasteful first."""
         limit = self._policy.max_bytes
         for name in sorted(dead, key=lambda name: -dead[name]):
             is_over = limit is not None and left > limit
+            is_wanted = dead[name] * 2 > sizes[name]
+            # Who does not wait for an hour wants the bytes gone.
+            is_wanted |= self._policy.grace_s == 0 and name in holed
             # A header of its own is no waste.
-            if dead[name] * 2 > sizes[name] or (is_over and dead[name] > _SLACK_BYTES):
+            if is_wanted or (is_over and dead[name] > _SLACK_BYTES):
                 left -= dead[name]
                 yield name, dead[name]
 
     def _leftovers(self, known: set[str]) -> Iterator[Path]:
         """Yield what crashed saves left: staged files, and shards without rows."""
         for path in self._folder.staging.iterdir():
-            if self._is_old(path):
+            # A save may be writing it, whatever the policy says.
+            if _is_older(path, GRACE_S):
                 yield path
         for name in shards.list_shards(self._folder.shards):
             path = shards.shard_path(self._folder.shards, name)
-            if name not in known and self._is_old(path):
+            is_old = _is_older(path, self._policy.grace_s)
+            if name not in known and is_old and self._is_readable(name):
                 yield path
 
-    def _is_old(self, path: Path) -> bool:
+    def _remove_leftover(self, path: Path) -> None:
+        if path.parent == self._folder.staging:
+            with suppress(FileNotFoundError):
+                files.remove(path)
+        else:
+            self._remove_unknown(path.stem)
+
+    def _is_readable(self, name: str) -> bool:
+        """Say whether a shard is one of this release; others are not ours to remove."""
         try:
-            return time.time() - path.stat().st_mtime > self._policy.grace_s
-        except FileNotFoundError:
-            return False  # renamed away just now
+            with shards.open_shard(self._folder.shards, name):
+                return True
+        except (IntegrityError, FormatError, FileNotFoundError):
+            return False
 
     def _remove_entry(self, entry: Entry) -> bool:
         """Remove an entry's file, unless it was saved again meanwhile."""
@@ -239,8 +266,15 @@ class Pruner:
         """Drop a shard's rows, then its file."""
         with self._index.transaction():
             self._index.drop_shard(name)
-        with suppress(FileNotFoundError):
-            files.remove(shards.shard_path(self._folder.shards, name))
+        self._remove_unknown(name)
+
+    def _remove_unknown(self, name: str) -> None:
+        """Remove the file of a shard, unless somebody has just published it again."""
+        # Who publishes holds the same write lock of the index.
+        with self._index.transaction():
+            if name not in self._index.shards():
+                with suppress(FileNotFoundError):
+                    files.remove(shards.shard_path(self._folder.shards, name))
 
     def _repack(self, name: str, survey: _Survey, gone: set[BlockHash]) -> None:
         """Write the blocks of a shard that stay into another, and point there."""
@@ -266,14 +300,32 @@ class Pruner:
                 self._index.move_block(block, name, staged.name)
 
 
+def _is_older(path: Path, age_s: float) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > age_s
+    except FileNotFoundError:
+        return False  # renamed away just now
+
+
 def _readable_entries(folder: StoreFolder) -> list[Entry]:
-    """Return all entries that can be read; the others protect nothing."""
+    """Return all entries that can be read.
+
+    Raises:
+        FormatError: A later release wrote one; who knows what it needs.
+    """
     found = []
     for entry_id in entries.list_ids(folder.entries):
-        with suppress(IntegrityError, FormatError):
+        with suppress(IntegrityError):
             entry = entries.read_entry(folder.entries, entry_id)
             found += [entry] if entry else []
     return found
+
+
+def _first_parent(index: Index, entry: Entry) -> str:
+    """Return what the chain of an entry leads to: its root, where it is whole."""
+    tip = BlockHash(bytes.fromhex(entry.tip))
+    *_, (_, parent) = ((None, tip), *index.chain(tip))
+    return parent.hex()
 
 
 def _chain(index: Index, entry: Entry) -> list[BlockHash]:

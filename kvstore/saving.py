@@ -10,11 +10,11 @@ from typing import Any
 from . import prompt_cache as caches
 from . import shards
 from .codecs import Codec, Rows, lossless_twin
-from .errors import IntegrityError
+from .errors import FormatError, IntegrityError
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .hashing import hash_block_tokens, hash_root, split_tokens
-from .index import Index
+from .index import STATE_EXTRAS, Index, is_better
 from .indexing import index_shard
 from .layout import Group, flatten, group_layers, layout_to_json
 from .reading import Reader
@@ -144,13 +144,15 @@ class Saver:
         place = self._index.place_of(block)
         if place is None or not self._is_there(place):
             return True
-        mine = (self._num_extras(block), self._is_exact(block))
-        return mine > (place.num_extras, place.is_exact)
+        mine = self._num_extras(block), self._is_exact(block)
+        return is_better(mine, (place.num_extras, place.is_exact))
 
     def _is_there(self, place: Place) -> bool:
         """Say whether a block's shard is there and can be read, as the index says."""
         try:
             self._reader.stored(place)
+        except FormatError:
+            return False
         except IntegrityError as error:
             if error.path == self._folder.index:
                 raise
@@ -176,13 +178,16 @@ class Saver:
                 yield number, group, name, rows
 
     def _num_extras(self, block: Block) -> int:
-        """Return how much of windows and states there is of a block."""
+        """Return how much of windows and states there is of a block.
+
+        More rows are those before too, in every layer; a state outweighs all rows.
+        """
         found = [
             (group.spec(name).kind, rows) for _, group, name, rows in self._rows(block)
         ]
-        windows = [rows.shape[2] for kind, rows in found if kind == "window"]
+        num_rows = sum(rows.shape[2] for kind, rows in found if kind == "window")
         has_state = any(kind == "state" for kind, _ in found)
-        return min(windows, default=0) + has_state
+        return num_rows + has_state * STATE_EXTRAS
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""

@@ -16,7 +16,7 @@ from .errors import (
 )
 from .fingerprint import Fingerprint
 from .folder import create_folder, default_path, limit_folder, open_folder
-from .index import Index
+from .index import Index, index_identity
 from .indexing import confirm_folder
 from .notes import LoadNotes
 from .reading import Reader
@@ -211,7 +211,7 @@ class Store:
             tokens: The prompt.
             fingerprint: The model's.
             exact: Take only rows that nothing lossy went into.
-            like: A prompt cache, empty as a rule, of the classes wanted.
+            like: A prompt cache, empty as a rule, of the classes and parameters wanted.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -334,6 +334,22 @@ class Store:
         entry = self.entry(ref)
         return self._with_index(lambda: self._reader().fingerprint(entry))
 
+    def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
+        """Say whether an entry is of this tenant and of such caches, empty or not.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: Its last block is missing or damaged.
+        """
+        from .layout import layout_from_json
+        from .prompt_cache import fits, signature
+
+        entry = self.entry(ref)
+        origin = self._with_index(lambda: self._reader().origin(entry))
+        layout = layout_from_json(origin.layout)
+        wanted = signature(prompt_cache)
+        return origin.tenant == self._tenant and fits(layout, wanted, decoding=False)
+
     def remove(self, ref: str) -> Entry:
         """Remove an entry and return it; its blocks stay until they are pruned.
 
@@ -448,6 +464,10 @@ class Store:
 
     def _with_index(self, work: Callable[[], T]) -> T:
         """Run ``work``; where the index turns out to be damaged, rebuild it first."""
+        # Another process may have put a new one in its place.
+        if self._opened and index_identity(self._folder.index) != self._opened.identity:
+            self._opened.close()
+            self._opened = None
         try:
             return work()
         except IntegrityError as error:
@@ -474,11 +494,11 @@ class Store:
         like: Sequence[Any] | None,
     ) -> Request:
         from .loading import Request
-        from .prompt_cache import layout_classes
+        from .prompt_cache import signature
 
         if not tokens:
             raise ValueError("there are no tokens")
-        classes = None if like is None else layout_classes(like)
+        classes = None if like is None else signature(like)
         return Request(tokens, fingerprint.digest, self._tenant, exact, classes)
 
     def _make_chain(

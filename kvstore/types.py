@@ -96,8 +96,8 @@ class Place:
         nbytes: Its bytes in the shard.
         is_lossless: Its codec loses nothing.
         is_exact: Lossless, and nothing lossy went into computing it.
-        num_extras: How much it holds of windows and states: the rows of its window,
-            and one more for a checkpoint. More of it makes a copy the better one.
+        num_extras: How much it holds of windows and states: the rows of all its
+            windows, outweighed by a checkpoint. More makes a copy the better one.
     """
 
     hash: BlockHash
@@ -311,6 +311,7 @@ FindingKind = Literal[
     "missing-block",
     "unindexed-shard",
     "damaged-index",
+    "newer-format",
 ]
 
 

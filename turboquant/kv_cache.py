@@ -170,15 +170,20 @@ class TurboQuantKVCache:
         """Return a cache with the codes of another cache's rows."""
         coded = cls(key_bits, value_bits)
         if not cache.empty() and cache.offset:
-            keys, values = cache.keys_and_values()
-            coded._append(keys, values)
+            # mlx-lm 0.31 has no `keys_and_values`; a slice past the end is the end.
+            sides: Any = (cache.keys, cache.values)
+            coded._append(*(side[:, :, : cache.offset] for side in sides))
         return coded
 
     def to_kv_cache(self) -> KVCache:
-        """Return a ``KVCache`` with the decoded rows."""
+        """Return a ``KVCache`` with the decoded rows.
+
+        Its attribute ``coded_tokens`` says how many rows went through the codec.
+        """
         cache = KVCache()
         if self.offset:
             cache.update_and_fetch(*self.keys_and_values())
+        setattr(cache, "coded_tokens", self.offset)  # noqa: B010  (mlx-lm's has none)
         return cache
 
     def update_and_fetch(

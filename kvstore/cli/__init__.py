@@ -12,6 +12,7 @@ from typing import NoReturn
 from .demo_verb import demo
 from .entry_verbs import inspect_entry, list_entries, load, remove
 from .failures import run
+from .import_verb import import_file
 from .keeping_verbs import pin, prune, rename, stats
 from .model_verbs import generate, lookup, save
 from .root import cli
@@ -21,6 +22,7 @@ for _verb in (
     save,
     load,
     generate,
+    import_file,
     lookup,
     list_entries,
     inspect_entry,

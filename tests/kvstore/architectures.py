@@ -176,8 +176,12 @@ OWN = {
     },
     "exaone_moe": {"is_moe_layer": [False, True, True, True]},
     "gear": {
-        "layer_types": ["conv_mixer", "full_attention"]
-        + ["conv_mixer", "sliding_attention"],
+        "layer_types": [
+            "conv_mixer",
+            "full_attention",
+            "conv_mixer",
+            "sliding_attention",
+        ],
     },
     "gemma3n": {
         "num_kv_shared_layers": 2,
@@ -423,11 +427,14 @@ def arguments(name):
     return SHARED | own
 
 
-def make_model(name, dtype=mx.float32):
-    """Return a model with random weights, the same every time."""
+def make_model(name, dtype=mx.float32, **changes):
+    """Return a model with random weights, the same every time.
+
+    Arguments may be changed by their names.
+    """
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(7)
-    model = module.Model(module.ModelArgs.from_dict(arguments(name)))
+    model = module.Model(module.ModelArgs.from_dict(arguments(name) | changes))
 
     def vary(array):
         # What begins as zeros or ones would leave whole branches idle.

@@ -44,7 +44,13 @@ def save(loaded, store, tokens, **options):
 
 def rows(prompt_cache):
     """Return all rows of a prompt cache in one array."""
-    return mx.stack([mx.stack(cache.keys_and_values()) for cache in prompt_cache])
+    # mlx-lm 0.31 has no `keys_and_values`.
+    sides = [
+        side[:, :, : cache.offset]
+        for cache in prompt_cache
+        for side in (cache.keys, cache.values)
+    ]
+    return mx.stack(sides)
 
 
 def rows_equal(left, right):

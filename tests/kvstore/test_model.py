@@ -173,8 +173,34 @@ def test_mlx_lm_reads_what_is_written(prompt_cache, tmp_path):
     restored, metadata = load_prompt_cache(str(path), return_metadata=True)
     assert [cache.offset for cache in restored] == [5, 5]
     assert metadata == {"model": "a/model", "tokenizer_config": "{}"}
-    keys = restored[1].keys_and_values()[0]
-    assert (keys == prompt_cache[1].keys_and_values()[0]).all().item()
+    keys = [cache[1].keys[:, :, :5] for cache in (restored, prompt_cache)]
+    assert (keys[0] == keys[1]).all().item()
+
+
+def test_live_codes_are_written_decoded(prompt_cache, tmp_path):
+    """mlx-lm knows no cache of codes, so it gets the rows that they stand for."""
+    from mlx_lm.models.cache import load_prompt_cache
+
+    from turboquant.kv_cache import quantize_prompt_cache
+
+    path = tmp_path / "cache.safetensors"
+    coded = quantize_prompt_cache(prompt_cache, "turbo4")
+    write_prompt_cache(path, coded, "a/model")
+    restored = load_prompt_cache(str(path))
+    assert [type(cache).__name__ for cache in restored] == ["KVCache", "KVCache"]
+    keys = coded[1].to_kv_cache().keys[:, :, :5]
+    assert (restored[1].keys[:, :, :5] == keys).all().item()
+
+
+def test_brought_code_runs_only_when_trusted(tiny_model, tmp_path):
+    """A model that names code of its own is refused by every release of mlx-lm."""
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_file": "x.py"}))
+    (tmp_path / "x.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(KVStoreError, match=r"mlx-lm cannot load .*x\.py"):
+        load_model(str(tmp_path))
 
 
 def test_a_cache_file_is_private_and_alone(prompt_cache, tmp_path):

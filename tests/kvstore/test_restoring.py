@@ -43,8 +43,8 @@ def worst_difference(left, right):
     """Return the largest difference relative to the largest number."""
     worst = 0.0
     for a, b in zip(left, right, strict=True):
-        for x, y in zip(a.keys_and_values(), b.keys_and_values(), strict=True):
-            x, y = x.astype(mx.float32), y.astype(mx.float32)
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            x, y = (z[:, :, : a.offset].astype(mx.float32) for z in (x, y))
             gap = mx.abs(x - y).max() / mx.abs(x).max()
             worst = max(worst, gap.item())
     return worst

@@ -78,9 +78,16 @@ def filled(num_tokens, *bits, seed=0):
     return cache
 
 
+def keys_and_values(cache):
+    """Return the rows of a cache; mlx-lm 0.31 has no method for it."""
+    if isinstance(cache, TurboQuantKVCache):
+        return cache.keys_and_values()
+    return [side[:, :, : cache.offset] for side in (cache.keys, cache.values)]
+
+
 def same(left, right):
     """Say whether two caches hold the same rows, bit for bit."""
-    pairs = zip(left.keys_and_values(), right.keys_and_values(), strict=True)
+    pairs = zip(keys_and_values(left), keys_and_values(right), strict=True)
     return all(mx.array_equal(a, b).item() for a, b in pairs)
 
 
@@ -107,7 +114,7 @@ def test_going_on_from_decoded_codes_gives_the_same_next_logits(model):
     coded = quantize_prompt_cache(_prefilled(model, 200), "turbo4")
     decoded = [cache.to_kv_cache() for cache in coded]
     # The row that is fed is exact in the one and coded in the other.
-    rows = [cache.keys_and_values() for cache in decoded]
+    rows = [keys_and_values(cache) for cache in decoded]
     assert all(
         mx.array_equal(a, b).item()
         for cache, pair in zip(coded, rows, strict=True)
@@ -239,7 +246,7 @@ def test_masks_are_those_of_mlx_lm():
 def test_quantizing_leaves_what_went_in(model):
     """The caches that are quantized still hold their own rows."""
     prompt_cache = _prefilled(model, 40)
-    before = [cache.keys_and_values() for cache in prompt_cache]
+    before = [keys_and_values(cache) for cache in prompt_cache]
     other = object()
     with pytest.raises(AttributeError):
         quantize_prompt_cache([*prompt_cache, other], "turbo3")
@@ -247,7 +254,7 @@ def test_quantizing_leaves_what_went_in(model):
     assert [type(cache) for cache in prompt_cache] == [KVCache] * 3
     assert [type(cache) for cache in coded] == [TurboQuantKVCache] * 3
     for cache, rows in zip(prompt_cache, before, strict=True):
-        for a, b in zip(cache.keys_and_values(), rows, strict=True):
+        for a, b in zip(keys_and_values(cache), rows, strict=True):
             assert mx.array_equal(a, b).item()
 
 
