@@ -104,6 +104,8 @@ class Catalog:
         check_name(name)
         with files.locked(self._folder.lock, exclusive=True):
             old = self.find(ref)
+            if old.name == name:
+                return old
             if self.holder(name, old.tip) is not None:
                 raise EntryExistsError(
                     f"the name `{name}` is taken", hint="remove that entry first"

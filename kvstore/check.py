@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .errors import FormatError, IntegrityError
 from .folder import StoreFolder
 from .index import Index, index_identity
 from .indexing import index_folder, is_sound, place_in
-from .types import BlockHash, Finding, FindingKind, Progress, StoredBlock
+from .types import BlockHash, Entry, Finding, FindingKind, Progress, StoredBlock
 
 _SHARD_DAMAGE = ("damaged-shard", "damaged-block")
 
@@ -65,6 +65,8 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
     """
     sound: Sound = {}
     findings: list[Finding] = []
+    # Entries first: the blocks of what is saved from now on are not asked for.
+    found = [(i, _read_entry(folder, i)) for i in entries.list_ids(folder.entries)]
     names = shards.list_shards(folder.shards)
     progress(0, len(names))
     for done, name in enumerate(names, 1):
@@ -72,7 +74,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
         findings += _check_shard(folder, name, whole, sound)
         progress(done, len(names))
     needed: set[BlockHash] = set()
-    findings += _check_entries(folder, sound, needed)
+    findings += _check_entries(folder, found, sound, needed)
     findings += _check_index(folder, set(names), sound, needed)
     return findings
 
@@ -263,6 +265,8 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
     known = set(index.shards())
     for name in sorted(known - on_disk):
         path = folder.shards / name[:2] / f"{name}.safetensors"
+        if path.exists() or name not in index.shards():
+            continue  # added or pruned since the folder was listed
         yield _finding(folder, "missing-shard", path, "the index names it")
     for name in sorted(known & on_disk):
         with suppress(IntegrityError, FormatError, FileNotFoundError):
@@ -277,30 +281,46 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
         yield _finding(folder, "damaged-index", folder.index, detail)
 
 
+def _read_entry(
+    folder: StoreFolder, entry_id: str
+) -> Entry | IntegrityError | FormatError | None:
+    try:
+        return entries.read_entry(folder.entries, entry_id)
+    except (IntegrityError, FormatError) as error:
+        return error
+
+
 def _check_entries(
-    folder: StoreFolder, sound: Sound, needed: set[BlockHash]
+    folder: StoreFolder,
+    found: Sequence[tuple[str, Entry | IntegrityError | FormatError | None]],
+    sound: Sound,
+    needed: set[BlockHash],
 ) -> Iterator[Finding]:
     """Yield entries that cannot be read or lack a block; add their blocks."""
-    for entry_id in entries.list_ids(folder.entries):
+    for entry_id, entry in found:
         path = entries.entry_path(folder.entries, entry_id)
-        try:
-            entry = entries.read_entry(folder.entries, entry_id)
-        except FormatError as error:
-            yield _finding(folder, "newer-format", path, str(error), (entry_id,))
-            continue
-        except IntegrityError as error:
-            found = (entry_id,)
-            yield _finding(folder, "damaged-entry", path, str(error), found)
-            continue
-        block = BlockHash(bytes.fromhex(entry.tip)) if entry else None
-        while entry and block and block.hex() != entry.root:
-            if block not in sound:
-                detail = f"block {block.hex()[:12]} is missing or damaged"
-                found = (entry.name or entry.id,)
-                yield _finding(folder, "missing-block", path, detail, found)
-                break
-            needed.add(block)
-            block = sound[block][1].block.parent
+        if isinstance(entry, FormatError):
+            yield _finding(folder, "newer-format", path, str(entry), (entry_id,))
+        elif isinstance(entry, IntegrityError):
+            yield _finding(folder, "damaged-entry", path, str(entry), (entry_id,))
+        elif entry is not None:
+            lost = _first_lost(entry, sound, needed)
+            # Removed, or saved again, meanwhile: its blocks may have gone or moved.
+            if lost and _read_entry(folder, entry_id) == entry:
+                detail = f"block {lost.hex()[:12]} is missing or damaged"
+                label = (entry.name or entry.id,)
+                yield _finding(folder, "missing-block", path, detail, label)
+
+
+def _first_lost(entry: Entry, sound: Sound, needed: set[BlockHash]) -> BlockHash | None:
+    """Return the last block of an entry that is not sound; note those that are."""
+    block = BlockHash(bytes.fromhex(entry.tip))
+    while block.hex() != entry.root:
+        if block not in sound:
+            return block
+        needed.add(block)
+        block = sound[block][1].block.parent
+    return None
 
 
 def _finding(

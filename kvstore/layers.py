@@ -283,8 +283,10 @@ class RotatingRows:
             kept = [buffers[f"{side}.keep"][:, :, :num_tokens]] if keep else []
             sides.append(mx.concatenate([*kept, window], axis=2))
         cache.offset, cache._idx = num_tokens, sides[0].shape[2]
-        if "index" in buffers and cache._idx == params["max_size"]:
-            cache._idx = int(np.asarray(buffers["index"]).item())
+        index = int(np.asarray(buffers["index"]).item()) if "index" in buffers else -1
+        # Anything else is no place where it could have wrapped.
+        if cache._idx == params["max_size"] > index >= keep:
+            cache._idx = index
             sides = [_rolled(side, keep, cache._idx) for side in sides]
         cache.keys, cache.values = sides
         return cache

@@ -10,8 +10,8 @@ from . import prompt_cache as caches
 from .codecs import get_codec, lossless_twin
 from .errors import CodecError, FormatError, IntegrityError
 from .folder import StoreFolder
-from .hashing import common_run, hash_root, split_tokens
-from .index import Index
+from .hashing import common_run, hash_block_tokens, hash_root, split_tokens
+from .index import MAX_CHILDREN, Index
 from .layout import group_layers, has_only_rows, layout_from_json
 from .reading import Reader
 from .restoring import Restoring, start_restoring
@@ -106,7 +106,7 @@ class Loader:
             IntegrityError: One is missing or damaged.
         """
         chain = self._reader.chain(entry)
-        layout = layout_from_json(self._reader.layout(entry))
+        layout = layout_from_json(self._reader.origin(entry).layout)
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
         tokens = [token for _, stored in chain for token in stored.block.tokens]
@@ -225,6 +225,7 @@ class Loader:
         try:
             blocks = [self._reader.stored(place) for place in hit.places]
         except (IntegrityError, FormatError) as error:
+            self._raise_if_index(error)
             return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
         found = next(
             replace(hit, places=places, num_tokens=stop)
@@ -277,11 +278,20 @@ class Loader:
         self, request: Request, parent: BlockHash, rest: Sequence[int]
     ) -> list[Child]:
         """Return the blocks behind ``parent`` that share tokens with ``rest``."""
+        places = self._index.children(parent, rest[0]) if rest else []
+        if len(places) == MAX_CHILDREN:
+            places += self._whole_tails(parent, rest)
         return [
             (common_run(stored.block.tokens, rest), place, stored)
-            for place in (self._index.children(parent, rest[0]) if rest else ())
+            for place in places
             if (stored := self._stored(place)) is not None
         ]
+
+    def _whole_tails(self, parent: BlockHash, rest: Sequence[int]) -> list[Place]:
+        """Return the tails that are wholly a prefix of ``rest``: few are looked up."""
+        lengths = range(1, min(len(rest), self._folder.block_size - 1) + 1)
+        hashes = (hash_block_tokens(parent, rest[:length]) for length in lengths)
+        return [place for h in hashes if (place := self._index.place(h)) is not None]
 
     def _stored(self, place: Place) -> StoredBlock | None:
         """Return a block's row in its shard; ``None`` where that is damaged."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from . import shards
 from .errors import IntegrityError, StoreLockedError
-from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .index import Index
 from .indexing import header_root, is_sound, place_in
-from .types import BlockHash, Entry, Place, ShardHeader, StoredBlock
+from .types import BlockHash, Entry, Origin, Place, ShardHeader, StoredBlock
 
 _MAX_HEADERS = 64
 
@@ -63,25 +61,15 @@ class Reader:
             raise IntegrityError("the entry's first block is not a first block")
         return found[::-1]
 
-    def fingerprint(self, entry: Entry) -> Fingerprint:
-        """Return the fingerprint of what computed an entry.
+    def origin(self, entry: Entry) -> Origin:
+        """Return what computed an entry.
 
         Raises:
             IntegrityError: Its last block is missing or damaged.
         """
         place = self._place(entry.tip)
         with self._healing(place.shard):
-            return Fingerprint(self._header(place.shard).origin.fingerprint)
-
-    def layout(self, entry: Entry) -> Any:
-        """Return the JSON value that describes an entry's layers.
-
-        Raises:
-            IntegrityError: Its last block is missing or damaged.
-        """
-        place = self._place(entry.tip)
-        with self._healing(place.shard):
-            return self._header(place.shard).origin.layout
+            return self._header(place.shard).origin
 
     def _place(self, block: str) -> Place:
         place = self._index.place(BlockHash(bytes.fromhex(block)))

@@ -173,14 +173,17 @@ class DeviceRestoring:
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Join the blocks of each layer, with room for the next token."""
-        joined = [
-            {
-                name: self._join(layer, name, spec, pieces.pop(name))
-                for name, spec in layer.rows
-                if name in pieces
-            }
-            for layer, pieces in zip(self._target.layers, self._pieces, strict=True)
-        ]
+        joined = []
+        for layer, pieces in zip(self._target.layers, self._pieces, strict=True):
+            joined.append(
+                {
+                    name: self._join(layer, name, spec, pieces.pop(name))
+                    for name, spec in layer.rows
+                    if name in pieces
+                }
+            )
+            # Layer by layer, so that the pieces of one go before the next is joined.
+            mx.eval(joined[-1])
         return _build(self._layout, joined, num_tokens, provenance)
 
     def _join(

@@ -332,7 +332,9 @@ class Store:
             IntegrityError: Its last block is missing or damaged.
         """
         entry = self.entry(ref)
-        return self._with_index(lambda: self._reader().fingerprint(entry))
+        return self._with_index(
+            lambda: Fingerprint(self._reader().origin(entry).fingerprint)
+        )
 
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
         """Say whether an entry is of this tenant and of such caches, empty or not.
@@ -519,7 +521,7 @@ class Store:
         """Refuse an entry that another model made."""
         if given is None:
             return
-        stored = self._reader().fingerprint(entry)
+        stored = Fingerprint(self._reader().origin(entry).fingerprint)
         difference = stored.difference(given)
         if difference:
             raise FingerprintError(

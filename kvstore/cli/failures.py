@@ -72,6 +72,9 @@ def explain(error: Exception) -> Failure:
     match error:
         case KVStoreError():
             return Failure(str(error), error.hint or _TRACE_HINT, error.exit_code)
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.message)
+            return Failure("no verb is given", "`kvstore -h` lists them", USAGE)
         case click.UsageError():
             return _explain_usage(error)
         case click.ClickException():

@@ -102,17 +102,22 @@ def prune(
     """
     output = output_of(context)
     store = open_store(context)
+    sizes = [size for size in (max_size, limit) if size is not None]
+    plan = store.plan_prune(
+        max_bytes=min(sizes, default=None),
+        older_than_s=older_than,
+        named=named,
+        now=now,
+    )
+    is_needed = bool(plan.entries or plan.freed_bytes or plan.leftovers)
+    is_asked = is_needed and not dry_run
+    question = f"prune {_describe(plan)}?"
+    if is_asked and not output.confirm(question, is_answered=yes):
+        raise KVStoreError("nothing was removed", hint="`-y` confirms")
     if limit is not None and not dry_run:
         store.set_limit(limit)
-    plan = store.plan_prune(
-        max_bytes=max_size, older_than_s=older_than, named=named, now=now
-    )
-    if dry_run or not (plan.entries or plan.freed_bytes or plan.leftovers):
-        _print_pruned(output, plan, plan.freed_bytes, dry_run)
-        return
-    if not output.confirm(f"prune {_describe(plan)}?", is_answered=yes):
-        raise KVStoreError("nothing was removed", hint="`-y` confirms")
-    _print_pruned(output, plan, plan.execute(), dry_run)
+    freed = plan.execute() if is_asked else plan.freed_bytes
+    _print_pruned(output, plan, freed, dry_run)
 
 
 @click.command(cls=Verb)

@@ -399,3 +399,17 @@ def test_a_fingerprint_survives_a_shard(tmp_path, store_path, caches, model):
         stored = store.fingerprint_of("x")
     assert stored == given
     assert stored.difference(given) is None
+
+
+def test_the_strength_of_an_adapter_counts():
+    """Two live models that differ in a scalar of a module differ."""
+
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.weight = mx.ones((2, 2))
+            self.scale = scale
+
+    one, other, same = (Fingerprint.of(Scaled(s)) for s in (1.0, 20.0, 1.0))
+    assert one != other
+    assert one == same

@@ -66,7 +66,7 @@ def test_prune_evicts_down_to_a_size(run):
 )
 def test_sizes_are_decimal(run, text, nbytes):
     """A size is read with its unit, and the limit is kept."""
-    run("prune", "--limit", text)
+    run("prune", "--limit", text, "-y")
     assert run("stats")["max_bytes"] == nbytes
 
 

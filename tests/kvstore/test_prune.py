@@ -269,3 +269,86 @@ def test_stats_count_what_was_not_recomputed(store_path, caches, save):
 def test_the_grace_is_an_hour():
     """Unreachable blocks are kept for an hour."""
     assert prune.GRACE_S == 3600
+
+
+def test_a_shard_published_again_while_it_is_pruned_stays(
+    store_path, caches, save, monkeypatch
+):
+    """A save between the removal of rows and of the file keeps the file."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        tokens, cache = save(store, 2, 1, name="x")
+        store.remove("x")
+        plan = store.plan_prune(now=True)
+        remove = prune.Pruner._remove_unknown
+
+        def saved_before(self, name):
+            with kvstore.Store(store_path, codec="raw") as other:
+                other._folder.lock.unlink()  # or it would wait for the pruner
+                other.save(tokens, cache, caches.MODEL, name="again")
+            remove(self, name)
+
+        monkeypatch.setattr(prune.Pruner, "_remove_unknown", saved_before)
+        plan.execute()
+        restored, _ = store.load_entry("again", caches.MODEL)
+    assert caches.rows_of(restored) == caches.rows_of(cache)
+
+
+def test_a_pinned_entry_without_a_name_stays(store_path, save):
+    """A pin holds for entries without a name too."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        save(store, 2, 1)
+        store.pin(store.entries()[0].id)
+        store.plan_prune(max_bytes=0).execute()
+        assert len(store.entries()) == 1
+
+
+def test_staged_files_of_a_live_save_stay(store_path, save):
+    """Not even `now` takes a file that a save is writing."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        save(store, 2, 1)
+        staged = store_path / "tmp" / "live"
+        staged.write_bytes(b"x")
+        store.plan_prune(now=True).execute()
+        assert staged.exists()
+
+
+def test_a_damaged_entry_protects_what_is_left_of_it(store_path, caches, save):
+    """While an entry lacks a block, nothing that it may need is freed."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        rows = caches.random_rows(64, 1)
+        for length in (16, 32, 48, 64):
+            cache = caches.grow(None, rows[..., :length, :])
+            store.save(list(range(length)), cache, caches.MODEL, name="x")
+        third = store.chain("x")[2][0]
+        next(store_path.glob(f"shards/*/{third.shard}.safetensors")).unlink()
+        store.plan_prune(now=True).execute()
+        restored, rest = store.load([*range(64), -1], caches.MODEL)
+    assert len(rest) == 33
+    assert caches.rows_of(restored) == caches.rows_of(cache, 0, 32)
+
+
+def test_prune_now_removes_a_conversation_from_a_shared_shard(store_path, caches, save):
+    """After `rm` and `prune --now`, only what another entry needs is held."""
+    rows = caches.random_rows(64, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        tokens = list(range(64))
+        store.save(tokens, caches.grow(None, rows), caches.MODEL, name="secret")
+        short = caches.grow(None, rows[..., :48, :])
+        store.save(tokens[:48], short, caches.MODEL, name="short")
+        store.remove("secret")
+        store.plan_prune(now=True).execute()
+        assert store.lookup([*tokens, -1], caches.MODEL).num_tokens == 48
+
+
+def test_another_index_in_its_place_is_noticed(store_path, caches, save):
+    """A process goes on with the index that another has put there."""
+    with (
+        kvstore.Store(store_path, codec="raw") as first,
+        kvstore.Store(store_path, codec="raw") as second,
+    ):
+        save(first, 2, 1, name="a")
+        second.repair()
+        (store_path / "index.sqlite").unlink()
+        second.load([1], caches.MODEL)
+        conversation = save(first, 2, 2, name="b")
+        assert is_held(second, caches, conversation)
