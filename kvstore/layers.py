@@ -400,7 +400,7 @@ class States:
         return cache
 
 
-KINDS: tuple[Kind, ...] = (
+_KINDS: list[Kind] = [
     PlainRows(),
     ConcatenatedRows(),
     AffineRows(),
@@ -408,7 +408,22 @@ KINDS: tuple[Kind, ...] = (
     RotatingRows(),
     ChunkedRows(),
     States(),
-)
+]
+
+
+def register(kind: Kind) -> None:
+    """Have the store keep a class of cache from outside mlx-lm.
+
+    Derive from the kind here that is most like it, and say in ``owns`` which class is
+    meant. What is stored bears the kind's ``name``; every process that loads it must
+    register the kind too.
+
+    Raises:
+        ValueError: There is a kind of this name.
+    """
+    if any(known.name == kind.name for known in _KINDS):
+        raise ValueError(f"there is a kind of cache named {kind.name!r} already")
+    _KINDS.append(kind)
 
 
 def kind_named(name: str) -> Kind:
@@ -417,7 +432,7 @@ def kind_named(name: str) -> Kind:
     Raises:
         ValueError: There is none.
     """
-    for kind in KINDS:
+    for kind in _KINDS:
         if kind.name == name:
             return kind
     raise ValueError(f"class {name!r}")
@@ -429,10 +444,10 @@ def kind_of(number: int, cache: Any) -> Kind:
     Raises:
         UnsupportedCacheError: It is of a class that cannot be stored.
     """
-    for kind in KINDS:
+    for kind in _KINDS:
         if kind.owns(cache):
             return kind
-    names = ", ".join(kind.name for kind in KINDS)
+    names = ", ".join(kind.name for kind in _KINDS)
     raise UnsupportedCacheError(
         f"layer {number} is a {type(cache).__name__}, which cannot be stored",
         hint=f"models whose layers are all of these can be stored: {names}",

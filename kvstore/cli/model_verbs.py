@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @options.codec
 @options.replace
 @options.prefill_step_size
+@options.checkpoint_every
 @click.pass_context
 @gathered("model", ModelOptions)
 @gathered("prompt", PromptOptions)
@@ -46,6 +47,7 @@ def save(
     codec: str | None,
     replace: bool,
     prefill_step_size: int,
+    checkpoint_every: int,
 ) -> None:
     """Compute the prompt cache of a prompt and keep it.
 
@@ -69,6 +71,7 @@ def save(
             name=name,
             replace=replace,
             prefill_step_size=prefill_step_size,
+            checkpoint_every=checkpoint_every,
             load_progress=bars.bar("restore"),
             prompt_progress_callback=bars.bar("prefill"),
             save_progress=bars.bar("save"),
@@ -117,6 +120,7 @@ def save(
 @click.option("--seed", metavar="N", type=int, help="Seed of the sampling.")
 @options.kv_bits
 @options.prefill_step_size
+@options.checkpoint_every
 @click.pass_context
 @gathered("sampling", options.SamplingOptions)
 @gathered("model", ModelOptions)
@@ -131,6 +135,7 @@ def generate(
     replace: bool,
     max_tokens: int,
     prefill_step_size: int,
+    checkpoint_every: int,
     kv_bits: int | str | None,
 ) -> None:
     """Go on from what is kept, generate text, and keep the result.
@@ -158,6 +163,7 @@ def generate(
             max_tokens=max_tokens,
             sampler=sampling.make_sampler(),
             prefill_step_size=prefill_step_size,
+            checkpoint_every=checkpoint_every,
             kv_bits=kv_bits,
             load_progress=bars.bar("restore"),
             prompt_progress_callback=bars.bar("prefill"),

@@ -239,6 +239,14 @@ prefill_step_size = click.option(
     show_default=True,
     help="Prompt tokens to compute at a time; fewer take less memory.",
 )
+checkpoint_every = click.option(
+    "--checkpoint-every",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    help="Of a model with recurrent layers, keep the state every N prompt tokens.",
+)
 kv_bits = click.option(
     "--kv-bits",
     metavar="BITS",

@@ -206,3 +206,33 @@ def test_a_window_that_lacks_rows_is_refused(store_path, caches):
     ):
         store.save(list(range(300)), [cache], caches.MODEL)
     assert store.entries() == []
+
+
+def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch):
+    """A registered class is stored and comes back as itself; a name is taken once."""
+    from kvstore import layers
+
+    class Outside(KVCache):
+        pass
+
+    class OutsideRows(layers.PlainRows):
+        name = "Outside"
+
+        def owns(self, cache):
+            return type(cache) is Outside
+
+        def build(self, layout, buffers, num_tokens):
+            cache = super().build(layout, buffers, num_tokens)
+            cache.__class__ = Outside
+            return cache
+
+    monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
+    layers.register(OutsideRows())
+    with pytest.raises(ValueError, match="already"):
+        layers.register(OutsideRows())
+    cache = extended([Outside()], caches.random_rows(20, 1, layers=1))
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(list(range(20)), cache, caches.MODEL, name="x")
+        restored, _ = store.load_entry("x", caches.MODEL)
+    assert type(restored[0]) is Outside
+    assert fetched(restored) == fetched(cache)
