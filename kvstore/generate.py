@@ -301,13 +301,17 @@ class _Run:
                 progress(done, total)
             # At the end the cache may be a token ahead already.
             if 0 < done < total:
-                self._save_blocks(done)
+                self._save_blocks(done, is_last=done == total - 1)
 
         return note
 
-    def _save_blocks(self, done: int) -> None:
-        """Store what a long prefill has computed so far."""
-        due = done >= self._next_checkpoint
+    def _save_blocks(self, done: int, *, is_last: bool) -> None:
+        """Store what a long prefill has computed so far.
+
+        The next turn may render the reply otherwise, so that the end of this one is no
+        prefix of it; the end of the prompt is.
+        """
+        due = is_last or done >= self._next_checkpoint
         if due:
             self._next_checkpoint = done + self._checkpoint_every
         try:

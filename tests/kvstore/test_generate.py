@@ -382,3 +382,23 @@ def test_a_quantized_live_cache_is_kept_as_its_codes(
     again = say([*PROMPT, *first], 4)
     assert len(again) == 4
     assert tokens == [*PROMPT, *first][: len(tokens)]
+
+
+def test_a_recurrent_model_is_resumed_at_the_end_of_the_prompt(store, caches):
+    """Where the reply is rendered otherwise, the prompt's own state is still found."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parent / "architectures.py"
+    spec = importlib.util.spec_from_file_location("kvstore_tests_architectures", path)
+    architectures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architectures)
+    model = architectures.make_model("falcon_h1")
+    prompt = [i % 50 + 3 for i in range(40)]
+    save_prompt(model, prompt, store=store, fingerprint=caches.MODEL)
+    match = store.lookup([*prompt[:-1], 1, 2, 3], caches.MODEL)
+    assert match.num_tokens == 39
+    entry, restored = save_prompt(
+        model, [*prompt[:-1], 1, 2, 3], store=store, fingerprint=caches.MODEL
+    )
+    assert (entry.num_tokens, restored) == (42, 39)
