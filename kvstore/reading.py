@@ -94,7 +94,10 @@ class Reader:
         Raises:
             IntegrityError: The shard is missing or damaged, or lacks a block.
         """
-        with self._healing(shard), self._open(shard) as opened:
+        with (
+            self._healing(shard),
+            shards.open_shard(self._folder.shards, shard) as opened,
+        ):
             # First, since an index that lies is no reason to distrust a shard.
             blocks = [self._find(opened.header, place) for place in places]
             if header_root(opened.header) != root:
@@ -104,15 +107,10 @@ class Reader:
                 )
             yield from zip(blocks, opened.read(blocks), strict=True)
 
-    @contextmanager
-    def _open(self, shard: str) -> Iterator[shards.OpenShard]:
-        with shards.open_shard(self._folder.shards, shard) as opened:
-            yield opened
-
     def _header(self, shard: str) -> ShardHeader:
         """Return a shard's header; shards never change, so it is read once."""
         if shard not in self._headers:
-            with self._open(shard) as opened:
+            with shards.open_shard(self._folder.shards, shard) as opened:
                 self._headers[shard] = opened.header
             if len(self._headers) > _MAX_HEADERS:
                 self._headers.popitem(last=False)

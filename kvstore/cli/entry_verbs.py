@@ -194,13 +194,17 @@ def _fingerprint(model: str | None, adapter_path: str | None) -> Fingerprint | N
     return fingerprint_model(model, adapter_path)
 
 
-def _describe(entries: Sequence[Entry]) -> str:
+def name_entries(entries: Sequence[Entry]) -> str:
+    """Return how many entries there are, and what the first are called."""
     names = ", ".join(entry_label(entry) for entry in entries[:3])
     more = f" and {len(entries) - 3:,} more" if len(entries) > 3 else ""
+    return f"{format_count(len(entries), 'entry')}: {names}{more}"
+
+
+def _describe(entries: Sequence[Entry]) -> str:
     tokens = format_count(sum(entry.num_tokens for entry in entries), "token")
     nbytes = format_bytes(sum(entry.nbytes for entry in entries))
-    count = format_count(len(entries), "entry")
-    return f"{count}: {names}{more}: {tokens}, {nbytes} of blocks"
+    return f"{name_entries(entries)}: {tokens}, {nbytes} of blocks"
 
 
 def _print_removed(output: Output, entries: Sequence[Entry], dry_run: bool) -> None:

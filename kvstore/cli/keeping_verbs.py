@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +11,9 @@ import click
 from ..errors import KVStoreError
 from ..output import Output, format_bytes, format_count, format_fields
 from ..prune import PrunePlan
-from ..types import Entry, Stats
+from ..types import Stats
 from . import options
-from .entry_verbs import entry_data, entry_label
+from .entry_verbs import entry_data, entry_label, name_entries
 from .root import Verb, open_store, output_of
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -159,14 +158,8 @@ def pin(context: click.Context, ref: str, off: bool) -> None:
 def _describe(plan: PrunePlan) -> str:
     text = f"{format_bytes(plan.freed_bytes)} of {format_bytes(plan.nbytes)}"
     if plan.entries:
-        text += f", with {_name(plan.entries)}"
+        text += f", with {name_entries(plan.entries)}"
     return text
-
-
-def _name(entries: Sequence[Entry]) -> str:
-    names = ", ".join(entry_label(entry) for entry in entries[:3])
-    more = f" and {len(entries) - 3:,} more" if len(entries) > 3 else ""
-    return f"{format_count(len(entries), 'entry')}: {names}{more}"
 
 
 def _print_pruned(
@@ -175,7 +168,9 @@ def _print_pruned(
     done = "would free" if dry_run else "freed"
     text = f"{done} {format_bytes(freed_bytes)} of {format_bytes(plan.nbytes)}"
     if plan.entries:
-        text += f"; {'would evict' if dry_run else 'evicted'} {_name(plan.entries)}"
+        text += (
+            f"; {'would evict' if dry_run else 'evicted'} {name_entries(plan.entries)}"
+        )
     data = {
         "dry_run": dry_run,
         "freed_bytes": freed_bytes,
