@@ -64,7 +64,10 @@ class Fingerprint:
 
     @classmethod
     def from_path(
-        cls, path: str | Path, adapter_path: str | Path | None = None
+        cls,
+        path: str | Path,
+        adapter_path: str | Path | None = None,
+        draft_path: str | Path | None = None,
     ) -> Fingerprint:
         """Return the fingerprint of a model folder, without loading its weights.
 
@@ -73,21 +76,20 @@ class Fingerprint:
         Args:
             path: Folder with ``config.json`` and safetensors files.
             adapter_path: Folder with ``adapters.safetensors``, if one is used.
+            draft_path: Folder of a draft model whose caches follow the model's.
 
         Raises:
             KVStoreError: A folder is not what it should be.
         """
-        folder = Path(path)
         memory = _Memory(files.cache_home() / _MEMORY_NAME)
-        weights = _weight_files(folder)
         fields: JSON = {
             "version": VERSION,
             "source": "files",
-            "weights": memory.digest_files(weights),
-            "config": _read_config(folder / "config.json"),
-            "code": memory.digest_files(sorted(folder.glob("*.py"))),
+            **_read_model(Path(path), memory),
             "adapter": _digest_adapter(adapter_path, memory),
         }
+        if draft_path is not None:
+            fields["draft"] = _read_model(Path(draft_path), memory)
         memory.keep()
         return cls(fields, label=str(path))
 
@@ -115,6 +117,15 @@ class Fingerprint:
             other: The fingerprint given, where this is the stored one.
         """
         return _first_difference("", self.fields, other.fields)
+
+
+def _read_model(folder: Path, memory: _Memory) -> JSON:
+    """Return what the numbers of a model in a folder depend on."""
+    return {
+        "weights": memory.digest_files(_weight_files(folder)),
+        "config": _read_config(folder / "config.json"),
+        "code": memory.digest_files(sorted(folder.glob("*.py"))),
+    }
 
 
 def _plain_config(config: Any) -> Any:

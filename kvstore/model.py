@@ -107,13 +107,21 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
         raise _cannot_load(model, error) from error
 
 
-def fingerprint_model(model: str, adapter_path: str | None = None) -> Fingerprint:
+def fingerprint_model(
+    model: str, adapter_path: str | None = None, draft_model: str | None = None
+) -> Fingerprint:
     """Return a model's fingerprint, labelled with the name it was given by.
+
+    Args:
+        model: A folder, or a repository on the Hugging Face Hub.
+        adapter_path: Folder with an adapter's weights and configuration.
+        draft_model: The same of a draft model, whose caches follow the model's.
 
     Raises:
         KVStoreError: There is no such model or adapter.
     """
-    fingerprint = Fingerprint.from_path(find_model(model), adapter_path)
+    draft = None if draft_model is None else find_model(draft_model)
+    fingerprint = Fingerprint.from_path(find_model(model), adapter_path, draft)
     return replace(fingerprint, label=model)
 
 

@@ -127,6 +127,17 @@ def test_what_changes_no_number_does_not_matter(model, change):
     assert before == Fingerprint.from_path(model)
 
 
+def test_a_draft_model_matters(model, tmp_path):
+    """The caches of a draft model follow the model's, so it is part of the whole."""
+    draft = shutil.copytree(model, tmp_path / "draft")
+    alone = Fingerprint.from_path(model)
+    both = Fingerprint.from_path(model, None, draft)
+    assert alone.digest != both.digest
+    (draft / "model-1.safetensors").write_bytes(b"other weights")
+    other = Fingerprint.from_path(model, None, draft)
+    assert both.difference(other).startswith("draft.weights: stored ")
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapters.safetensors"])
 def test_an_adapter_matters(model, adapter, name):
     """With, without, and with another adapter are three fingerprints."""
