@@ -6,9 +6,7 @@ only over a chain that is whole at that moment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from . import files
 from .catalog import Catalog, make_entry
@@ -19,8 +17,9 @@ from .index import Index
 from .indexing import confirm_folder
 from .prune import Policy, plan_prune
 from .reading import Reader
-from .saving import Chain, Saver
-from .types import Entry, Progress
+from .saving import Saver
+from .snapshot import Chain, Snapshot
+from .types import Block, Entry, Progress
 
 # How often blocks that `prune` takes away meanwhile are written again.
 _TRIES = 3
@@ -31,38 +30,43 @@ class Committer:
 
     Args:
         folder: The store.
+        reader: Reads its blocks.
         index: Its index.
         catalog: Its entries.
         codec: For full blocks.
     """
 
     def __init__(
-        self, folder: StoreFolder, index: Index, catalog: Catalog, codec: Codec
+        self,
+        folder: StoreFolder,
+        reader: Reader,
+        index: Index,
+        catalog: Catalog,
+        codec: Codec,
     ) -> None:
         self._folder = folder
+        self._reader = reader
         self._index = index
         self._catalog = catalog
         self._codec = codec
 
     def save(
         self,
-        chain: Chain,
-        prompt_cache: Sequence[Any],
+        snapshot: Snapshot,
         *,
         name: str | None,
         replace: bool,
-        model: str,
         progress: Progress,
     ) -> Entry:
-        """Write what is missing of a chain, and its entry.
+        """Write what is missing of a prompt cache, and its entry.
 
         Raises:
             EntryExistsError: The name belongs to something else.
         """
-        self._replaceable(name, chain, replace)
+        self._replaceable(name, snapshot.chain, replace)
         for _ in range(_TRIES):
-            self.write_blocks(chain, prompt_cache, chain.num_tokens, progress)
-            entry = self._commit(name, chain, model, replace)
+            self.write_blocks(snapshot, progress)
+            entry = self._commit(name, snapshot.chain, snapshot.model, replace)
             if entry is not None:
                 return entry
         raise IntegrityError(
@@ -70,19 +74,16 @@ class Committer:
             hint="is something else removing files from it?",
         )
 
-    def write_blocks(
-        self,
-        chain: Chain,
-        prompt_cache: Sequence[Any],
-        tip: int | None,
-        progress: Progress,
-    ) -> None:
-        """Write what is missing of a chain; states only at position ``tip``."""
-        reader = Reader(self._folder, self._index)
-        saver = Saver(
-            self._folder, reader, self._index, self._codec, prompt_cache, chain, tip
-        )
-        saver.write_missing(self._make_room, progress)
+    def write_blocks(self, snapshot: Snapshot, progress: Progress) -> None:
+        """Write what is missing of a prompt cache."""
+        self._saver(snapshot).write_missing(self._make_room, progress)
+
+    def missing(self, snapshot: Snapshot) -> list[Block]:
+        """Return the blocks that would be written."""
+        return self._saver(snapshot).missing()
+
+    def _saver(self, snapshot: Snapshot) -> Saver:
+        return Saver(self._folder, self._reader, self._index, self._codec, snapshot)
 
     def _replaceable(
         self, name: str | None, chain: Chain, replace: bool

@@ -17,7 +17,10 @@ from .index import Index
 from .indexing import header_root, is_sound, place_in
 from .types import BlockHash, Entry, Origin, Place, ShardHeader, StoredBlock
 
-_MAX_HEADERS = 64
+_MAX_HEADERS = 256
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
 
 
 class Reader:
@@ -26,12 +29,15 @@ class Reader:
     Args:
         folder: The store.
         index: Its index.
+
+    Attributes:
+        index: The same.
     """
 
     def __init__(self, folder: StoreFolder, index: Index) -> None:
+        self.index = index
         self._folder = folder
-        self._index = index
-        self._headers: OrderedDict[str, ShardHeader] = OrderedDict()
+        self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
 
     def stored(self, place: Place) -> StoredBlock:
         """Return what a shard's header says of a block.
@@ -72,7 +78,7 @@ class Reader:
             return self._header(place.shard).origin
 
     def _place(self, block: str) -> Place:
-        place = self._index.place(BlockHash(bytes.fromhex(block)))
+        place = self.index.place(BlockHash(bytes.fromhex(block)))
         if place is None:
             raise IntegrityError(
                 f"block {block[:12]} is missing",
@@ -108,13 +114,17 @@ class Reader:
             yield from zip(blocks, opened.read(blocks), strict=True)
 
     def _header(self, shard: str) -> ShardHeader:
-        """Return a shard's header; shards never change, so it is read once."""
-        if shard not in self._headers:
-            with shards.open_shard(self._folder.shards, shard) as opened:
-                self._headers[shard] = opened.header
-            if len(self._headers) > _MAX_HEADERS:
-                self._headers.popitem(last=False)
-        return self._headers[shard]
+        """Return a shard's header, read once for as long as nobody touches the file."""
+        status = shards.shard_path(self._folder.shards, shard).stat()
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        kept = self._headers.get(shard)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        with shards.open_shard(self._folder.shards, shard) as opened:
+            self._headers[shard] = (stamp, opened.header)
+        if len(self._headers) > _MAX_HEADERS:
+            self._headers.popitem(last=False)
+        return opened.header
 
     def _find(self, header: ShardHeader, place: Place) -> StoredBlock:
         """Return a block of a shard that is what the index says of it.
@@ -123,7 +133,8 @@ class Reader:
             IntegrityError: It is not, so the index is damaged.
         """
         for stored in header.blocks:
-            if place_in(place.shard, stored) == place and is_sound(stored):
+            is_it = stored.block.hash == place.hash  # at once for nearly all
+            if is_it and place_in(place.shard, stored) == place and is_sound(stored):
                 return stored
         raise IntegrityError(
             f"the index is damaged: shard {place.shard[:12]} does not hold block"
@@ -162,11 +173,11 @@ class Reader:
         """Drop a block, or all of a shard, from the index."""
         self._headers.pop(shard, None)
         try:
-            with self._index.transaction():
+            with self.index.transaction():
                 if block is None:
-                    self._index.drop_shard(shard)
+                    self.index.drop_shard(shard)
                 else:
-                    self._index.drop_block(BlockHash(bytes.fromhex(block)), shard)
+                    self.index.drop_block(BlockHash(bytes.fromhex(block)), shard)
         except (StoreLockedError, OSError):
             return  # read-only or busy: the next reader finds the same and tries again
 

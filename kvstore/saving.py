@@ -4,81 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 from . import prompt_cache as caches
 from . import shards
-from .codecs import Codec, Rows, lossless_twin
+from .codecs import Codec, lossless_twin
 from .errors import FormatError, IntegrityError
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
-from .hashing import hash_block_tokens, hash_root, split_tokens
 from .index import STATE_EXTRAS, Index, is_better
 from .indexing import index_shard
-from .layout import Group, flatten, group_layers, layout_to_json
+from .layout import group_layers
 from .reading import Reader
-from .types import (
-    Block,
-    BlockHash,
-    EncodedBlock,
-    Entry,
-    Layout,
-    Origin,
-    Part,
-    Place,
-    Progress,
-    Provenance,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The blocks of one sequence, in order.
-
-    Attributes:
-        root: What the first block has as parent.
-        layout: How the prompt cache is built.
-        origin: What computed their rows.
-        blocks: The blocks; the last may be a tail.
-    """
-
-    root: BlockHash
-    layout: Layout
-    origin: Origin
-    blocks: tuple[Block, ...]
-
-    @property
-    def tip(self) -> BlockHash:
-        """Hash of the last block."""
-        return self.blocks[-1].hash
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return self.blocks[-1].start + len(self.blocks[-1].tokens)
-
-    @property
-    def has_states(self) -> bool:
-        """Whether there are layers that can be restored at checkpoints only."""
-        specs = (spec for layer in flatten(self.layout) for _, spec in layer.rows)
-        return any(spec.kind == "state" for spec in specs)
-
-    def without_tail(self, block_size: int) -> Chain | None:
-        """Return the full blocks only, or ``None`` where there are none."""
-        full = tuple(b for b in self.blocks if len(b.tokens) == block_size)
-        return replace(self, blocks=full) if full else None
-
-    def continues(self, entry: Entry) -> bool:
-        """Say whether an entry's tokens and model are those that this starts with."""
-        if entry.root != self.root.hex() or entry.num_tokens > self.num_tokens:
-            return False
-        size = len(self.blocks[0].tokens)
-        whole, rest = divmod(entry.num_tokens, size)
-        if not rest:
-            return entry.tip == self.blocks[whole - 1].hash.hex()
-        block = self.blocks[whole]
-        return entry.tip == hash_block_tokens(block.parent, block.tokens[:rest]).hex()
+from .snapshot import Snapshot
+from .types import Block, EncodedBlock, Part, Place, Progress
 
 
 class Saver:
@@ -89,9 +27,7 @@ class Saver:
         reader: Reads its blocks.
         index: Its index.
         codec: For full blocks; a tail is stored lossless.
-        prompt_cache: mlx-lm's caches.
-        chain: Its blocks, or the leading ones.
-        tip: Where its states are to be stored: how many tokens it holds, or ``None``.
+        snapshot: What is to be saved.
     """
 
     def __init__(
@@ -100,23 +36,22 @@ class Saver:
         reader: Reader,
         index: Index,
         codec: Codec,
-        prompt_cache: Sequence[Any],
-        chain: Chain,
-        tip: int | None,
+        snapshot: Snapshot,
     ) -> None:
         self._folder = folder
         self._reader = reader
         self._index = index
-        self._codec = codec
-        self._chain = chain
-        self._tip = tip
-        self._groups = group_layers(chain.layout)
-        self._held = caches.hold(prompt_cache)
-        if not any(
-            name in caches.CODABLE for g in self._groups for name, _ in g.layout.rows
-        ):
-            self._codec = lossless_twin(codec)
-        self._provenance: Provenance = caches.read_provenance(prompt_cache)
+        self._snapshot = snapshot
+        self._chain = snapshot.chain
+        self._rows = snapshot.rows
+        self._groups = group_layers(snapshot.chain.layout)
+        names = {name for group in self._groups for name, _ in group.layout.rows}
+        is_codable = not names.isdisjoint(caches.CODABLE)
+        self._codec = codec if is_codable else lossless_twin(codec)
+
+    def missing(self) -> list[Block]:
+        """Return the blocks that the store lacks, or has no copy of as good as ours."""
+        return [block for block in self._snapshot.blocks if self._is_wanted(block)]
 
     def write_missing(
         self, make_room: Callable[[int], None], progress: Progress
@@ -131,8 +66,7 @@ class Saver:
         """
         total = sum(len(block.tokens) for block in self._chain.blocks)
         progress(0, total)
-        wanted = [block for block in self._chain.blocks if self._is_wanted(block)]
-        for batch in self._batches(wanted):
+        for batch in self._batches(self.missing()):
             self._write(batch, make_room)
             last = batch[-1].block
             progress(last.start + len(last.tokens), total)
@@ -168,36 +102,25 @@ class Saver:
             with self._index.transaction():
                 self._index.add_root(root[0], digest, origin.tenant, root[1])
 
-    def _rows(self, block: Block) -> Iterator[tuple[int, Group, str, Rows]]:
-        """Yield what there is of a block: group and its number, array, rows."""
-        stop = block.start + len(block.tokens)
-        at_tip = stop == self._tip
-        for number, group in enumerate(self._groups):
-            found = caches.rows_held(self._held, group, block.start, stop, at_tip)
-            for name, rows in found:
-                yield number, group, name, rows
-
     def _num_extras(self, block: Block) -> int:
         """Return how much of windows and states there is of a block.
 
         More rows are those before too, in every layer; a state outweighs all rows.
         """
-        found = [
-            (group.spec(name).kind, rows) for _, group, name, rows in self._rows(block)
-        ]
-        num_rows = sum(rows.shape[2] for kind, rows in found if kind == "window")
-        has_state = any(kind == "state" for kind, _ in found)
+        pieces = self._rows.pieces(block)
+        num_rows = sum(p.rows.shape[2] for p in pieces if p.kind == "window")
+        has_state = any(piece.kind == "state" for piece in pieces)
         return num_rows + has_state * STATE_EXTRAS
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
         is_tail = len(block.tokens) < self._folder.block_size
-        if is_tail or block.start < self._provenance.coded_tokens:
+        if is_tail or block.start < self._rows.provenance.coded_tokens:
             return lossless_twin(self._codec)
         return self._codec
 
     def _is_exact(self, block: Block) -> bool:
-        return self._provenance.is_exact and self._codec_of(block).is_lossless
+        return self._rows.provenance.is_exact and self._codec_of(block).is_lossless
 
     def _batches(self, blocks: Sequence[Block]) -> Iterator[list[EncodedBlock]]:
         """Encode blocks and group them to shards."""
@@ -214,10 +137,10 @@ class Saver:
         codec = self._codec_of(block)
         twin = lossless_twin(codec)
         parts: list[Part] = []
-        for number, group, name, rows in self._rows(block):
-            x = caches.split(self._held, group, name, rows)
+        for piece, x in self._rows.read(block):
+            name = piece.rows.side
             array_codec = codec if name in caches.CODABLE else twin
-            parts += array_codec.encode(x, rows, f"{number}.{name}.")
+            parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
         # Windows have moved on and states were elsewhere; only tokens are left.
         parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
         return EncodedBlock(
@@ -245,22 +168,3 @@ class Saver:
                     raw_bytes=sum(len(encoded.block.tokens) for encoded in batch)
                     * sum(group.token_bytes for group in self._groups),
                 )
-
-
-def make_chain(
-    fingerprint: Fingerprint,
-    prompt_cache: Sequence[Any],
-    tenant: str,
-    tokens: Sequence[int],
-    block_size: int,
-) -> Chain:
-    """Return the chain of blocks that a prompt cache's tokens make.
-
-    Raises:
-        UnsupportedCacheError: A layer is of a class that cannot be stored.
-        ValueError: It is empty, a batch, or holds other than ``tokens``.
-    """
-    layout = caches.read_layout(prompt_cache, len(tokens))
-    origin = Origin(fingerprint.fields, layout_to_json(layout), tenant)
-    root = hash_root(fingerprint.digest, origin.layout, tenant)
-    return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

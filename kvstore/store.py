@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from .indexing import confirm_folder
 from .notes import LoadNotes
 from .reading import Reader
 from .types import (
+    BlockHash,
     Entry,
     Finding,
     Match,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .commit import Committer
     from .loading import Loader, Request
     from .prune import PrunePlan
-    from .saving import Chain
+    from .snapshot import Chain, Snapshot
 
 T = TypeVar("T")
 
@@ -77,12 +78,23 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         self._catalog = Catalog(self._folder)
         self._opened: Index | None = None
+        self._kept_reader: Reader | None = None
         self._notes = LoadNotes()
 
     @property
     def path(self) -> Path:
         """The store's folder."""
         return self._folder.path
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec that full blocks are saved with."""
+        return self._codec.name
+
+    @property
+    def tenant(self) -> str:
+        """What keeps its blocks apart from others in the folder."""
+        return self._tenant
 
     @property
     def _codec(self) -> Codec:
@@ -137,19 +149,70 @@ class Store:
             ValueError: Tokens and rows disagree, or the name is not one.
             OSError: The disk is full or fails; nothing acknowledged is lost.
         """
-        token_list = _as_tokens(tokens)
         check_name(name)
-        chain = self._make_chain(token_list, prompt_cache, fingerprint)
+        return self.save_snapshot(
+            self._snapshot(tokens, prompt_cache, fingerprint),
+            name=name,
+            replace=replace,
+            progress=progress,
+        )
+
+    def snapshot(
+        self,
+        tokens: Sequence[int],
+        prompt_cache: Sequence[Any],
+        fingerprint: Fingerprint,
+        *,
+        without: Container[BlockHash] = (),
+    ) -> Snapshot:
+        """Copy what the store lacks of a prompt cache, for another thread to save.
+
+        Args:
+            tokens: Exactly the tokens whose rows are in the cache.
+            prompt_cache: mlx-lm's list of per-layer caches.
+            fingerprint: What computed it.
+            without: Blocks that are on their way into the store already.
+
+        Returns:
+            What :meth:`save_snapshot` takes, of this store or of another
+            :class:`Store` on the same folder and with the same codec.
+
+        Raises:
+            UnsupportedCacheError: A layer is of a class that cannot be stored.
+            ValueError: Tokens and rows disagree.
+        """
+        live = self._snapshot(tokens, prompt_cache, fingerprint)
+        missing = self._with_index(lambda: self._committer().missing(live))
+        return live.take(block for block in missing if block.hash not in without)
+
+    def save_snapshot(
+        self,
+        snapshot: Snapshot,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Save a snapshot as :meth:`save` does a prompt cache; uses no MLX.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+            name: A name for the entry. It moves from an entry that this continues.
+            replace: Take the name from an entry that this does not continue.
+            progress: Called with (tokens saved, tokens in all).
+
+        Raises:
+            EntryExistsError: The name is taken.
+            IntegrityError: Blocks that were there, or on their way, are not any more.
+            ValueError: The name is not one.
+            OSError: The disk is full or fails; nothing acknowledged is lost.
+        """
+        check_name(name)
 
         def write() -> Entry:
             self._write_notes()
             return self._committer().save(
-                chain,
-                prompt_cache,
-                name=name,
-                replace=replace,
-                model=fingerprint.label,
-                progress=progress or _ignore,
+                snapshot, name=name, replace=replace, progress=progress or _ignore
             )
 
         return self._with_index(write)
@@ -182,15 +245,16 @@ class Store:
             ValueError: Tokens and rows disagree.
             OSError: The disk is full or fails.
         """
+        from .snapshot import take_live
+
         whole = self._make_chain(_as_tokens(tokens), prompt_cache, fingerprint)
         keeps_tail = checkpoint and whole.has_states
         chain = whole if keeps_tail else whole.without_tail(self._folder.block_size)
         if chain is None:
             return 0
         tip = whole.num_tokens if checkpoint else None
-        self._with_index(
-            lambda: self._committer().write_blocks(chain, prompt_cache, tip, _ignore)
-        )
+        live = take_live(chain, prompt_cache, tip, fingerprint.label)
+        self._with_index(lambda: self._committer().write_blocks(live, _ignore))
         return chain.num_tokens
 
     def load(
@@ -486,7 +550,11 @@ class Store:
         return Loader(self._folder, self._index, self._reader())
 
     def _reader(self) -> Reader:
-        return Reader(self._folder, self._index)
+        """The reader, which knows the headers that it has read."""
+        index = self._index
+        if self._kept_reader is None or self._kept_reader.index is not index:
+            self._kept_reader = Reader(self._folder, index)
+        return self._kept_reader
 
     def _request(
         self,
@@ -507,15 +575,25 @@ class Store:
         self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint
     ) -> Chain:
         # Imported here: listing a store needs no MLX.
-        from .saving import make_chain
+        from .snapshot import make_chain
 
         size = self._folder.block_size
         return make_chain(model, prompt_cache, self._tenant, tokens, size)
 
+    def _snapshot(
+        self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
+    ) -> Snapshot:
+        from .snapshot import take_live
+
+        chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
+        return take_live(chain, prompt_cache, chain.num_tokens, model.label)
+
     def _committer(self) -> Committer:
         from .commit import Committer
 
-        return Committer(self._folder, self._index, self._catalog, self._codec)
+        return Committer(
+            self._folder, self._reader(), self._index, self._catalog, self._codec
+        )
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""

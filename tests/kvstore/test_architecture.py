@@ -22,6 +22,7 @@ LEVELS = [
     {"indexing", "layout", "catalog"},
     {"reading", "prompt_cache"},
     {"restoring", "cache_files"},
+    {"snapshot"},
     {"loading", "saving", "check", "prune", "bundles"},
     {"commit", "notes"},
     {"store"},
