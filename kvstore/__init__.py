@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         UnsupportedCacheError,
     )
     from .fingerprint import Fingerprint
+    from .speeds import Speeds
     from .store import Store
-    from .types import Entry, Finding, Match, Stats
+    from .types import Entry, Explanation, Finding, Match, Stats
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Entry",
     "EntryExistsError",
     "EntryNotFoundError",
+    "Explanation",
     "Finding",
     "Fingerprint",
     "FingerprintError",
@@ -44,6 +46,7 @@ __all__ = [
     "IntegrityError",
     "KVStoreError",
     "Match",
+    "Speeds",
     "Stats",
     "Store",
     "StoreLockedError",
@@ -71,8 +74,9 @@ _HOMES = {
         "UnsupportedCacheError",
     ),
     "fingerprint": ("Fingerprint",),
+    "speeds": ("Speeds",),
     "store": ("Store",),
-    "types": ("Entry", "Finding", "Match", "Stats"),
+    "types": ("Entry", "Explanation", "Finding", "Match", "Stats"),
 }
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import apsw
 
 from . import files
 from .errors import FormatError, IntegrityError, StoreLockedError
-from .types import JSON, Block, BlockHash, Place
+from .types import JSON, Block, BlockHash, Link, Place, Timing
 
 SCHEMA_VERSION = 1
 # Blocks that begin with the same token behind the same parent; a longer list costs
@@ -64,6 +65,25 @@ CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
     PRIMARY KEY (hash, shard)
 ) WITHOUT ROWID;
 """
+# Made when it is first written: an index of an earlier release lacks it, and that
+# release reads an index that has it.
+_TIMINGS = """
+CREATE TABLE IF NOT EXISTS timings (  -- may be lost
+    fingerprint TEXT NOT NULL,
+    codec TEXT NOT NULL,  -- empty where rows were computed
+    model TEXT NOT NULL,
+    num REAL NOT NULL,
+    tokens REAL NOT NULL,
+    seconds REAL NOT NULL,
+    squares REAL NOT NULL,
+    products REAL NOT NULL,
+    measured_at REAL NOT NULL,
+    PRIMARY KEY (fingerprint, codec)
+) WITHOUT ROWID
+"""
+_TIMING_COLUMNS = (
+    "fingerprint, codec, model, num, tokens, seconds, squares, products, measured_at"
+)
 _PLACE = """
 SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality,
     blocks.extras
@@ -198,6 +218,12 @@ class Index:
         rows = self._select(_PLACE + query, values, _PLACE_KINDS)
         return [_to_place(row) for row in rows]
 
+    def followers(self, parent: BlockHash) -> list[Place]:
+        """Return the places of blocks that follow ``parent``, whatever they hold."""
+        query = f"WHERE blocks.parent = ? ORDER BY blocks.hash LIMIT {MAX_CHILDREN}"
+        rows = self._select(_PLACE + query, (parent,), _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
+
     def has_children(self, parent: BlockHash) -> bool:
         """Say whether any block follows ``parent``."""
         query = "SELECT 1 FROM blocks WHERE parent = ? LIMIT 1"
@@ -222,6 +248,16 @@ class Index:
         rows = self._select(query + " ORDER BY hash", values, (bytes, str))
         with self._translated():
             return [(BlockHash(root), json.loads(layout)) for root, layout in rows]
+
+    def all_roots(self) -> list[tuple[BlockHash, str, str, Any]]:
+        """Return root hash, fingerprint's digest, tenant and layout of everything."""
+        query = "SELECT hash, fingerprint, tenant, layout FROM roots ORDER BY hash"
+        rows = self._select(query, (), (bytes, str, str, str))
+        with self._translated():
+            return [
+                (BlockHash(root), fingerprint, tenant, json.loads(layout))
+                for root, fingerprint, tenant, layout in rows
+            ]
 
     def shards(self) -> dict[str, int]:
         """Return name and bytes of every shard."""
@@ -275,6 +311,50 @@ class Index:
     def note_use(self, block: BlockHash, used_at: float) -> None:
         """Remember that a hit ended in a block."""
         self._query("INSERT OR REPLACE INTO uses VALUES (?, ?)", (block, used_at))
+
+    def timings(self, fingerprint: str | None = None) -> list[Timing]:
+        """Return what was measured of one model, or of all, latest first."""
+        if not self._query("SELECT 1 FROM sqlite_master WHERE name = 'timings'"):
+            return []
+        kinds = (str, str, str, *(float,) * 6)
+        query = (
+            f"SELECT {_TIMING_COLUMNS} FROM timings"
+            " WHERE ?1 IS NULL OR fingerprint = ?1 ORDER BY measured_at DESC"
+        )
+        return [
+            Timing(fingerprint, codec or None, *rest)
+            for fingerprint, codec, *rest in self._select(query, (fingerprint,), kinds)
+        ]
+
+    def put_timing(self, timing: Timing) -> None:
+        """Remember what was measured, in place of what was known of the same."""
+        self._query(_TIMINGS)
+        values = astuple(replace(timing, codec=timing.codec or ""))
+        self._query(
+            f"INSERT OR REPLACE INTO timings ({_TIMING_COLUMNS})"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            values,
+        )
+
+    def drop_timings(self, before: float) -> None:
+        """Forget what was measured last before a time, Unix seconds."""
+        self._query("DELETE FROM timings WHERE measured_at < ?", (before,))
+
+    def links(self) -> dict[BlockHash, Link]:
+        """Return what every block hangs from and what it takes."""
+        query = (
+            "SELECT hash, parent, num_tokens,"
+            # With its share of the header, rounded up.
+            " (blocks.nbytes * shards.nbytes + sums.nbytes - 1) / sums.nbytes"
+            " FROM blocks JOIN shards ON shards.id = blocks.shard"
+            " JOIN (SELECT shard, sum(nbytes) AS nbytes FROM blocks GROUP BY shard)"
+            " AS sums ON sums.shard = blocks.shard"
+        )
+        rows = self._select(query, (), (bytes, bytes, int, int))
+        return {
+            BlockHash(block): Link(BlockHash(parent), num_tokens, nbytes)
+            for block, parent, num_tokens, nbytes in rows
+        }
 
     def count_blocks(self) -> int:
         """Return how many blocks there are."""

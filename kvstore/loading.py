@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 
 from . import prompt_cache as caches
-from .codecs import get_codec, lossless_twin
+from .codecs import Codec, get_codec, lossless_twin
 from .errors import CodecError, FormatError, IntegrityError
 from .folder import StoreFolder
 from .hashing import common_run, hash_block_tokens, hash_root, split_tokens
 from .index import MAX_CHILDREN, Index
-from .layout import group_layers, has_only_rows, layout_from_json
+from .layout import Group, group_layers, has_only_rows, layout_from_json
 from .reading import Reader
-from .restoring import Restoring, start_restoring
+from .restoring import Parts, Restoring, start_restoring
+from .snapshot import Piece
 from .types import (
     Block,
     BlockHash,
@@ -59,6 +61,7 @@ class Hit:
         reason: Why the hit ends there.
         detail: The same as a sentence.
         classes: What was asked for, or ``None`` for what the layout says.
+        codec: What most of its tokens were decoded from, once it is restored.
     """
 
     root: BlockHash
@@ -68,6 +71,7 @@ class Hit:
     reason: Reason
     detail: str
     classes: tuple[caches.Signature, ...] | None = None
+    codec: str | None = None
 
 
 Child = tuple[int, Place, StoredBlock]
@@ -135,6 +139,7 @@ class Loader:
         """
         restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
+        codecs: Counter[str] = Counter()
         try:
             for shard, places in groupby(hit.places, key=lambda place: place.shard):
                 for stored, data in self._reader.read(shard, list(places), hit.root):
@@ -144,6 +149,7 @@ class Loader:
                             f"block {name[:12]} is out of place", block=name
                         )
                     self._decode(stored, data, hit, restoring)
+                    codecs[stored.codec] += len(stored.block.tokens)
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)
                     progress(done, hit.num_tokens)
@@ -157,6 +163,7 @@ class Loader:
             if not done:
                 return [], hit
         restored = restoring.finish(done, provenance)
+        hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
         return caches.convert(restored, hit.classes), hit
 
     def _decode(
@@ -166,25 +173,13 @@ class Loader:
         block = stored.block
         stop = min(block.start + len(block.tokens), hit.num_tokens)
         try:
-            codec = get_codec(stored.codec)
-            if codec.is_lossless != stored.is_lossless:
-                raise IntegrityError(f"{stored.codec} is not what the block says it is")
-            twin = lossless_twin(codec)
             whole = block.start + len(block.tokens)
-            for number, group in enumerate(group_layers(hit.layout)):
-                found = caches.rows_stored(
-                    stored.tensors, number, group, block.start, whole
-                )
-                for name, rows in found:
-                    is_state = group.spec(name).kind in ("state", "mark")
-                    if is_state and whole != hit.num_tokens:
-                        continue
-                    array_codec = codec if name in caches.CODABLE else twin
-                    prefix = f"{number}.{name}."
-                    parts = array_codec.open(
-                        data, stored.begin, stored.tensors, rows, prefix
-                    )
-                    out.write(array_codec, parts, group, rows, stop)
+            for codec, piece in stored_pieces(stored, group_layers(hit.layout)):
+                is_state = piece.kind in ("state", "mark")
+                if is_state and whole != hit.num_tokens:
+                    continue
+                parts = open_piece(codec, piece, stored, data)
+                out.write(codec, parts, piece.group, piece.rows, stop)
         except (IntegrityError, CodecError) as error:
             name = block.hash.hex()
             raise IntegrityError(
@@ -249,7 +244,7 @@ class Loader:
         for number, stored in reversed(list(enumerate(blocks))):
             start, places = stored.block.start, hit.places[:number]
             rest = request.tokens[start:-1]
-            beside = self._children(request, stored.block.parent, rest)
+            beside = self.children(stored.block.parent, rest)
             for run, place, child in sorted(beside, key=_run_of, reverse=True):
                 if _can_cut(place, request):
                     yield start + run, (*places, place), [*blocks[:number], child]
@@ -266,7 +261,7 @@ class Loader:
         rest = request.tokens[hit.num_tokens : -1]
         if not rest:
             return replace(hit, reason="whole", detail=_WHOLE)
-        children = self._children(request, parent, rest)
+        children = self.children(parent, rest)
         cut = [child for child in children if _can_cut(child[1], request)]
         if cut:
             run, place, _ = max(cut, key=_run_of)
@@ -274,9 +269,7 @@ class Loader:
             hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
         return self._explain(request, hit, parent, children)
 
-    def _children(
-        self, request: Request, parent: BlockHash, rest: Sequence[int]
-    ) -> list[Child]:
+    def children(self, parent: BlockHash, rest: Sequence[int]) -> list[Child]:
         """Return the blocks behind ``parent`` that share tokens with ``rest``."""
         places = self._index.children(parent, rest[0]) if rest else []
         if len(places) == MAX_CHILDREN:
@@ -338,6 +331,40 @@ class Loader:
             f" given {request.tokens[at]}"
         )
         return replace(hit, reason="divergence", detail=detail)
+
+
+def stored_pieces(
+    stored: StoredBlock, groups: Sequence[Group]
+) -> Iterator[tuple[Codec, Piece]]:
+    """Yield what a stored block has of each array, by its header, and with what codec.
+
+    Raises:
+        CodecError: There is no such codec.
+        IntegrityError: The block is not what it says it is.
+    """
+    codec = get_codec(stored.codec)
+    if codec.is_lossless != stored.is_lossless:
+        raise IntegrityError(f"{stored.codec} is not what the block says it is")
+    twin = lossless_twin(codec)
+    start, stop = stored.block.start, stored.block.start + len(stored.block.tokens)
+    for number, group in enumerate(groups):
+        for name, rows in caches.rows_stored(
+            stored.tensors, number, group, start, stop
+        ):
+            yield codec if name in caches.CODABLE else twin, Piece(number, group, rows)
+
+
+def open_piece(
+    codec: Codec, piece: Piece, stored: StoredBlock, data: memoryview
+) -> Parts:
+    """Return what a codec made of a piece of a block, decompressed and checked.
+
+    Raises:
+        CodecError: The codec cannot hold such rows.
+        IntegrityError: The tensors are not what it makes of such rows.
+    """
+    prefix = f"{piece.number}.{piece.rows.side}."
+    return codec.open(data, stored.begin, stored.tensors, piece.rows, prefix)
 
 
 _WHOLE = "all but the last token, which the model must be fed"

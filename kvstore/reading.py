@@ -73,7 +73,14 @@ class Reader:
         Raises:
             IntegrityError: Its last block is missing or damaged.
         """
-        place = self._place(entry.tip)
+        return self.origin_at(self._place(entry.tip))
+
+    def origin_at(self, place: Place) -> Origin:
+        """Return what computed a block.
+
+        Raises:
+            IntegrityError: Its shard is missing or damaged.
+        """
         with self._healing(place.shard):
             return self._header(place.shard).origin
 

@@ -110,6 +110,21 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """What a block hangs from, and what it takes.
+
+    Attributes:
+        parent: Hash of the block before, or the root hash.
+        num_tokens: How many tokens it has.
+        nbytes: Its bytes in the shard, with its share of the header.
+    """
+
+    parent: BlockHash
+    num_tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A saved prompt cache: a name, or none, that points at its last block.
 
@@ -303,6 +318,124 @@ class Match:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a prompt leaves what is stored.
+
+    Attributes:
+        position: Of the first token that differs.
+        start: Position of the first token of ``stored`` and ``given``.
+        stored: Stored tokens around it.
+        given: The prompt's tokens around it.
+        entry: Name or id of an entry that goes on with the stored ones, if one does.
+    """
+
+    position: int
+    start: int
+    stored: tuple[int, ...]
+    given: tuple[int, ...]
+    entry: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OtherModel:
+    """What another model, or another kind of cache, has stored of a prompt.
+
+    Attributes:
+        num_tokens: How many tokens from the start on it has of the prompt.
+        difference: The first field that differs, with both values.
+        model: What that model was called, or empty.
+        entry: Name or id of an entry that holds these tokens, if one does.
+    """
+
+    num_tokens: int
+    difference: str
+    model: str
+    entry: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why the store holds of a prompt what it holds.
+
+    Attributes:
+        match: What ``load`` would restore.
+        num_common: So many leading tokens are stored for this model and this kind of
+            cache, restorable up to there or not.
+        divergence: Where the prompt leaves them, unless they just end.
+        entry: Name or id of an entry that has these tokens, if one does.
+        other: What has more of the prompt, and cannot be used.
+        damage: Which block is damaged or missing, one sentence, or ``None``.
+    """
+
+    match: Match
+    num_common: int
+    divergence: Divergence | None
+    entry: str | None
+    other: OtherModel | None
+    damage: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was observed of computing or restoring rows of a model.
+
+    All are sums over observations, in which older ones weigh less.
+
+    Attributes:
+        fingerprint: Digest of the model's fingerprint.
+        codec: What was restored from, or ``None`` where rows were computed.
+        model: What the model was called last; advisory.
+        num: Number of observations.
+        tokens: Tokens.
+        seconds: Seconds.
+        squares: Squares of tokens.
+        products: Products of tokens and seconds.
+        measured_at: When the last one was made, Unix seconds.
+    """
+
+    fingerprint: str
+    codec: str | None
+    model: str
+    num: float
+    tokens: float
+    seconds: float
+    squares: float
+    products: float
+    measured_at: float
+
+
+Verdict = Literal["pays", "never", "unknown"]
+"""Whether restoring rows is faster than computing them, from some number on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpeeds:
+    """How fast one model's rows are computed, and restored from one codec.
+
+    Attributes:
+        fingerprint: Digest of the model's fingerprint.
+        model: What the model was called.
+        codec: What rows are restored from, or ``None`` where none were so far.
+        prefill_tps: Tokens computed in a second, or ``None``.
+        load_tps: Tokens restored in a second, or ``None``.
+        verdict: Whether restoring pays.
+        break_even_tokens: From how many tokens on, where it does.
+        measured_at: When the older of both was measured last, Unix seconds.
+        is_current: That is less than a day ago; else it decides nothing.
+    """
+
+    fingerprint: str
+    model: str
+    codec: str | None
+    prefill_tps: float | None
+    load_tps: float | None
+    verdict: Verdict
+    break_even_tokens: int | None
+    measured_at: float
+    is_current: bool
+
+
 FindingKind = Literal[
     "damaged-entry",
     "damaged-shard",
@@ -343,11 +476,22 @@ class Stats:
         num_tokens: Tokens over all entries, shared ones counted each time.
         nbytes: Bytes of all shards.
         entry_bytes: Bytes of all entries' blocks, shared ones counted each time.
+        reached_bytes: The same, each block counted once; the rest can be pruned.
+        kept_bytes: Those of them that entries with a name, or pinned, have; these are
+            never evicted unasked.
         max_bytes: The size limit.
+        num_quarantined: Files that could not be read, in quarantine.
+        quarantine_bytes: Bytes of these.
+        dedup_ratio: ``entry_bytes`` over ``reached_bytes``.
+        compression_ratio: What the blocks that entries reach would take as they are in
+            memory, over what they take.
+        seconds_saved: By how much hits were faster than computing the same rows;
+            ``None`` where the speed of that was never measured.
         counters: Sums over the life of the index: ``hits``, ``misses``,
             ``restored_tokens`` (not recomputed), ``missed_tokens``,
             ``written_bytes``, ``read_bytes``, ``raw_bytes`` (what was written,
             before any codec).
+        speeds: How fast each model's rows are computed and restored.
     """
 
     num_entries: int
@@ -356,5 +500,13 @@ class Stats:
     num_tokens: int
     nbytes: int
     entry_bytes: int
+    reached_bytes: int
+    kept_bytes: int
     max_bytes: int
+    num_quarantined: int
+    quarantine_bytes: int
+    dedup_ratio: float
+    compression_ratio: float
+    seconds_saved: float | None
     counters: dict[str, int]
+    speeds: tuple[ModelSpeeds, ...]

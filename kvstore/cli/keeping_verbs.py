@@ -9,9 +9,16 @@ from typing import Any
 import click
 
 from ..errors import KVStoreError
-from ..output import Output, format_bytes, format_count, format_fields
+from ..output import (
+    Output,
+    format_bytes,
+    format_count,
+    format_fields,
+    format_time,
+    to_rfc3339,
+)
 from ..prune import PrunePlan
-from ..types import Stats
+from ..types import ModelSpeeds, Stats
 from . import options
 from .entry_verbs import entry_data, entry_label, name_entries
 from .root import Verb, open_store, output_of
@@ -122,14 +129,22 @@ def prune(
 @click.command(cls=Verb)
 @click.pass_context
 def stats(context: click.Context) -> None:
-    """Show what the store holds, and what it has saved so far."""
+    """Show what the store holds, and what it has saved so far.
+
+    Speeds are those of this machine, older ones fading: how fast a model reads a
+    prompt, and how fast it is restored. Where restoring is the slower, a server does
+    not do it; after a day it is tried again.
+    """
     output = output_of(context)
     found = open_store(context).stats()
-    data = asdict(found) | {
-        "dedup_ratio": _ratio(found.entry_bytes, found.nbytes),
-        "compression_ratio": _compression(found),
-    }
+    speeds = [
+        asdict(speeds) | {"measured_at": to_rfc3339(speeds.measured_at)}
+        for speeds in found.speeds
+    ]
+    data = asdict(found) | {"speeds": speeds}
     output.result("\n".join(format_fields(_stats_fields(found))), data)
+    if found.nbytes > found.max_bytes < found.kept_bytes:
+        output.hint("`kvstore prune --max-size SIZE --named` evicts what has a name")
 
 
 @click.command(cls=Verb)
@@ -185,29 +200,74 @@ def _print_pruned(
 def _stats_fields(found: Stats) -> list[tuple[str, str]]:
     counters = found.counters
     hits, misses = counters.get("hits", 0), counters.get("misses", 0)
-    shared = _ratio(found.entry_bytes, found.nbytes)
+    saved = found.seconds_saved
     return [
         ("entries", f"{found.num_entries:,}"),
         ("tokens", f"{found.num_tokens:,}"),
-        ("size", f"{format_bytes(found.nbytes)} of {format_bytes(found.max_bytes)}"),
+        ("size", _describe_size(found)),
         ("shards", f"{found.num_shards:,} with {found.num_blocks:,} blocks"),
         (
             "sharing",
-            f"{shared:.2f}x: entries would take {format_bytes(found.entry_bytes)}",
+            f"{found.dedup_ratio:.2f}x: apart, the entries would take"
+            f" {format_bytes(found.entry_bytes)}",
         ),
-        ("compression", f"{_compression(found):.2f}x of what was written"),
+        (
+            "compression",
+            f"{found.compression_ratio:.2f}x: what entries need, against memory",
+        ),
+        *_quarantine_fields(found),
         ("hits", f"{hits:,} of {hits + misses:,} loads"),
         ("not recomputed", format_count(counters.get("restored_tokens", 0), "token")),
         ("recomputed", format_count(counters.get("missed_tokens", 0), "token")),
+        ("time saved", "not measured yet" if saved is None else _duration(saved)),
         ("written", format_bytes(counters.get("written_bytes", 0))),
         ("read", format_bytes(counters.get("read_bytes", 0))),
+        *(("speed", _describe_speeds(speeds)) for speeds in found.speeds),
     ]
 
 
-def _compression(found: Stats) -> float:
-    counters = found.counters
-    return _ratio(counters.get("raw_bytes", 0), counters.get("written_bytes", 0))
+def _describe_size(found: Stats) -> str:
+    text = f"{format_bytes(found.nbytes)} of {format_bytes(found.max_bytes)}"
+    unneeded = max(0, found.nbytes - found.reached_bytes)
+    if unneeded:
+        text += f", {format_bytes(unneeded)} of which no entry needs"
+    if found.nbytes > found.max_bytes < found.kept_bytes:
+        kept = format_bytes(found.kept_bytes)
+        text += f"; over the limit since {kept} are of entries with names or pinned"
+    return text
 
 
-def _ratio(above: int, below: int) -> float:
-    return round(above / below, 3) if below else 1.0
+def _quarantine_fields(found: Stats) -> list[tuple[str, str]]:
+    if not found.num_quarantined:
+        return []
+    nbytes = format_bytes(found.quarantine_bytes)
+    return [("quarantine", f"{format_count(found.num_quarantined, 'file')}, {nbytes}")]
+
+
+def _describe_speeds(speeds: ModelSpeeds) -> str:
+    """Return how fast a model's rows come, and from how many on loading is faster."""
+    parts = []
+    if speeds.prefill_tps is not None:
+        parts.append(f"computes {_rate(speeds.prefill_tps)}")
+    if speeds.load_tps is not None:
+        parts.append(f"restores {_rate(speeds.load_tps)} from {speeds.codec}")
+    tokens = format_count(speeds.break_even_tokens or 0, "token")
+    verdict = {
+        "pays": f"loading pays from {tokens} on",
+        "never": "loading does not pay",
+        "unknown": "whether loading pays is not measured yet",
+    }[speeds.verdict]
+    if not speeds.is_current:
+        verdict += f" (as of {format_time(speeds.measured_at)}: will be tried again)"
+    model = speeds.model or speeds.fingerprint[:12]
+    return f"{model}: {', '.join(parts)}; {verdict}"
+
+
+def _rate(tps: float) -> str:
+    return f"{tps:,.0f} tokens/s" if tps >= 10 else f"{tps:.2f} tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
