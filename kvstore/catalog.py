@@ -63,6 +63,18 @@ class Catalog:
             )
         return entry
 
+    def _current(self, ref: str | Entry) -> Entry:
+        """Return an entry; one that is given only where it has not moved on."""
+        if isinstance(ref, str):
+            return self.find(ref)
+        entry = self.find(ref.id)
+        if entry.tip != ref.tip:
+            raise EntryNotFoundError(
+                f"`{ref.name or ref.id}` is another conversation by now",
+                hint="`kvstore ls` lists them",
+            )
+        return entry
+
     def holder(self, name: str | None, tip: str) -> Entry | None:
         """Return the entry that a save under this name would replace."""
         key = entries.entry_id(name, tip)
@@ -86,14 +98,14 @@ class Catalog:
         entries.write_entry(folder.entries, entry, folder.staging)
         return entry
 
-    def remove(self, ref: str) -> Entry:
+    def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it."""
         with files.locked(self._folder.lock, exclusive=True):
-            entry = self.find(ref)
+            entry = self._current(ref)
             entries.remove_entry(self._folder.entries, entry.id)
         return entry
 
-    def rename(self, ref: str, name: str) -> Entry:
+    def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first.
 
         A crash in between leaves it under both names.
@@ -103,7 +115,7 @@ class Catalog:
         """
         check_name(name)
         with files.locked(self._folder.lock, exclusive=True):
-            old = self.find(ref)
+            old = self._current(ref)
             if old.name == name:
                 return old
             if self.holder(name, old.tip) is not None:

@@ -55,7 +55,7 @@ class Committer:
         snapshot: Snapshot,
         *,
         name: str | None,
-        replace: bool,
+        replace: bool | Entry,
         progress: Progress,
     ) -> Entry:
         """Write what is missing of a prompt cache, and its entry.
@@ -63,12 +63,19 @@ class Committer:
         Raises:
             EntryExistsError: The name belongs to something else.
         """
-        self._replaceable(name, snapshot.chain, replace)
+        self.replaceable(name, snapshot.chain, replace)
         for _ in range(_TRIES):
             self.write_blocks(snapshot, progress)
-            entry = self._commit(name, snapshot.chain, snapshot.model, replace)
+            with files.locked(self._folder.lock, exclusive=True):
+                entry = self._commit(name, snapshot.chain, snapshot.model, replace)
             if entry is not None:
                 return entry
+        # Nothing is freed while we hold the lock, by ourselves neither.
+        with files.locked(self._folder.lock, exclusive=True):
+            self._saver(snapshot).write_missing(_make_no_room, progress)
+            entry = self._commit(name, snapshot.chain, snapshot.model, replace)
+        if entry is not None:
+            return entry
         raise IntegrityError(
             "blocks vanish from the store while they are saved",
             hint="is something else removing files from it?",
@@ -76,7 +83,7 @@ class Committer:
 
     def write_blocks(self, snapshot: Snapshot, progress: Progress) -> None:
         """Write what is missing of a prompt cache."""
-        self._saver(snapshot).write_missing(self._make_room, progress)
+        self._saver(snapshot).write_missing(self.make_room, progress)
 
     def missing(self, snapshot: Snapshot) -> list[Block]:
         """Return the blocks that would be written."""
@@ -85,12 +92,14 @@ class Committer:
     def _saver(self, snapshot: Snapshot) -> Saver:
         return Saver(self._folder, self._reader, self._index, self._codec, snapshot)
 
-    def _replaceable(
-        self, name: str | None, chain: Chain, replace: bool
+    def replaceable(
+        self, name: str | None, chain: Chain, replace: bool | Entry
     ) -> Entry | None:
         """Return the entry that a save replaces, or ``None``."""
         old = self._catalog.holder(name, chain.tip.hex())
-        if old is None or replace or chain.continues(old):
+        if old is None or replace is True or chain.continues(old):
+            return old
+        if isinstance(replace, Entry) and replace.tip == old.tip:
             return old
         raise EntryExistsError(
             f"the name `{name}` is taken by an entry that this one does not continue",
@@ -98,29 +107,28 @@ class Committer:
         )
 
     def _commit(
-        self, name: str | None, chain: Chain, model: str, replace: bool
+        self, name: str | None, chain: Chain, model: str, replace: bool | Entry
     ) -> Entry | None:
         """Write the entry; ``None`` where `prune` has taken blocks meanwhile."""
-        with files.locked(self._folder.lock, exclusive=True):
-            # Another process may have taken the name meanwhile.
-            old = self._replaceable(name, chain, replace)
-            hashes = [block.hash for block in chain.blocks]
-            places = self._index.longest_prefix(hashes)
-            if len(places) < len(hashes):
-                return None
-            entry = make_entry(
-                old,
-                name=name,
-                tip=chain.tip.hex(),
-                root=chain.root.hex(),
-                num_tokens=chain.num_tokens,
-                nbytes=sum(place.nbytes for place in places),
-                codec=self._codec.name,
-                model=model,
-            )
-            return self._catalog.commit(entry)
+        # Another process may have taken the name meanwhile.
+        old = self.replaceable(name, chain, replace)
+        hashes = [block.hash for block in chain.blocks]
+        places = self._index.longest_prefix(hashes)
+        if len(places) < len(hashes):
+            return None
+        entry = make_entry(
+            old,
+            name=name,
+            tip=chain.tip.hex(),
+            root=chain.root.hex(),
+            num_tokens=chain.num_tokens,
+            nbytes=sum(place.nbytes for place in places),
+            codec=self._codec.name,
+            model=model,
+        )
+        return self._catalog.commit(entry)
 
-    def _make_room(self, nbytes: int) -> None:
+    def make_room(self, nbytes: int) -> None:
         """Evict what was used least recently, where a shard would pass the limit."""
         limit = self._folder.max_bytes
         if sum(self._index.shards().values()) + nbytes > limit:
@@ -130,3 +138,7 @@ class Committer:
                 if plan_prune(self._folder, self._index, policy).entries:
                     confirm_folder(self._index, self._folder)
                     plan_prune(self._folder, self._index, policy).execute()
+
+
+def _make_no_room(_: int) -> None:
+    """Leave the store over its limit until the next save."""

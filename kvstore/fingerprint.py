@@ -13,14 +13,14 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import blake3
 
 from . import files
-from .errors import KVStoreError
+from .errors import FingerprintError, KVStoreError
 from .hashing import canonical_json
 from .types import JSON
 
@@ -64,10 +64,7 @@ class Fingerprint:
 
     @classmethod
     def from_path(
-        cls,
-        path: str | Path,
-        adapter_path: str | Path | None = None,
-        draft_path: str | Path | None = None,
+        cls, path: str | Path, adapter_path: str | Path | None = None
     ) -> Fingerprint:
         """Return the fingerprint of a model folder, without loading its weights.
 
@@ -76,7 +73,6 @@ class Fingerprint:
         Args:
             path: Folder with ``config.json`` and safetensors files.
             adapter_path: Folder with ``adapters.safetensors``, if one is used.
-            draft_path: Folder of a draft model whose caches follow the model's.
 
         Raises:
             KVStoreError: A folder is not what it should be.
@@ -88,8 +84,6 @@ class Fingerprint:
             **_read_model(Path(path), memory),
             "adapter": _digest_adapter(adapter_path, memory),
         }
-        if draft_path is not None:
-            fields["draft"] = _read_model(Path(draft_path), memory)
         memory.keep()
         return cls(fields, label=str(path))
 
@@ -110,6 +104,11 @@ class Fingerprint:
         }
         return cls(fields, label=label or type(model).__module__)
 
+    def with_draft(self, draft: Fingerprint) -> Fingerprint:
+        """Return the fingerprint of a model and a draft model, whose caches follow."""
+        parts = {name: draft.fields.get(name) for name in ("weights", "config", "code")}
+        return replace(self, fields={**self.fields, "draft": parts})
+
     def difference(self, other: Fingerprint) -> str | None:
         """Return the first field that differs, with both values, or ``None``.
 
@@ -117,6 +116,25 @@ class Fingerprint:
             other: The fingerprint given, where this is the stored one.
         """
         return _first_difference("", self.fields, other.fields)
+
+
+def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
+    """Refuse what another model made.
+
+    Args:
+        label: What to call the entry.
+        stored: Of the model that made it.
+        given: Of the model that is wanted.
+
+    Raises:
+        FingerprintError: They differ; it names the first field.
+    """
+    difference = stored.difference(given)
+    if difference:
+        raise FingerprintError(
+            f"`{label}` was made by another model: {difference}",
+            hint="give the model, adapter and draft model that it was saved with",
+        )
 
 
 def _read_model(folder: Path, memory: _Memory) -> JSON:

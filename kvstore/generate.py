@@ -7,14 +7,18 @@ mlx-lm has said that it is done, whatever the cache's own offset says.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import GenerationResponse, generate_step
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from turboquant.kv_cache import TurboQuantKVCache, quantize_prompt_cache
 
@@ -26,8 +30,10 @@ from .errors import (
     FingerprintError,
     IntegrityError,
     StoreLockedError,
+    UnsupportedCacheError,
 )
 from .fingerprint import Fingerprint
+from .hashing import common_run
 from .store import Store
 from .types import Entry, Progress
 
@@ -40,6 +46,33 @@ CHECKPOINT_EVERY = 2048
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
+# Their rows can be taken back at any time, and what is left is as it was.
+_CUTTABLE = (KVCache, QuantizedKVCache, TurboQuantKVCache)
+
+
+@dataclass(slots=True)
+class LiveCache:
+    """A prompt cache in memory, from which the next run goes on.
+
+    It is empty before the first run, while one works, and after one that failed.
+
+    Attributes:
+        tokens: Exactly the tokens whose rows it holds.
+        prompt_cache: mlx-lm's list of per-layer caches.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_cache: list[Any] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Let go of what it holds."""
+        self.tokens, self.prompt_cache = [], []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its caches take in memory."""
+        return sum(cache.nbytes for cache in self.prompt_cache)
+
 
 def stream_generate(
     model: Any,
@@ -49,14 +82,19 @@ def stream_generate(
     store: Store,
     fingerprint: Fingerprint,
     name: str | None = None,
-    replace: bool = False,
+    replace: bool | Entry = False,
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     logits_processors: list[LogitsProcessor] | None = None,
+    draft_model: Any = None,
+    num_draft_tokens: int = 2,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     checkpoint_every: int = CHECKPOINT_EVERY,
+    max_kv_size: int | None = None,
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
+    live: LiveCache | None = None,
+    should_stop: Callable[[], bool] | None = None,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
@@ -64,27 +102,37 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text as mlx-lm does, from what a store holds of the prompt.
 
-    Prompt and reply are saved at the end, when the generator is closed, and on Ctrl-C.
-    Where that comes before the whole prompt is computed, what is done is saved without
-    the name; where it comes in the middle of a step, only a cache whose layers are all
-    ``KVCache`` can be saved.
+    Prompt and reply are saved at the end, when the generator is closed, when
+    ``should_stop`` says so, and on Ctrl-C. Where that comes before the whole prompt is
+    computed, what is done is saved without the name; where Ctrl-C comes in the middle
+    of a step, only a cache whose rows can be taken back can be saved.
 
     Args:
         model: The model, from ``mlx_lm.load``.
         tokenizer: Its tokenizer.
         prompt: Text or tokens; the whole conversation, not only what is new.
         store: Where it is restored from and saved to.
-        fingerprint: The model's.
+        fingerprint: The model's; that of both, where there is a draft model.
         name: A name for the entry. It moves from an entry that this continues.
-        replace: Take the name from an entry that this does not continue.
+        replace: Take the name from an entry that this does not continue; from that
+            one only, as it was, where one is given.
         max_tokens: Tokens to generate at most; -1 for no limit.
         sampler: mlx-lm's ``sampler``.
-        logits_processors: mlx-lm's; they see the tokens not restored only.
+        logits_processors: mlx-lm's; they see the tokens not restored only, and with a
+            draft model the last token of the prompt and the reply.
+        draft_model: mlx-lm's: a smaller model with the same vocabulary, which guesses
+            what comes. Its caches follow the model's.
+        num_draft_tokens: How many tokens it guesses at a time.
         prefill_step_size: Prompt tokens computed, and then stored, at a time.
         checkpoint_every: Tokens at least between two states of recurrent layers.
+        max_kv_size: mlx-lm's: rows kept per layer, where the model does not say.
         kv_bits: Keep the live cache quantized, from its first token: ``"turbo3"`` in
             TurboQuant codes, a number of bits as mlx-lm does.
         kv_group_size: Numbers that share a scale, where ``kv_bits`` is a number.
+        live: Go on from here as far as the prompt begins with its tokens, instead of
+            from the store; it holds the conversation afterwards. Whether the name is
+            taken is then found when saving, and half a prompt is no entry.
+        should_stop: Asked between tokens, and between steps of the prompt.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
@@ -95,36 +143,62 @@ def stream_generate(
 
     Raises:
         EntryExistsError: The name is taken.
-        UnsupportedCacheError: The model's prompt cache cannot be stored.
+        UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
+            that a draft model can be used with.
     """
+    models = _Models(model, draft_model)
     run = _Run(
-        model, _encode(tokenizer, prompt), store, fingerprint, name, replace,
-        load_progress, checkpoint_every, kv_bits, kv_group_size,
+        models, _encode(tokenizer, prompt), store, fingerprint, name, replace,
+        checkpoint_every, live, should_stop,
     )  # fmt: skip
-    responses = mlx_lm.stream_generate(
+    empty = make_empty_cache(
         model,
-        tokenizer,
-        run.rest,
-        max_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-        prompt_cache=run.prompt_cache,
-        prefill_step_size=prefill_step_size,
-        prompt_progress_callback=run.watch(prompt_progress_callback),
+        draft_model,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+    )
+    run.begin(empty, load_progress)
+    watch = run.watch(prompt_progress_callback)
+    responses = (
+        mlx_lm.stream_generate(
+            model,
+            tokenizer,
+            run.rest,
+            max_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            prompt_cache=run.prompt_cache,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=watch,
+        )
+        if draft_model is None
+        else _speculate(
+            run,
+            tokenizer,
+            watch,
+            max_tokens=max_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            num_draft_tokens=num_draft_tokens,
+            prefill_step_size=prefill_step_size,
+        )
     )
     try:
         # Closed before anything is saved: it holds MLX's stream.
-        with closing(responses):
+        with closing(responses), suppress(_Stopped):
             for response in responses:
-                run.add(int(response.token))
+                run.add(response)
                 yield response
+                if run.is_stopped():
+                    break
     except GeneratorExit:
-        run.save(save_progress, on_saved)
+        run.finish(save_progress, on_saved)
         raise
     except KeyboardInterrupt:
-        run.save(save_progress, on_saved, is_interrupted=True)
+        run.finish(save_progress, on_saved, is_interrupted=True)
         raise
-    run.save(save_progress, on_saved)
+    run.finish(save_progress, on_saved)
 
 
 def save_prompt(
@@ -134,12 +208,18 @@ def save_prompt(
     store: Store,
     fingerprint: Fingerprint,
     name: str | None = None,
-    replace: bool = False,
+    replace: bool | Entry = False,
+    draft_model: Any = None,
     prefill_step_size: int = PREFILL_STEP_SIZE,
     checkpoint_every: int = CHECKPOINT_EVERY,
+    max_kv_size: int | None = None,
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
+    live: LiveCache | None = None,
     prompt_progress_callback: Progress | None = None,
     load_progress: Progress | None = None,
     save_progress: Progress | None = None,
+    on_saved: Callable[[Entry], None] | None = None,
 ) -> tuple[Entry, int]:
     """Compute what a store lacks of a prompt, and save it.
 
@@ -149,40 +229,89 @@ def save_prompt(
         model: The model, from ``mlx_lm.load``.
         tokens: The prompt.
         store: Where it is saved.
-        fingerprint: The model's.
+        fingerprint: The model's; that of both, where there is a draft model.
         name: A name for the entry. It moves from an entry that this continues.
-        replace: Take the name from an entry that this does not continue.
+        replace: Take the name from an entry that this does not continue; from that
+            one only, as it was, where one is given.
+        draft_model: Its rows are computed and saved too.
         prefill_step_size: Tokens computed, and then stored, at a time.
         checkpoint_every: Tokens at least between two states of recurrent layers.
+        max_kv_size: As in :func:`stream_generate`.
+        kv_bits: As in :func:`stream_generate`.
+        kv_group_size: As in :func:`stream_generate`.
+        live: As in :func:`stream_generate`; nothing is computed where it, or the
+            store, holds all.
         prompt_progress_callback: Called with (tokens computed, tokens to compute).
         load_progress: Called with (tokens restored, tokens held).
         save_progress: Called with (tokens saved, tokens in all).
+        on_saved: Called with the entry.
 
     Returns:
-        The entry, and how many tokens were restored instead of computed.
+        The entry, and how many tokens were held instead of computed.
 
     Raises:
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored.
     """
+    models = _Models(model, draft_model)
     run = _Run(
-        model, tokens, store, fingerprint, name, replace,
-        load_progress, checkpoint_every,
-    )  # fmt: skip
+        models, tokens, store, fingerprint, name, replace, checkpoint_every, live
+    )
+    empty = make_empty_cache(
+        model,
+        draft_model,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+    )
+    run.begin(empty, load_progress, num_left=0 if live is not None else 1)
+    watch = run.watch(prompt_progress_callback)
     try:
-        prefill(
-            model,
-            run.rest,
-            run.prompt_cache,
-            prefill_step_size=prefill_step_size,
-            progress=run.watch(prompt_progress_callback),
-        )
+        if draft_model is not None:
+            run.feed(run.rest, len(run.rest), prefill_step_size, watch)
+        elif run.rest:
+            prefill(
+                model,
+                run.rest,
+                run.prompt_cache,
+                prefill_step_size=prefill_step_size,
+                progress=watch,
+            )
     except KeyboardInterrupt:
-        run.save(save_progress, is_interrupted=True)
+        run.finish(save_progress, on_saved, is_interrupted=True)
         raise
-    entry = run.save(save_progress)
-    assert entry is not None  # all rows are there
-    return entry, run.num_restored
+    return run.keep(save_progress, on_saved), run.num_restored
+
+
+def make_empty_cache(
+    model: Any,
+    draft_model: Any = None,
+    *,
+    max_kv_size: int | None = None,
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
+) -> list[Any]:
+    """Return the empty prompt cache that :func:`stream_generate` starts with.
+
+    Args:
+        model: The model.
+        draft_model: Its draft model, whose caches follow.
+        max_kv_size: As in :func:`stream_generate`.
+        kv_bits: As in :func:`stream_generate`.
+        kv_group_size: As in :func:`stream_generate`.
+
+    Raises:
+        UnsupportedCacheError: It cannot be stored, or is none that a draft model can be
+            used with.
+    """
+    empty = list(make_prompt_cache(model, max_kv_size))
+    if draft_model is not None:
+        is_divided = len(empty) == len(model.layers)
+        empty += make_prompt_cache(draft_model, max_kv_size)
+        _check_draft(empty, is_divided)
+    empty = _quantized(empty, kv_bits, kv_group_size)
+    caches.check_classes(empty)
+    return empty
 
 
 def prefill(
@@ -246,10 +375,37 @@ def entry_tokens(
         if difference:
             raise FingerprintError(
                 f"`{name}` was made by another model: {difference}",
-                hint="give the model, and the adapter, that it was saved with",
+                hint="give the model, adapter and draft model that it was saved with",
             )
     chain = store.chain(name)
     return [token for _, stored in chain for token in stored.block.tokens]
+
+
+class _Stopped(Exception):  # noqa: N818  (no error)
+    """Ends a prefill between two steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The model, and its draft model if there is one, whose caches follow.
+
+    Attributes:
+        model: The model.
+        draft: The draft model, or ``None``.
+    """
+
+    model: Any
+    draft: Any
+
+    def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:
+        """Return each model with its own part of a prompt cache."""
+        if self.draft is None:
+            return [(self.model, prompt_cache)]
+        num_layers = len(self.model.layers)  # which is where mlx-lm divides it
+        return [
+            (self.model, prompt_cache[:num_layers]),
+            (self.draft, prompt_cache[num_layers:]),
+        ]
 
 
 class _Run:
@@ -258,52 +414,124 @@ class _Run:
     Attributes:
         prompt_cache: Grows while mlx-lm works.
         rest: The tokens to feed.
-        num_restored: Tokens that came from the store.
+        num_restored: Tokens that were held.
+        models: The models.
     """
 
     def __init__(
         self,
-        model: Any,
+        models: _Models,
         tokens: Sequence[int],
         store: Store,
         fingerprint: Fingerprint,
         name: str | None,
-        replace: bool,
-        progress: Progress | None,
+        replace: bool | Entry,
         checkpoint_every: int,
-        kv_bits: int | str | None = None,
-        kv_group_size: int = 64,
+        live: LiveCache | None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
+        self.models = models
         self._store = store
         self._fingerprint = fingerprint
         self._name = name
         self._replace = replace
         self._tokens = list(tokens)
         self._num_prompt = len(self._tokens)
-        empty = _quantized(make_prompt_cache(model), kv_bits, kv_group_size)
-        caches.check_classes(empty)
-        self._check_name(empty)
         self._next_checkpoint = checkpoint_every
         self._checkpoint_every = checkpoint_every
-        held, self.rest = store.load(
-            self._tokens, fingerprint, like=empty, progress=progress
+        self._live = live
+        self._should_stop = should_stop
+        self.prompt_cache: list[Any] = []
+        self.rest: list[int] = []
+        self.num_restored = 0
+        # Of the model; a draft model may have less.
+        self._num_rows = self._num_draft_rows = 0
+
+    def begin(
+        self, empty: list[Any], progress: Progress | None, num_left: int = 1
+    ) -> None:
+        """Find what is held of the tokens.
+
+        Args:
+            empty: A prompt cache of the kind wanted.
+            progress: Called with (tokens restored, tokens held).
+            num_left: Tokens that are to be fed in any case, 0 or 1.
+        """
+        self._check_name(empty)
+        if not self._take_live(empty, num_left):
+            # One more than there is: it is the last that is never restored.
+            wanted = [*self._tokens, *[-1] * (1 - num_left)]
+            held, rest = self._store.load(
+                wanted, self._fingerprint, like=empty, progress=progress
+            )
+            self.prompt_cache = empty if held is None else held
+            self._start_at(len(wanted) - len(rest))
+        if self._live is not None:
+            self._live.clear()
+
+    def _take_live(self, empty: list[Any], num_left: int) -> bool:
+        """Go on from the live cache, if it is good for anything."""
+        if self._live is None or not self._live.tokens:
+            return False
+        held = self._live.prompt_cache
+        num_rows = common_run(
+            self._live.tokens, self._tokens[: self._num_prompt - num_left]
         )
-        self.prompt_cache: list[Any] = empty if held is None else held
-        self.num_restored = self._num_prompt - len(self.rest)
-        self._num_rows = self.num_restored
+        is_longer = num_rows < len(self._live.tokens)
+        if not num_rows or (is_longer and not _is_cuttable(held)):
+            return False
+        if caches.signature(held) != caches.signature(empty):
+            return False
+        if is_longer:
+            _cut(held, num_rows)
+        self.prompt_cache = held
+        self._start_at(num_rows)
+        return True
+
+    def _start_at(self, num_rows: int) -> None:
+        self.rest = self._tokens[num_rows:]
+        self.num_restored = self._num_rows = self._num_draft_rows = num_rows
 
     def watch(self, progress: Progress | None) -> Progress:
-        """Return a callback for mlx-lm that keeps what is whole."""
+        """Return a callback for mlx-lm that keeps what is whole.
+
+        Raises:
+            _Stopped: The run is to end, and no step is under way.
+        """
 
         def note(done: int, total: int) -> None:
-            self._num_rows = self.num_restored + done
+            self._num_rows = self._num_draft_rows = self.num_restored + done
             if progress is not None:
                 progress(done, total)
             # At the end the cache may be a token ahead already.
             if 0 < done < total:
                 self._save_blocks(done, is_last=done == total - 1)
+            if done < total and self.is_stopped():
+                raise _Stopped
 
         return note
+
+    def is_stopped(self) -> bool:
+        """Say whether the run is to end here."""
+        return self._should_stop is not None and self._should_stop()
+
+    def feed(
+        self, tokens: Sequence[int], total: int, step: int, progress: Progress
+    ) -> None:
+        """Have both models compute the rows of some tokens, a step at a time.
+
+        Args:
+            tokens: The next ones.
+            total: How many are to be computed in all, for the callback.
+            step: Tokens at a time.
+            progress: Called with (tokens computed, tokens to compute).
+        """
+        progress(0, total)
+        for start in range(0, len(tokens), step):
+            some = tokens[start : start + step]
+            for model, part in self.models.parts(self.prompt_cache):
+                _feed(model, some, part)
+            progress(start + len(some), total)
 
     def _save_blocks(self, done: int, *, is_last: bool) -> None:
         """Store what a long prefill has computed so far.
@@ -324,40 +552,93 @@ class _Run:
         except (OSError, StoreLockedError):
             return  # the save at the end says so, when the reply is there
 
-    def add(self, token: int) -> None:
-        """Note a token that was generated; mlx-lm has fed it before it told us."""
-        self._tokens.append(token)
-        self._num_rows = len(self._tokens)
+    def add(self, response: GenerationResponse) -> None:
+        """Note a token that was generated; mlx-lm has fed it before it told us.
 
-    def save(
+        With a draft model only where it had guessed the token. The draft model is up to
+        two tokens behind: the last guess is not fed to it, nor what came instead.
+        """
+        self._tokens.append(int(response.token))
+        num_tokens = len(self._tokens)
+        is_fed = self.models.draft is None or response.from_draft
+        self._num_rows = num_tokens if is_fed else num_tokens - 1
+        self._num_draft_rows = num_tokens - 2
+
+    def finish(
         self,
         progress: Progress | None,
-        on_saved: Callable[[Entry], None] | None = None,
+        on_saved: Callable[[Entry], None] | None,
         *,
         is_interrupted: bool = False,
-    ) -> Entry | None:
-        """Save what is whole; nothing where that is only what was restored.
+    ) -> None:
+        """Save what is whole; nothing where that is only what was held.
 
         Args:
             progress: Called with (tokens saved, tokens in all).
             on_saved: Called with the entry.
             is_interrupted: mlx-lm may have stopped in the middle of a step.
         """
-        if self._num_rows <= self.num_restored:
-            return None
-        if is_interrupted and not self._cut():
-            return None
+        if self.models.draft is not None:
+            self._catch_up()
+        elif is_interrupted:
+            # A window or a state has forgotten what it was before the step.
+            if not _is_cuttable(self.prompt_cache):
+                return
+            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+        if self._num_rows > self.num_restored and not self._is_half():
+            self.keep(progress, on_saved)
+        else:
+            self._hold()
+
+    def _is_half(self) -> bool:
+        """Say whether this is half a question, of a conversation that is held."""
+        return self._live is not None and self._num_rows < self._num_prompt
+
+    def _catch_up(self) -> None:
+        """Have both models hold the same rows: all that was said."""
+        if len(self._tokens) == self._num_prompt:
+            # mlx-lm, interrupted, takes back guesses that it has not made yet.
+            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+            return
+        held = (self._num_rows, self._num_draft_rows)
+        parts = self.models.parts(self.prompt_cache)
+        for (model, part), num_rows in zip(parts, held, strict=True):
+            _feed(model, self._tokens[_cut(part, num_rows) :], part)
+        self._num_rows = len(self._tokens)
+
+    def _hold(self) -> None:
+        """Leave the prompt cache to the next run."""
+        if self._live is not None:
+            self._live.tokens = self._tokens[: self._num_rows]
+            self._live.prompt_cache = self.prompt_cache
+
+    def keep(
+        self,
+        progress: Progress | None,
+        on_saved: Callable[[Entry], None] | None = None,
+    ) -> Entry:
+        """Save what is whole, and leave the prompt cache to the next run.
+
+        Args:
+            progress: Called with (tokens saved, tokens in all).
+            on_saved: Called with the entry.
+
+        Raises:
+            EntryExistsError: The name was taken meanwhile; there is an entry without.
+        """
+        self._hold()
         # A name is for a conversation, not for half a question.
         name = self._name if self._num_rows >= self._num_prompt else None
+        on_saved = on_saved or _ignore
         try:
             entry = self._save(name, progress)
         except EntryExistsError as error:
             # It was taken meanwhile, or by another kind of cache: keep what was said.
             entry = self._save(None, progress)
             error.hint = f"it is kept as `{entry.id[:12]}`; {error.hint}"
-            raise
-        if on_saved is not None:
             on_saved(entry)
+            raise
+        on_saved(entry)
         return entry
 
     def _save(self, name: str | None, progress: Progress | None) -> Entry:
@@ -370,22 +651,12 @@ class _Run:
             progress=progress,
         )
 
-    def _cut(self) -> bool:
-        """Drop rows that may not be whole; return whether that can be done."""
-        layers = caches.flatten_caches(self.prompt_cache)
-        # A window or a state has forgotten what it was before the step.
-        if not all(isinstance(cache, KVCache | TurboQuantKVCache) for cache in layers):
-            return False
-        for cache in layers:
-            cache.trim(cache.offset - self._num_rows)
-        return True
-
     def _check_name(self, like: list[Any]) -> None:
         """Refuse now what the store would refuse after a long prefill."""
         if self._name is None:
             return
         check_name(self._name)
-        if self._replace:
+        if self._replace or self._live is not None:
             return
         with suppress(IntegrityError):  # then the store lets it be replaced
             if not self._continues(self._name, like):
@@ -405,6 +676,99 @@ class _Run:
             return True
         is_prefix = held == self._tokens[: len(held)]
         return is_prefix and self._store.is_like(name, like)
+
+
+def _speculate(
+    run: _Run,
+    tokenizer: Any,
+    watch: Progress,
+    *,
+    max_tokens: int,
+    sampler: Sampler | None,
+    logits_processors: list[LogitsProcessor] | None,
+    num_draft_tokens: int,
+    prefill_step_size: int,
+) -> Generator[GenerationResponse, None, None]:
+    """Yield mlx-lm's responses with a draft model.
+
+    The prompt is computed here: mlx-lm would tell nobody how far it is.
+    """
+    begin = time.perf_counter()
+    total, prompt_tps = len(run.rest), 0.0
+    run.feed(run.rest[:-1], total, prefill_step_size, watch)
+    responses = mlx_lm.stream_generate(
+        run.models.model,
+        tokenizer,
+        run.rest[-1:],
+        # mlx-lm's own sign for no limit is none here.
+        sys.maxsize if max_tokens == -1 else max_tokens,
+        run.models.draft,
+        num_draft_tokens=num_draft_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=run.prompt_cache,
+    )
+    with closing(responses):
+        for response in responses:
+            if not prompt_tps:
+                prompt_tps = total / (time.perf_counter() - begin)
+                watch(total, total)
+            yield dataclasses.replace(
+                response, prompt_tokens=total, prompt_tps=prompt_tps
+            )
+
+
+def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
+    """Compute the rows of some tokens at once."""
+    if not tokens:
+        return
+    with mx.stream(generation_stream):
+        model(mx.array(list(tokens))[None], cache=prompt_cache)
+        mx.eval([cache.state for cache in prompt_cache])
+    mx.clear_cache()
+
+
+def _check_draft(empty: list[Any], is_divided: bool) -> None:
+    """Refuse caches from which mlx-lm cannot take back wrong guesses, in its silence.
+
+    Raises:
+        UnsupportedCacheError: A layer's cache is of such a class.
+    """
+    hint = "leave out the draft model"
+    for number, cache in enumerate(_flat(empty)):
+        if not isinstance(cache, _CUTTABLE):
+            raise UnsupportedCacheError(
+                f"layer {number} is a {type(cache).__name__}, which cannot take back"
+                " what a draft model guessed wrong",
+                hint=hint,
+            )
+    if not is_divided:
+        raise UnsupportedCacheError(
+            "mlx-lm cannot tell the model's caches from the draft model's", hint=hint
+        )
+
+
+def _flat(prompt_cache: list[Any]) -> list[Any]:
+    return caches.flatten_caches(prompt_cache)
+
+
+def _is_cuttable(prompt_cache: list[Any]) -> bool:
+    """Say whether the last rows can be taken back from all layers."""
+    return all(isinstance(cache, _CUTTABLE) for cache in _flat(prompt_cache))
+
+
+def _cut(prompt_cache: list[Any], num_rows: int) -> int:
+    """Drop rows that may not be whole, and return how many all layers have now."""
+    # A layer that the model never uses has none.
+    used = [cache for cache in _flat(prompt_cache) if not cache.empty()]
+    num_rows = min([num_rows, *(cache.offset for cache in used)])
+    for cache in used:
+        cache.trim(cache.offset - num_rows)
+    return num_rows
+
+
+def _ignore(entry: Entry) -> None:
+    """Tell nobody of an entry."""
 
 
 def _quantized(

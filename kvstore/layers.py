@@ -26,6 +26,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 # mlx-lm's caches grow by so many rows at a time.
 _STEP = 256
 _SINKS = 4
+_MAX_STATES = 4096
 
 Buffers = Mapping[str, mx.array]
 """What is restored, by name: rows as ``(1, H, rows, D)``, states ``(1, 1, 1, N)``."""
@@ -393,6 +394,8 @@ class States:
         from mlx_lm.models.cache import ArraysCache
 
         params = dict(layout.params)
+        if params["size"] > _MAX_STATES:
+            raise ValueError(f"{params['size']} states")
         cache: Any = ArraysCache(params["size"])
         for name, state in buffers.items():
             shape = _shape(params, name.removeprefix("state"))

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +21,9 @@ from .fingerprint import Fingerprint
 from .types import JSON
 
 # Stand for what was said while a chat template is rendered.
-_QUERY, _REPLY = "<query>", "<reply>"
+_QUERY, _REPLY, _WORDS = "<query>", "<reply>", "<words>"
+_ASKED = {"role": "user", "content": _QUERY}
+_REPLIED = {"role": "assistant", "content": _REPLY}
 
 
 def find_model(model: str) -> Path:
@@ -74,21 +76,62 @@ def load_model(
     Raises:
         KVStoreError: There is no such model, or mlx-lm cannot load it.
     """
-    fingerprint = fingerprint_model(model, adapter_path)
+    # Once, so that what is hashed is what is loaded: a repository may move on.
+    path = str(find_model(model))
+    fingerprint = replace(fingerprint_model(path, adapter_path), label=model)
     import mlx_lm
 
     load: Any = mlx_lm.load
     try:
         loaded, tokenizer, *_ = load(
-            str(find_model(model)),
+            path,
             adapter_path=adapter_path,
             tokenizer_config={"trust_remote_code": trust_remote_code},
             lazy=lazy,
-            **_trust(model, trust_remote_code),
+            **_trust(path, trust_remote_code),
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _cannot_load(model, error) from error
     return loaded, tokenizer, fingerprint
+
+
+def load_models(
+    model: str,
+    adapter_path: str | None = None,
+    draft_model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any, Any, Fingerprint]:
+    """Load a model and, if one is named, a draft model for it.
+
+    Args:
+        model: A folder, or a repository on the Hugging Face Hub.
+        adapter_path: Folder with an adapter's weights and configuration.
+        draft_model: As ``model``; ``None`` for none.
+        trust_remote_code: Let models and tokenizers bring code of their own.
+
+    Returns:
+        The model, its tokenizer, the draft model or ``None``, and the fingerprint of
+        both together.
+
+    Raises:
+        KVStoreError: There is no such model, mlx-lm cannot load it, or the draft model
+            has another vocabulary.
+    """
+    loaded, tokenizer, fingerprint = load_model(
+        model, adapter_path, trust_remote_code=trust_remote_code
+    )
+    if draft_model is None:
+        return loaded, tokenizer, None, fingerprint
+    draft, theirs, drafted = load_model(
+        draft_model, trust_remote_code=trust_remote_code
+    )
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise KVStoreError(
+            f"the draft model `{draft_model}` has another vocabulary than `{model}`",
+            hint="give a smaller model of the same family",
+        )
+    return loaded, tokenizer, draft, fingerprint.with_draft(drafted)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
@@ -120,8 +163,9 @@ def fingerprint_model(
     Raises:
         KVStoreError: There is no such model or adapter.
     """
-    draft = None if draft_model is None else find_model(draft_model)
-    fingerprint = Fingerprint.from_path(find_model(model), adapter_path, draft)
+    fingerprint = Fingerprint.from_path(find_model(model), adapter_path)
+    if draft_model is not None:
+        fingerprint = fingerprint.with_draft(fingerprint_model(draft_model))
     return replace(fingerprint, label=model)
 
 
@@ -133,6 +177,7 @@ def encode_prompt(
     chat_template_config: JSON | None = None,
     ignore_chat_template: bool = False,
     is_open: bool = False,
+    is_literal: bool = False,
 ) -> list[int]:
     """Return the tokens of the first message of a conversation.
 
@@ -144,6 +189,7 @@ def encode_prompt(
         ignore_chat_template: Take the prompt as plain text.
         is_open: Leave the message open, as ``mlx_lm.cache_prompt`` does, so that
             more can be added to it; else the reply comes next.
+        is_literal: What the user says makes no special tokens, whatever it contains.
 
     Raises:
         ValueError: There is a system prompt and no chat template.
@@ -152,11 +198,14 @@ def encode_prompt(
         if system_prompt is not None:
             raise ValueError("a system prompt needs a chat template, and none is used")
         return list(tokenizer.encode(prompt))
-    messages = [{"role": "user", "content": prompt}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    text = _render(tokenizer, messages, chat_template_config, is_open=is_open)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    before: JSON = {"role": "system", "content": system_prompt}
+
+    def render(words: str) -> str:
+        messages: list[JSON] = [{"role": "user", "content": words}]
+        messages = messages if system_prompt is None else [before, *messages]
+        return _render(tokenizer, messages, chat_template_config, is_open=is_open)
+
+    return _encode(tokenizer, render, prompt, is_literal)
 
 
 def encode_continuation(
@@ -166,6 +215,7 @@ def encode_continuation(
     *,
     chat_template_config: JSON | None = None,
     ignore_chat_template: bool = False,
+    is_literal: bool = False,
 ) -> list[int]:
     """Return the tokens that a prompt adds behind those of a conversation.
 
@@ -179,29 +229,53 @@ def encode_continuation(
         tokens: The conversation so far.
         chat_template_config: More variables for the chat template.
         ignore_chat_template: Take the prompt as plain text.
+        is_literal: What the user says makes no special tokens, whatever it contains.
 
     Raises:
         ValueError: The chat template leaves out parts of a conversation.
     """
     if not _has_template(tokenizer, ignore_chat_template):
         return list(tokenizer.encode(prompt, add_special_tokens=False))
-    query = {"role": "user", "content": prompt}
-    asked = {"role": "user", "content": _QUERY}
-    reply = {"role": "assistant", "content": _REPLY}
     config = chat_template_config
-    conversation = _render(tokenizer, [asked, reply, query], config)
-    header, next_message = _around(_REPLY, _around(_QUERY, conversation)[1])
-    before, after = _around(_QUERY, _render(tokenizer, [asked], config))
-    # Some templates begin a reply with more, such as `<think>`, than they repeat later.
-    begin = _common_prefix(header, after).strip()
-    if begin and begin in tokenizer.decode(list(tokens)):
-        text = next_message
-    else:
-        text = _render(tokenizer, [query], config)[len(before) :]
-    added = list(tokenizer.encode(text, add_special_tokens=False))
+    is_replied = has_reply(tokenizer, tokens, chat_template_config=config)
+
+    def render(words: str) -> str:
+        query = {"role": "user", "content": words}
+        if is_replied:
+            conversation = _render(tokenizer, [_ASKED, _REPLIED, query], config)
+            return _around(_REPLY, conversation)[1]
+        before, _ = _around(_QUERY, _render(tokenizer, [_ASKED], config))
+        return _render(tokenizer, [query], config)[len(before) :]
+
+    added = _encode(tokenizer, render, prompt, is_literal)
     # The model ended its reply itself, with the token that the template would add.
     is_closed = tokens and tokens[-1] in tokenizer.eos_token_ids
     return added[1:] if is_closed and added[:1] == [tokens[-1]] else added
+
+
+def has_reply(
+    tokenizer: Any,
+    tokens: Sequence[int],
+    *,
+    chat_template_config: JSON | None = None,
+) -> bool:
+    """Say whether there is a reply in a conversation, or an open message at most.
+
+    Args:
+        tokenizer: The model's, from mlx-lm, with a chat template.
+        tokens: The conversation.
+        chat_template_config: More variables for the chat template.
+
+    Raises:
+        ValueError: The chat template leaves out parts of a conversation.
+    """
+    config = chat_template_config
+    conversation = _render(tokenizer, [_ASKED, _REPLIED, _ASKED], config)
+    header, _ = _around(_REPLY, _around(_QUERY, conversation)[1])
+    _, after = _around(_QUERY, _render(tokenizer, [_ASKED], config))
+    # Some templates begin a reply with more, such as `<think>`, than they repeat later.
+    begin = _common_prefix(header, after).strip()
+    return bool(begin) and begin in tokenizer.decode(list(tokens))
 
 
 def write_prompt_cache(
@@ -285,6 +359,33 @@ def _cannot_load(model: str, error: Exception) -> KVStoreError:
 
 def _has_template(tokenizer: Any, ignore_chat_template: bool) -> bool:
     return bool(tokenizer.has_chat_template) and not ignore_chat_template
+
+
+def _encode(
+    tokenizer: Any, render: Callable[[str], str], words: str, is_literal: bool
+) -> list[int]:
+    """Return the tokens of a rendered text with the user's words in it."""
+
+    def plain(piece: str) -> list[int]:
+        return list(tokenizer.encode(piece, add_special_tokens=False))
+
+    text = render(words)
+    if is_literal and any(mark in words for mark in _special_texts(tokenizer)):
+        before, after = _around(_WORDS, render(_WORDS))
+        # Some templates strip what was said.
+        for said in (words, words.strip()):
+            if before + said + after == text:
+                literal = tokenizer.encode(
+                    said, add_special_tokens=False, split_special_tokens=True
+                )
+                return [*plain(before), *literal, *plain(after)]
+    return plain(text)
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    """Return the texts that a tokenizer takes for special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return [str(token) for token in added if token.special]
 
 
 def _render(

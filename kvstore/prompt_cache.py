@@ -216,7 +216,7 @@ def check_classes(prompt_cache: Sequence[Any]) -> None:
 def signature(prompt_cache: Sequence[Any]) -> tuple[Signature, ...]:
     """Return class and parameters of each cache, which may be empty still."""
     check_classes(prompt_cache)
-    return tuple(map(_signature, flatten(_read_layers(prompt_cache))))
+    return tuple(map(layer_signature, flatten(_read_layers(prompt_cache))))
 
 
 def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool:
@@ -227,7 +227,7 @@ def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool
         wanted: Class and parameters of each cache.
         decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
     """
-    stored = [_signature(layer) for layer in flatten(layout)]
+    stored = [layer_signature(layer) for layer in flatten(layout)]
     # What is decoded lies in no CacheList.
     decoding = decoding and not any(isinstance(layer, ListLayout) for layer in layout)
     decodable = ("TurboQuantKVCache", "KVCache")
@@ -237,7 +237,8 @@ def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool
     )
 
 
-def _signature(layer: LayerLayout) -> Signature:
+def layer_signature(layer: LayerLayout) -> Signature:
+    """Return class and parameters of the cache of one layer."""
     # The shapes of states are known only when there are states.
     params = [pair for pair in layer.params if not pair[0].startswith("shape")]
     return layer.cache_class, tuple(params)

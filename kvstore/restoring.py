@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .codecs import MLX_DTYPES, Codec, Rows
+from .errors import IntegrityError
 from .layers import capacity, kind_named
 from .layout import Group, flatten
-from .prompt_cache import PromptCache, hold, mark
+from .prompt_cache import PromptCache, hold, mark, read_layout
 from .types import LayerLayout, Layout, ListLayout, Provenance, RowSpec
 
 Array = npt.NDArray[np.generic]
@@ -67,6 +68,11 @@ class _Target:
             return 1
         rows = capacity(self._num_tokens)
         return (rows if spec.end is None else min(rows, spec.end)) - spec.begin
+
+    def blank(self, layer: LayerLayout, name: str, spec: RowSpec) -> mx.array:
+        """Return a buffer of zeros, which takes no memory before it is evaluated."""
+        shape = (1, spec.num_heads, self.num_rows(layer, name, spec), spec.head_dim)
+        return mx.zeros(shape, MLX_DTYPES[spec.dtype])
 
     def cut(self, group: Group, rows: Rows, stop: int) -> tuple[int, slice]:
         """Return where in its buffer a block's rows go, and which of them."""
@@ -194,6 +200,32 @@ class DeviceRestoring:
         shape = (1, spec.num_heads, missing, spec.head_dim)
         room = [mx.zeros(shape, MLX_DTYPES[spec.dtype])] if missing else []
         return mx.concatenate([*pieces, *room], axis=2)
+
+
+def check_layout(layout: Layout, num_tokens: int) -> None:
+    """Refuse a layout that no prompt cache of so many tokens has.
+
+    One is built of buffers that are never filled, and its layout read again.
+
+    Raises:
+        IntegrityError: It cannot be built, or has another layout.
+    """
+    target = _Target(layout, num_tokens)
+    try:
+        buffers = [
+            {
+                name: target.blank(layer, name, spec)
+                for name, spec in layer.rows
+                if spec.kind != "mark"
+            }
+            for layer in target.layers
+        ]
+        built = _build_layers(layout, iter(buffers), num_tokens)
+        found = read_layout(built, num_tokens)
+    except Exception as error:  # whatever a class, mlx-lm's or another, says to it
+        raise IntegrityError(f"its layout is of no prompt cache: {error}") from error
+    if found != layout:
+        raise IntegrityError("its layout is not that of the prompt cache that it makes")
 
 
 def _build(

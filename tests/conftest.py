@@ -91,6 +91,13 @@ def other_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A folder with a smaller model, which guesses now and then what the tiny says."""
+    folder = tmp_path_factory.mktemp("models") / "small"
+    return write_model(folder, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
 def loaded(tiny_model):
     """Model, tokenizer and fingerprint of the tiny model."""
     from kvstore.model import load_model

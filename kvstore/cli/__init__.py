@@ -9,19 +9,26 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from .chat_verb import chat
 from .demo_verb import demo
 from .entry_verbs import inspect_entry, list_entries, load, remove
+from .export_verb import export
 from .failures import run
 from .import_verb import import_file
 from .keeping_verbs import pin, prune, rename, stats
-from .model_verbs import generate, lookup, save
+from .lookup_verb import lookup
+from .model_verbs import generate, save
 from .root import cli
+from .serve_verb import serve
 from .store_verbs import completion, show_dir, verify
 
 for _verb in (
     save,
     load,
     generate,
+    chat,
+    serve,
+    export,
     import_file,
     lookup,
     list_entries,

@@ -1,15 +1,15 @@
-"""The verbs that run a model: save, generate, lookup."""
+"""The verbs that run a model: save, generate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..interrupts import Interrupts
 from ..output import Output, format_bytes, format_count
 from . import options
 from .entry_verbs import entry_data, entry_label
@@ -57,7 +57,7 @@ def save(
     """
     output = output_of(context)
     text = prompt.read()
-    store, loaded, tokenizer, fingerprint = _open(context, model, codec)
+    store, loaded, tokenizer, _, fingerprint = open_models(context, model, codec)
     from ..generate import save_prompt
 
     tokens = _encode(tokenizer, text, prompt, is_open=True)
@@ -93,35 +93,12 @@ def save(
     show_default=True,
     help="Tokens to generate at most.",
 )
-@click.option(
-    "--temp",
-    metavar="T",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    show_default=True,
-    help="Sampling temperature; 0 takes the likeliest token.",
-)
-@click.option(
-    "--top-p",
-    metavar="P",
-    type=click.FloatRange(0, 1),
-    default=1.0,
-    show_default=True,
-    help="Sample from the likeliest tokens that together have this probability.",
-)
-@click.option(
-    "--top-k",
-    metavar="K",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Sample from so many of the likeliest tokens; 0 from all.",
-)
-@click.option("--seed", metavar="N", type=int, help="Seed of the sampling.")
-@options.kv_bits
+@options.sampling_options
+@options.live_options
 @options.prefill_step_size
 @options.checkpoint_every
 @click.pass_context
+@gathered("live", options.LiveOptions)
 @gathered("sampling", options.SamplingOptions)
 @gathered("model", ModelOptions)
 @gathered("prompt", PromptOptions)
@@ -130,28 +107,32 @@ def generate(
     model: ModelOptions,
     prompt: PromptOptions,
     sampling: options.SamplingOptions,
+    live: options.LiveOptions,
     name: str | None,
     codec: str | None,
     replace: bool,
     max_tokens: int,
     prefill_step_size: int,
     checkpoint_every: int,
-    kv_bits: int | str | None,
 ) -> None:
     """Go on from what is kept, generate text, and keep the result.
 
     With the name of an entry, the prompt continues that conversation. Else the whole
     prompt is looked up, and what the store holds of it is not computed again. Ctrl-C
-    ends the text and keeps what was said so far.
+    ends the text and keeps what was said so far, and so does SIGTERM.
     """
     output = output_of(context)
+    live.check()
     text = prompt.read()
-    store, loaded, tokenizer, fingerprint = _open(context, model, codec)
+    store, loaded, tokenizer, draft, fingerprint = open_models(
+        context, model, codec, live.draft_model
+    )
+    warn_of_size(output, loaded, live.max_kv_size)
     from ..generate import stream_generate
 
     tokens = _conversation(store, tokenizer, fingerprint, prompt, text, name, replace)
     saved: list[Entry] = []
-    with output.progress() as bars:
+    with output.progress() as bars, Interrupts() as interrupts, interrupts.deferred():
         responses = stream_generate(
             loaded,
             tokenizer,
@@ -162,9 +143,13 @@ def generate(
             replace=replace,
             max_tokens=max_tokens,
             sampler=sampling.make_sampler(),
+            draft_model=draft,
+            num_draft_tokens=live.num_draft_tokens,
             prefill_step_size=prefill_step_size,
             checkpoint_every=checkpoint_every,
-            kv_bits=kv_bits,
+            max_kv_size=live.max_kv_size,
+            kv_bits=live.kv_bits,
+            should_stop=lambda: interrupts.is_pending,
             load_progress=bars.bar("restore"),
             prompt_progress_callback=bars.bar("prefill"),
             save_progress=bars.bar("save"),
@@ -180,50 +165,42 @@ def generate(
         finally:
             bars.clear()
             _print_said(output, said, len(tokens), next(iter(saved), None))
+    end_if_asked(context, interrupts)
+    is_finished = bool(said) and said[-1].finish_reason is not None
+    if interrupts.is_pending and not is_finished:
+        raise KeyboardInterrupt
 
 
-@click.command(cls=Verb)
-@model_options
-@prompt_options
-@click.pass_context
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
-def lookup(context: click.Context, model: ModelOptions, prompt: PromptOptions) -> None:
-    """Say how much of a prompt the store holds, and why not more.
-
-    The prompt is taken as `generate` without a name takes it. No weights are loaded.
-    """
-    output = output_of(context)
-    text = prompt.read()
-    store = open_store(context)
-    from ..model import fingerprint_model, load_tokenizer
-
-    fingerprint = fingerprint_model(model.model, model.adapter_path)
-    tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
-    match = store.lookup(_encode(tokenizer, text, prompt), fingerprint)
-    total = format_count(match.num_prompt_tokens, "token")
-    output.result(
-        f"{match.num_tokens:,} of {total} held: {match.reason}: {match.detail}",
-        asdict(match),
-        [str(match.num_tokens)],
-    )
+def end_if_asked(context: click.Context, interrupts: Interrupts) -> None:
+    """End the process as a signal does, where there was one that asks for it."""
+    if interrupts.ending is not None:
+        context.exit(128 + interrupts.ending)
 
 
-def _open(
-    context: click.Context, options: ModelOptions, codec: str | None
-) -> tuple[Store, Any, Any, Fingerprint]:
-    """Open the store, and load model, tokenizer and fingerprint."""
+def warn_of_size(output: Output, model: Any, max_kv_size: int | None) -> None:
+    """Say where mlx-lm has no use for the size that was asked for."""
+    if max_kv_size is not None and hasattr(model, "make_cache"):
+        output.warning("`--max-kv-size` has no effect: the model makes its own caches")
+
+
+def open_models(
+    context: click.Context,
+    options: ModelOptions,
+    codec: str | None,
+    draft_model: str | None = None,
+) -> tuple[Store, Any, Any, Any, Fingerprint]:
+    """Open the store, and load model, tokenizer, draft model and fingerprint."""
     load_fast_blas()
-    from ..model import find_model, load_model
+    from ..model import find_model, load_models
 
     find_model(options.model)  # a wrong name must not leave an empty store behind
     store = open_store(context, create=True, codec=codec)
-    loaded, tokenizer, fingerprint = load_model(
+    return store, *load_models(
         options.model,
         options.adapter_path,
+        draft_model,
         trust_remote_code=options.trust_remote_code,
     )
-    return store, loaded, tokenizer, fingerprint
 
 
 def _encode(
@@ -253,7 +230,7 @@ def _conversation(
 ) -> list[int]:
     """Return the tokens of the conversation that a prompt begins or continues."""
     from ..generate import entry_tokens
-    from ..model import encode_continuation
+    from ..turns import encode_next
 
     held = None
     if name is not None and not replace:
@@ -264,7 +241,7 @@ def _conversation(
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{name}` has begun without it"
         )
-    return held + encode_continuation(
+    return held + encode_next(
         tokenizer,
         text,
         held,

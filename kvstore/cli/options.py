@@ -70,6 +70,55 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How a conversation is rendered.
+
+    Attributes:
+        system_prompt: What the system says first.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take what is said as plain text.
+    """
+
+    system_prompt: str | None
+    chat_template_config: JSON | None
+    ignore_chat_template: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LiveOptions:
+    """How the live cache is filled and kept.
+
+    Attributes:
+        draft_model: As a model, or ``None``.
+        num_draft_tokens: How many tokens it guesses at a time.
+        max_kv_size: Rows kept per layer, or ``None`` for all.
+        kv_bits: A mode of quantization, or ``None``.
+    """
+
+    draft_model: str | None
+    num_draft_tokens: int
+    max_kv_size: int | None
+    kv_bits: int | str | None
+
+    def check(self) -> None:
+        """Refuse what cannot be had together, before a model is loaded.
+
+        Raises:
+            click.UsageError: Rows that are dropped can neither be coded nor taken back.
+        """
+        if self.max_kv_size is None:
+            return
+        for option, value in (
+            ("--draft-model", self.draft_model),
+            ("--kv-bits", self.kv_bits),
+        ):
+            if value is not None:
+                raise click.UsageError(
+                    f"`--max-kv-size` and `{option}` exclude each other"
+                )
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How the next token is drawn.
 
@@ -153,7 +202,7 @@ class KVBits(click.ParamType[int | str]):
         return text
 
 
-def model_options(command: F) -> F:
+def model_options(command: F, *, required: bool = True) -> F:
     """Add the options that choose a model; they come as one ``ModelOptions``."""
     for option in (
         click.option(
@@ -167,7 +216,7 @@ def model_options(command: F) -> F:
         click.option(
             "--model",
             metavar="MODEL",
-            required=True,
+            required=required,
             help="Folder of the model, or its Hugging Face repository.",
         ),
     ):
@@ -175,8 +224,19 @@ def model_options(command: F) -> F:
     return command
 
 
-def prompt_options(command: F) -> F:
+def prompt_options(command: F, *, required: bool = True) -> F:
     """Add the options that make a prompt; they come as one ``PromptOptions``."""
+    prompt = click.option(
+        "--prompt",
+        metavar="TEXT",
+        required=required,
+        help="The prompt; `-` reads it from stdin.",
+    )
+    return prompt(template_options(command))
+
+
+def template_options(command: F) -> F:
+    """Add the options of chat templates; they come as one ``TemplateOptions``."""
     for option in (
         click.option(
             "--ignore-chat-template",
@@ -192,11 +252,74 @@ def prompt_options(command: F) -> F:
         click.option(
             "--system-prompt", metavar="TEXT", help="What the system says first."
         ),
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: F) -> F:
+    """Add the options of sampling; they come as one ``SamplingOptions``."""
+    for option in (
+        click.option("--seed", metavar="N", type=int, help="Seed of the sampling."),
         click.option(
-            "--prompt",
-            metavar="TEXT",
-            required=True,
-            help="The prompt; `-` reads it from stdin.",
+            "--top-k",
+            metavar="K",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Sample from so many of the likeliest tokens; 0 from all.",
+        ),
+        click.option(
+            "--top-p",
+            metavar="P",
+            type=click.FloatRange(0, 1),
+            default=1.0,
+            show_default=True,
+            help="Sample from the likeliest tokens that together have this"
+            " probability.",
+        ),
+        click.option(
+            "--temp",
+            metavar="T",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="Sampling temperature; 0 takes the likeliest token.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def live_options(command: F) -> F:
+    """Add the options of the live cache; they come as one ``LiveOptions``."""
+    for option in (
+        click.option(
+            "--kv-bits",
+            metavar="BITS",
+            type=KVBits(),
+            help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or"
+            " 8, 6, 5, 4, 3, 2 bits as mlx-lm does.",
+        ),
+        click.option(
+            "--max-kv-size",
+            metavar="N",
+            # The first 4 rows are kept for good.
+            type=click.IntRange(min=8),
+            help="Keep the last N rows per layer, where the model does not say.",
+        ),
+        click.option(
+            "--num-draft-tokens",
+            metavar="N",
+            type=click.IntRange(min=1),
+            default=3,
+            show_default=True,
+            help="Tokens to guess at a time.",
+        ),
+        click.option(
+            "--draft-model",
+            metavar="MODEL",
+            help="A smaller model of the same family, which guesses what comes.",
         ),
     ):
         command = option(command)
@@ -246,13 +369,6 @@ checkpoint_every = click.option(
     default=2048,
     show_default=True,
     help="Of a model with recurrent layers, keep the state every N prompt tokens.",
-)
-kv_bits = click.option(
-    "--kv-bits",
-    metavar="BITS",
-    type=KVBits(),
-    help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or 8, 6, 5,"
-    " 4, 3, 2 bits as mlx-lm does.",
 )
 codec = click.option(
     "--codec",

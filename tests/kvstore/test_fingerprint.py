@@ -131,10 +131,10 @@ def test_a_draft_model_matters(model, tmp_path):
     """The caches of a draft model follow the model's, so it is part of the whole."""
     draft = shutil.copytree(model, tmp_path / "draft")
     alone = Fingerprint.from_path(model)
-    both = Fingerprint.from_path(model, None, draft)
+    both = alone.with_draft(Fingerprint.from_path(draft))
     assert alone.digest != both.digest
     (draft / "model-1.safetensors").write_bytes(b"other weights")
-    other = Fingerprint.from_path(model, None, draft)
+    other = alone.with_draft(Fingerprint.from_path(draft))
     assert both.difference(other).startswith("draft.weights: stored ")
 
 

@@ -10,7 +10,13 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 import kvstore
-from kvstore.generate import entry_tokens, prefill, save_prompt, stream_generate
+from kvstore.generate import (
+    LiveCache,
+    entry_tokens,
+    prefill,
+    save_prompt,
+    stream_generate,
+)
 
 PROMPT = [(7 * i) % 250 for i in range(300)]
 
@@ -181,7 +187,7 @@ def test_an_interrupted_window_is_not_saved(loaded, store, monkeypatch):
     """What cannot be cut back to the last whole row is not kept."""
     monkeypatch.setattr(
         "kvstore.generate.make_prompt_cache",
-        lambda model: [RotatingKVCache(512) for _ in model.layers],
+        lambda model, _: [RotatingKVCache(512) for _ in model.layers],
     )
 
     def stop(done, total):
@@ -291,7 +297,7 @@ def test_an_unknown_class_is_refused_before_the_prefill(loaded, store, monkeypat
         pass
 
     caches = [KVCache(), Subclass()]
-    monkeypatch.setattr("kvstore.generate.make_prompt_cache", lambda model: caches)
+    monkeypatch.setattr("kvstore.generate.make_prompt_cache", lambda *_: caches)
     with pytest.raises(kvstore.UnsupportedCacheError, match="layer 1 "):
         save(loaded, store, PROMPT)
     assert caches[0].offset == 0
@@ -402,3 +408,337 @@ def test_a_recurrent_model_is_resumed_at_the_end_of_the_prompt(store, caches):
         model, [*prompt[:-1], 1, 2, 3], store=store, fingerprint=caches.MODEL
     )
     assert (entry.num_tokens, restored) == (42, 39)
+
+
+# Draft models.
+
+
+@pytest.fixture(scope="module")
+def drafts(loaded, small_model, other_model):
+    """Draft models by how well they guess."""
+    others = {"sometimes right": small_model, "never right": other_model}
+    models = {kind: mlx_lm.load(str(path))[0] for kind, path in others.items()}
+    return {"always right": loaded[0], **models}
+
+
+KINDS = ("always right", "sometimes right", "never right")
+
+
+def parts(loaded, draft, prompt_cache):
+    """Return each model with its part of a prompt cache."""
+    num_layers = len(loaded[0].layers)
+    return (
+        (loaded[0], prompt_cache[:num_layers]),
+        (draft, prompt_cache[num_layers:]),
+    )
+
+
+def are_whole(loaded, draft, prompt_cache, tokens):
+    """Say whether both models' rows are those of these tokens."""
+    return all(
+        [cache.offset for cache in part] == [len(tokens)] * len(part)
+        and rows_close(part, prefill(model, tokens))
+        for model, part in parts(loaded, draft, prompt_cache)
+    )
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_model_changes_no_token(loaded, store, drafts, kind, num_draft_tokens):
+    """Greedy text is that of the model alone, from an empty store and from a full."""
+    options = {"draft_model": drafts[kind], "num_draft_tokens": num_draft_tokens}
+    model, tokenizer, _ = loaded
+    expected = tokens_of(mlx_lm.stream_generate(model, tokenizer, PROMPT, 20))
+    for _ in range(2):
+        assert generate(loaded, store, PROMPT, max_tokens=20, **options) == expected
+
+
+@pytest.mark.parametrize("num_said", range(1, 10))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_draft_model_takes_part_in_is_whole(
+    loaded, store, drafts, kind, num_said
+):
+    """Wherever the consumer stops, both models' rows of all that was said are saved."""
+    model, tokenizer, fingerprint = loaded
+    said = []
+    responses = stream_generate(
+        model,
+        tokenizer,
+        PROMPT[:40],
+        store=store,
+        fingerprint=fingerprint,
+        name="chat",
+        draft_model=drafts[kind],
+        num_draft_tokens=3,
+    )
+    with closing(responses):
+        for response in responses:
+            said.append(response.token)
+            if len(said) == num_said:
+                break
+    restored, tokens = store.load_entry("chat", fingerprint)
+    assert tokens == PROMPT[:40] + said
+    assert are_whole(loaded, drafts[kind], restored, tokens)
+
+
+@pytest.mark.parametrize("num_said", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reply_may_have_its_last_token_anywhere(
+    loaded, store, drafts, kind, num_said
+):
+    """The most tokens allowed may be reached by a guess, or by the model itself."""
+    said = generate(
+        loaded, store, PROMPT[:40], name="chat", draft_model=drafts[kind],
+        num_draft_tokens=3, max_tokens=num_said,
+    )  # fmt: skip
+    restored, tokens = store.load_entry("chat", loaded[2])
+    assert tokens == PROMPT[:40] + said
+    assert len(said) == num_said
+    assert are_whole(loaded, drafts[kind], restored, tokens)
+
+
+@pytest.mark.parametrize("stop", range(1, 60, 3))
+@pytest.mark.parametrize("kind", ["always right", "sometimes right"])
+def test_an_interrupt_with_a_draft_model_saves_right_rows_only(
+    loaded, store, drafts, interrupt, monkeypatch, kind, stop
+):
+    """Ctrl-C between any two updates of either model's caches keeps right rows only."""
+    kept = []
+    prompt = PROMPT[:60]
+
+    def keep(tokens, prompt_cache, fingerprint, *, name, replace, progress):
+        kept.append((list(tokens), prompt_cache, name))
+
+    interrupt(stop)
+    monkeypatch.setattr(store, "save", keep)
+    with pytest.raises(KeyboardInterrupt):
+        generate(
+            loaded, store, prompt, prefill_step_size=20, name="chat", max_tokens=30,
+            draft_model=drafts[kind], num_draft_tokens=3,
+        )  # fmt: skip
+    monkeypatch.undo()
+    for tokens, prompt_cache, name in kept:
+        assert are_whole(loaded, drafts[kind], prompt_cache, tokens)
+        assert tokens[: len(prompt)] == prompt[: len(tokens)]
+        assert name == ("chat" if len(tokens) >= len(prompt) else None)
+    assert kept or stop < 6
+
+
+def test_a_long_prompt_is_stored_as_it_goes_with_a_draft_model(loaded, store, drafts):
+    """Steps of both models are told, stored, and may be the last."""
+    options = {"draft_model": drafts["sometimes right"], "prefill_step_size": 256}
+    prompt = PROMPT * 3
+    seen = []
+
+    def note(done, total):
+        seen.append((done, total))
+        if done > 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(loaded, store, prompt, prompt_progress_callback=note, **options)
+    assert seen == [(0, 900), (256, 900), (512, 900)]
+    model, tokenizer, fingerprint = loaded
+    responses = stream_generate(
+        model, tokenizer, prompt, store=store, fingerprint=fingerprint, max_tokens=1,
+        **options,
+    )  # fmt: skip
+    assert [response.prompt_tokens for response in responses] == [900 - 512]
+
+
+def test_no_limit_is_none_with_a_draft_model(loaded, store, drafts):
+    """A reply without a limit ends where the consumer stops."""
+    model, tokenizer, fingerprint = loaded
+    responses = stream_generate(
+        model, tokenizer, PROMPT, store=store, fingerprint=fingerprint, max_tokens=-1,
+        draft_model=drafts["sometimes right"],
+    )  # fmt: skip
+    with closing(responses):
+        assert len([next(responses) for _ in range(40)]) == 40
+
+
+@pytest.mark.parametrize("kv_bits", ["turbo3", 4])
+def test_caches_of_both_models_are_quantized(loaded, store, drafts, kv_bits):
+    """With `kv_bits`, model and draft model keep codes, and are resumed with them."""
+    options = {
+        "draft_model": drafts["sometimes right"],
+        "kv_bits": kv_bits,
+        "kv_group_size": 32,
+    }
+    said = generate(loaded, store, PROMPT, max_tokens=9, name="chat", **options)
+    restored, tokens = store.load_entry("chat", loaded[2])
+    (kind,) = {type(cache).__name__ for cache in restored}
+    assert kind == ("TurboQuantKVCache" if kv_bits == "turbo3" else "QuantizedKVCache")
+    assert [cache.offset for cache in restored] == [len(PROMPT) + 9] * 3
+    assert tokens == PROMPT + said
+    assert len(generate(loaded, store, [*tokens, 5], max_tokens=4, **options)) == 4
+
+
+def test_a_prompt_is_saved_for_both_models(loaded, store, drafts):
+    """`save_prompt` computes the draft model's rows too."""
+    draft = drafts["sometimes right"]
+    entry, num_restored = save(loaded, store, PROMPT, draft_model=draft, name="doc")
+    assert (entry.num_tokens, num_restored) == (300, 0)
+    restored, _ = store.load_entry("doc", loaded[2])
+    assert are_whole(loaded, draft, restored, PROMPT)
+
+
+def test_a_window_takes_no_draft_model(loaded, store, drafts, monkeypatch):
+    """Guesses cannot be taken back from a window, which mlx-lm would not tell."""
+    monkeypatch.setattr(
+        "kvstore.generate.make_prompt_cache",
+        lambda model, _: [RotatingKVCache(512) for _ in model.layers],
+    )
+    with pytest.raises(kvstore.UnsupportedCacheError, match="layer 0 is a Rotating"):
+        generate(loaded, store, PROMPT, draft_model=drafts["always right"])
+
+
+# Live caches.
+
+
+def test_a_live_cache_goes_on_without_the_disk(loaded, store, monkeypatch):
+    """What a live cache holds is neither restored nor computed."""
+    live = LiveCache()
+    said = generate(loaded, store, PROMPT, max_tokens=5, live=live)
+    assert live.tokens == PROMPT + said
+    monkeypatch.setattr(store, "load", None)
+    model, tokenizer, fingerprint = loaded
+    responses = stream_generate(
+        model, tokenizer, [*live.tokens, 7, 8], store=store, fingerprint=fingerprint,
+        max_tokens=3, live=live,
+    )  # fmt: skip
+    assert {response.prompt_tokens for response in responses} == {2}
+    assert len(live.tokens) == 310
+    assert rows_close(live.prompt_cache, prefill(model, live.tokens))
+
+
+def test_a_live_cache_is_cut_where_the_prompt_leaves_it(loaded, store, monkeypatch):
+    """Rows behind the first token that differs are dropped, those before are kept."""
+    live = LiveCache()
+    generate(loaded, store, PROMPT, max_tokens=5, live=live)
+    monkeypatch.setattr(store, "load", None)
+    expected = prefill(loaded[0], [*PROMPT[:200], 9, 9])
+    entry, num_held = save(loaded, store, [*PROMPT[:200], 9, 9], live=live)
+    assert (entry.num_tokens, num_held) == (202, 200)
+    assert live.tokens == [*PROMPT[:200], 9, 9]
+    assert rows_close(live.prompt_cache, expected)
+
+
+def test_a_live_cache_that_holds_all_is_fed_a_token(loaded, store):
+    """To generate, the last token is fed again; to save, nothing is."""
+    live = LiveCache()
+    said = generate(loaded, store, PROMPT, max_tokens=5, live=live)
+    held = list(live.tokens)
+    assert save(loaded, store, held, live=live)[1] == len(held)
+    expected = generate(loaded, store, held, max_tokens=3)
+    assert generate(loaded, store, held, max_tokens=3, live=live) == expected
+    assert live.tokens == PROMPT + said + expected
+
+
+def test_a_live_cache_of_another_kind_is_left(loaded, store):
+    """Rows of another class of cache are not gone on from."""
+    live = LiveCache()
+    generate(loaded, store, PROMPT, max_tokens=5, live=live)
+    generate(loaded, store, PROMPT, max_tokens=5, live=live, kv_bits="turbo4")
+    assert {type(cache).__name__ for cache in live.prompt_cache} == {
+        "TurboQuantKVCache"
+    }
+
+
+def test_a_failed_run_leaves_no_live_cache(loaded, store):
+    """When the model fails, its rows may be anything: the next run asks the store."""
+    live = LiveCache()
+    generate(loaded, store, PROMPT, max_tokens=5, live=live)
+
+    def fail(logprobs):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        generate(loaded, store, [*live.tokens, 7], sampler=fail, live=live)
+    assert (live.tokens, live.prompt_cache) == ([], [])
+
+
+def test_a_reply_that_cannot_be_saved_stays_in_memory(loaded, store, monkeypatch):
+    """When the disk is full, the live cache holds what was said."""
+    live = LiveCache()
+
+    def fail(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        generate(loaded, store, PROMPT, max_tokens=5, live=live)
+    assert len(live.tokens) == 305
+
+
+# Stopping.
+
+
+def stop_after(num):
+    """Return a function that says at its N-th call, and after, that it is enough."""
+    calls = []
+
+    def should_stop():
+        calls.append(1)
+        return len(calls) >= num
+
+    return should_stop
+
+
+@pytest.fixture(scope="module")
+def windowed_or_recurrent():
+    """Models by what their caches forget."""
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parent / "architectures.py"
+    spec = importlib.util.spec_from_file_location("kvstore_tests_architectures", path)
+    architectures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(architectures)
+    kinds = ("falcon_h1", "gemma3_text", "recurrent_gemma")
+    return {kind: architectures.make_model(kind) for kind in kinds}
+
+
+@pytest.mark.parametrize("num", range(1, 8))
+@pytest.mark.parametrize("kind", ["falcon_h1", "gemma3_text", "recurrent_gemma"])
+def test_any_model_may_be_stopped_between_steps(
+    loaded, store, caches, windowed_or_recurrent, kind, num
+):
+    """A stop in the prompt or in the reply keeps windows and states as they were."""
+    model, tokenizer = windowed_or_recurrent[kind], loaded[1]
+    prompt = [(3 * i) % 100 + 3 for i in range(60)]
+
+    def say(prompt, **options):
+        responses = stream_generate(
+            model, tokenizer, prompt, store=store, fingerprint=caches.MODEL,
+            prefill_step_size=20, **options,
+        )  # fmt: skip
+        return tokens_of(responses)
+
+    expected = tokens_of(
+        mlx_lm.stream_generate(model, tokenizer, prompt, 12, prefill_step_size=20)
+    )
+    said = say(prompt, should_stop=stop_after(num), name="chat")
+    # Asked before the prompt, behind its first two steps, and behind each token.
+    assert said == expected[: max(0, num - 4)]
+    held = [60 + len(said)] if said else [20 * (num - 1)] if num < 4 else [59]
+    assert [entry.num_tokens for entry in store.entries()] == [n for n in held if n]
+    assert [entry.name for entry in store.entries() if entry.name] == (
+        ["chat"] if said else []
+    )
+    restored = store.lookup([*prompt, *said, 5], caches.MODEL).num_tokens
+    assert restored == held[0]
+    assert said + say([*prompt, *said], max_tokens=12 - len(said)) == expected
+
+
+def test_half_a_question_of_a_live_conversation_is_no_entry(loaded, store):
+    """Its blocks are stored, and what is computed stays in the live cache."""
+    live = LiveCache()
+    options = {"prefill_step_size": 256, "live": live}
+    said = generate(
+        loaded, store, PROMPT * 2, name="chat", should_stop=stop_after(2), **options
+    )
+    assert said == []
+    assert store.entries() == []
+    assert live.tokens == (PROMPT * 2)[:256]
+    assert store.lookup(PROMPT * 2, loaded[2]).num_tokens == 256

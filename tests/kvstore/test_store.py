@@ -331,6 +331,34 @@ def test_a_name_moves_only_along_its_conversation(path):
         assert [entry.num_tokens for entry in store.entries()] == [third.num_tokens]
 
 
+def test_a_name_is_taken_from_the_entry_that_is_meant(path):
+    """Where an entry is given, one that has moved on since is left alone."""
+    rows = random_rows(2 * BLOCK, 1)
+    tokens = list(range(2 * BLOCK))
+    with kvstore.Store(path, codec="raw") as store:
+        first = store.save(tokens[:20], grow(None, rows[..., :20, :]), MODEL, name="x")
+        second = store.save(tokens, grow(None, rows), MODEL, name="x")
+        with pytest.raises(kvstore.EntryExistsError):
+            store.save([9, 9], make_cache(2), MODEL, name="x", replace=first)
+        with pytest.raises(kvstore.EntryNotFoundError, match="another conversation"):
+            store.rename(first, "y")
+        with pytest.raises(kvstore.EntryNotFoundError, match="another conversation"):
+            store.remove(first)
+        assert store.entries() == [second]
+        third = store.save([9, 9], make_cache(2), MODEL, name="x", replace=second)
+        fourth = store.rename(third, "y")
+        assert store.remove(fourth).num_tokens == 2
+        assert store.entries() == []
+
+
+def test_an_entry_says_whose_it_is(path):
+    """The tenant that saved an entry is known, in whichever store it is looked at."""
+    with kvstore.Store(path, "raw", tenant="a") as store:
+        store.save([9, 9], make_cache(2), MODEL, name="x")
+    with kvstore.Store(path, "raw") as store:
+        assert store.tenant_of("x") == "a"
+
+
 def test_entries_are_found_by_name_and_by_the_start_of_their_id(path):
     """An entry without a name has its id; a start that fits two is refused."""
     with kvstore.Store(path, codec="raw") as store:
