@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from . import prompt_cache as caches
 from .codecs import Rows
 from .fingerprint import Fingerprint
 from .hashing import hash_block_tokens, hash_root, split_tokens
-from .layout import Group, flatten, group_layers, layout_to_json
+from .layout import Group, flatten, group_layers, has_only_rows, layout_to_json
 from .types import Block, BlockHash, Entry, Layout, Origin, Provenance
 
 
@@ -43,6 +45,11 @@ class Chain:
     def num_tokens(self) -> int:
         """Tokens in all blocks."""
         return self.blocks[-1].start + len(self.blocks[-1].tokens)
+
+    @property
+    def has_only_rows(self) -> bool:
+        """Whether every prefix can be restored from the same blocks."""
+        return has_only_rows(self.layout)
 
     @property
     def has_states(self) -> bool:
@@ -127,7 +134,11 @@ class LiveRows:
 
     def take(self, blocks: Iterable[Block]) -> TakenRows:
         """Return the rows of some blocks, for another thread."""
-        taken = {block.hash: list(self.read(block)) for block in blocks}
+        # Copied, since MLX's buffers are to be freed by the thread that made them.
+        taken = {
+            block.hash: [(piece, np.array(x)) for piece, x in self.read(block)]
+            for block in blocks
+        }
         return TakenRows(taken, self.provenance)
 
 

@@ -1,0 +1,478 @@
+"""DiskPromptCache: memory first, then disk; right rows, and never in the way."""
+
+import logging
+import threading
+import time
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from kvstore import Store
+from kvstore import prompt_cache as caches_module
+from kvstore.errors import StoreLockedError
+from kvstore.server import DiskPromptCache, ServedModel
+from kvstore.types import Provenance
+
+KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
+
+
+@pytest.fixture
+def models(caches):
+    """What the keys of a server stand for."""
+    empty = ([KVCache(), KVCache()],)
+    return {
+        KEY: ServedModel(caches.MODEL, empty),
+        OTHER_KEY: ServedModel(caches.OTHER_WEIGHTS, empty),
+    }
+
+
+@pytest.fixture
+def open_tier(store_path, models):
+    """A function that opens the tier, as a server does when it starts."""
+    opened = []
+
+    def open_(codec="raw", **options):
+        options = {"min_tokens": 1, **options}
+        tier = DiskPromptCache(Store(store_path, codec), models.__getitem__, **options)
+        opened.append(tier)
+        return tier
+
+    yield open_
+    for tier in opened:
+        tier.close()
+
+
+@pytest.fixture
+def log(caplog):
+    """A function that returns what the tier has logged so far."""
+    logger = logging.getLogger("kvstore")
+    before = logger.propagate
+    logger.propagate = True
+    caplog.set_level(logging.DEBUG, "kvstore")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.propagate = before
+
+
+def restart(tier, open_tier, **options):
+    """Return what a server has after it was stopped and started."""
+    tier.close()
+    return open_tier(**options)
+
+
+def extracted(prompt_cache):
+    """Return a prompt cache as a batch gives it back: new objects, no marks."""
+    found = []
+    for cache in prompt_cache:
+        new = KVCache()
+        new.keys, new.values = (
+            mx.contiguous(side[..., : cache.offset, :])
+            for side in (cache.keys, cache.values)
+        )
+        new.offset = cache.offset
+        found.append(new)
+    return found
+
+
+def test_a_restart_loses_nothing(open_tier, caches):
+    """What was inserted is there again, with the same bits, in another process."""
+    tokens, held = caches.make_conversation(3, 1, extra=5)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    found, rest = restart(tier, open_tier).fetch_nearest_cache(KEY, [*tokens, 7, 8])
+    assert rest == [7, 8]
+    assert caches.rows_of(found) == caches.rows_of(held)
+
+
+def test_one_token_is_always_left(open_tier, caches):
+    """A prompt that is wholly held, in memory or on disk, leaves its last token."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    for again in (tier, restart(tier, open_tier)):
+        found, rest = again.fetch_nearest_cache(KEY, tokens)
+        assert rest == tokens[-1:]
+        assert found[0].offset == len(tokens) - 1
+
+
+def test_what_memory_holds_is_not_read(open_tier, caches, log):
+    """The disk is left alone where it has no more than memory."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier.flush()
+    found, rest = tier.fetch_nearest_cache(KEY, [*tokens, *range(7000, 7100)])
+    assert (found[0].offset, len(rest)) == (len(tokens), 100)
+    assert not any("read from disk" in line for line in log())
+
+
+def test_the_disk_is_asked_for_more_than_memory_holds(open_tier, caches, log):
+    """A longer prefix on disk wins over a shorter one in memory."""
+    tokens, held = caches.make_conversation(4, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    again = restart(tier, open_tier)
+    again.insert_cache(KEY, tokens[:20], caches.make_cache(20, 1))
+    _found, rest = again.fetch_nearest_cache(KEY, [*tokens, 1])
+    assert rest == [1]
+    assert any("20 in memory: 64 read from disk" in line for line in log())
+
+
+def test_models_are_kept_apart(open_tier, caches):
+    """The same tokens of another model are another prompt."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    again = restart(tier, open_tier)
+    assert again.fetch_nearest_cache(OTHER_KEY, tokens) == (None, tokens)
+    assert again.fetch_nearest_cache(KEY, tokens)[1] == tokens[-1:]
+
+
+def test_other_weights_under_the_same_key_are_another_model(open_tier, caches, models):
+    """Rows in memory do not outlive the weights that computed them."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    models[KEY] = models[OTHER_KEY]
+    assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
+
+
+def test_a_model_that_cannot_be_told_is_served_from_memory(open_tier, caches, log):
+    """Where nobody knows what a key stands for, mlx-lm's own cache is left."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache("nobody", tokens, held)
+    assert tier.fetch_nearest_cache("nobody", tokens)[1] == tokens[-1:]
+    tier.flush()
+    assert not tier.store.entries()
+    assert any("served from memory only" in line for line in log())
+
+
+def test_rows_out_of_codes_stay_marked_through_a_batch(open_tier, caches, store_path):
+    """Nothing computed on a lossy restore is served as exact or coded again."""
+    tokens, held = caches.make_conversation(3, 1)
+    tier = open_tier("turbo4")
+    tier.insert_cache(KEY, tokens, held)
+    tier = restart(tier, open_tier, codec="turbo4")
+    # Stored after the codes, in a block of its own behind the first two.
+    longer = [*tokens[:40], *range(5000, 5040)]
+    found, rest = tier.fetch_nearest_cache(KEY, longer)
+    assert len(rest) < len(longer)
+    went_on = extracted(caches.grow(found, caches.random_rows(len(rest), 2)))
+    assert caches_module.read_provenance(went_on) == Provenance()
+    tier.insert_cache(KEY, longer, went_on)
+    tier.close()
+    with Store(store_path) as store:
+        assert store.load([*longer, 1], caches.MODEL, exact=True)[0] is None
+        again, rest = store.load([*longer, 1], caches.MODEL)
+        assert rest == [1]
+        # Up to there rows are coded once: the rest of that block is not.
+        assert caches.rows_of(again, 32, 48) == caches.rows_of(went_on, 32, 48)
+        assert not caches_module.read_provenance(again).is_exact
+
+
+def test_a_row_ahead_is_not_kept(open_tier, caches):
+    """mlx-lm may have computed a token that it has not told of yet."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens[:-1], held)
+    found, rest = restart(tier, open_tier).fetch_nearest_cache(KEY, tokens)
+    assert rest == tokens[-1:]
+    assert caches.rows_of(found) == caches.rows_of(held, 0, len(tokens) - 1)
+
+
+def test_a_token_without_a_row_is_not_kept(open_tier, caches):
+    """A token that was told of and not fed is left for the next prompt."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, [*tokens, 5], held)
+    _found, rest = restart(tier, open_tier).fetch_nearest_cache(KEY, [*tokens, 5, 6])
+    assert rest == [5, 6]
+
+
+def test_caches_of_a_draft_model_may_be_behind(open_tier, caches):
+    """Where layers hold different numbers of rows, what all have is kept."""
+    tokens, held = caches.make_conversation(2, 1)
+    held[1].trim(1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    assert held[0].offset == len(tokens)
+    found, rest = restart(tier, open_tier).fetch_nearest_cache(KEY, tokens)
+    assert rest == tokens[-1:]
+    assert [cache.offset for cache in found] == [len(tokens) - 1] * 2
+
+
+def test_a_window_that_is_ahead_is_not_kept(open_tier, caches, log):
+    """A wrapped window cannot go back, and its rows are of other tokens."""
+    tier = open_tier()
+    held = [RotatingKVCache(8), RotatingKVCache(8)]
+    caches.grow(held, caches.random_rows(20, 1))
+    tier.insert_cache(KEY, list(range(19)), held)
+    tier.close()
+    assert any("cannot be taken back" in line for line in log())
+    assert not tier._store.entries()
+
+
+def test_a_kind_of_cache_is_kept_that_the_server_can_use(open_tier, caches, models):
+    """What another program stored in another class is not handed out."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    models[KEY] = ServedModel(caches.MODEL, ([RotatingKVCache(8) for _ in range(2)],))
+    again = restart(tier, open_tier)
+    assert again.fetch_nearest_cache(KEY, [*tokens, 1])[0] is None
+
+
+def test_the_longest_kind_is_taken(open_tier, caches, models):
+    """Of several kinds that a server can use, the one with most stored is read."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    kinds = ([RotatingKVCache(8) for _ in range(2)], [KVCache(), KVCache()])
+    models[KEY] = ServedModel(caches.MODEL, kinds)
+    again = restart(tier, open_tier)
+    assert type(again.fetch_nearest_cache(KEY, [*tokens, 1])[0][0]) is KVCache
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "I/O"), StoreLockedError("x"), KeyError()]
+)
+def test_a_failing_disk_costs_the_disk_only(open_tier, caches, monkeypatch, log, error):
+    """Whatever the store raises, memory goes on, and the log says so."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+
+    def fail(*_args, **_options):
+        raise error
+
+    for name in ("lookup", "load", "snapshot"):
+        monkeypatch.setattr(Store, name, fail)
+    tier.insert_cache(KEY, tokens, held)
+    found, rest = tier.fetch_nearest_cache(KEY, [*tokens, *range(40)])
+    assert (found[0].offset, len(rest)) == (len(tokens), 40)
+    assert [line.startswith(("kvstore: not kept", "kvstore: not read"))
+            for line in log() if "copied" not in line] == [True, True]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), ValueError("odd")])
+def test_a_save_that_fails_is_tried_again_with_the_next(
+    open_tier, caches, monkeypatch, error
+):
+    """The writing thread lives on, and what is missing is copied again."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    save = Store.save_snapshot
+    errors = [error]
+
+    def fail_once(self, *args, **options):
+        if errors:
+            raise errors.pop()
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Store, "save_snapshot", fail_once)
+    tier.insert_cache(KEY, tokens, held)
+    tier.flush()
+    longer = caches.grow(held, caches.random_rows(3, 3))
+    tier.insert_cache(KEY, [*tokens, 1, 2, 3], longer)
+    again = restart(tier, open_tier)
+    assert again.fetch_nearest_cache(KEY, [*tokens, 1, 2, 3, 4])[1] == [4]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """An event that every save waits for."""
+    go_on = threading.Event()
+    save = Store.save_snapshot
+
+    def wait(self, *args, **options):
+        assert go_on.wait(30)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Store, "save_snapshot", wait)
+    yield go_on
+    go_on.set()
+
+
+def test_a_slow_disk_keeps_nobody_waiting(open_tier, caches, slow_disk):
+    """Inserting and fetching go on while nothing can be written."""
+    tier = open_tier()
+    for seed in range(1, 5):
+        tokens, held = caches.make_conversation(2, seed)
+        tier.insert_cache(KEY, tokens, held)
+        assert tier.fetch_nearest_cache(KEY, [*tokens, 1])[1] == [1]
+    assert not tier.flush(0.01)
+    slow_disk.set()
+    assert tier.flush(30)
+
+
+def test_what_is_kept_is_what_was_inserted(open_tier, caches, slow_disk):
+    """Rows that come later, while the disk is slow, do not get in."""
+    tokens, held = caches.make_conversation(2, 1)
+    before = caches.rows_of(held)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    held[0].trim(20)
+    caches.grow(held[:1], caches.random_rows(20, 9, layers=1))
+    slow_disk.set()
+    found, _ = restart(tier, open_tier).fetch_nearest_cache(KEY, [*tokens, 1])
+    assert caches.rows_of(found) == before
+
+
+def test_what_is_on_its_way_is_not_copied_again(open_tier, caches, slow_disk):
+    """The blocks of a turn that waits are left out of the next."""
+    tokens, held = caches.make_conversation(4, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    waiting = tier._writer._queued_bytes
+    longer = caches.grow(held, caches.random_rows(caches.BLOCK, 2))
+    tier.insert_cache(KEY, [*tokens, *range(16)], longer)
+    assert tier._writer._queued_bytes - waiting == waiting // 4
+
+
+def test_only_so_much_may_wait(open_tier, caches, slow_disk, log):
+    """Beyond the bound nothing more is kept, and the log says so."""
+    tier = open_tier(max_queued_bytes=1)
+    for seed in (1, 2, 3):
+        tier.insert_cache(KEY, *caches.make_conversation(2, seed))
+    assert sum("too much is waiting" in line for line in log()) == 2
+    slow_disk.set()
+    tier.flush()
+    assert len(tier._store.entries()) == 1
+
+
+def test_what_is_computed_sooner_is_not_read(open_tier, caches, log):
+    """Where loading is measured to be slower than prefill, it is declined."""
+    tokens, held = caches.make_conversation(8, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier = restart(tier, open_tier)
+    for number in range(4, 8):
+        prompt = [*tokens[: 16 * number], 1]
+        assert tier.fetch_nearest_cache(KEY, prompt)[1] == [1]
+    tier.store.note_prefill(caches.MODEL, 1_000_000, 0.001)
+    assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
+    assert "declined: read in" in log()[-1]
+    # A machine that computes slowly reads again.
+    for _ in range(100):
+        tier.store.note_prefill(caches.MODEL, 100, 1000.0)
+    assert tier.fetch_nearest_cache(KEY, tokens)[1] == tokens[-1:]
+
+
+def test_a_disk_slower_than_the_model_is_given_up(open_tier, caches, monkeypatch, log):
+    """A read that takes longer than computing ends, and is not tried again at once."""
+    tokens, held = caches.make_conversation(4, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier = restart(tier, open_tier)
+    monkeypatch.setattr("kvstore.server._MIN_READ_S", -1.0)
+    tier.store.note_prefill(caches.MODEL, 1_000_000, 1e-6)
+    assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
+    assert "slower than the model: 16 of 63 tokens" in log()[-1]
+    assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
+    assert "declined: the disk was too slow just now" in log()[-1]
+
+
+def test_hits_count_for_what_is_evicted(open_tier, caches):
+    """The writing thread writes down what the reading one has used."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier = restart(tier, open_tier)
+    tier.fetch_nearest_cache(KEY, tokens)
+    tier.insert_cache(KEY, *caches.make_conversation(2, 2))
+    tier.flush()
+    with Store(tier.store.path) as other:
+        assert other.stats().counters["hits"] == 1
+
+
+def test_few_tokens_are_neither_kept_nor_read(open_tier, caches, log):
+    """A prompt below the minimum costs no disk."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier(min_tokens=len(tokens) + 1)
+    tier.insert_cache(KEY, tokens, held)
+    tier.flush()
+    assert not tier._store.entries()
+    with Store(tier._store.path) as store:
+        store.save(tokens, held, caches.MODEL)
+    again = restart(tier, open_tier, min_tokens=len(tokens) + 1)
+    assert again.fetch_nearest_cache(KEY, [*tokens, 1]) == (None, [*tokens, 1])
+
+
+def test_the_disk_keeps_its_reserve(open_tier, caches, log):
+    """Nothing is written that would leave less free than is reserved."""
+    tier = open_tier(min_free_bytes=1 << 62)
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    tier.flush()
+    assert not tier._store.entries()
+    assert any("are reserved" in line for line in log())
+
+
+def test_a_conversation_is_one_entry(open_tier, caches):
+    """Each turn takes the place of the one before; shared beginnings stay."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, caches.make_cache(32, 1), cache_type="system")
+    for turn in range(3):
+        tokens = [*tokens, *range(100 * turn, 100 * turn + 7)]
+        held = caches.grow(held, caches.random_rows(7, turn + 5))
+        tier.insert_cache(KEY, tokens, held)
+        tier.flush()
+    assert sorted(e.num_tokens for e in tier._store.entries()) == [32, 32 + 21]
+
+
+def test_a_pinned_turn_stays(open_tier, caches):
+    """What a person has pinned is not taken away by the turn that follows."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier.flush()
+    (entry,) = tier._store.entries()
+    tier._store.pin(entry.id)
+    caches.grow(held, caches.random_rows(1, 3))
+    tier.insert_cache(KEY, [*tokens, 1], held)
+    tier.flush()
+    assert len(tier._store.entries()) == 2
+
+
+def test_damage_is_computed_anew(open_tier, caches, flip_bit, log):
+    """A damaged block is a miss from there on, and is written again."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    tier.insert_cache(KEY, tokens, held)
+    tier.close()
+    (shard,) = (tier._store.path / "shards").glob("??/*.safetensors")
+    flip_bit(shard, 8 * (shard.stat().st_size - 3))
+    again = open_tier()
+    found, rest = again.fetch_nearest_cache(KEY, [*tokens, 1])
+    assert (found[0].offset, len(rest)) == (16, 17)
+    assert caches.rows_of(found) == caches.rows_of(held, 0, 16)
+    again.insert_cache(KEY, tokens, held)
+    assert restart(again, open_tier).fetch_nearest_cache(KEY, [*tokens, 1])[1] == [1]
+
+
+def test_a_stall_is_measured(open_tier, caches):
+    """How long an insertion has kept its thread is known afterwards."""
+    tier = open_tier()
+    assert tier.longest_stall_s == 0
+    begin = time.perf_counter()
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    assert 0 < tier.longest_stall_s < time.perf_counter() - begin
+
+
+def test_a_real_model_goes_on_with_the_same_bits(store_path, loaded):
+    """After a restart, logits are those of a server that was never stopped."""
+    from kvstore.generate import prefill
+
+    model, _, fingerprint = loaded
+    served = ServedModel(fingerprint, (make_prompt_cache(model),))
+    tokens = [(7 * i + 3) % 250 for i in range(70)]
+    held = prefill(model, tokens)
+    first = DiskPromptCache(Store(store_path, "planes+zstd"), lambda _: served)
+    first.insert_cache(KEY, tokens, held)
+    first.close()
+    second = DiskPromptCache(Store(store_path, "planes+zstd"), lambda _: served)
+    found, rest = second.fetch_nearest_cache(KEY, [*tokens, 5])
+    second.close()
+    assert rest == [5]
+    expected, logits = (model(mx.array([[5]]), cache=c) for c in (held, found))
+    assert mx.array_equal(expected, logits)
