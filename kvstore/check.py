@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 from collections.abc import Iterator, Sequence
@@ -120,23 +119,12 @@ def _replace_shard(folder: StoreFolder, name: str) -> None:
         suppress(IntegrityError, FormatError),  # where nothing in it can be told apart
         shards.open_shard(folder.shards, name) as opened,
     ):
-        good = [
-            shards.as_written(stored, data)
-            for stored in opened.header.blocks
-            for data in _read_good(opened, stored)
-        ]
+        found = opened.header.blocks
+        good = [b for b in found if _block_problem(opened, b, True) is None]
         if good:
-            origin = opened.header.origin
-            with shards.staged_shard(folder.staging, origin, good) as staged:
+            with shards.staged_copy(folder.staging, opened, good) as staged:
                 shards.publish_shard(folder.shards, staged)
     shards.quarantine_shard(folder.shards, name, folder.quarantine)
-
-
-def _read_good(opened: shards.OpenShard, stored: StoredBlock) -> Iterator[memoryview]:
-    """Yield a block's bytes, if they are as they were written."""
-    with suppress(IntegrityError):
-        if is_sound(stored):
-            yield from opened.read([stored])
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -163,11 +151,7 @@ def _build_index(folder: StoreFolder) -> None:
         index_folder(index, folder)
     finally:
         index.close()  # which folds the write-ahead log into the file
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        files.sync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync_file(path)
     _set_index_aside(folder)
     files.publish(path, folder.index)
 

@@ -63,6 +63,15 @@ def sync(descriptor: int) -> None:
         fcntl.fcntl(descriptor, full_sync)
 
 
+def sync_file(path: Path) -> None:
+    """Force a file that is closed already to the medium."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_dir(path: Path) -> None:
     """Force the names in a folder to the medium."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -78,12 +87,24 @@ def staged(folder: Path) -> Iterator[tuple[Path, int]]:
 
     Rename it away to keep it.
     """
+    with staged_path(folder) as path:
+        descriptor = create(path)
+        try:
+            yield path, descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def staged_path(folder: Path) -> Iterator[Path]:
+    """Yield a new name in ``folder``; what :func:`create` makes there goes at the end.
+
+    For many files, of which not each is to keep a descriptor.
+    """
     path = folder / secrets.token_hex(16)
-    descriptor = create(path)
     try:
-        yield path, descriptor
+        yield path
     finally:
-        os.close(descriptor)
         path.unlink(missing_ok=True)
 
 
@@ -102,6 +123,20 @@ def write_atomic(target: Path, data: bytes, staging: Path) -> None:
         write_all(descriptor, data)
         sync(descriptor)
         publish(path, target)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[int]:
+    """Yield a new private file that takes the place of ``target`` if all goes well."""
+    path = target.with_name(f".kvstore-{secrets.token_hex(8)}")
+    descriptor = create(path)
+    try:
+        yield descriptor
+        sync(descriptor)
+        publish(path, target)
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,25 +279,23 @@ class Pruner:
     def _repack(self, name: str, survey: _Survey, gone: set[BlockHash]) -> None:
         """Write the blocks of a shard that stay into another, and point there."""
         kept = {place.hash for place in self._kept(name, survey, gone)}
-        try:
-            with shards.open_shard(self._folder.shards, name) as opened:
+        folder = self._folder
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(shards.open_shard(folder.shards, name))
                 stored = [b for b in opened.header.blocks if b.block.hash in kept]
-                data = list(opened.read(stored))
-                origin = opened.header.origin
-        except (IntegrityError, FormatError, FileNotFoundError):
-            return  # it stays as it is, for `verify` to report
-        if not stored:
-            return
-        blocks = [shards.as_written(b, d) for b, d in zip(stored, data, strict=True)]
-        with (
-            shards.staged_shard(self._folder.staging, origin, blocks) as staged,
-            self._index.transaction(),
-        ):
-            shards.publish_shard(self._folder.shards, staged)
-            added_at = self._index.added_at(name)
-            index_shard(self._index, staged.name, staged.header, added_at)
-            for block in kept:
-                self._index.move_block(block, name, staged.name)
+                if not stored:
+                    return
+                copy = shards.staged_copy(folder.staging, opened, stored)
+                staged = stack.enter_context(copy)
+            except (IntegrityError, FormatError, FileNotFoundError):
+                return  # it stays as it is, for `verify` to report
+            with self._index.transaction():
+                shards.publish_shard(folder.shards, staged)
+                added_at = self._index.added_at(name)
+                index_shard(self._index, staged.name, staged.header, added_at)
+                for block in kept:
+                    self._index.move_block(block, name, staged.name)
 
 
 def _is_older(path: Path, age_s: float) -> bool:

@@ -15,7 +15,7 @@ from .index import STATE_EXTRAS, Index, is_better
 from .indexing import index_shard
 from .layout import group_layers
 from .reading import Reader
-from .snapshot import Snapshot
+from .snapshot import Piece, Snapshot
 from .types import Block, EncodedBlock, Part, Place, Progress
 
 
@@ -103,14 +103,7 @@ class Saver:
                 self._index.add_root(root[0], digest, origin.tenant, root[1])
 
     def _num_extras(self, block: Block) -> int:
-        """Return how much of windows and states there is of a block.
-
-        More rows are those before too, in every layer; a state outweighs all rows.
-        """
-        pieces = self._rows.pieces(block)
-        num_rows = sum(p.rows.shape[2] for p in pieces if p.kind == "window")
-        has_state = any(piece.kind == "state" for piece in pieces)
-        return num_rows + has_state * STATE_EXTRAS
+        return count_extras(self._rows.pieces(block))
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
@@ -168,3 +161,13 @@ class Saver:
                     raw_bytes=sum(len(encoded.block.tokens) for encoded in batch)
                     * sum(group.token_bytes for group in self._groups),
                 )
+
+
+def count_extras(pieces: Sequence[Piece]) -> int:
+    """Return how much of windows and states there is of a block.
+
+    More rows are those before too, in every layer; a state outweighs all rows.
+    """
+    num_rows = sum(p.rows.shape[2] for p in pieces if p.kind == "window")
+    has_state = any(piece.kind == "state" for piece in pieces)
+    return num_rows + has_state * STATE_EXTRAS

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,7 @@ def staged_shard(
 
     The same origin and blocks give the same bytes.
     """
-    header = _build_header(origin, blocks)
+    header = shard_header(origin, [_describe(block) for block in blocks])
     sha256 = hashlib.sha256()
     with files.staged(staging) as (path, descriptor):
         for data in (header, *(part.data for block in blocks for part in block.parts)):
@@ -103,6 +103,21 @@ def staged_shard(
         # What we cannot read back must not be acknowledged.
         parsed = _parse(header[8:], size)
         yield StagedShard(path, sha256.hexdigest(), parsed)
+
+
+@contextmanager
+def staged_copy(
+    staging: Path, opened: OpenShard, blocks: Sequence[StoredBlock]
+) -> Iterator[StagedShard]:
+    """Write some blocks of a shard into another: bytes are copied, never decoded.
+
+    Raises:
+        IntegrityError: A block's bytes disagree with its digest.
+    """
+    data = opened.read(blocks)
+    copies = [as_written(b, d) for b, d in zip(blocks, data, strict=True)]
+    with staged_shard(staging, opened.header.origin, copies) as staged:
+        yield staged
 
 
 def publish_shard(folder: Path, shard: StagedShard) -> None:
@@ -182,7 +197,13 @@ def open_shard(folder: Path, name: str) -> Iterator[OpenShard]:
         IntegrityError: Its header cannot be read.
         FormatError: A newer release wrote it.
     """
-    path = shard_path(folder, name)
+    with open_shard_at(shard_path(folder, name)) as opened:
+        yield opened
+
+
+@contextmanager
+def open_shard_at(path: Path) -> Iterator[OpenShard]:
+    """Open a shard that lies elsewhere, as :func:`open_shard` does."""
     descriptor, size = files.open_regular(path)
     try:
         yield OpenShard(descriptor, path, _read_header(descriptor, path, size))
@@ -221,33 +242,57 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
 
 def is_full(blocks: Sequence[EncodedBlock]) -> bool:
     """Say whether a shard of these blocks takes no further one like the last."""
-    nbytes = sum(len(part.data) for block in blocks for part in block.parts)
-    parts = sum(len(block.parts) for block in blocks) + len(blocks[-1].parts)
-    return len(blocks) >= MAX_BLOCKS or nbytes >= MAX_BYTES or parts > MAX_PARTS
+    return _is_full(
+        [(sum(len(p.data) for p in block.parts), len(block.parts)) for block in blocks]
+    )
 
 
-def _build_header(origin: Origin, blocks: Sequence[EncodedBlock]) -> bytes:
-    """Return length and header, padded so that the data starts at 8 bytes."""
+def group_blocks(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
+    """Group stored blocks to shards, as a save of all of them would."""
+    group: list[StoredBlock] = []
+    for stored in blocks:
+        group.append(stored)
+        if _is_full([(b.end - b.begin, len(b.tensors)) for b in group]):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _is_full(sizes: Sequence[tuple[int, int]]) -> bool:
+    """Say whether blocks of so many bytes and tensors fill a shard."""
+    nbytes = sum(size for size, _ in sizes)
+    parts = sum(count for _, count in sizes) + sizes[-1][1]
+    return len(sizes) >= MAX_BLOCKS or nbytes >= MAX_BYTES or parts > MAX_PARTS
+
+
+def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
+    """Return what stands before the data in a shard of just these blocks.
+
+    That is the header with its length, padded so that the data starts at 8 bytes. The
+    blocks may come from several shards.
+
+    Raises:
+        ValueError: It would be too large.
+    """
     tensors: JSON = {}
-    rows: list[JSON] = []
     position = 0
-    for number, encoded in enumerate(blocks):
-        for part in encoded.parts:
-            end = position + len(part.data)
-            tensors[f"{number}.{part.name}"] = {
-                "dtype": part.dtype,
-                "shape": list(part.shape),
+    for number, stored in enumerate(blocks):
+        for name, spec in stored.tensors.items():
+            end = position + spec.end - spec.begin
+            tensors[f"{number}.{name}"] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
                 "data_offsets": [position, end],
             }
             position = end
-        rows.append(_row(encoded))
     meta = {
         "format": FORMAT,
         "header_digest": _NO_DIGEST,
         "fingerprint": origin.fingerprint,
         "layout": origin.layout,
         "tenant": origin.tenant,
-        "blocks": rows,
+        "blocks": [_row(stored) for stored in blocks],
     }
     about = {"__metadata__": {"kvstore": canonical_json(meta).decode()}}
     text = json.dumps({**about, **tensors}, separators=(",", ":")).encode()
@@ -257,25 +302,46 @@ def _build_header(origin: Origin, blocks: Sequence[EncodedBlock]) -> bytes:
     return pack("<Q", len(text)) + _seal(text)
 
 
-def _row(encoded: EncodedBlock) -> JSON:
-    """Return one row of the block table."""
+def _describe(encoded: EncodedBlock) -> StoredBlock:
+    """Return a block as the header of a shard of its own would describe it."""
     digest = blake3.blake3()
+    tensors: dict[str, TensorSpec] = {}
+    begin = end = 0
     for part in encoded.parts:
         digest.update(part.data)
+        begin, end = end, end + len(part.data)
+        tensors[part.name] = TensorSpec(
+            part.dtype, part.shape, begin, end, part.raw_nbytes
+        )
+    return StoredBlock(
+        encoded.block,
+        encoded.codec,
+        encoded.is_lossless,
+        encoded.is_exact,
+        encoded.num_extras,
+        digest.hexdigest(),
+        0,
+        end,
+        tensors,
+    )
+
+
+def _row(stored: StoredBlock) -> JSON:
+    """Return one row of the block table."""
     return {
-        "hash": encoded.block.hash.hex(),
-        "parent": encoded.block.parent.hex(),
-        "start": encoded.block.start,
-        "tokens": list(encoded.block.tokens),
-        "codec": encoded.codec,
-        "lossless": encoded.is_lossless,
-        "exact": encoded.is_exact,
-        "extras": encoded.num_extras,
-        "digest": digest.hexdigest(),
+        "hash": stored.block.hash.hex(),
+        "parent": stored.block.parent.hex(),
+        "start": stored.block.start,
+        "tokens": list(stored.block.tokens),
+        "codec": stored.codec,
+        "lossless": stored.is_lossless,
+        "exact": stored.is_exact,
+        "extras": stored.num_extras,
+        "digest": stored.digest,
         "raw": {
-            part.name: part.raw_nbytes
-            for part in encoded.parts
-            if part.raw_nbytes is not None
+            name: spec.raw_nbytes
+            for name, spec in stored.tensors.items()
+            if spec.raw_nbytes is not None
         },
     }
 

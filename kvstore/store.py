@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from . import check
 from .catalog import Catalog, check_name
-from .errors import (
-    FingerprintError,
-    IntegrityError,
-)
-from .fingerprint import Fingerprint
+from .errors import IntegrityError
+from .fingerprint import Fingerprint, refuse_other
 from .folder import create_folder, default_path, limit_folder, open_folder
 from .index import Index, index_identity
 from .indexing import confirm_folder
 from .notes import LoadNotes
 from .reading import Reader
+from .speeds import Speeds
+from .summing import sum_up
 from .types import (
     BlockHash,
     Entry,
+    Explanation,
     Finding,
     Match,
     Place,
@@ -34,7 +35,7 @@ from .types import (
 if TYPE_CHECKING:
     from .codecs import Codec
     from .commit import Committer
-    from .loading import Loader, Request
+    from .loading import Hit, Loader, Request
     from .prune import PrunePlan
     from .snapshot import Chain, Snapshot
 
@@ -128,7 +129,7 @@ class Store:
         fingerprint: Fingerprint,
         *,
         name: str | None = None,
-        replace: bool = False,
+        replace: bool | Entry = False,
         progress: Progress | None = None,
     ) -> Entry:
         """Save a prompt cache; only blocks that the store lacks are written.
@@ -140,7 +141,8 @@ class Store:
             prompt_cache: mlx-lm's list of per-layer caches.
             fingerprint: What computed it.
             name: A name for the entry. It moves from an entry that this continues.
-            replace: Take the name from an entry that this does not continue.
+            replace: Take the name from an entry that this does not continue; from that
+                one only, as it was, where one is given.
             progress: Called with (tokens saved, tokens in all).
 
         Raises:
@@ -190,7 +192,7 @@ class Store:
         snapshot: Snapshot,
         *,
         name: str | None = None,
-        replace: bool = False,
+        replace: bool | Entry = False,
         progress: Progress | None = None,
     ) -> Entry:
         """Save a snapshot as :meth:`save` does a prompt cache; uses no MLX.
@@ -198,7 +200,8 @@ class Store:
         Args:
             snapshot: From :meth:`snapshot`.
             name: A name for the entry. It moves from an entry that this continues.
-            replace: Take the name from an entry that this does not continue.
+            replace: Take the name from an entry that this does not continue; from that
+                one only, as it was, where one is given.
             progress: Called with (tokens saved, tokens in all).
 
         Raises:
@@ -264,6 +267,7 @@ class Store:
         *,
         exact: bool = False,
         like: Sequence[Any] | None = None,
+        accept: Callable[[Match], bool] | None = None,
         progress: Progress | None = None,
     ) -> tuple[list[Any] | None, list[int]]:
         """Restore the longest stored prefix of a prompt.
@@ -276,6 +280,7 @@ class Store:
             fingerprint: The model's.
             exact: Take only rows that nothing lossy went into.
             like: A prompt cache, empty as a rule, of the classes and parameters wanted.
+            accept: Asked before rows are read whether that match is wanted.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -290,13 +295,16 @@ class Store:
 
         def restore() -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
+                begin = time.perf_counter()
                 hit = self._loader().find(request)
                 if isinstance(hit, str) or not hit.num_tokens:
+                    break
+                if accept is not None and not accept(_match(hit, len(token_list))):
                     break
                 prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
                 # What `prune` moved meanwhile is found at its new place.
                 if hit.reason != "damaged" or (hit.num_tokens and tries == _TRIES - 1):
-                    self._notes.add(hit, len(token_list))
+                    self._note_load(hit, len(token_list), fingerprint, begin)
                     return prompt_cache, token_list[hit.num_tokens :]
             self._notes.add(None, len(token_list))
             return None, token_list
@@ -329,22 +337,15 @@ class Store:
         entry = self.entry(ref)
 
         def restore() -> tuple[list[Any], list[int]]:
+            begin = time.perf_counter()
             self._check_fingerprint(entry, fingerprint)
             loader = self._loader()
             hit, tokens = loader.entry_hit(entry)
-            cache, _ = loader.restore(hit, progress or _ignore, strict=True)
-            self._notes.add(hit, len(tokens))
+            cache, hit = loader.restore(hit, progress or _ignore, strict=True)
+            self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
-        try:
-            return self._with_index(restore)
-        except IntegrityError as error:
-            # Another shard may hold a good copy, or `prune` have moved a block.
-            self._with_index(lambda: confirm_folder(self._index, self._folder))
-            try:
-                return self._with_index(restore)
-            except IntegrityError:
-                raise error from None  # it says what was wrong, not what is missing now
+        return self._with_second_look(restore)
 
     def lookup(
         self,
@@ -358,9 +359,84 @@ class Store:
         token_list = _as_tokens(tokens)
         request = self._request(token_list, fingerprint, exact, like)
         hit = self._with_index(lambda: self._loader().find(request))
-        if isinstance(hit, str):
-            return Match(0, len(token_list), "fingerprint", hit)
-        return Match(hit.num_tokens, len(token_list), hit.reason, hit.detail)
+        return _match(hit, len(token_list))
+
+    def explain(
+        self,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        *,
+        exact: bool = False,
+        like: Sequence[Any] | None = None,
+    ) -> Explanation:
+        """Return what :meth:`lookup` does, and what is stored beside it.
+
+        Takes longer: it looks through all that any model has stored of the prompt.
+        """
+        from .explaining import Explainer
+
+        token_list = _as_tokens(tokens)
+        request = self._request(token_list, fingerprint, exact, like)
+
+        def work() -> Explanation:
+            loader, known = self._loader(), self._catalog.all()
+            size = self._folder.block_size
+            explainer = Explainer(
+                self._index, self._reader(), loader, known, block_size=size
+            )
+            damage = explainer.find_damage(request)
+            match = _match(loader.find(request), len(token_list))
+            return explainer.explain(request, fingerprint, match, damage)
+
+        return self._with_index(work)
+
+    def share_notes(self, other: Store) -> None:
+        """Write down what another store on the same folder notes, at each save.
+
+        For one that only loads, on a thread of its own: it never comes to write.
+        """
+        self._notes = other._notes
+
+    def note_prefill(
+        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+    ) -> None:
+        """Note how long a model took to compute the rows of so many tokens.
+
+        Kept in memory until the next save, or :meth:`close`; any thread may call it.
+        Fewer than 64 tokens are left out.
+
+        Args:
+            fingerprint: The model's.
+            num_tokens: How many tokens were fed, all at a time or in steps.
+            seconds: How long it took, the rows evaluated.
+        """
+        self._notes.add_timing(fingerprint, None, num_tokens, seconds=seconds)
+
+    def note_load(
+        self, fingerprint: Fingerprint, num_tokens: int, seconds: float
+    ) -> None:
+        """Note how long restoring took until a load was given up.
+
+        Any thread may call it. Loads that end are noted of themselves.
+
+        Args:
+            fingerprint: The model's.
+            num_tokens: How many tokens were restored until then.
+            seconds: How long that took.
+        """
+        codec = self._codec.name
+        self._notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)
+
+    def speeds(self, fingerprint: Fingerprint) -> Speeds:
+        """Return how fast this machine computes a model's rows, and restores them.
+
+        What was measured more than a day ago is left out. Every hit is measured;
+        prefills are where :meth:`note_prefill` is called.
+        """
+        digest = fingerprint.digest
+        known = self._with_index(lambda: self._index.timings(digest))
+        mine = [t for t in self._notes.timings(known) if t.fingerprint == digest]
+        return Speeds.choose(mine, self._codec.name, time.time())
 
     def entries(self) -> list[Entry]:
         """Return all entries that can be read, latest first.
@@ -400,6 +476,16 @@ class Store:
             lambda: Fingerprint(self._reader().origin(entry).fingerprint)
         )
 
+    def tenant_of(self, ref: str) -> str:
+        """Return whose an entry is: the tenant of the store that saved it.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: Its last block is missing or damaged.
+        """
+        entry = self.entry(ref)
+        return self._with_index(lambda: self._reader().origin(entry).tenant)
+
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
         """Say whether an entry is of this tenant and of such caches, empty or not.
 
@@ -416,16 +502,121 @@ class Store:
         wanted = signature(prompt_cache)
         return origin.tenant == self._tenant and fits(layout, wanted, decoding=False)
 
-    def remove(self, ref: str) -> Entry:
+    def export_bundle(
+        self, ref: str, file: IO[bytes], *, progress: Progress | None = None
+    ) -> int:
+        """Write an entry and its blocks as one file, for :meth:`import_bundle`.
+
+        The same entry gives the same bytes, whatever else is in the store. A bundle
+        holds the tokens, so the text.
+
+        Args:
+            ref: The entry's name, or its id or the start of it.
+            file: Opened for writing bytes; need not be seekable.
+            progress: Called with (tokens written, tokens in all); what is read, which
+                comes first, counts as half written.
+
+        Returns:
+            The bundle's size in bytes.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: A part of it is missing or damaged. Nothing has been
+                written, unless that happened while it was being written: then what was
+                written is no bundle.
+            OSError: The disk fails, or nobody reads any more.
+        """
+        from .exporting import Exporter, Packing
+
+        entry = self.entry(ref)
+
+        def pack() -> tuple[Exporter, Packing]:
+            self._loader().entry_hit(entry)  # what cannot be restored is no use
+            exporter = Exporter(
+                self._folder, self._reader(), entry, progress or _ignore
+            )
+            return exporter, exporter.pack()
+
+        exporter, packing = self._with_second_look(pack)
+        return exporter.write(packing, file)
+
+    def import_bundle(
+        self,
+        file: IO[bytes],
+        *,
+        fingerprint: Fingerprint | None = None,
+        name: str | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Take over an entry that :meth:`export_bundle` has written.
+
+        All of it is checked before any of it can be seen, and blocks that the store has
+        already are not written again, nor replaced. Whoever made a bundle decided what
+        the model has read for its tokens: take one only from whom you would take a
+        model from.
+
+        Args:
+            file: Opened for reading bytes, at the start of the bundle; need not be
+                seekable. It is read to its end.
+            fingerprint: The model's; ``None`` takes what any model made, which only
+                that model will find.
+            name: A name for the entry, in place of its own. It moves from an entry that
+                this continues.
+            replace: Take the name from an entry that this does not continue.
+            progress: Called with (tokens checked, tokens in all).
+
+        Returns:
+            The entry, never pinned.
+
+        Raises:
+            FormatError: It is no bundle, or one of a newer release.
+            IntegrityError: It is not, to the byte, what a store would have written.
+            FingerprintError: Another model made it.
+            EntryExistsError: The name is taken.
+            KVStoreError: It is of another tenant, its blocks are of another size, or
+                the store's own blocks lack states or windows that it needs.
+            ValueError: The name is not one.
+            OSError: The disk is full or fails.
+        """
+        from .admitting import Admission
+        from .unpacking import open_bundle, unpacked
+
+        check_name(name)
+        bundle = open_bundle(file, self._folder, self._tenant, fingerprint)
+        with unpacked(self._folder, bundle, progress or _ignore) as found:
+
+            def admit() -> Entry:
+                self._write_notes()
+                admission = Admission(
+                    self._folder,
+                    self._reader(),
+                    self._catalog,
+                    self._committer(),
+                    found,
+                )
+                chosen = bundle.manifest.name if name is None else name
+                return admission.admit(chosen, replace=replace)
+
+            return self._with_index(admit)
+
+    def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it; its blocks stay until they are pruned.
+
+        Args:
+            ref: Its name or id, or the entry: then only where it has not moved on.
 
         Raises:
             EntryNotFoundError: There is none.
         """
         return self._catalog.remove(ref)
 
-    def rename(self, ref: str, name: str) -> Entry:
+    def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first, and return it.
+
+        Args:
+            ref: Its name or id, or the entry: then only where it has not moved on.
+            name: The new name.
 
         Raises:
             EntryNotFoundError: There is none.
@@ -496,17 +687,7 @@ class Store:
 
         def count() -> Stats:
             self._write_notes()
-            sizes = self._index.shards()
-            return Stats(
-                num_entries=len(known),
-                num_blocks=self._index.count_blocks(),
-                num_shards=len(sizes),
-                num_tokens=sum(entry.num_tokens for entry in known),
-                nbytes=sum(sizes.values()),
-                entry_bytes=sum(entry.nbytes for entry in known),
-                max_bytes=self._folder.max_bytes,
-                counters=self._index.counters(),
-            )
+            return sum_up(self._folder, self._index, known, now=time.time())
 
         return self._with_index(count)
 
@@ -543,6 +724,18 @@ class Store:
         self.close()
         check.replace_index(self._folder, seen)
         return work()
+
+    def _with_second_look(self, work: Callable[[], T]) -> T:
+        """Run ``work`` once more where it met damage."""
+        try:
+            return self._with_index(work)
+        except IntegrityError as error:
+            # Another shard may hold a good copy, or `prune` have moved a block.
+            self._with_index(lambda: confirm_folder(self._index, self._folder))
+            try:
+                return self._with_index(work)
+            except IntegrityError:
+                raise error from None  # it says what was wrong, not what is missing now
 
     def _loader(self) -> Loader:
         from .loading import Loader
@@ -600,16 +793,29 @@ class Store:
         if given is None:
             return
         stored = Fingerprint(self._reader().origin(entry).fingerprint)
-        difference = stored.difference(given)
-        if difference:
-            raise FingerprintError(
-                f"`{entry.name or entry.id}` was made by another model: {difference}",
-                hint="give the model, and the adapter, that it was saved with",
+        refuse_other(entry.name or entry.id, stored, given)
+
+    def _note_load(
+        self, hit: Hit, num_tokens: int, fingerprint: Fingerprint | None, begin: float
+    ) -> None:
+        """Note a load that began then, and how long it took."""
+        self._notes.add(hit, num_tokens)
+        if fingerprint is not None and hit.codec is not None:
+            seconds = time.perf_counter() - begin
+            self._notes.add_timing(
+                fingerprint, hit.codec, hit.num_tokens, seconds=seconds
             )
 
     def _write_notes(self) -> None:
         if self._notes:
             self._notes.write(self._index)
+
+
+def _match(hit: Hit | str, num_prompt_tokens: int) -> Match:
+    """Return what was found, or why nothing was."""
+    if isinstance(hit, str):
+        return Match(0, num_prompt_tokens, "fingerprint", hit)
+    return Match(hit.num_tokens, num_prompt_tokens, hit.reason, hit.detail)
 
 
 def _as_tokens(tokens: Sequence[int]) -> list[int]:

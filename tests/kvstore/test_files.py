@@ -315,3 +315,24 @@ def test_a_lock_is_released_by_an_exception(tmp_path):
         raise Stop
     with files.locked(tmp_path / "lock", exclusive=True, timeout_s=0):
         pass
+
+
+def replace_and_fail(target):
+    """Begin to write a file, and fail."""
+    with files.written_whole(target) as descriptor:
+        files.write_all(descriptor, b"ha")
+        raise RuntimeError
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """It takes its place when all is well, private; until then the old one stands."""
+    target = tmp_path / "x"
+    target.write_text("old")
+    with pytest.raises(RuntimeError):
+        replace_and_fail(target)
+    assert ("old", ["x"]) == (target.read_text(), os.listdir(tmp_path))
+    with files.written_whole(target) as descriptor:
+        files.write_all(descriptor, b"new")
+        assert "old" == target.read_text()
+    assert ("new", ["x"]) == (target.read_text(), os.listdir(tmp_path))
+    assert 0o600 == stat.S_IMODE(target.stat().st_mode)

@@ -572,3 +572,31 @@ def test_reading_opens_the_file_once_and_closes_it(tmp_path, monkeypatch):
     read(tmp_path, name)
     assert [path_of(tmp_path, name)] == opened
     assert before == len(os.listdir("/dev/fd"))
+
+
+def test_a_copy_is_the_same_shard(tmp_path):
+    """All blocks of a shard, copied, give its very bytes; some give a smaller one."""
+    name = write(tmp_path)
+    with shards.open_shard(tmp_path / "shards", name) as opened:
+        blocks = opened.header.blocks
+        header = shards.shard_header(opened.header.origin, blocks)
+        with shards.staged_copy(tmp_path / "tmp", opened, blocks) as copy:
+            assert copy.name == name
+        with shards.staged_copy(tmp_path / "tmp", opened, blocks[1:2]) as copy:
+            assert [b.block for b in copy.header.blocks] == [BLOCKS[1]]
+            with shards.open_shard_at(copy.path) as other:
+                (data,) = other.read(other.header.blocks)
+        assert [bytes(data)] == [bytes(d) for d in opened.read(blocks[1:2])]
+    assert path_of(tmp_path, name).read_bytes().startswith(header)
+    assert [] == os.listdir(tmp_path / "tmp")
+
+
+def test_stored_blocks_are_grouped_as_a_save_groups_them(tmp_path):
+    """A shard closes after the same block, whoever fills it."""
+    parts = tuple(make_part(f"{i}.k.rows", "U8", (1,), i) for i in range(1000))
+    name = write(tmp_path, [replace(ENCODED[0], parts=parts)])
+    (stored,) = read(tmp_path, name)[0].blocks
+    assert [4, 4, 1] == [len(group) for group in shards.group_blocks([stored] * 9)]
+    (stored,) = read(tmp_path, write(tmp_path, ENCODED[:1]))[0].blocks
+    assert [64, 6] == [len(group) for group in shards.group_blocks([stored] * 70)]
+    assert [] == list(shards.group_blocks([]))

@@ -1,0 +1,612 @@
+"""`kvstore serve` says what the stock server says, and remembers over a restart.
+
+Both are real processes; the official client of the API asks them.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import kvstore
+
+
+def _load_beside(name):
+    """Import a module that lies beside this file, once."""
+    full = f"kvstore_tests_{name}"
+    if full not in sys.modules:
+        path = Path(__file__).parent / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(full, path)
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
+
+
+beside = _load_beside("servers")
+plain, said = beside.plain, beside.said
+
+HAS_KV_BITS = not version("mlx-lm").startswith("0.31.")
+# The model's own answers are no text that comes back as the same tokens.
+LETTERS = {str(token): 100 for token in range(64, 90)}
+RULES = "Answer in one word, and never twice in the same way. " * 8
+LOOK_UP = "What is a cache? Look it up. " * 9
+
+
+def held(answer):
+    """Return how many tokens of a prompt were not held; one is always left."""
+    return answer.usage.prompt_tokens - beside.cached(answer)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Starts servers that several tests talk to."""
+    started = beside.Servers(tmp_path_factory.mktemp("shared"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def servers(tmp_path):
+    """Starts servers of one test."""
+    started = beside.Servers(tmp_path / "home")
+    yield started
+    started.close()
+
+
+@pytest.fixture(autouse=True)
+def logs(shared, servers):
+    """Shows what the servers logged during a test that fails."""
+    seen = {server.port: len(server.text()) for server in shared.started}
+    yield
+    shared.print_logs(seen)
+    servers.print_logs({})
+
+
+@pytest.fixture(scope="module")
+def pair(shared, tiny_model, tmp_path_factory):
+    """Ours and the stock server, side by side."""
+    store = tmp_path_factory.mktemp("pair") / "store"
+    options = ("--prompt-cache-size", "100")
+    ours = shared.kvstore(store, tiny_model, "--codec", "planes+zstd", *options)
+    return ours, shared.stock(tiny_model, *options)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, other_model, tmp_path_factory):
+    """Folders: a model, one of other weights, one that calls tools, an adapter."""
+    folder = tmp_path_factory.mktemp("more-models")
+    return {
+        "tiny": str(tiny_model),
+        "other": str(other_model),
+        "tools": str(beside.write_tool_model(folder / "tools", tiny_model)),
+        "adapter": str(beside.write_adapter(folder / "adapter", tiny_model)),
+    }
+
+
+# The same answers as the stock server's.
+
+
+def chat(server, models):
+    """A conversation of three turns."""
+    messages = [{"role": "system", "content": RULES}]
+    answers = []
+    for turn in range(3):
+        messages.append({"role": "user", "content": f"And what of {turn}?" * 9})
+        answers.append(server.ask(messages))
+        messages.append({"role": "assistant", "content": said(answers[-1])})
+    return answers
+
+
+def parts(server, models):
+    """A message in parts, without a system prompt."""
+    content = [{"type": "text", "text": f"part {i} " * 20} for i in range(3)]
+    return [server.ask([{"role": "user", "content": content}])]
+
+
+def completion(server, models):
+    """A text that goes on, and the same again."""
+    return [server.complete("Once upon a time " * 20) for _ in range(2)]
+
+
+def streaming(server, models):
+    """Chunks, with usage at the end."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(server.ask("Say it bit by bit. " * 9, **options))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    whole = server.ask("Say it bit by bit. " * 9)
+    assert text == said(whole) != ""
+    assert chunks[-1].usage.completion_tokens == 8
+    return [*chunks, *server.complete("Bit by bit " * 20, **options)]
+
+
+def stop_words(server, models):
+    """A text that ends where it is told to."""
+    free = said(server.ask("Stop now. " * 9, max_tokens=20))
+    stops = [letter for letter in free if letter.isascii() and letter.isprintable()]
+    stopped = server.ask("Stop now. " * 9, max_tokens=20, stop=stops[0])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert said(stopped) == free[: free.index(stops[0])] or said(stopped) is None
+    return [stopped]
+
+
+def logprobs(server, models):
+    """How likely each token was, and what was likely beside it."""
+    found = [
+        server.ask("How sure? " * 9, logprobs=True),
+        server.ask("How sure? " * 9, logprobs=True, top_logprobs=4),
+    ]
+    assert len(found[1].choices[0].model_dump()["logprobs"]["content"]) == 8
+    return found
+
+
+def sampling(server, models):
+    """With a seed, which is served alone, and what else bends the likelihoods."""
+    seeded = [server.ask("Roll. " * 20, seed=7, temperature=20) for _ in range(2)]
+    assert said(seeded[0]) == said(seeded[1])
+    assert said(seeded[0]) != said(server.ask("Roll. " * 20))
+    return [
+        *seeded,
+        server.ask("Roll. " * 20, logit_bias={"65": 100}),
+        server.ask("Roll. " * 20, frequency_penalty=1.5),
+        server.ask("Roll. " * 20, extra_body={"repetition_penalty": 1.5}),
+    ]
+
+
+def tools(server, models):
+    """A call of a tool, its result, and what follows; whole and in chunks."""
+    messages = [{"role": "user", "content": LOOK_UP}]
+    options = {"model": models["tools"], "tools": beside.TOOLS}
+    called = server.ask(messages, **options)
+    assert called.choices[0].finish_reason == "tool_calls"
+    (call,) = called.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == (
+        "look_up",
+        '{"word": "cache"}',
+    )
+    messages.append(called.choices[0].message.model_dump(exclude_none=True))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": "a store"})
+    answers = [called, server.ask(messages, **options)]
+    answers += server.ask(messages, stream=True, **options)
+    answers = [answer.model_dump() for answer in answers]
+    for answer in answers:
+        choice = answer["choices"][0]
+        message = choice.get("message") or choice.get("delta")
+        for found in message["tool_calls"] or []:
+            found["id"] = "some id"
+    return answers
+
+
+def draft(server, models):
+    """With a draft model, which guesses what the model will say."""
+    options = {"extra_body": {"draft_model": models["other"], "num_draft_tokens": 3}}
+    messages = [{"role": "user", "content": "Guess. " * 20}]
+    first = server.ask(messages, **options)
+    messages += [
+        {"role": "assistant", "content": said(first)},
+        {"role": "user", "content": "Again."},
+    ]
+    return [first, server.ask(messages, **options), server.ask(messages)]
+
+
+def other_models(server, models):
+    """Another model and an adapter in between, and back again."""
+    answers = []
+    for _ in range(2):
+        for options in (
+            {"model": models["tiny"]},
+            {"model": models["other"]},
+            {"model": models["tiny"], "extra_body": {"adapters": models["adapter"]}},
+        ):
+            answers.append(server.ask("Who are you? " * 20, **options))
+    assert len({said(answer) for answer in answers}) == 3
+    return answers
+
+
+def aborted(server, models):
+    """Streams that nobody reads to the end, and what is said after them."""
+    for _ in range(2):
+        stream = server.ask("Never mind. " * 30, stream=True, max_tokens=2000)
+        next(iter(stream))
+        stream.close()
+    return [server.ask("Never mind. " * 30), server.ask("Something else. " * 20)]
+
+
+def gone(server, models):
+    """A client that leaves while its prompt is computed, and one before that."""
+    body = {"messages": [{"role": "user", "content": "Too long. " * 200}]}
+    for until in (b"", b"keepalive"):
+        server.leave("/v1/chat/completions", body | {"stream": True}, until)
+    return [server.ask("Too long. " * 30)]
+
+
+def parallel(server, models):
+    """Eight at once, half of them under one system prompt; and once more."""
+    system = {"role": "system", "content": RULES}
+    prompts = [
+        [system] * (i % 2) + [{"role": "user", "content": f"{i} of eight. " * (i + 9)}]
+        for i in range(8)
+    ]
+    with ThreadPoolExecutor(8) as threads:
+        answers = [*threads.map(server.ask, prompts), *threads.map(server.ask, prompts)]
+    # What was held by then depends on who came first.
+    return [
+        {"text": said(answer), "usage": answer.usage.total_tokens} for answer in answers
+    ]
+
+
+def errors(server, models):
+    """What is no request, or asks for what is not there."""
+    found = [
+        server.post("/v1/chat/completions", body)
+        for body in (
+            b"{not json",
+            b"[1, 2]",
+            {"model": "default_model"},
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": -1},
+            {"messages": [{"role": "user", "content": "x"}], "temperature": "hot"},
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            {"messages": [{"role": "user", "content": "x"}], "model": "not/there"},
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "model": models["tiny"],
+                "adapters": models["tiny"],
+            },
+        )
+    ]
+    found += [server.post("/v1/nothing", {}), server.post("/v1/completions", {})]
+    # The Hub's client and ours have words of their own for a model that is not there.
+    assert b'{"error": ' == found[6][1][:10]
+    found[6] = (found[6][0], b"")
+    return [{"status": status, "body": body} for status, body in found]
+
+
+CASES = (
+    chat, parts, completion, streaming, stop_words, logprobs, sampling, tools, draft,
+    other_models, aborted, gone, parallel, errors,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_answers_are_those_of_the_stock_server(pair, models, case):
+    """Texts, usage, logprobs, calls and errors are the same but for ids and times."""
+    ours, stock = ([plain(found) for found in case(one, models)] for one in pair)
+    assert ours == stock
+
+
+def test_a_prompt_that_is_held_to_its_end_is_answered(pair):
+    """The stock server dies of it when it batches; ours leaves a token to be fed."""
+    ours, stock = pair
+    options = {"logit_bias": LETTERS}
+    prompt = "Held to its end. " * 20
+    prompt += ours.complete(prompt, **options).choices[0].text
+    answer = ours.complete(prompt, **options)
+    assert held(answer) == 1
+    expected = stock.complete(prompt, **options)
+    assert answer.choices[0].text == expected.choices[0].text
+
+
+# A restart forgets nothing.
+
+LONG = "Remember this for later, word for word. " * 15
+WAYS = {
+    "batched": {},
+    "alone": {"seed": 1},
+    "draft": {"extra_body": {"draft_model": None}},
+}
+
+
+@pytest.fixture(scope="module")
+def restarted(shared, models, tmp_path_factory):
+    """A function that asks, ends the server, and asks the next one the same."""
+
+    def run(requests, *options, number=signal.SIGTERM):
+        store = tmp_path_factory.mktemp("restarted") / "store"
+        found = []
+        for _ in range(2):
+            options_ = ("--codec", "planes+zstd", *options)
+            server = shared.kvstore(store, models["tiny"], *options_)
+            found.append([server.ask(**request) for request in requests])
+            time.sleep(1 if number == signal.SIGKILL and not found[1:] else 0)
+            server.stop(number)
+        return zip(*found, strict=True)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def each_way(restarted, models):
+    """What was said before a restart and after it, in each way of serving."""
+    WAYS["draft"]["extra_body"]["draft_model"] = models["other"]
+    requests = [{"messages": way + LONG} | options for way, options in WAYS.items()]
+    return dict(zip(WAYS, restarted(requests), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_restart_forgets_nothing(each_way, way):
+    """The same prompt is held but for a token, and answered with the same text."""
+    before, after = each_way[way]
+    assert beside.cached(before) < 50
+    assert held(after) <= 2
+    assert said(after) == said(before)
+
+
+def test_what_was_said_a_second_ago_survives_a_kill(restarted):
+    """SIGKILL, a second after an answer, costs nothing either."""
+    request = {"messages": LONG}
+    ((before, after),) = restarted([request], number=signal.SIGKILL)
+    assert (held(before), held(after)) == (before.usage.prompt_tokens, 1)
+    assert said(after) == said(before)
+
+
+@pytest.mark.parametrize("start", ["0", "300"])
+def test_quantized_caches_are_those_of_the_stock_server(
+    servers, restarted, models, start
+):
+    """With `--kv-bits`, answers are those of the stock server, after a restart too.
+
+    mlx-lm 0.31 has no such option, and neither has what runs it.
+    """
+    options = ("--kv-bits", "4", "--kv-group-size", "32", "--quantized-kv-start", start)
+    if not HAS_KV_BITS:
+        assert fail(["serve", "--model", models["tiny"], *options])[0] == 2
+        return
+    stock = servers.stock(models["tiny"], *options)
+    follow_up = [
+        {"role": "user", "content": LONG},
+        {"role": "assistant", "content": "Done."},
+        {"role": "user", "content": "And now? " * 20},
+    ]
+    requests = [{"messages": LONG, "max_tokens": 20}, {"messages": follow_up}]
+    expected = [plain(stock.ask(**request)) for request in requests]
+    answers = list(restarted(requests, *options))
+    assert [plain(before) for before, _ in answers] == expected
+    assert [said(after) for _, after in answers] == [said(e) for e, _ in answers]
+    assert all(held(after) <= 2 for _, after in answers)
+
+
+# Several models in one server.
+
+
+def test_models_and_adapters_keep_to_their_own(servers, models, tmp_path):
+    """A prompt is held for the model that has read it, now and after a restart."""
+    tiny, other, adapter = models["tiny"], models["other"], models["adapter"]
+    asked = [
+        {"model": tiny},
+        {"model": other},
+        {"model": tiny, "extra_body": {"adapters": adapter}},
+    ]
+    texts = []
+    for is_known in (False, True):
+        server = servers.kvstore(tmp_path / "store", tiny, "--codec", "planes+zstd")
+        for options in asked:
+            first, again = (server.ask(LONG, **options) for _ in range(2))
+            assert is_known or beside.cached(first) == 0
+            assert held(first) == 1 or not is_known
+            assert held(again) == 1
+            texts += [said(first), said(again)]
+        server.stop()
+    assert len(set(texts)) == 3
+    assert texts[:6] == texts[6:]
+
+
+def test_weights_that_were_replaced_are_another_model(
+    pair, servers, models, tiny_model, other_model, tmp_path
+):
+    """What the old weights computed is not served with those that lie there now."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    before = server.ask(LONG, model=str(folder))
+    server.ask("Another one. ", model=models["other"])
+    shutil.copy(other_model / "model.safetensors", folder / "model.safetensors")
+    after = server.ask(LONG, model=str(folder))
+    assert said(before) != said(after)
+    assert beside.cached(after) == 0
+    assert said(after) == said(pair[1].ask(LONG, model=models["other"]))
+
+
+# What is written, and what is told of it.
+
+
+def test_a_system_prompt_that_many_share_is_stored_once(servers, models, tmp_path):
+    """Five conversations under it are six entries, and write their own rows only."""
+    row_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, numbers, float32
+    server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
+    system = {"role": "system", "content": LONG * 3}
+    answers = []
+    for number in range(5):
+        messages = [system]
+        for turn in range(3):
+            content = f"Conversation {number}, turn {turn}. "
+            messages.append({"role": "user", "content": content * 4})
+            answers.append(server.ask(messages, logit_bias=LETTERS))
+            messages.append({"role": "assistant", "content": said(answers[-1])})
+    server.stop()
+    with kvstore.Store(tmp_path / "store", create=False) as store:
+        sizes = sorted(entry.num_tokens for entry in store.entries())
+        written = store.stats().counters["written_bytes"]
+    assert len(sizes) == 6
+    num_shared = sizes[0]
+    assert 1800 < num_shared < 1900
+    # A turn completes a block that had begun before it, so it writes a block's rows
+    # beside its own; a header takes a few thousand bytes.
+    num_new = num_shared + sum(size - num_shared for size in sizes[1:])
+    assert written < (num_new + 15 * 256) * row_bytes + 17 * 4000
+    # The first turn of each but the first conversation had the system prompt for free.
+    assert [held(a) < 200 for a in answers] == [False] + [True] * 14
+
+
+def test_the_log_says_what_became_of_each_request(servers, models, tmp_path):
+    """One line says what was held and read, or why not; one what was kept."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    server.ask("Too short")
+    server.ask(LONG)
+    server.ask(LONG)
+    server.ask(LONG[:300] + "and then something quite different. " * 3)
+    server.stop()
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    server.ask(LONG)
+    server.stop()
+    logs = "".join(one.text() for one in servers.started)
+    for line in (
+        r"kvstore: 46 tokens, 0 in memory: no need of the disk",
+        r"kvstore: not kept: 45 tokens are too few",
+        r"kvstore: 637 tokens, 24 in memory: 0 on disk: nothing of this model is",
+        r"kvstore: kept 645 tokens: \d blocks? new, 0\.\d MB of rows, in \d\.\d+ s",
+        r"kvstore: 637 tokens, 636 in memory: no need of the disk",
+        r"kvstore: 445 tokens, 324 in memory: 256 on disk: the block behind",
+        r"kvstore: 637 tokens, 0 in memory: 636 read from disk in \d\.\d+ s",
+    ):
+        assert re.search(line, logs), line
+
+
+# What a person does badly, or a disk.
+
+
+def fail(command, timeout_s=60):
+    """Run a server that cannot start; return exit code, lines and seconds."""
+    begin = time.monotonic()
+    words = [sys.executable, "-m", "kvstore", *map(str, command)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=timeout_s, cwd=beside.ROOT
+    )
+    return done.returncode, done.stderr.splitlines(), time.monotonic() - begin
+
+
+def test_an_unknown_option_is_wrong_usage(models, tmp_path):
+    """The one line of the error names it; the hint says where options are listed."""
+    store = tmp_path / "store"
+    command = ("--store", store, "serve", "--model", models["tiny"])
+    for option in (["--nonsense"], ["--port", "many"], ["--min-tokens", "0"]):
+        code, lines, _ = fail([*command, *option])
+        assert code == 2
+        assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
+        assert option[0] in lines[0]
+    assert not store.exists()
+
+
+def test_a_model_that_is_not_there_ends_it_at_once(tmp_path):
+    """No server stays behind that cannot answer, and no empty store."""
+    store = tmp_path / "store"
+    code, lines, seconds = fail(["--store", store, "serve", "--model", tmp_path / "no"])
+    assert code == 1
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
+    assert str(tmp_path / "no") in lines[0]
+    assert seconds < 30
+    assert not store.exists()
+
+
+def test_a_taken_port_ends_it(models, tmp_path):
+    """It says so and ends, instead of living on where nobody can reach it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ("--store", tmp_path / "store", "serve", "--model", models["tiny"])
+        code, lines, _ = fail([*command, "--port", port])
+    assert code == 1
+    assert "error: address already in use" in "\n".join(lines)
+
+
+def test_a_folder_that_is_no_store_is_left_alone(models, tmp_path):
+    """A folder with something else in it is refused, and stays as it is."""
+    (tmp_path / "something").write_text("else")
+    code, lines, _ = fail(["--store", tmp_path, "serve", "--model", models["tiny"]])
+    assert code == 10
+    assert lines[0].startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_help_is_ours_and_names_the_other(models):
+    """`-h` tells of our options and where mlx-lm's are."""
+    words = [sys.executable, "-m", "kvstore", "serve", "-h"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=beside.ROOT)
+    assert done.returncode == 0
+    for word in ("--codec", "--max-size", "--min-free", "mlx_lm.server --help"):
+        assert word in done.stdout
+
+
+def test_a_full_disk_stops_the_writing_only(servers, models, tmp_path):
+    """Answers go on; the log says that nothing was kept, and why."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"], max_file_bytes=100_000)
+    before = [server.ask(LONG) for _ in range(2)]
+    assert held(before[1]) == 1
+    assert server.stop() == 0
+    assert "kvstore: not kept: " in server.text()
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    assert [said(server.ask(LONG))] * 2 == [said(answer) for answer in before]
+
+
+def test_a_reserve_of_the_disk_is_kept(servers, models, tmp_path):
+    """What would leave less of it free than was asked for is not written."""
+    options = ("--min-free", "1000000TB")
+    server = servers.kvstore(tmp_path / "store", models["tiny"], *options)
+    server.ask(LONG)
+    server.stop()
+    assert "kvstore: not kept: the disk has" in server.text()
+    assert [] == list((tmp_path / "store").glob("shards/*/*"))
+
+
+def test_a_store_that_vanishes_takes_nothing_with_it(servers, models, tmp_path):
+    """The folder goes away under a running server, which answers from memory."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
+    first = server.ask(LONG)
+    time.sleep(0.5)
+    shutil.rmtree(tmp_path / "store")
+    again, other = server.ask(LONG), server.ask("Something else. " * 30)
+    assert said(again) == said(first)
+    assert said(other)
+    assert server.stop() == 0
+    assert "Traceback" not in server.text()
+    assert "kvstore: not kept: " in server.text()
+
+
+# A real model.
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """The model's folder, made where it is missing."""
+    folder = Path(
+        os.environ.get("KVSTORE_DEMO_MODEL") or beside.ROOT / ".cache/smollm2"
+    )
+    command = [sys.executable, str(beside.ROOT / "tools/demo_model.py"), str(folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.fail(f"cannot make the demo model in {folder}:\n{made.stderr}")
+    return folder
+
+
+@pytest.mark.model
+def test_a_long_system_prompt_is_there_after_a_restart(servers, smollm2, tmp_path):
+    """SmolLM2 and 2,000 tokens: SIGTERM, SIGKILL; ten times sooner, the same text."""
+    from pydoc_data.topics import topics
+
+    options = ("--codec", "planes+zstd")
+    system = {"role": "system", "content": topics["types"][:9000]}
+    question = {"role": "user", "content": "What is this text about?"}
+    other = {"role": "user", "content": "What is a mapping?"}
+    found = []
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        server = servers.kvstore(tmp_path / "store", smollm2, *options)
+        server.ask("Hi", max_tokens=1)  # which waits for the model
+        found.append(server.stream([system, question]))
+        if number == signal.SIGKILL:
+            found.append(server.stream([system, other]))
+            time.sleep(1)
+        server.stop(number)
+    cold, warm, another, killed = found
+    assert cold.num_prompt >= 2000
+    assert cold.num_cached < 30
+    assert warm.num_cached == killed.num_cached == cold.num_prompt - 1
+    assert another.num_cached > 1950
+    assert cold.text == warm.text == killed.text
+    for later in (warm, killed):
+        assert later.seconds * 10 < cold.seconds
