@@ -385,6 +385,26 @@ class _Stopped(Exception):  # noqa: N818  (no error)
     """Ends a prefill between two steps."""
 
 
+class _Stopwatch:
+    """Adds up the time that a model works; stopped at first.
+
+    Attributes:
+        seconds: The sum.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begin: float | None = None
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._begin is not None:
+            self.seconds += time.perf_counter() - self._begin
+            self._begin = None
+
+
 @dataclass(frozen=True, slots=True)
 class _Models:
     """The model, and its draft model if there is one, whose caches follow.
@@ -498,9 +518,13 @@ class _Run:
         Raises:
             _Stopped: The run is to end, and no step is under way.
         """
+        watch = _Stopwatch()
 
         def note(done: int, total: int) -> None:
+            watch.stop()
             self._num_rows = self._num_draft_rows = self.num_restored + done
+            if done == total:
+                self._store.note_prefill(self._fingerprint, total, watch.seconds)
             if progress is not None:
                 progress(done, total)
             # At the end the cache may be a token ahead already.
@@ -508,6 +532,7 @@ class _Run:
                 self._save_blocks(done, is_last=done == total - 1)
             if done < total and self.is_stopped():
                 raise _Stopped
+            watch.start()
 
         return note
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from . import prompt_cache as caches
 from . import shards
@@ -17,6 +20,9 @@ from .layout import group_layers
 from .reading import Reader
 from .snapshot import Piece, Snapshot
 from .types import Block, EncodedBlock, Part, Place, Progress
+
+# With two cores, the model has both of them.
+NUM_ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 
 
 class Saver:
@@ -118,19 +124,37 @@ class Saver:
     def _batches(self, blocks: Sequence[Block]) -> Iterator[list[EncodedBlock]]:
         """Encode blocks and group them to shards."""
         batch: list[EncodedBlock] = []
-        for block in blocks:
-            batch.append(self._encode(block))
+        for encoded in self._encode_all(blocks):
+            batch.append(encoded)
             if shards.is_full(batch):
                 yield batch
                 batch = []
         if batch:
             yield batch
 
-    def _encode(self, block: Block) -> EncodedBlock:
+    def _encode_all(self, blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
+        """Encode blocks in order, some at a time where there are cores for it."""
+        if NUM_ENCODERS == 1:
+            yield from (self._encode(block, self._rows.read(block)) for block in blocks)
+            return
+        with ThreadPoolExecutor(NUM_ENCODERS, "kvstore-encoder") as pool:
+            waiting: deque[tuple[Future[EncodedBlock], object]] = deque()
+            for block in blocks:
+                # Read, and let go of, here: MLX's arrays belong to this thread.
+                pieces = list(self._rows.read(block))
+                waiting.append((pool.submit(self._encode, block, pieces), pieces))
+                if len(waiting) > NUM_ENCODERS:
+                    yield waiting.popleft()[0].result()
+            while waiting:
+                yield waiting.popleft()[0].result()
+
+    def _encode(
+        self, block: Block, pieces: Iterable[tuple[Piece, caches.Array]]
+    ) -> EncodedBlock:
         codec = self._codec_of(block)
         twin = lossless_twin(codec)
         parts: list[Part] = []
-        for piece, x in self._rows.read(block):
+        for piece, x in pieces:
             name = piece.rows.side
             array_codec = codec if name in caches.CODABLE else twin
             parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")

@@ -34,9 +34,10 @@ log = logging.getLogger("kvstore")
 MIN_TOKENS = 64
 """Fewer are computed sooner than a file is opened."""
 
-# How long a read may take at least, and where nobody knows what computing takes; and
-# how long a disk that was slower is left alone.
-_MIN_READ_S, _MAX_READ_S, _PAUSE_S = 0.5, 30.0, 60.0
+# How long a read may take at least, since the first of a process may compile kernels,
+# and where nobody knows what computing takes; and how long a disk that was slower is
+# left alone.
+_MIN_READ_S, _MAX_READ_S, _PAUSE_S = 10.0, 30.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 import mlx.core as mx
@@ -119,6 +120,27 @@ def test_the_end_of_a_reply_is_saved_too(loaded, store):
     )
     assert said == [end]
     assert entry_tokens(store, "chat") == [*PROMPT, end]
+
+
+def test_a_prefill_is_measured(loaded, store, monkeypatch):
+    """How long the model took is noted; what the disk took is not counted."""
+    _, _, fingerprint = loaded
+    save_blocks = kvstore.Store.save_blocks
+
+    def slowly(*args, **options):
+        time.sleep(1)
+        return save_blocks(*args, **options)
+
+    monkeypatch.setattr(kvstore.Store, "save_blocks", slowly)
+    begin = time.perf_counter()
+    save(loaded, store, PROMPT, prefill_step_size=150)
+    elapsed = time.perf_counter() - begin
+    seconds = store.speeds(fingerprint).prefill_s(len(PROMPT))
+    assert elapsed > 2
+    assert 0 < seconds <= elapsed - 2
+    # A restored prompt leaves too little to measure.
+    generate(loaded, store, [*PROMPT, 1], max_tokens=1)
+    assert store.speeds(fingerprint).prefill_s(len(PROMPT)) == seconds
 
 
 def test_a_consumer_may_stop(loaded, store):

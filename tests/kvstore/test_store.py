@@ -86,6 +86,21 @@ def test_load_leaves_a_token_to_feed(path, num_tokens):
         assert restored is None
 
 
+@pytest.mark.parametrize("codec", ["raw", "planes+zstd", "turbo4+zstd", "turbo5v3"])
+def test_several_encoders_write_the_same_bytes(tmp_path, caches, monkeypatch, codec):
+    """However many cores a machine has, shards have the same names."""
+    tokens, held = caches.make_conversation(40, 1, extra=3)
+    names = []
+    for number in (1, 4):
+        monkeypatch.setattr("kvstore.saving.NUM_ENCODERS", number)
+        path = create_folder(tmp_path / str(number), caches.BLOCK).path
+        with kvstore.Store(path, codec) as store:
+            store.save(tokens, held, caches.MODEL)
+        names.append(sorted(p.name for p in path.glob("shards/??/*")))
+    assert len(names[0]) == 1
+    assert names[0] == names[1]
+
+
 def test_a_hit_ends_where_the_prompt_diverges(path):
     """A prompt that leaves a stored one inside a lossless block hits up to there."""
     tokens = list(range(3 * BLOCK))
