@@ -11,14 +11,15 @@ STAMP := $(VENV)/.installed
 VENV_031 := .venv-031
 STAMP_031 := $(VENV_031)/.installed
 TESTS_031 := $(addprefix tests/,$(addsuffix .py,turboquant/test_kv_cache \
-	$(addprefix kvstore/test_,store layers generate restoring model import cli)))
+	$(addprefix kvstore/test_,store layers generate restoring model import cli \
+	chat turns interrupts server serving bundles admitting bundle_verbs)))
 MODEL := .cache/smollm2
 comma := ,
 # On Linux, mlx needs a back end; on a Mac it brings Metal with it.
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-031 test-all bench quality check format docs clean
+.PHONY: demo test test-031 test-all bench serve-bench quality check format docs clean
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore --store .cache/demo-store demo --model $(MODEL)
@@ -35,6 +36,9 @@ test-all: $(STAMP) $(MODEL)/config.json
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"
 	$(BIN)/python tools/bench.py $(MODEL) --growth --json docs/bench.json --plot docs/bench.png
+
+serve-bench: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python tools/serve_bench.py $(MODEL) --json docs/serve_bench.json
 
 quality: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"

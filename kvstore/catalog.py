@@ -21,6 +21,7 @@ from .folder import StoreFolder
 from .types import Entry
 
 MAX_NAME = 200
+MAX_LABEL = 1000
 
 
 class Catalog:
@@ -154,7 +155,7 @@ def make_entry(
         num_tokens=num_tokens,
         nbytes=nbytes,
         codec=codec,
-        model=model,
+        model=model[:MAX_LABEL],
         made_with=_versions(),
         created_at=old.created_at if old else now,
         updated_at=now,

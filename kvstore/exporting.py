@@ -13,9 +13,10 @@ from itertools import chain, groupby
 from typing import IO
 
 from . import shards
-from .bundles import Manifest, write_bundle
+from .bundles import write_bundle
 from .errors import IntegrityError
 from .folder import StoreFolder
+from .manifests import Manifest
 from .reading import Reader
 from .types import BlockHash, Entry, Origin, Place, Progress, StoredBlock
 

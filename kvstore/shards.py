@@ -453,6 +453,9 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
     end = max(spec.end for spec in specs.values())
     if sum(spec.end - spec.begin for spec in specs.values()) != end - begin:
         raise ValueError("a block is scattered over the shard")
+    extras = _field(row, "extras", int)
+    if not is_count(extras):
+        raise ValueError("a block's extras are not a count")
     is_lossless, is_exact = _field(row, "lossless", bool), _field(row, "exact", bool)
     if is_exact and not is_lossless:
         raise ValueError("a lossy block calls itself exact")
@@ -461,7 +464,7 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
         _field(row, "codec", str),
         is_lossless,
         is_exact,
-        _field(row, "extras", int),
+        extras,
         _field(row, "digest", str),
         begin,
         end,

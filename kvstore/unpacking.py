@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from . import files, shards
-from .bundles import BundleReader, Manifest, refused
+from .bundles import BundleReader
 from .codecs import MLX_DTYPES, Codec, get_codec
 from .errors import CodecError, IntegrityError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
@@ -25,6 +25,7 @@ from .folder import StoreFolder
 from .indexing import header_root, is_sound
 from .layout import group_layers, layout_from_json
 from .loading import open_piece, stored_pieces
+from .manifests import Manifest, refused
 from .prompt_cache import is_restorable
 from .restoring import check_layout
 from .saving import count_extras

@@ -2,11 +2,10 @@
 
 Stock servers and `kvstore serve` run side by side on one model. Conversations of fresh
 text go to each of them in turn, in random order, so that a machine that is slower for a
-while is so for all; what was measured while other programs were at work is measured
-again, on Linux, where that can be seen. Two stock servers show what the procedure itself
-can tell apart. Then a prompt cache of 2,000 tokens is inserted, while another stream is
-running: how long that keeps the generating thread, and which gap it makes between two
-tokens there.
+while is so for all; on Linux, what was measured while other programs were at work is
+measured again. Two stock servers show what the procedure itself can tell apart. Then a
+prompt cache of 2,000 tokens is inserted, while another stream is running: how long that
+keeps the generating thread, and which gap it makes between two tokens there.
 
     python tools/serve_bench.py MODEL [--pairs N] [--trials N] [--json F]
 """

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -454,6 +455,18 @@ def test_damage_is_found_before_anything_is_written(stores, caches, flip_bit):
     assert file.getvalue() == b""
 
 
+def test_what_nobody_could_read_is_not_exported(stores, caches):
+    """A bundle that a reader would refuse is not begun."""
+    tokens, cache = caches.make_conversation(1, 3)
+    model = replace(caches.MODEL, label="x" * 40_000)
+    file = io.BytesIO()
+    with kvstore.Store(stores[0], "raw") as store:
+        store.save(tokens, cache, model, name="doc")
+        with pytest.raises(kvstore.IntegrityError, match="entry is too large"):
+            store.export_bundle("doc", file)
+    assert file.getvalue() == b""
+
+
 def test_a_full_disk_is_told_before_anything_is_staged(stores, tiny, monkeypatch):
     """What cannot fit is not begun."""
     disk = os.statvfs(stores[0])
@@ -479,7 +492,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("limit", [1000, 40_000, 1 << 20])
+@pytest.mark.parametrize("limit", [40_000, 1 << 20])
 def test_a_limit_on_the_size_of_files_loses_nothing(
     stores, small, tmp_path, run_python, limit
 ):
@@ -581,7 +594,7 @@ def test_a_kill_at_any_call_leaves_all_or_nothing(
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 @pytest.mark.parametrize(
-    "when", [2, 9, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 30, 3))]
+    "when", [9, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 30, 3))]
 )
 def test_a_kill_while_the_index_is_written_leaves_all_or_nothing(
     shared, small, tmp_path, caches, run_python, when

@@ -21,7 +21,7 @@ LEVELS = [
     | {"interrupts"},
     {"folder", "index", "shards", "entries", "fingerprint", "layers", "lineage"},
     {"indexing", "layout", "catalog"},
-    {"reading", "prompt_cache"},
+    {"reading", "prompt_cache", "manifests"},
     {"restoring", "cache_files"},
     {"snapshot"},
     {"loading", "saving", "check", "prune", "summing", "bundles"},
@@ -191,8 +191,8 @@ def test_what_is_slow_to_import_is_imported_late(package):
 
 NO_ARRAYS = {"errors", "types", "hashing", "files", "folder", "entries", "index",
              "indexing", "catalog", "reading", "shards", "prune", "check",
-             "safetensors_header", "speeds", "summing", "notes", "bundles",
-             "exporting"}  # fmt: skip
+             "safetensors_header", "speeds", "summing", "notes", "manifests",
+             "bundles", "exporting"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(NO_ARRAYS))

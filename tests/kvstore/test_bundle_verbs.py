@@ -155,31 +155,34 @@ def test_another_user_goes_on_with_the_same_text(elsewhere, tmp_path):
 # Export
 
 
-def test_a_bundle_is_private_and_there_as_a_whole(sent, tmp_path):
+def test_a_bundle_is_private_and_there_as_a_whole(sent, run_cli, tmp_path):
     """Only its owner can read it; a file that is there is replaced when asked to."""
     path, bundle, _ = sent
     assert stat.S_IMODE(bundle.stat().st_mode) == 0o600
     target = tmp_path / "x.kvbundle"
     target.write_text("mine")
-    done = run(path, "export", "doc", "-o", target, code=1)
-    assert_error(done.stderr, "there is a file already")
+    code, _, err = run_cli("export", "doc", "-o", target, store=path)
+    assert code == 1
+    assert_error(err, "there is a file already")
     assert target.read_text() == "mine"
-    done = run(path, "export", "doc", "-o", target, "--overwrite", "--json")
-    assert json.loads(done.stdout)["file_bytes"] == target.stat().st_size
+    options = ("-o", target, "--overwrite", "--json")
+    _, out, _ = run_cli("export", "doc", *options, store=path)
+    assert json.loads(out)["file_bytes"] == target.stat().st_size
     assert target.read_bytes() == bundle.read_bytes()
     assert os.listdir(tmp_path) == ["x.kvbundle"]
 
 
-def test_an_export_that_fails_leaves_nothing(sent, tmp_path, flip_bit):
+def test_an_export_that_fails_leaves_nothing(sent, run_cli, tmp_path, flip_bit):
     """A damaged entry, or none: no file, no half of one, and nothing on stdout."""
     store = shutil.copytree(sent[0], tmp_path / "store")
     for shard in store.glob("shards/*/*"):
         flip_bit(shard, shard.stat().st_size * 8 - 5)
     for name, text in (("doc", "does not match its digest"), ("other", "no entry")):
-        done = run(store, "export", name, "-o", tmp_path / "x", code=1)
-        assert_error(done.stderr, text)
-        done = run(store, "export", name, "-o", "-", code=1)
-        assert done.stdout == ""
+        code, _, err = run_cli("export", name, "-o", tmp_path / "x")
+        assert code == 1
+        assert_error(err, text)
+    done = run(store, "export", "doc", "-o", "-", code=1)
+    assert done.stdout == ""
     assert os.listdir(tmp_path) == ["store"]
 
 
@@ -191,9 +194,11 @@ def test_an_export_that_fails_leaves_nothing(sent, tmp_path, flip_bit):
         (("-o", "x"), "missing argument"),
     ],
 )
-def test_wrong_usage_of_export(sent, options, text):
+def test_wrong_usage_of_export(sent, run_cli, options, text):
     """What cannot be understood is one error and the code 2."""
-    assert_error(run(sent[0], "export", *options, code=2).stderr, text)
+    code, _, err = run_cli("export", *options, store=sent[0])
+    assert code == 2
+    assert_error(err, text)
 
 
 def test_a_terminal_gets_no_bundle(sent):
@@ -228,10 +233,12 @@ def test_a_reader_that_leaves_is_no_error(sent):
     assert (done.returncode, code, told) == (0, 1, "")
 
 
-def test_a_device_is_not_replaced(sent):
+def test_a_device_is_not_replaced(sent, run_cli):
     """`--overwrite` replaces files."""
-    done = run(sent[0], "export", "doc", "-o", "/dev/null", "--overwrite", code=1)
-    assert_error(done.stderr, "there is a file already")
+    options = ("-o", "/dev/null", "--overwrite")
+    code, _, err = run_cli("export", "doc", *options, store=sent[0])
+    assert code == 1
+    assert_error(err, "there is a file already")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
@@ -259,13 +266,13 @@ def test_a_refused_bundle_leaves_no_store(sent, other_model, tmp_path, run_cli):
     assert os.listdir(tmp_path / "store") == []
 
 
-def test_a_refused_bundle_leaves_a_store_as_it_was(sent, tmp_path):
+def test_a_refused_bundle_leaves_a_store_as_it_was(sent, run_cli, tmp_path):
     """A store that was there, empty or not, stays."""
     store = create_folder(tmp_path / "store").path
     before = tree(store)
     cut = tmp_path / "cut"
     cut.write_bytes(sent[1].read_bytes()[:-600])
-    run(store, "import", cut, code=1)
+    assert run_cli("import", cut)[0] == 1
     assert tree(store) == before
 
 
