@@ -21,6 +21,8 @@ from .folder import StoreFolder
 from .types import Entry
 
 MAX_NAME = 200
+MIN_ID = 4
+"""As few digits of an id are taken for it; fewer are a slip of the hand."""
 MAX_LABEL = 1000
 
 
@@ -48,17 +50,18 @@ class Catalog:
         """Return the entry with this name, or whose id starts so.
 
         Raises:
-            EntryNotFoundError: There is none, or the start fits several.
+            EntryNotFoundError: There is none, or the start is short or fits several.
             IntegrityError: Its file is damaged.
         """
         folder = self._folder.entries
         named = entries.read_entry(folder, entries.entry_id(ref, ""))
         if named is not None:
             return named
-        ids = [found for found in entries.list_ids(folder) if found.startswith(ref)]
-        entry = entries.read_entry(folder, ids[0]) if ref and len(ids) == 1 else None
+        is_start = len(ref) >= MIN_ID
+        ids = [i for i in entries.list_ids(folder) if is_start and i.startswith(ref)]
+        entry = entries.read_entry(folder, ids[0]) if len(ids) == 1 else None
         if entry is None:
-            several = f": {len(ids)} ids start so" if ref and len(ids) > 1 else ""
+            several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
             raise EntryNotFoundError(
                 f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"
             )

@@ -29,7 +29,8 @@ _STAMPED = {"created_at", "updated_at"}
 def entry_id(name: str | None, tip: str) -> str:
     """Return the id of an entry: a name's own, or its tip's where it has none."""
     text = f"tip {tip}" if name is None else f"name {name}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    # What is no text, an argument of odd bytes say, names nothing that there is.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def entry_path(folder: Path, entry: str) -> Path:

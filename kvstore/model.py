@@ -278,6 +278,32 @@ def has_reply(
     return bool(begin) and begin in tokenizer.decode(list(tokens))
 
 
+def check_cache_path(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a path that :func:`write_prompt_cache` could not write to.
+
+    Args:
+        path: Where; the name ends in ``.safetensors``.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        KVStoreError: There is a file, or no folder, or the name has another ending.
+    """
+    if path.suffix != ".safetensors":
+        # mlx-lm tells the format by it.
+        raise KVStoreError(
+            f"not a name for a safetensors file: `{path}`",
+            hint="end it in `.safetensors`",
+        )
+    if path.exists() and not overwrite:
+        raise KVStoreError(
+            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
+        )
+    if not path.parent.is_dir():
+        raise KVStoreError(
+            f"no such folder: `{path.parent}`", hint="make it, or choose another"
+        )
+
+
 def write_prompt_cache(
     path: Path, prompt_cache: Sequence[Any], model: str, *, overwrite: bool = False
 ) -> int:
@@ -298,16 +324,7 @@ def write_prompt_cache(
         KVStoreError: There is a file, or the name has another ending.
         OSError: It cannot be written.
     """
-    if path.suffix != ".safetensors":
-        # mlx-lm tells the format by it.
-        raise KVStoreError(
-            f"not a name for a safetensors file: `{path}`",
-            hint="end it in `.safetensors`",
-        )
-    if path.exists() and not overwrite:
-        raise KVStoreError(
-            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
-        )
+    check_cache_path(path, overwrite=overwrite)
     from mlx_lm.models.cache import save_prompt_cache
 
     metadata = {"model": model, "tokenizer_config": "{}"}

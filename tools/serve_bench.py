@@ -307,8 +307,7 @@ def compare(
         for name in texts.chance.sample(list(servers), len(servers)):
             seconds[name].append(
                 undisturbed(
-                    servers,
-                    partial(token_s, servers[name], texts, size, options.max_tokens),
+                    partial(token_s, servers, name, texts, size, options.max_tokens)
                 )
             )
     found = []
@@ -319,15 +318,30 @@ def compare(
     return found
 
 
-def undisturbed(servers: dict[str, Server], measure: Callable[[], T]) -> T:
-    """Return what was measured while no other program was at work."""
+class Quiet:
+    """Knows whether other programs have been at work; never of a Mac.
+
+    Args:
+        servers: Whose own work does not count.
+    """
+
+    def __init__(self, servers: dict[str, Server]) -> None:
+        self._servers = servers
+        self._began, self._before = time.perf_counter(), others_s(servers)
+
+    def was(self) -> bool:
+        """Say whether they have left the machine alone since this was made."""
+        seconds = time.perf_counter() - self._began
+        return others_s(self._servers) - self._before < DISTURBED * seconds
+
+
+def undisturbed(measure: Callable[[], T | None]) -> T:
+    """Return what was measured; ``None`` where other programs were at work."""
     for _ in range(MAX_TRIES):
         # What is written behind the last answer is not to slow down this one.
         time.sleep(1.5)
-        began, before = time.perf_counter(), others_s(servers)
         found = measure()
-        share = (others_s(servers) - before) / (time.perf_counter() - began)
-        if share < DISTURBED:
+        if found is not None:
             return found
     raise SystemExit(f"other programs are at work all the time: {MAX_TRIES} times")
 
@@ -345,7 +359,9 @@ def others_s(servers: dict[str, Server]) -> float:
     return total / os.sysconf("SC_CLK_TCK")
 
 
-def token_s(server: Server, texts: Texts, size: int, max_tokens: int) -> float:
+def token_s(
+    servers: dict[str, Server], name: str, texts: Texts, size: int, max_tokens: int
+) -> float | None:
     """Return the mean time between two tokens of a conversation of two turns.
 
     The second turn follows at once, while a server with a store writes the first.
@@ -354,10 +370,16 @@ def token_s(server: Server, texts: Texts, size: int, max_tokens: int) -> float:
     spent, count = 0.0, 0
     for question in ("What is this about?", "Say it in other words."):
         messages.append({"role": "user", "content": question})
-        pieces = list(server.stream(messages, max_tokens))
-        messages.append({"role": "assistant", "content": "".join(p for _, p in pieces)})
-        spent += pieces[-1][0] - pieces[0][0]
-        count += len(pieces) - 1
+        answer = servers[name].stream(messages, max_tokens)
+        begin, text = next(answer)
+        quiet, end = Quiet(servers), begin
+        for end, piece in answer:
+            text += piece
+            count += 1
+        if not quiet.was():
+            return None
+        messages.append({"role": "assistant", "content": text})
+        spent += end - begin
     return spent / count
 
 
@@ -377,9 +399,7 @@ def measure_stalls(
         row = Stalls(name, inserted.get(name, []))
         with running({name: make()}) as servers:
             for _ in range(options.gaps):
-                before, around = undisturbed(
-                    servers, partial(measure_gap, servers[name], texts)
-                )
+                before, around = undisturbed(partial(measure_gap, servers, name, texts))
                 row.before_s.append(before)
                 row.gap_s.append(around)
         print(row.describe(), flush=True)
@@ -432,7 +452,9 @@ def insert(model: str, codec: str, trials: str) -> None:
     print(json.dumps(found))
 
 
-def measure_gap(server: Server, texts: Texts) -> tuple[float, float]:
+def measure_gap(
+    servers: dict[str, Server], name: str, texts: Texts
+) -> tuple[float, float] | None:
     """Return the longest gap of a stream before and around the end of another request.
 
     The other one's prompt cache is inserted when its answer ends.
@@ -441,7 +463,9 @@ def measure_gap(server: Server, texts: Texts) -> tuple[float, float]:
     is_over = threading.Event()
 
     def read() -> None:
-        for at, _ in server.stream([{"role": "user", "content": "Count."}], 4000):
+        for at, _ in servers[name].stream(
+            [{"role": "user", "content": "Count."}], 4000
+        ):
             times.append(at)
             if is_over.is_set():
                 return
@@ -451,10 +475,16 @@ def measure_gap(server: Server, texts: Texts) -> tuple[float, float]:
     while len(times) < 3:
         time.sleep(0.01)
     prompt = [{"role": "user", "content": texts.cut(STALL_TOKENS)}]
-    *_, (end, _) = server.stream(prompt, 60)
+    answer = servers[name].stream(prompt, 60)
+    end, _ = next(answer)
+    quiet = Quiet(servers)
+    for end, _ in answer:  # noqa: B007  (the last one counts)
+        pass
     time.sleep(1.5)
     is_over.set()
     reader.join()
+    if not quiet.was():
+        return None
     gaps = [(b - a, b) for a, b in pairwise(times)]
     before = [gap for gap, at in gaps if end - 1.2 < at <= end - 0.2]
     around = [gap for gap, at in gaps if end - 0.2 < at <= end + 1]

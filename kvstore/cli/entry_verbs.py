@@ -63,6 +63,10 @@ def load(
         raise click.UsageError("`--adapter-path` needs `--model`")
     store = open_store(context)
     entry = store.entry(ref)
+    if path is not None:
+        from ..model import check_cache_path, write_prompt_cache
+
+        check_cache_path(path, overwrite=overwrite)
     begin = time.monotonic()
     with output.progress() as bars:
         prompt_cache, _ = store.load_entry(
@@ -77,8 +81,6 @@ def load(
         "elapsed_s": round(seconds, 3),
     }
     if path is not None:
-        from ..model import write_prompt_cache
-
         label = model or entry.model
         size = write_prompt_cache(path, prompt_cache, label, overwrite=overwrite)
         data |= {"file": str(path), "file_bytes": size}

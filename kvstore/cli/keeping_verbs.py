@@ -149,7 +149,7 @@ def stats(context: click.Context) -> None:
 
 @click.command(cls=Verb)
 @click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="NAME", type=options.EntryName())
 @click.pass_context
 def rename(context: click.Context, ref: str, name: str) -> None:
     """Give an entry another name, or its first."""

@@ -66,6 +66,8 @@ class PromptOptions:
         text = sys.stdin.read() if self.prompt == "-" else self.prompt
         if not text:
             raise click.UsageError("the prompt is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise click.UsageError("the prompt is not UTF-8")
         return text
 
 
@@ -183,6 +185,24 @@ class Percentage(PartParam):
         if not (value.endswith("%") and 0 <= part <= 1):
             self.fail(f"`{value}` is not a percentage such as 10%", param, ctx)
         return part
+
+
+class EntryName(click.ParamType[str]):
+    """A name for an entry."""
+
+    name = "name"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the name."""
+        from ..catalog import check_name
+
+        try:
+            check_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class KVBits(click.ParamType[int | str]):
@@ -376,7 +396,9 @@ codec = click.option(
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
     " with +zstd or not.  [default: turbo4+zstd]",
 )
-name = click.option("--name", metavar="NAME", help="A name for the entry.")
+name = click.option(
+    "--name", metavar="NAME", type=EntryName(), help="A name for the entry."
+)
 replace = click.option(
     "--replace",
     is_flag=True,

@@ -455,8 +455,9 @@ def test_damage_is_found_before_anything_is_written(stores, caches, flip_bit):
     assert file.getvalue() == b""
 
 
-def test_what_nobody_could_read_is_not_exported(stores, caches):
+def test_what_nobody_could_read_is_not_exported(stores, caches, monkeypatch):
     """A bundle that a reader would refuse is not begun."""
+    monkeypatch.setattr("kvstore.catalog.MAX_LABEL", 50_000)
     tokens, cache = caches.make_conversation(1, 3)
     model = replace(caches.MODEL, label="x" * 40_000)
     file = io.BytesIO()

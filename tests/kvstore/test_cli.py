@@ -614,3 +614,37 @@ def test_the_demo_model_goes_on_in_another_process(kvstore_cli, tmp_path):
     fresh = kvstore_cli("generate", *words, *prompt, store=tmp_path / "fresh")
     assert "Paris" in resumed.stdout
     assert resumed.stdout == fresh.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (("generate", "--model", "m", "--prompt", "x", "--name", ""), 2, "a name has"),
+        (("save", "--model", "m", "--prompt", "x", "--name", "-n"), 2, "a name has"),
+        (("rename", "doc", "two\nlines"), 2, "a name has"),
+        (("generate", "--model", "m", "--prompt", "\udcff"), 2, "is not UTF-8"),
+        (("inspect", "\udcff"), 1, "no entry"),
+        (("rm", "-y", "a"), 1, "no entry"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(run_cli, tmp_path, args, code, message):
+    """Names and prompts that are none are told at once, and nothing is loaded."""
+    kvstore.Store(tmp_path / "store").close()
+    found, _, stderr = run_cli(*args)
+    assert found == code
+    lines = stderr.splitlines()
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert lines[1].startswith("hint: ")
+
+
+def test_a_file_that_cannot_be_written_is_told_first(
+    run_cli, tmp_path, monkeypatch, caches
+):
+    """Nothing is restored for a file that has no folder."""
+    with kvstore.Store(tmp_path / "store") as store:
+        store.save(*caches.make_conversation(1, 1), caches.MODEL, name="doc")
+    monkeypatch.setattr(kvstore.Store, "load_entry", None)
+    code, _, stderr = run_cli("load", "doc", "-o", tmp_path / "none/x.safetensors")
+    assert code == 1
+    assert stderr.startswith("error: no such folder")

@@ -86,6 +86,27 @@ def test_load_leaves_a_token_to_feed(path, num_tokens):
         assert restored is None
 
 
+def test_a_long_label_is_cut(path, caches):
+    """However a model is called, the entry's file can be read again."""
+    tokens, held = caches.make_conversation(1, 1)
+    model = kvstore.Fingerprint(MODEL.fields, "x" * 100_000)
+    with kvstore.Store(path) as store:
+        store.save(tokens, held, model, name="doc")
+        assert store.entry("doc").model == "x" * 1000
+
+
+@pytest.mark.parametrize("ref", ["", "a", "abc", "\udcff", "no/such", "x" * 10_000])
+def test_a_slip_of_the_hand_names_no_entry(path, caches, ref):
+    """Fewer than four digits of an id are not taken for it, nor is what is no text."""
+    with kvstore.Store(path) as store:
+        for seed in range(1, 40):
+            store.save(*caches.make_conversation(1, seed), MODEL)
+        with pytest.raises(kvstore.EntryNotFoundError):
+            store.remove(ref)
+        entry = store.entries()[0]
+        assert store.entry(entry.id[:8]) == entry
+
+
 @pytest.mark.parametrize("codec", ["raw", "planes+zstd", "turbo4+zstd", "turbo5v3"])
 def test_several_encoders_write_the_same_bytes(tmp_path, caches, monkeypatch, codec):
     """However many cores a machine has, shards have the same names."""
@@ -374,8 +395,9 @@ def test_an_entry_says_whose_it_is(path):
         assert store.tenant_of("x") == "a"
 
 
-def test_entries_are_found_by_name_and_by_the_start_of_their_id(path):
+def test_entries_are_found_by_name_and_by_the_start_of_their_id(path, monkeypatch):
     """An entry without a name has its id; a start that fits two is refused."""
+    monkeypatch.setattr("kvstore.catalog.MIN_ID", 1)  # so that some do
     with kvstore.Store(path, codec="raw") as store:
         entry = store.save([1, 2, 3], make_cache(3), MODEL)
         assert store.entry(entry.id[:6]) == entry
