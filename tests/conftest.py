@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ CONFIG = {
     "tie_word_embeddings": True,
     "eos_token_id": 257,
 }
+
+
+def pytest_configure():
+    """Let signals reach the processes of tests, which `nohup` and `&` have ignored."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    for number, handler in usual.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def write_tokenizer(folder, template):

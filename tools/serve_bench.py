@@ -372,14 +372,14 @@ def token_s(
         messages.append({"role": "user", "content": question})
         answer = servers[name].stream(messages, max_tokens)
         begin, text = next(answer)
-        quiet, end = Quiet(servers), begin
-        for end, piece in answer:
-            text += piece
-            count += 1
+        quiet = Quiet(servers)
+        pieces = list(answer)
         if not quiet.was():
             return None
+        text += "".join(piece for _, piece in pieces)
         messages.append({"role": "assistant", "content": text})
-        spent += end - begin
+        spent += pieces[-1][0] - begin
+        count += len(pieces)
     return spent / count
 
 
@@ -476,10 +476,9 @@ def measure_gap(
         time.sleep(0.01)
     prompt = [{"role": "user", "content": texts.cut(STALL_TOKENS)}]
     answer = servers[name].stream(prompt, 60)
-    end, _ = next(answer)
+    next(answer)
     quiet = Quiet(servers)
-    for end, _ in answer:  # noqa: B007  (the last one counts)
-        pass
+    *_, (end, _) = answer
     time.sleep(1.5)
     is_over.set()
     reader.join()
