@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace as changed
 
 from . import files, shards
-from .catalog import Catalog, make_entry
+from .catalog import MAX_LABEL, Catalog, make_entry
 from .commit import Committer
 from .errors import IntegrityError, KVStoreError
 from .fingerprint import Fingerprint
 from .folder import StoreFolder
 from .indexing import index_shard
 from .layout import group_layers
+from .manifests import Manifest
 from .prompt_cache import is_restorable
 from .reading import Reader
 from .types import BlockHash, Entry, StoredBlock
@@ -72,7 +73,9 @@ class Admission:
             self._check_restorable(held)
             with self._prepared(held) as prepared:
                 # Before the lock, which evicting takes itself.
-                self._committer.make_room(sum(s.header.nbytes for s in prepared))
+                nbytes = sum(shard.header.nbytes for shard in prepared)
+                needed = frozenset(block.hash for block in self._chain.blocks)
+                self._committer.make_room(nbytes, needed)
                 entry = self._commit(name, replace, held, prepared)
             if entry is not None:
                 return entry
@@ -156,10 +159,7 @@ class Admission:
                 codec=manifest.codec,
                 model=manifest.model,
             )
-            created_at = old.created_at if old else manifest.created_at
-            made_with = manifest.made_with
-            entry = changed(entry, created_at=created_at, made_with=made_with)
-            return self._catalog.commit(entry)
+            return self._catalog.commit(_described(entry, old, manifest))
 
     def _publish(self, held: Held, prepared: Sequence[shards.StagedShard]) -> bool:
         """Publish shards and tell the index; ``False`` where it knows others by now."""
@@ -185,6 +185,18 @@ class Admission:
             written_bytes=sum(staged.header.nbytes for staged in prepared),
             raw_bytes=sum(map(len, tokens)) * sum(g.token_bytes for g in groups),
         )
+
+
+def _described(entry: Entry, old: Entry | None, manifest: Manifest) -> Entry:
+    """Return an entry with what was first said of it; only a longer one is news."""
+    source = old if old is not None and old.tip == manifest.tip else manifest
+    return changed(
+        entry,
+        codec=source.codec,
+        model=source.model[:MAX_LABEL],
+        made_with=source.made_with,
+        created_at=old.created_at if old else manifest.created_at,
+    )
 
 
 def _vanishing() -> IntegrityError:

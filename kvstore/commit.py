@@ -19,7 +19,7 @@ from .prune import Policy, plan_prune
 from .reading import Reader
 from .saving import Saver
 from .snapshot import Chain, Snapshot
-from .types import Block, Entry, Progress
+from .types import Block, BlockHash, Entry, Progress
 
 # How often blocks that `prune` takes away meanwhile are written again.
 _TRIES = 3
@@ -83,7 +83,10 @@ class Committer:
 
     def write_blocks(self, snapshot: Snapshot, progress: Progress) -> None:
         """Write what is missing of a prompt cache."""
-        self._saver(snapshot).write_missing(self.make_room, progress)
+        needed = frozenset(block.hash for block in snapshot.chain.blocks)
+        self._saver(snapshot).write_missing(
+            lambda nbytes: self.make_room(nbytes, needed), progress
+        )
 
     def missing(self, snapshot: Snapshot) -> list[Block]:
         """Return the blocks that would be written."""
@@ -128,12 +131,18 @@ class Committer:
         )
         return self._catalog.commit(entry)
 
-    def make_room(self, nbytes: int) -> None:
-        """Evict what was used least recently, where a shard would pass the limit."""
+    def make_room(self, nbytes: int, needed: frozenset[BlockHash]) -> None:
+        """Evict what was used least recently, where bytes would pass the limit.
+
+        Args:
+            nbytes: Bytes that are to be added; nothing goes for more than the limit.
+            needed: The blocks of which they are a part, which stay.
+        """
         limit = self._folder.max_bytes
-        if sum(self._index.shards().values()) + nbytes > limit:
+        if nbytes <= limit < sum(self._index.shards().values()) + nbytes:
             # A little more than needed, or every save would have to.
-            policy = Policy(max_bytes=max(0, limit - limit // 20 - nbytes))
+            max_bytes = max(0, limit - limit // 20 - nbytes)
+            policy = Policy(max_bytes=max_bytes, needed=needed)
             with suppress(FormatError):  # a later release's entries stay as they are
                 if plan_prune(self._folder, self._index, policy).entries:
                     confirm_folder(self._index, self._folder)

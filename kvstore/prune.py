@@ -34,12 +34,14 @@ class Policy:
         older_than_s: Evict what was not used for so many seconds.
         named: Evict entries with names too, after all others; never pinned ones.
         grace_s: How old unreachable blocks must be.
+        needed: Blocks that stay, whatever entries there are: a save builds on them.
     """
 
     max_bytes: int | None = None
     older_than_s: float | None = None
     named: bool = False
     grace_s: float = GRACE_S
+    needed: frozenset[BlockHash] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,15 @@ def plan_prune(folder: StoreFolder, index: Index, policy: Policy) -> PrunePlan:
 class _Survey:
     """All entries, the blocks that each needs, and when it was last used."""
 
-    def __init__(self, folder: StoreFolder, index: Index) -> None:
+    def __init__(
+        self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
+    ) -> None:
         self.entries = _readable_entries(folder)
         self._chains = {entry.id: _chain(index, entry) for entry in self.entries}
         self._references = Counter(
             block for chain in self._chains.values() for block in chain
         )
+        self._references.update(needed)
         self._uses = index.uses()
         # Of an entry that lacks a block, nobody can say which others it needs.
         self.is_whole = all(
@@ -141,7 +146,7 @@ class Pruner:
     def plan(self) -> PrunePlan:
         """Return what would go."""
         sizes = self._index.shards()
-        survey = _Survey(self._folder, self._index)
+        survey = _Survey(self._folder, self._index, self._policy.needed)
         evicted, gone = self._choose_entries(survey, sum(sizes.values()))
         kept = {
             name: sum(place.nbytes for place in self._kept(name, survey, gone))
@@ -170,13 +175,13 @@ class Pruner:
                 if self._remove_entry(entry)
                 for block in _chain(self._index, entry)
             }
-        survey = _Survey(self._folder, self._index)
+        survey = _Survey(self._folder, self._index, self._policy.needed)
         before = sum(self._index.shards().values())
         for name in plan.repacked:
             self._repack(name, survey, gone)
         with files.locked(self._folder.lock, exclusive=True):
             # The second look: entries committed since then keep their blocks.
-            survey = _Survey(self._folder, self._index)
+            survey = _Survey(self._folder, self._index, self._policy.needed)
             for name in (*plan.removed, *plan.repacked):
                 if not self._kept(name, survey, gone):
                     self._remove_shard(name)

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 )
 
 from . import prompt_cache as caches
-from .errors import KVStoreError, UnsupportedCacheError
+from .errors import KVStoreError
 from .fingerprint import Fingerprint
 from .lineage import Lineage
 from .store import Store
@@ -138,17 +138,22 @@ class DiskPromptCache(LRUPromptCache):
             cache_type: mlx-lm's ``"system"``, ``"user"`` or ``"assistant"``.
         """
         begin = time.perf_counter()
+        # For memory too: rows and tokens that differ in number are other tokens' rows.
+        tokens = tokens[: _num_whole(tokens, prompt_cache)]
+        whole = _cut(prompt_cache, len(tokens))
+        if whole is None or not tokens:
+            log.info("kvstore: not kept: no rows of exactly %d tokens", len(tokens))
+            return
         served = self._served(model)
         if served is not None:
             with _harmless("not kept"):
                 is_shared = cache_type == "system"
-                self._keep(served, tokens, prompt_cache, is_shared=is_shared)
+                self._keep(served, tokens, whole, is_shared=is_shared)
         stall = time.perf_counter() - begin
         self.longest_stall_s = max(self.longest_stall_s, stall)
         log.debug("kvstore: copied for the disk in %.3f s", stall)
-        super().insert_cache(
-            _key(model, served), tokens, prompt_cache, cache_type=cache_type
-        )
+        key = _key(model, served)
+        super().insert_cache(key, tokens, whole, cache_type=cache_type)
 
     @property
     def store(self) -> Store:
@@ -271,17 +276,12 @@ class DiskPromptCache(LRUPromptCache):
         is_shared: bool,
     ) -> None:
         """Copy what the store lacks, and have it written."""
-        num_whole = _num_whole(tokens, prompt_cache)
-        if num_whole < self._min_tokens:
-            log.info("kvstore: not kept: %d tokens are too few", num_whole)
+        if len(tokens) < self._min_tokens:
+            log.info("kvstore: not kept: %d tokens are too few", len(tokens))
             return
-        whole = tokens[:num_whole]
-        self._mark(served.fingerprint, whole, prompt_cache)
+        self._mark(served.fingerprint, tokens, prompt_cache)
         snapshot = self._store.snapshot(
-            whole,
-            _cut(prompt_cache, num_whole),
-            served.fingerprint,
-            without=self._writer.pending,
+            tokens, prompt_cache, served.fingerprint, without=self._writer.pending
         )
         if not self._writer.put(Job(snapshot, is_shared)):
             log.warning("kvstore: not kept: too much is waiting for the disk")
@@ -339,20 +339,16 @@ def _num_whole(tokens: Sequence[int], prompt_cache: list[Any]) -> int:
     return min([len(tokens), *offsets])
 
 
-def _cut(prompt_cache: list[Any], num_tokens: int) -> list[Any]:
-    """Return a prompt cache that ends after so many tokens.
+def _cut(prompt_cache: list[Any], num_tokens: int) -> list[Any] | None:
+    """Return a prompt cache that ends after so many tokens; ``None`` if that cannot be.
 
-    A draft model's may be a token behind the model's, and mlx-lm's own bookkeeping
-    a token before both.
+    A draft model's may be a token behind the model's, and either behind mlx-lm's words.
     """
     flat = caches.flatten_caches(prompt_cache)
-    over = [cache for cache in flat if getattr(cache, "offset", 0) > num_tokens]
-    if not over:
+    if all(getattr(cache, "offset", 0) <= num_tokens for cache in flat):
         return prompt_cache
     if len(flat) != len(prompt_cache) or not can_trim_prompt_cache(prompt_cache):
-        raise UnsupportedCacheError(
-            f"rows of more than {num_tokens} tokens cannot be taken back"
-        )
+        return None
     cut = [copy.copy(cache) for cache in prompt_cache]
     for cache in cut:
         cache.trim(max(0, cache.offset - num_tokens))

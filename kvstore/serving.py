@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 from .errors import KVStoreError
 from .fingerprint import Fingerprint
 from .model import find_model, fingerprint_model
+from .prompt_cache import flatten_caches
 from .server import DiskPromptCache, ServedModel
 
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
@@ -58,32 +58,26 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         return generators[-1]
 
     server.argparse = SimpleNamespace(  # type: ignore[attr-defined]
-        ArgumentParser=_parser_class(args), Namespace=argparse.Namespace
+        **{**vars(argparse), "ArgumentParser": _parser_class(args)}
     )
     server.ModelProvider = make_provider  # type: ignore[attr-defined]
     server.LRUPromptCache = make_prompt_cache  # type: ignore[attr-defined]
     server.ResponseGenerator = make_generator  # type: ignore[attr-defined]
-    try:
-        with _terminated_like_interrupted():
+    with _terminated_like_interrupted():
+        try:
             server.main()
-    finally:
+        finally:
+            _end(generators, opened)
+
+
+def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
+    """Stop what generates, and write what waits, even where Ctrl-C comes again."""
+    try:
         for generator in generators:
             generator.stop_and_join()  # or it would live on where no port is free
-            _wait_for_end(generator._generation_thread)
+    finally:
         for prompt_cache in opened:
             prompt_cache.close()
-
-
-def _wait_for_end(thread: threading.Thread) -> None:
-    """Wait until a thread that has been joined is gone from the process too."""
-    # Only then it hands MLX's streams back, for which it needs the interpreter: the
-    # process aborts where that has begun to end.
-    tasks = Path("/proc/self/task")  # where there is none, a moment has to do
-    deadline = time.monotonic() + (1 if tasks.exists() else 0.1)
-    while time.monotonic() < deadline:
-        if tasks.exists() and not (tasks / str(thread.native_id)).exists():
-            return
-        time.sleep(0.01)
 
 
 def _copy_module(name: str) -> ModuleType:
@@ -151,6 +145,10 @@ def _provider_class(server: Any) -> Any:
             except (KVStoreError, OSError) as error:
                 self.loaded = error  # served without the store
             super()._load(model, adapter_path, draft)
+            # mlx-lm lets the padding of the shorter prompts of a batch run through the
+            # states of many models; they are served one request at a time.
+            if _has_states(self.model):
+                self.is_batchable = False
             # By which it is asked for again.
             self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -175,6 +173,14 @@ def _provider_class(server: Any) -> Any:
     return Provider
 
 
+def _has_states(model: Any) -> bool:
+    """Say whether a model has recurrent layers."""
+    from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+
+    flat = flatten_caches(make_prompt_cache(model))
+    return any(isinstance(cache, ArraysCache) for cache in flat)
+
+
 def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:
     """Return the caches that ``--kv-bits`` turns such caches into."""
     from mlx_lm.models.cache import KVCache
@@ -192,9 +198,16 @@ def _generator_class(server: Any) -> Any:
 
     class Generator(server.ResponseGenerator):  # type: ignore[misc]
         def __init__(self, model_provider: Any, prompt_cache: DiskPromptCache) -> None:
-            self._store = prompt_cache.store
+            self._disk = prompt_cache
             self._alone = _Alone()
             super().__init__(model_provider, prompt_cache)
+
+        def _generate(self) -> None:
+            try:
+                super()._generate()
+            finally:
+                # On this thread, whose arrays they are.
+                self._disk.trim_to(n_sequences=0)
 
         def generate(
             self,
@@ -210,7 +223,7 @@ def _generator_class(server: Any) -> Any:
                 is_known = isinstance(loaded, Fingerprint)
                 if is_known and done == total and self._alone.was(ticket):
                     seconds = time.monotonic() - begin
-                    self._store.note_prefill(loaded, total, seconds)
+                    self._disk.store.note_prefill(loaded, total, seconds)
                 if progress_callback is not None:
                     progress_callback(done, total)
 
@@ -269,13 +282,21 @@ class _Alone:
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """Have SIGTERM end the server as Ctrl-C does, so that what waits is written."""
+    """Have SIGTERM and SIGHUP end the server as Ctrl-C does, once."""
+    usual = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
 
     def interrupt(*_: Any) -> None:
+        for number in usual:
+            signal.signal(number, signal.SIG_IGN)  # what waits is being written
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # as by `nohup`
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in usual.items():
+            signal.signal(number, handler)

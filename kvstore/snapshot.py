@@ -6,7 +6,7 @@ thread takes the rows first, as NumPy arrays; else they are read block by block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,17 @@ class TakenRows:
         """Bytes of all arrays."""
         arrays = (array for found in self._taken.values() for _, array in found)
         return sum(array.nbytes for array in arrays)
+
+    def joined(self, other: TakenRows, hashes: Container[BlockHash]) -> TakenRows:
+        """Return these rows, and of others those of blocks that have these hashes."""
+        more = {block: rows for block, rows in other._taken.items() if block in hashes}
+        mine, theirs = self.provenance, other.provenance
+        # Of both, what promises less.
+        provenance = Provenance(
+            max(mine.coded_tokens, theirs.coded_tokens),
+            mine.is_exact and theirs.is_exact,
+        )
+        return TakenRows({**more, **self._taken}, provenance) if more else self
 
     def pieces(self, block: Block) -> list[Piece]:
         """Return what was taken of a block."""

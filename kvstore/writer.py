@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import EntryNotFoundError, KVStoreError
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from .store import Store
 
 log = logging.getLogger("kvstore")
+
+NICE = 10
+"""By how much the writing thread gives way to others, on Linux."""
 
 # Entries that a later one may take the place of.
 _MAX_REMEMBERED = 4096
@@ -46,6 +51,23 @@ class Job:
         """The rows of the blocks that are to be written."""
         assert isinstance(self.snapshot.rows, TakenRows)
         return self.snapshot.rows
+
+    def joined(self, other: Job) -> Job:
+        """Return the same with what another was to write of its blocks."""
+        hashes = {block.hash for block in self.snapshot.chain.blocks}
+        rows = self.rows.joined(other.rows, hashes)
+        return replace(self, snapshot=replace(self.snapshot, rows=rows))
+
+
+def _give_way() -> None:
+    """Let other threads go first, where a thread has a priority of its own."""
+    # On two cores, a token takes three times as long beside an equal that encodes: each
+    # product of matrices waits for its slower half.
+    if sys.platform == "linux":
+        with suppress(OSError):
+            thread = threading.get_native_id()
+            nice = os.getpriority(os.PRIO_PROCESS, thread) + NICE
+            os.setpriority(os.PRIO_PROCESS, thread, nice)
 
 
 class Writer:
@@ -100,25 +122,31 @@ class Writer:
             return self._changed.wait_for(lambda: not self._jobs, timeout_s)
 
     def close(self) -> None:
-        """Save what waits, and end the thread."""
+        """Save what waits, and end the thread; Ctrl-C gives the rest up."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join()
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            log.warning("kvstore: not kept: what waits, %d in all", len(self._jobs))
+            raise
 
     def _run(self) -> None:
+        _give_way()
         store: Store | None = None
         while (job := self._next()) is not None:
+            is_saved = False
             try:
                 store = store or self._open_store()
-                self._save(store, job)
+                is_saved = self._save(store, job)
             except (KVStoreError, OSError) as error:
                 log.warning("kvstore: not kept: %s", error)
             except Exception:
                 # A server goes on without its disk.
                 log.exception("kvstore: not kept")
             finally:
-                self._finish(job)
+                self._finish(job, is_saved)
         if store is not None:
             store.close()
 
@@ -128,13 +156,25 @@ class Writer:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
             return self._jobs[0] if self._jobs else None
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: Job, is_saved: bool) -> None:
         with self._changed:
             self._jobs.popleft()
             self._queued_bytes -= job.rows.nbytes
+            if not is_saved:
+                self._hand_on(job)
             self._changed.notify_all()
 
-    def _save(self, store: Store, job: Job) -> None:
+    def _hand_on(self, job: Job) -> None:
+        """Give what was not saved to the first job that was copied without it."""
+        for number, later in enumerate(self._jobs):
+            joined = later.joined(job)
+            if joined.rows is not later.rows:
+                self._jobs[number] = joined
+                self._queued_bytes += joined.rows.nbytes - later.rows.nbytes
+                return
+
+    def _save(self, store: Store, job: Job) -> bool:
+        """Save one; ``False`` where the disk is to keep its reserve."""
         disk = os.statvfs(store.path)
         free = disk.f_bavail * disk.f_frsize
         if free - job.rows.nbytes < self._min_free_bytes:
@@ -143,7 +183,7 @@ class Writer:
                 free / 1e9,
                 self._min_free_bytes / 1e9,
             )
-            return
+            return False
         begin = time.monotonic()
         entry = store.save_snapshot(job.snapshot)
         log.info(
@@ -154,21 +194,25 @@ class Writer:
             time.monotonic() - begin,
         )
         if job.snapshot.chain.has_only_rows:
-            self._supersede(store, job.snapshot.chain, entry)
             if not job.is_shared:
                 self._remember(entry)
+            self._supersede(store, job.snapshot.chain, entry)
+        return True
 
     def _supersede(self, store: Store, chain: Chain, entry: Entry) -> None:
         """Remove our entries that this one continues: it has all of their rows."""
         for old in list(self._kept.values()):
             if old.id == entry.id or not chain.continues(old):
                 continue
-            del self._kept[old.id]
             try:
                 if not store.entry(old.id).pinned:
                     store.remove(old.id)
             except EntryNotFoundError:
-                continue  # somebody else was faster
+                pass  # somebody else was faster
+            except (KVStoreError, OSError) as error:
+                log.info("kvstore: `%s` stays for now: %s", old.id[:12], error)
+                continue
+            del self._kept[old.id]
 
     def _remember(self, entry: Entry) -> None:
         self._kept[entry.id] = entry

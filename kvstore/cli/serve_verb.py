@@ -93,4 +93,5 @@ def _log_like_mlx_lm() -> None:
     """Send our log where mlx-lm's server sends its own, one line per request."""
     log.handlers.clear()
     log.propagate = True
-    log.setLevel(min(log.level, logging.INFO))
+    # `--log-level` rules, unless `-v` asks for more.
+    log.setLevel(log.level if log.level < logging.WARNING else logging.NOTSET)

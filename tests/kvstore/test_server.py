@@ -208,9 +208,27 @@ def test_a_window_that_is_ahead_is_not_kept(open_tier, caches, log):
     held = [RotatingKVCache(8), RotatingKVCache(8)]
     caches.grow(held, caches.random_rows(20, 1))
     tier.insert_cache(KEY, list(range(19)), held)
+    assert any("no rows of exactly 19 tokens" in line for line in log())
+    assert tier.fetch_nearest_cache(KEY, list(range(25)))[0] is None
     tier.close()
-    assert any("cannot be taken back" in line for line in log())
     assert not tier._store.entries()
+
+
+@pytest.mark.parametrize("num_ahead", [-1, 1])
+def test_memory_holds_exactly_the_tokens_it_says(open_tier, caches, num_ahead):
+    """What mlx-lm counts wrong would put every later row in the wrong place."""
+    tokens, held = caches.make_conversation(3, 1)
+    first = tokens[: 20 - num_ahead]
+    partly = caches.make_cache(len(tokens), 1)
+    for cache in partly:
+        cache.trim(len(tokens) - 20)
+    tier = open_tier()
+    tier.insert_cache(KEY, first, partly)
+    found, rest = tier.fetch_nearest_cache(KEY, tokens)
+    num_held = len(tokens) - len(rest)
+    assert num_held == min(20, len(first))
+    assert [cache.offset for cache in found] == [num_held] * 2
+    assert caches.rows_of(found) == caches.rows_of(held, 0, num_held)
 
 
 def test_a_kind_of_cache_is_kept_that_the_server_can_use(open_tier, caches, models):

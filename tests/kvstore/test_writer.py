@@ -1,0 +1,144 @@
+"""The writing thread: in order, never in the way, and honest about what is lost."""
+
+import logging
+import threading
+
+import pytest
+
+from kvstore import Store
+from kvstore.errors import StoreLockedError
+from kvstore.writer import Job, Writer
+
+
+@pytest.fixture
+def store(store_path):
+    """The store that snapshots are taken for."""
+    with Store(store_path, "raw") as opened:
+        yield opened
+
+
+@pytest.fixture
+def writer(store_path):
+    """A writer without a reserve."""
+    opened = Writer(
+        lambda: Store(store_path, "raw"), min_free_bytes=0, max_queued_bytes=1 << 40
+    )
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def log(caplog, monkeypatch):
+    """A function that returns what the writer has logged so far."""
+    monkeypatch.setattr(logging.getLogger("kvstore"), "propagate", True)
+    caplog.set_level(logging.INFO, "kvstore")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """A list of what becomes of the next saves: errors, or `None` for what is usual.
+
+    The first waits until the list's event is set.
+    """
+
+    class Saves(list):
+        go_on = threading.Event()
+
+    outcomes = Saves()
+    save = Store.save_snapshot
+
+    def save_or_fail(self, *args, **options):
+        assert outcomes.go_on.wait(30)
+        error = outcomes.pop(0) if outcomes else None
+        if error is not None:
+            raise error
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Store, "save_snapshot", save_or_fail)
+    yield outcomes
+    outcomes.go_on.set()
+
+
+def put(writer, store, caches, tokens, held, *, is_shared=False):
+    """Have a prompt cache written, without what is on its way."""
+    snapshot = store.snapshot(tokens, held, caches.MODEL, without=writer.pending)
+    assert writer.put(Job(snapshot, is_shared))
+
+
+def test_what_fails_is_written_with_what_builds_on_it(writer, store, caches, saves):
+    """An error costs an entry, and not those that were copied without its blocks."""
+    tokens, held = caches.make_conversation(3, 1)
+    other, other_held = caches.make_conversation(2, 2)
+    put(writer, store, caches, tokens[:32], caches.make_cache(32, 1))
+    before = caches.rows_of(caches.make_cache(32, 1))
+    put(writer, store, caches, other, other_held)
+    longer = caches.grow(caches.make_cache(32, 1), caches.random_rows(9, 3))
+    put(writer, store, caches, [*tokens[:32], *range(9)], longer)
+    saves += [OSError(5, "I/O")]
+    saves.go_on.set()
+    assert writer.flush(30)
+    found, rest = store.load([*tokens[:32], *range(9), 1], caches.MODEL)
+    assert rest == [1]
+    assert caches.rows_of(found, 0, 32) == before
+    assert caches.rows_of(found) == caches.rows_of(longer)
+    assert len(store.entries()) == 2
+    assert held[0].offset == 48
+
+
+def test_the_reserve_costs_no_later_conversation(writer, store, caches, saves, log):
+    """What was declined for its size takes nothing else with it."""
+    writer._min_free_bytes = 1 << 62
+    put(writer, store, caches, *caches.make_conversation(2, 1))
+    saves.go_on.set()
+    assert writer.flush(30)
+    writer._min_free_bytes = 0
+    put(writer, store, caches, *caches.make_conversation(2, 1))
+    assert writer.flush(30)
+    assert [line for line in log() if "are reserved" in line]
+    assert len(store.entries()) == 1
+
+
+@pytest.mark.parametrize("error", [StoreLockedError("locked"), OSError(5, "I/O")])
+def test_a_turn_that_cannot_be_superseded_now_is_later(
+    writer, store, caches, monkeypatch, log, error
+):
+    """A save counts whatever becomes of the entry before it."""
+    remove = Store.remove
+    errors = [error]
+
+    def fail_once(self, ref):
+        if errors:
+            raise errors.pop()
+        return remove(self, ref)
+
+    monkeypatch.setattr(Store, "remove", fail_once)
+    tokens, held = caches.make_conversation(2, 1)
+    for turn in range(3):
+        put(writer, store, caches, tokens, held)
+        assert writer.flush(30)
+        tokens = [*tokens, turn]
+        caches.grow(held, caches.random_rows(1, turn))
+    assert [entry.num_tokens for entry in store.entries()] == [34]
+    assert not any("not kept" in line for line in log())
+
+
+def test_conversations_in_turn_stay_under_the_limit(store_path, caches):
+    """What is evicted for a turn is never what the turn builds on."""
+    with Store(store_path, "raw") as store:
+        held = {
+            seed: [*caches.make_conversation(6, seed, extra=seed)] for seed in range(5)
+        }
+        for tokens, cache in held.values():
+            entry = store.save(tokens, cache, caches.MODEL)
+        limit = 4 * entry.nbytes
+        store.set_limit(limit)
+        for turn in range(4):
+            for pair in held.values():
+                pair[0] = [*pair[0], *range(50 * turn, 50 * turn + 20)]
+                caches.grow(pair[1], caches.random_rows(20, turn))
+                snapshot = store.snapshot(pair[0], pair[1], caches.MODEL)
+                with Store(store_path, "raw") as other:
+                    other.save_snapshot(snapshot)
+                assert store.load([*pair[0], 1], caches.MODEL)[1] == [1]
+        assert store.stats().nbytes <= 2 * limit
