@@ -26,7 +26,7 @@ MANIFEST = "kvstore-bundle.json"
 _RECORD = 512
 _END = bytes(2 * _RECORD)
 _SIZE = slice(124, 135)
-_CHUNK_BYTES = 1024 * 1024
+_PART_BYTES = 1024 * 1024
 
 
 def is_bundle(start: bytes) -> bool:
@@ -99,21 +99,21 @@ class BundleReader:
         for name, size in self.manifest.shards:
             if self._read(_RECORD) != _header(shard_member(name), size):
                 raise refused(f"the header of shard {name[:12]} is not one of ours")
-            yield name, self._chunks(size)
+            yield name, self._parts(size)
             self._skip_padding(size)
         if self._read(len(_END)) != _END:
             raise refused("it does not end as it should")
         if self._file.read(1):
             raise refused("something follows its end")
 
-    def _chunks(self, size: int) -> Iterator[bytes]:
+    def _parts(self, size: int) -> Iterator[bytes]:
         left = size
         while left:
-            chunk = self._file.read(min(left, _CHUNK_BYTES))
-            if not chunk:
+            part = self._file.read(min(left, _PART_BYTES))
+            if not part:
                 raise _cut_off()
-            left -= len(chunk)
-            yield chunk
+            left -= len(part)
+            yield part
 
     def _read(self, size: int, *, is_start: bool = False) -> bytes:
         """Return so many bytes; the first ones tell whether it is a bundle."""

@@ -6,7 +6,6 @@ Knows nothing of blocks but the hash of the last one.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ import blake3
 from . import files
 from .errors import FormatError, IntegrityError
 from .hashing import canonical_json
+from .safetensors_header import strict_json
 from .types import JSON, Entry
 
 FORMAT = 1
@@ -88,13 +88,13 @@ def _damaged(path: Path, why: str) -> IntegrityError:
 def _parse(path: Path, data: bytes) -> Entry:
     """Return the entry that ``data`` spells, having checked its digest."""
     try:
-        body = json.loads(data)
+        body = strict_json(data, allow_floats=True)
         digest, form = body.pop("digest"), body.pop("format")
         rest = {"format": form, **body}
         # To the byte as it was written: JSON can be spelled in several ways.
         is_whole = data == canonical_json({"digest": digest, **rest})
         is_right = digest == _digest(rest)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, "not an entry") from error
     if not (is_whole and is_right) or type(form) is not int:
         raise _damaged(path, "digest mismatch")

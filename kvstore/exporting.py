@@ -89,7 +89,8 @@ class Exporter:
             root=entry.root,
             num_tokens=entry.num_tokens,
             codec=entry.codec,
-            model=entry.model,
+            # A path may have bytes that are no text.
+            model=entry.model.encode(errors="replace").decode(),
             made_with=entry.made_with,
             created_at=entry.created_at,
             block_size=self._folder.block_size,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import files
 from .errors import FormatError, IntegrityError, StoreNotFoundError
 from .hashing import BLOCK_SIZE, canonical_json
+from .safetensors_header import strict_json
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -119,43 +117,6 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     return open_folder(path)
 
 
-@contextmanager
-def unmade_on_error(path: Path) -> Iterator[None]:
-    """Take a store away again that was made inside the block, where that fails.
-
-    Only if nothing is in it: another process may have saved something meanwhile.
-    """
-    was_store, was_folder = (path / CONFIG).exists(), path.exists()
-    try:
-        yield
-    except BaseException:
-        if not was_store and (path / CONFIG).exists():
-            _unmake(path)
-            if not was_folder and not any(path.iterdir()):
-                path.rmdir()
-        raise
-
-
-def _unmake(path: Path) -> None:
-    """Remove an empty store from its folder."""
-    with files.locked(path / "lock", exclusive=True):
-        staging = path / "tmp"
-        try:
-            staging.rmdir()
-        except OSError:
-            return  # somebody is writing
-        # From here on nobody can: whatever is written goes through there.
-        found = [*path.glob("entries/*"), *path.glob("shards/*/*")]
-        if found or any(path.glob("quarantine/*")):
-            return files.make_private_dir(staging)
-        for folder in [*path.glob("shards/*"), *map(path.joinpath, _FOLDERS)]:
-            if folder != staging:
-                folder.rmdir()
-        for file in [path / CONFIG, *path.glob("index.sqlite*"), path / "CACHEDIR.TAG"]:
-            file.unlink(missing_ok=True)
-        (path / "lock").unlink()
-
-
 def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """Set a store's size limit, in bytes of shards, and return the store.
 
@@ -202,7 +163,7 @@ def _fill(path: Path, block_size: int) -> None:
 
 def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
     try:
-        values = json.loads(data)
+        values = strict_json(data, allow_floats=True)
         form = values["format"]
         # First of all, since the rest may be other in another format.
         if type(form) is int and form != FORMAT:
@@ -212,7 +173,7 @@ def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
             )
         store_id, block_size = values["id"], values["block_size"]
         max_bytes = values.get("max_bytes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(config) from error
     if type(form) is not int:
         raise _damaged(config)

@@ -98,6 +98,7 @@ OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
     AND (excluded.extras > blocks.extras OR excluded.quality > blocks.quality))
 """
 _PLACE_KINDS = (bytes, str, int, int, int, int)
+_SHARED_BYTES = 65_536
 
 
 class Index:
@@ -517,12 +518,25 @@ class Index:
                 errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)
             ) from error
         except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+            if self._disk().f_flag & os.ST_RDONLY:
+                raise OSError(
+                    errno.EROFS,
+                    "a store on a disk that is read-only cannot be opened",
+                    str(self.path),
+                ) from error
             raise PermissionError(errno.EACCES, str(error), str(self.path)) from error
         except apsw.IOError as error:
+            if self._disk().f_bavail * self._disk().f_frsize < _SHARED_BYTES:
+                # SQLite cannot make the file that it shares with other processes.
+                number = errno.ENOSPC
+                raise OSError(number, os.strerror(number), str(self.path)) from error
             raise OSError(errno.EIO, str(error), str(self.path)) from error
         except (apsw.Error, ValueError, UnicodeDecodeError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
             raise self._damaged(str(error)) from error
+
+    def _disk(self) -> os.statvfs_result:
+        return os.statvfs(self.path.parent)
 
 
 def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:

@@ -13,6 +13,7 @@ One small class per kind of cache. An array of a layer holds one of these:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -488,11 +489,8 @@ def _dtype_name(array: mx.array) -> str:
 
 def _shape(params: Mapping[str, int], number: str) -> tuple[int, ...]:
     """Return the shape of a state, which the layout holds a number at a time."""
-    prefix = f"shape{number}."
-    sizes = {
-        k.removeprefix(prefix): n for k, n in params.items() if k.startswith(prefix)
-    }
-    return tuple(sizes[str(i)] for i in range(len(sizes)))
+    names = map(f"shape{number}.{{}}".format, count())
+    return tuple(params[name] for name in takewhile(params.__contains__, names))
 
 
 def _rolled(rows: mx.array, keep: int, index: int) -> mx.array:

@@ -6,6 +6,7 @@ other fields or does not fit together is refused.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """
     try:
         body = strict_json(data, allow_floats=True)
+        _refuse_half_characters(body)
         if body.pop("digest") != _digest(body):
             raise ValueError("it does not match its digest")
         form = body["format"]
@@ -130,9 +132,21 @@ def parse_manifest(data: bytes) -> Manifest:
         if data != manifest_to_bytes(manifest):  # JSON can be spelled in several ways
             raise ValueError("it has other fields than it should, or is spelled so")
         _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise refused(f"its manifest: {error}") from error
     return manifest
+
+
+def _refuse_half_characters(body: Any) -> None:
+    """Refuse what JSON can spell and nobody can print or write to a file.
+
+    Raises:
+        ValueError: There is some.
+    """
+    try:
+        json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text has half a character") from error
 
 
 def _build(body: JSON) -> Manifest:

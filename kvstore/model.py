@@ -24,6 +24,8 @@ from .types import JSON
 _QUERY, _REPLY, _WORDS = "<query>", "<reply>", "<words>"
 _ASKED = {"role": "user", "content": _QUERY}
 _REPLIED = {"role": "assistant", "content": _REPLY}
+# More than any vocabulary has, and less than a tokenizer can be asked for.
+_MAX_TOKEN = 2**31
 
 
 def find_model(model: str) -> Path:
@@ -275,7 +277,9 @@ def has_reply(
     _, after = _around(_QUERY, _render(tokenizer, [_ASKED], config))
     # Some templates begin a reply with more, such as `<think>`, than they repeat later.
     begin = _common_prefix(header, after).strip()
-    return bool(begin) and begin in tokenizer.decode(list(tokens))
+    # Some stand for no text, such as those of images, and a tokenizer refuses them.
+    spelled = [token for token in tokens if 0 <= token < _MAX_TOKEN]
+    return bool(begin) and begin in tokenizer.decode(spelled)
 
 
 def check_cache_path(path: Path, *, overwrite: bool = False) -> None:

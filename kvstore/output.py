@@ -137,7 +137,8 @@ class Output:
             ids: The same as ids.
         """
         if self.mode == "json":
-            click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+            # In ASCII: what a bundle says of itself may hold what moves a cursor.
+            click.echo(json.dumps(data, indent=2))
         elif self.mode == "quiet":
             for name in ids:
                 click.echo(name)

@@ -17,11 +17,15 @@ from .types import JSON
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
+MAX_NESTING = 64
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_BRACKETS = str.maketrans("{}", "[]")
+_NO_BRACKET = re.compile(r"[^][]+")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -58,18 +62,32 @@ def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Any], JSON]
 def strict_json(text: bytes | str, *, allow_floats: bool) -> Any:
     """Parse JSON, refusing duplicate keys, NaN, infinities and deep nesting.
 
+    A ``RecursionError`` is the caller's, who stands too deep himself: it is no reason
+    to call the text damaged.
+
     Raises:
         ValueError: The text is not such JSON.
     """
-    try:
-        return json.loads(
-            text if isinstance(text, str) else text.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse,
-            parse_float=_finite if allow_floats else _refuse,
-        )
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    text = text if isinstance(text, str) else text.decode("utf-8")
+    _refuse_deep(text)
+    return json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_constant=_refuse,
+        parse_float=_finite if allow_floats else _refuse,
+    )
+
+
+def _refuse_deep(text: str) -> None:
+    """Refuse brackets in more than so many others, before a parser follows them."""
+    marks = _STRING.sub("", text).translate(_BRACKETS)
+    rest = _NO_BRACKET.sub("", marks)
+    for _ in range(MAX_NESTING):
+        if "[]" not in rest:
+            break
+        rest = rest.replace("[]", "")  # the innermost
+    if "[]" in rest or rest.count("[") > MAX_NESTING:
+        raise ValueError("nested too deeply")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from .errors import KVStoreError
 from .fingerprint import Fingerprint
 from .model import find_model, fingerprint_model
-from .prompt_cache import flatten_caches
 from .server import DiskPromptCache, ServedModel
 
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
@@ -145,9 +144,8 @@ def _provider_class(server: Any) -> Any:
             except (KVStoreError, OSError) as error:
                 self.loaded = error  # served without the store
             super()._load(model, adapter_path, draft)
-            # mlx-lm lets the padding of the shorter prompts of a batch run through the
-            # states of many models; they are served one request at a time.
-            if _has_states(self.model):
+            # In a batch of prompts of several lengths, mlx-lm computes wrong rows.
+            if not _is_batched_right(self.model):
                 self.is_batchable = False
             # By which it is asked for again.
             self.model_key = (model_path, adapter_path, draft_model_path)
@@ -173,12 +171,16 @@ def _provider_class(server: Any) -> Any:
     return Provider
 
 
-def _has_states(model: Any) -> bool:
-    """Say whether a model has recurrent layers."""
-    from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+def _is_batched_right(model: Any) -> bool:
+    """Say whether prompts of several lengths can share a batch.
 
-    flat = flatten_caches(make_prompt_cache(model))
-    return any(isinstance(cache, ArraysCache) for cache in flat)
+    The padding of the shorter ones runs through the states of many recurrent models,
+    and through the indexers of some others.
+    """
+    from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+
+    odd = (ArraysCache, CacheList)
+    return not any(isinstance(cache, odd) for cache in make_prompt_cache(model))
 
 
 def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:

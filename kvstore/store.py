@@ -33,6 +33,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
+    from .bundles import BundleReader
     from .codecs import Codec
     from .commit import Committer
     from .loading import Hit, Loader, Request
@@ -542,7 +543,7 @@ class Store:
 
     def import_bundle(
         self,
-        file: IO[bytes],
+        file: IO[bytes] | BundleReader,
         *,
         fingerprint: Fingerprint | None = None,
         name: str | None = None,
@@ -558,7 +559,9 @@ class Store:
 
         Args:
             file: Opened for reading bytes, at the start of the bundle; need not be
-                seekable. It is read to its end.
+                seekable. It is read to its end. Or what
+                :func:`~kvstore.unpacking.open_bundle` has made of one, which is asked
+                first where a refused bundle is to leave no store.
             fingerprint: The model's; ``None`` takes what any model made, which only
                 that model will find.
             name: A name for the entry, in place of its own. It moves from an entry that
@@ -580,10 +583,11 @@ class Store:
             OSError: The disk is full or fails.
         """
         from .admitting import Admission
-        from .unpacking import open_bundle, unpacked
+        from .unpacking import check_fits, open_bundle, unpacked
 
         check_name(name)
-        bundle = open_bundle(file, self._folder, self._tenant, fingerprint)
+        bundle = open_bundle(file, fingerprint)
+        check_fits(bundle.manifest, self._folder, self._tenant)
         with unpacked(self._folder, bundle, progress or _ignore) as found:
 
             def admit() -> Entry:

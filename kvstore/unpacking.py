@@ -32,8 +32,12 @@ from .saving import count_extras
 from .snapshot import Chain, Piece
 from .types import BlockHash, Progress, StoredBlock
 
-# Of one block, decoded: more than any model's.
-_MAX_BLOCK_BYTES = 4 * 1024**3
+# Decoded, since a frame of a few bytes can stand for gigabytes. A block of 256 tokens
+# takes 1.3 GB with 61 layers of 128 heads of 192 and 128 coordinates in 16 bits, more
+# than which no model has that mlx-lm runs; and what a bundle holds has to fit into a
+# machine's memory at once.
+_MAX_BLOCK_BYTES = 2 * 1024**3
+_MAX_BUNDLE_BYTES = 512 * 1024**3
 # `prune` takes staged files for forgotten after an hour.
 _TOUCH_EVERY_S = 600.0
 
@@ -56,27 +60,39 @@ class Unpacked:
 
 
 def open_bundle(
-    file: IO[bytes], folder: StoreFolder, tenant: str, fingerprint: Fingerprint | None
+    file: IO[bytes] | BundleReader, fingerprint: Fingerprint | None = None
 ) -> BundleReader:
-    """Return a bundle that may go into a store, as far as its manifest tells.
+    """Return a bundle of the model wanted, as far as its manifest tells.
+
+    It needs no store, so none has to be made for what is refused here.
 
     Args:
-        file: The bundle.
-        folder: The store.
-        tenant: Whose blocks are wanted.
+        file: The bundle, or one that this has returned.
         fingerprint: Of the model wanted; ``None`` takes any.
 
     Raises:
         FormatError: It is no bundle, or one of a newer release.
         IntegrityError: It is damaged.
         FingerprintError: Another model made it.
+    """
+    bundle = file if isinstance(file, BundleReader) else BundleReader(file)
+    if fingerprint is not None:
+        stored = Fingerprint(bundle.manifest.origin.fingerprint)
+        refuse_other(bundle.manifest.label, stored, fingerprint)
+    return bundle
+
+
+def check_fits(manifest: Manifest, folder: StoreFolder, tenant: str) -> None:
+    """Refuse a bundle that cannot go into this store.
+
+    Args:
+        manifest: What it says of itself.
+        folder: The store.
+        tenant: Whose blocks are wanted.
+
+    Raises:
         KVStoreError: It is of another tenant, or its blocks of another size.
     """
-    bundle = BundleReader(file)
-    manifest = bundle.manifest
-    if fingerprint is not None:
-        stored = Fingerprint(manifest.origin.fingerprint)
-        refuse_other(manifest.label, stored, fingerprint)
     if manifest.origin.tenant != tenant:
         raise KVStoreError(
             f"the bundle is of the tenant {manifest.origin.tenant!r}, and the store was"
@@ -89,7 +105,6 @@ def open_bundle(
             f" {folder.block_size}: {folder.path}",
             hint="import it into another store",
         )
-    return bundle
 
 
 @contextmanager
@@ -114,9 +129,9 @@ def unpacked(
     found: list[shards.StagedShard] = []
     touched_at = time.monotonic()
     with ExitStack() as stack:
-        for name, chunks in bundle.shards():
+        for name, parts in bundle.shards():
             path = stack.enter_context(files.staged_path(folder.staging))
-            _receive(path, name, chunks)
+            _receive(path, name, parts)
             with _refusing(name, path), shards.open_shard_at(path) as opened:
                 inspector.inspect(opened)
             found.append(shards.StagedShard(path, name, opened.header))
@@ -140,7 +155,7 @@ def _check_room(folder: StoreFolder, manifest: Manifest) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.path))
 
 
-def _receive(path: Path, name: str, chunks: Iterable[bytes]) -> None:
+def _receive(path: Path, name: str, parts: Iterable[bytes]) -> None:
     """Write a shard to a new file.
 
     Raises:
@@ -149,9 +164,9 @@ def _receive(path: Path, name: str, chunks: Iterable[bytes]) -> None:
     digest = hashlib.sha256()
     descriptor = files.create(path)
     try:
-        for chunk in chunks:
-            digest.update(chunk)
-            files.write_all(descriptor, chunk)
+        for part in parts:
+            digest.update(part)
+            files.write_all(descriptor, part)
         os.fchmod(descriptor, 0o400)
     finally:
         os.close(descriptor)
@@ -193,6 +208,7 @@ class _Inspector:
         self._tip = self._root
         self.blocks: list[StoredBlock] = []
         self.num_tokens = 0
+        self._nbytes = 0
 
     def inspect(self, opened: shards.OpenShard) -> None:
         """Check a shard whose header has been checked.
@@ -207,7 +223,9 @@ class _Inspector:
         for stored in opened.header.blocks:
             self._follow(stored)
             pieces = list(stored_pieces(stored, self._groups))
-            _check_tensors(stored, pieces)
+            self._nbytes += _check_tensors(stored, pieces)
+            if self._nbytes > _MAX_BUNDLE_BYTES:
+                raise IntegrityError("the rows of all blocks are too large")
             (data,) = opened.read([stored])
             for codec, piece in pieces:
                 open_piece(codec, piece, stored, data)
@@ -241,8 +259,11 @@ class _Inspector:
         self.num_tokens += len(block.tokens)
 
 
-def _check_tensors(stored: StoredBlock, pieces: Sequence[tuple[Codec, Piece]]) -> None:
+def _check_tensors(stored: StoredBlock, pieces: Sequence[tuple[Codec, Piece]]) -> int:
     """Check that a block has just the tensors of its pieces, before any is read.
+
+    Returns:
+        Bytes of its rows, decoded.
 
     Raises:
         IntegrityError: It has others, or says otherwise what it has.
@@ -263,3 +284,4 @@ def _check_tensors(stored: StoredBlock, pieces: Sequence[tuple[Codec, Piece]]) -
         raise IntegrityError(f"block {name} is too large")
     if stored.num_extras != count_extras([piece for _, piece in pieces]):
         raise IntegrityError(f"block {name} has other windows or states than it says")
+    return nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from contextlib import closing, suppress
@@ -155,8 +156,9 @@ class _Session:
         if self._reads_line:
             with suppress(ImportError):
                 import readline  # noqa: F401  (lines can be edited, and had again)
-        elif hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")
+        if hasattr(sys.stdin, "reconfigure"):
+            # The one way that `input`, too, takes bytes that are no text.
+            sys.stdin.reconfigure(errors="surrogateescape")
 
     def run(self) -> None:
         """Say where the chat stands, and go on until it ends; then all is saved.
@@ -240,13 +242,13 @@ class _Session:
 
     def _read_line(self, prompt: str) -> str:
         if self._reads_line:
-            return input(prompt)
+            return _as_text(input(prompt))
         if self._is_person:
             click.echo(prompt, nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n").removesuffix("\r")
+        return _as_text(line.removesuffix("\n").removesuffix("\r"))
 
     def _typed(self) -> str:
         """Return what stands in the line that Ctrl-C has ended."""
@@ -309,7 +311,7 @@ class _Session:
 
     def _command(self, line: str) -> None:
         """Do what a line with a slash asks for."""
-        word, _, rest = line.partition(" ")
+        word, *rest = line.split(maxsplit=1)
         commands = {
             "/fork": self._fork,
             "/rewind": self._rewind,
@@ -319,8 +321,11 @@ class _Session:
         }
         try:
             if word not in commands:
-                raise _usage(f"no command `{word}`", "`/help` lists them")
-            commands[word](rest.strip())
+                raise _usage(
+                    f"no command `{word}`",
+                    "`/help` lists them; `//` begins a message with a slash",
+                )
+            commands[word]("".join(rest).strip())
         except (KVStoreError, OSError, ValueError, click.UsageError) as error:
             self._fail(error)
         except KeyboardInterrupt:
@@ -338,7 +343,7 @@ class _Session:
         self._note(f"the chat is called `{name}` now")
 
     def _rewind(self, number: str) -> None:
-        if number and not number.isdecimal():
+        if number and not re.fullmatch(r"[1-9]\d{0,8}", number):
             raise _usage(f"not a number of turns: `{number}`", "`/rewind 2`")
         self._chat.rewind(int(number or 1))
         self._note(f"taken back; left: {self._extent()}")
@@ -420,6 +425,11 @@ def _named(name: str, command: str) -> str:
 def _when_long(progress: Progress) -> Progress:
     """Return a callback that is silent where there is little to do."""
     return lambda done, total: progress(done, total) if total >= _LONG else None
+
+
+def _as_text(line: str) -> str:
+    """Return a line with a mark for each byte that is no text."""
+    return line.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _shorten(text: str) -> str:

@@ -8,7 +8,7 @@ import click
 
 from ..folder import default_path
 from ..output import terminal_width
-from .options import ModelOptions, gathered, model_options
+from .options import CodecName, ModelOptions, gathered, model_options
 from .root import Verb, load_fast_blas, output_of, store_path
 
 
@@ -40,6 +40,7 @@ from .root import Verb, load_fast_blas, output_of, store_path
     "--codec",
     "codecs",
     metavar="CODEC",
+    type=CodecName(),
     multiple=True,
     help="A codec to compare; may be given several times.  [default: the usual ones]",
 )

@@ -40,6 +40,7 @@ _SHORT = 12
 @click.option(
     "--model",
     metavar="MODEL",
+    type=options.Text(is_needed=True),
     help="Folder of the model, or its Hugging Face repository, to check that it made"
     " the entry.  [default: believe what is stored]",
 )
@@ -158,10 +159,25 @@ def remove(
     entries = list({(entry := store.entry(ref)).id: entry for ref in refs}.values())
     if not dry_run:
         question = f"remove {_describe(entries)}?"
-        if not output.confirm(question, is_answered=yes):
-            raise KVStoreError("nothing was removed", hint="`-y` confirms")
+        confirm_removal(output, question, is_answered=yes)
         entries = [store.remove(entry.id) for entry in entries]
     _print_removed(output, entries, dry_run)
+
+
+def confirm_removal(output: Output, question: str, *, is_answered: bool) -> None:
+    """Ask before something is removed.
+
+    Raises:
+        KVStoreError: The answer is no.
+        click.Abort: Ctrl-C, or Ctrl-D, instead of an answer.
+    """
+    try:
+        if not output.confirm(question, is_answered=is_answered):
+            raise KVStoreError("nothing was removed", hint="`-y` confirms")
+    except click.Abort as error:
+        click.echo(err=True)
+        error.hint = "nothing was removed"  # type: ignore[attr-defined]
+        raise
 
 
 def entry_data(entry: Entry) -> JSON:

@@ -46,10 +46,7 @@ def export(context: click.Context, ref: str, path: Path, overwrite: bool) -> Non
     if str(path) == "-":
         _export_to_stdout(context, output, ref)
         return
-    if path.exists() and not (overwrite and path.is_file()):
-        raise KVStoreError(
-            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
-        )
+    _check_path(path, overwrite)
     store = open_store(context)
     entry = store.entry(ref)
     begin = time.monotonic()
@@ -62,6 +59,26 @@ def export(context: click.Context, ref: str, path: Path, overwrite: bool) -> Non
         "elapsed_s": round(time.monotonic() - begin, 3),
     }
     output.result(f"{_describe(entry, nbytes)}: {path}", data, [str(path)])
+
+
+def _check_path(path: Path, overwrite: bool) -> None:
+    """Refuse a path that a bundle could not be written to.
+
+    Raises:
+        KVStoreError: There is something, or no folder.
+    """
+    if path.exists() and not path.is_file():
+        raise KVStoreError(
+            f"not a regular file: `{path}`", hint="choose another; `-o -` is stdout"
+        )
+    if path.exists() and not overwrite:
+        raise KVStoreError(
+            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
+        )
+    if not path.parent.is_dir():
+        raise KVStoreError(
+            f"no such folder: `{path.parent}`", hint="make it, or choose another"
+        )
 
 
 def _export_to_stdout(context: click.Context, output: Output, ref: str) -> None:

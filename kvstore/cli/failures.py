@@ -28,7 +28,10 @@ _HINTS = {
     errno.EIO: "the disk fails: look at the system's log before you write to it again",
     errno.EADDRINUSE: "another program listens there: choose another with `--port`",
     errno.EMFILE: "raise the limit of open files, with `ulimit -n`",
+    errno.EFBIG: "raise the limit of the size of files, with `ulimit -f`",
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 _TRACE_HINT = "`-vv` shows where it happened"
 
@@ -50,14 +53,15 @@ class Failure:
 
 def run(command: click.Command, args: Sequence[str] | None) -> int:
     """Run a command and return its exit code; errors are told on stderr."""
+    _open_closed_streams()
     start_logging()
     _allow_any_text()
     try:
         # Verbs return nothing; click returns the code of `context.exit(code)`, and is
         # quiet itself when nobody reads stdout any more.
         code = command.main(args, prog_name="kvstore", standalone_mode=False)
-    except (click.Abort, KeyboardInterrupt):
-        hint = "the same command goes on from what is kept"
+    except (click.Abort, KeyboardInterrupt) as error:
+        hint = getattr(error, "hint", "the same command goes on from what is kept")
         print_failure("interrupted", hint)
         return INTERRUPTED
     except Exception as error:
@@ -115,12 +119,30 @@ def _explain_os(error: OSError) -> Failure:
 
 def _own_style(message: str) -> str:
     """Return a message of click's in our style."""
-    return _lower_first(re.sub(r"'([^']*)'", r"`\1`", message.rstrip(".")))
+    quoted = re.sub(r"'([^']*)'", r"`\1`", message.rstrip("."))
+    # What a path is to be stands behind the name of the option.
+    quoted = re.sub(r"(?<=: )(File|Directory|Path)(?= `)", _lowered, quoted)
+    return _lower_first(quoted)
+
+
+def _lowered(match: re.Match[str]) -> str:
+    return match[0].lower()
 
 
 def _lower_first(text: str) -> str:
     """Return a sentence with a small letter first, but leave `I/O` alone."""
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def _open_closed_streams() -> None:
+    """Put nothing in the place of standard streams that the process came without.
+
+    Files that are opened later must not get their numbers.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # The system takes the lowest number, which is the stream's own.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _allow_any_text() -> None:

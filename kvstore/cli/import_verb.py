@@ -17,7 +17,7 @@ from ..output import Output, format_bytes, format_count, one_line
 from . import options
 from .entry_verbs import entry_data, entry_label
 from .options import ModelOptions, PromptOptions, gathered
-from .root import Verb, load_fast_blas, open_store, output_of, store_path
+from .root import Verb, load_fast_blas, open_store, output_of
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -75,6 +75,11 @@ def import_file(
     refused, and so is one that holds another number of tokens than the prompt has.
     """
     output = output_of(context)
+    if str(path) == "-" and sys.stdin.isatty():
+        raise click.UsageError(
+            "a bundle does not come from a terminal: redirect it, or give a file",
+            context,
+        )
     if _is_bundle(path):
         _refuse_given(context, _OF_CACHE_FILES, "a bundle")
         fingerprint = _fingerprint(context, model, draft_model)
@@ -147,15 +152,18 @@ def _import_bundle(
     name: str | None,
     replace: bool,
 ) -> None:
-    from ..folder import default_path, unmade_on_error
+    from ..catalog import check_name
+    from ..unpacking import open_bundle
 
     begin = time.monotonic()
-    # A file that is refused leaves no empty store behind.
-    with unmade_on_error(store_path(context) or default_path()), _opened(path) as file:
+    check_name(name)
+    with _opened(path) as file:
+        # First, so that what is no bundle, or another model's, leaves no empty store.
+        bundle = open_bundle(file, fingerprint)
         store = open_store(context, create=True)
         with output.progress() as bars:
             entry = store.import_bundle(
-                file,
+                bundle,
                 fingerprint=fingerprint,
                 name=name,
                 replace=replace,
@@ -167,7 +175,8 @@ def _import_bundle(
         "fingerprint": digest,
         "elapsed_s": round(time.monotonic() - begin, 3),
     }
-    origin = f"made by {one_line(entry.model)}, fingerprint {digest[:12]}"
+    maker = one_line(entry.model) or "a model without a name"
+    origin = f"made by {maker}, fingerprint {digest[:12]}"
     output.result(_describe(entry, origin), data, [entry.id])
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from ..errors import KVStoreError
 from ..output import (
     Output,
     format_bytes,
@@ -20,17 +19,25 @@ from ..output import (
 from ..prune import PrunePlan
 from ..types import ModelSpeeds, Stats
 from . import options
-from .entry_verbs import entry_data, entry_label, name_entries
+from .entry_verbs import confirm_removal, entry_data, entry_label, name_entries
 from .root import Verb, open_store, output_of
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_TOO_MANY_BYTES = 2**63
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 class Size(click.ParamType[int]):
-    """Bytes, such as ``20GB``."""
+    """Bytes, such as ``20GB``.
+
+    Args:
+        min: The fewest that are taken.
+    """
 
     name = "size"
+
+    def __init__(self, *, min: int = 0) -> None:
+        self._min = min
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -41,7 +48,11 @@ class Size(click.ParamType[int]):
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", value.lower())
         if match is None:
             self.fail(f"`{value}` is not a size such as 20GB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
+        nbytes = float(match[1]) * _UNITS[match[2]]
+        if not self._min <= nbytes < _TOO_MANY_BYTES:
+            few, many = format_bytes(self._min), format_bytes(_TOO_MANY_BYTES)
+            self.fail(f"`{value}` is not from {few} to {many}", param, ctx)
+        return int(nbytes)
 
 
 class Span(click.ParamType[float]):
@@ -85,7 +96,7 @@ class Span(click.ParamType[float]):
 @click.option(
     "--limit",
     metavar="SIZE",
-    type=Size(),
+    type=Size(min=1),
     help="Set the store's size limit, which saves keep to from now on.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
@@ -118,8 +129,8 @@ def prune(
     is_needed = bool(plan.entries or plan.freed_bytes or plan.leftovers)
     is_asked = is_needed and not dry_run
     question = f"prune {_describe(plan)}?"
-    if is_asked and not output.confirm(question, is_answered=yes):
-        raise KVStoreError("nothing was removed", hint="`-y` confirms")
+    if is_asked:
+        confirm_removal(output, question, is_answered=yes)
     if limit is not None and not dry_run:
         store.set_limit(limit)
     freed = plan.execute() if is_asked else plan.freed_bytes
@@ -255,7 +266,7 @@ def _describe_speeds(speeds: ModelSpeeds) -> str:
     verdict = {
         "pays": f"loading pays from {tokens} on",
         "never": "loading does not pay",
-        "unknown": "whether loading pays is not measured yet",
+        "unknown": "too little is measured yet to say when loading pays",
     }[speeds.verdict]
     if not speeds.is_current:
         verdict += f" (as of {format_time(speeds.measured_at)}: will be tried again)"

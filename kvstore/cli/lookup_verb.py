@@ -171,11 +171,10 @@ def _explain_divergence(divergence: Divergence, sides: _Sides) -> list[str]:
 def _explain_other(other: OtherModel) -> str:
     model = f" of {_visible(other.model)}" if other.model else ""
     entry = f"`{_visible(other.entry)}`{model}" if other.entry else "something"
+    # Of another tokenizer's tokens it has none, which says nothing of the text.
     tokens = format_count(other.num_tokens, "token")
-    return (
-        f"not usable: {entry} has {tokens} of the prompt, and differs in"
-        f" {_visible(other.difference)}"
-    )
+    has = f" has {tokens} of the prompt, and" if other.num_tokens else ""
+    return f"not usable: {entry}{has} differs in {_visible(other.difference)}"
 
 
 def _data(found: Explanation, sides: _Sides | None) -> JSON:

@@ -15,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..types import JSON
+from .root import is_utf8, load_fast_blas
 
 if TYPE_CHECKING:
     JSONParam = click.ParamType[JSON]
@@ -63,10 +64,13 @@ class PromptOptions:
         Raises:
             click.UsageError: There is none.
         """
-        text = sys.stdin.read() if self.prompt == "-" else self.prompt
+        try:
+            text = sys.stdin.read() if self.prompt == "-" else self.prompt
+        except UnicodeDecodeError:
+            text = "\udcff"
         if not text:
             raise click.UsageError("the prompt is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not is_utf8(text):
             raise click.UsageError("the prompt is not UTF-8")
         return text
 
@@ -149,6 +153,50 @@ class SamplingOptions:
         )
 
 
+class Text(click.ParamType[str]):
+    """Text that is UTF-8.
+
+    Args:
+        is_needed: Refuse text that is empty.
+    """
+
+    name = "text"
+
+    def __init__(self, *, is_needed: bool = False) -> None:
+        self._is_needed = is_needed
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the text."""
+        if not is_utf8(value):
+            self.fail("not UTF-8", param, ctx)
+        if self._is_needed and not value:
+            self.fail("it is empty", param, ctx)
+        return str(value)
+
+
+class CodecName(click.ParamType[str]):
+    """The name of a codec."""
+
+    name = "codec"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the name."""
+        load_fast_blas()  # codecs import MLX
+        from ..codecs import get_codec
+        from ..errors import CodecError
+
+        try:
+            return get_codec(str(value)).name
+        except CodecError as error:
+            failure = click.BadParameter(str(error), ctx, param)
+            failure.hint = error.hint  # type: ignore[attr-defined]
+            raise failure from error
+
+
 class JSONObject(JSONParam):
     """A JSON object on the command line."""
 
@@ -162,6 +210,8 @@ class JSONObject(JSONParam):
             found = json.loads(value)
         except ValueError as error:
             self.fail(f"not valid JSON: {error}", param, ctx)
+        except RecursionError:
+            self.fail("nested too deeply", param, ctx)
         if not isinstance(found, dict):
             self.fail("not a JSON object", param, ctx)
         return found
@@ -231,11 +281,15 @@ def model_options(command: F, *, required: bool = True) -> F:
             help="Let the model and its tokenizer bring code of their own.",
         ),
         click.option(
-            "--adapter-path", metavar="DIR", help="Folder of an adapter's weights."
+            "--adapter-path",
+            metavar="DIR",
+            type=Text(is_needed=True),
+            help="Folder of an adapter's weights.",
         ),
         click.option(
             "--model",
             metavar="MODEL",
+            type=Text(is_needed=True),
             required=required,
             help="Folder of the model, or its Hugging Face repository.",
         ),
@@ -270,7 +324,10 @@ def template_options(command: F) -> F:
             help="More variables for the chat template, such as '{\"key\": true}'.",
         ),
         click.option(
-            "--system-prompt", metavar="TEXT", help="What the system says first."
+            "--system-prompt",
+            metavar="TEXT",
+            type=Text(),
+            help="What the system says first.",
         ),
     ):
         command = option(command)
@@ -339,6 +396,7 @@ def live_options(command: F) -> F:
         click.option(
             "--draft-model",
             metavar="MODEL",
+            type=Text(is_needed=True),
             help="A smaller model of the same family, which guesses what comes.",
         ),
     ):
@@ -393,6 +451,7 @@ checkpoint_every = click.option(
 codec = click.option(
     "--codec",
     metavar="CODEC",
+    type=CodecName(),
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
     " with +zstd or not.  [default: turbo4+zstd]",
 )

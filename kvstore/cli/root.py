@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from .. import __version__
+from ..errors import StoreNotFoundError
 from ..output import Mode, Output
 
 if TYPE_CHECKING:
@@ -18,6 +20,19 @@ if TYPE_CHECKING:
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 log = logging.getLogger("kvstore")
+
+
+class StoreParam(click.Path):
+    """The folder of a store."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the folder."""
+        if not os.fspath(value):
+            # As a path it would be the folder where the process is.
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
@@ -39,7 +54,7 @@ def _general_options(*, hidden: bool) -> list[click.Option]:
     return [
         click.Option(
             ["--store"],
-            type=click.Path(file_okay=True, path_type=Path),
+            type=StoreParam(path_type=Path),
             metavar="DIR",
             help="The store's folder.  [default: $KVSTORE_DIR, else"
             " $XDG_CACHE_HOME/kvstore, else ~/.cache/kvstore]",
@@ -126,16 +141,28 @@ def open_store(
 
     Raises:
         StoreNotFoundError: There is none.
+        click.UsageError: Its path is not UTF-8, which the index needs.
     """
+    from ..folder import default_path
     from ..store import Store
 
-    path = store_path(context)
-    if codec is None:
-        store = Store(path, create=create)
-    else:
+    path = store_path(context) or default_path()
+    if not is_utf8(str(path)):
+        raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
+    try:
         store = Store(path, codec, create=create)
+    except NotADirectoryError as error:
+        raise StoreNotFoundError(
+            f"no store at {path}: a part of the path is no folder",
+            hint="`--store DIR` chooses another",
+        ) from error
     log.info("store: %s", store.path)
     return context.with_resource(store)
+
+
+def is_utf8(text: str) -> bool:
+    """Say whether text from the command line, or from stdin, is UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def load_fast_blas() -> None:

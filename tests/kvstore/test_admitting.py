@@ -101,6 +101,17 @@ def test_what_the_store_has_is_never_replaced(stores, caches, rebuild):
         assert store.load([*tokens, 1], caches.MODEL, exact=True)[0] is None
 
 
+def test_what_is_said_of_an_entry_is_not_replaced(stores, tiny):
+    """The same blocks with other words about them change no word of ours."""
+    first = take(stores[0], tiny)
+    manifest, contents = unpack(tiny)
+    lies = {"model": "other", "codec": "turbo2", "made_with": {"x": "y"}}
+    manifest["entry"] |= lies | {"created_at": 7.0}
+    again = take(stores[0], forging.pack(manifest, contents))
+    assert replace(again, updated_at=first.updated_at) == first
+    assert take(stores[1], forging.pack(manifest, contents)).model == "other"
+
+
 def test_our_own_exact_rows_replace_foreign_ones(stores, caches):
     """What came lossy from elsewhere is made exact by a save, as any lossy block."""
     tokens, cache = caches.make_conversation(4, 3)

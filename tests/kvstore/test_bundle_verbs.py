@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
-from kvstore.folder import create_folder, unmade_on_error
+from kvstore.folder import create_folder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -238,22 +238,56 @@ def test_a_device_is_not_replaced(sent, run_cli):
     options = ("-o", "/dev/null", "--overwrite")
     code, _, err = run_cli("export", "doc", *options, store=sent[0])
     assert code == 1
-    assert_error(err, "there is a file already")
+    assert_error(err, "not a regular file: `/dev/null`")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_folder_that_is_not_there_is_not_made(sent, run_cli, tmp_path):
+    """It is named, before anything is read."""
+    target = tmp_path / "nowhere" / "x.kvbundle"
+    code, _, err = run_cli("export", "doc", "-o", target, store=sent[0])
+    assert code == 1
+    assert_error(err, f"no such folder: `{target.parent}`")
 
 
 # Import
 
 
-def test_a_refused_bundle_leaves_no_store(sent, other_model, tmp_path, run_cli):
-    """Damaged, cut off, another model's, no bundle: one line, and no store."""
+def test_no_bundle_is_awaited_from_a_terminal(tmp_path):
+    """`import -` without a redirection says so, and does not wait for ever."""
+    leader, follower = pty.openpty()
+    done = subprocess.run(
+        words(tmp_path / "store", "import", "-"), stdin=follower,
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    os.close(follower)
+    os.close(leader)
+    assert done.returncode == 2
+    assert_error(done.stderr, "does not come from a terminal")
+
+
+def test_a_maker_without_a_name_is_told_so(sent, run_cli, tmp_path):
+    """A bundle need not say what its model was called."""
+    forging = _load_beside("forging")
+    manifest, contents = forging.unpack(sent[1].read_bytes())
+    manifest["entry"]["model"] = ""
+    bundle = tmp_path / "x.kvbundle"
+    bundle.write_bytes(forging.pack(manifest, contents))
+    out = run_cli("import", bundle)[1]
+    assert "made by a model without a name, fingerprint " in out
+
+
+def test_a_manifest_that_is_refused_leaves_no_store(
+    sent, other_model, tmp_path, run_cli
+):
+    """Damaged, cut off, another model's: one line, and no store."""
     good = sent[1].read_bytes()
     cut, changed = tmp_path / "cut", tmp_path / "changed"
-    cut.write_bytes(good[:-600])
-    changed.write_bytes(good[:-3000] + b"?" + good[-2999:])
+    cut.write_bytes(good[:600])
+    changed.write_bytes(good[:600] + b"?" + good[601:])
     for expected, options, text in (
         (1, (cut,), "cut off"),
-        (1, (changed,), "other bytes than its name says"),
+        (1, (changed,), "its manifest"),
         (1, (sent[1], "--model", other_model), "made by another model: weights"),
         (2, (sent[1], "--name", "-x"), "a name has 1 to"),
     ):
@@ -276,46 +310,20 @@ def test_a_refused_bundle_leaves_a_store_as_it_was(sent, run_cli, tmp_path):
     assert tree(store) == before
 
 
-def fail_after(path, work):
-    """Make a store, let something happen to it, and fail."""
-    with unmade_on_error(path):
-        with kvstore.Store(path, "raw") as store:
-            work(store)
-        raise RuntimeError
-
-
-def test_a_store_that_somebody_uses_meanwhile_stays(tmp_path, caches):
-    """Whoever saves into a store that an import has made keeps what is saved."""
+def test_a_bundle_refused_late_harms_nobody_in_the_store_it_made(
+    sent, tmp_path, caches, monkeypatch
+):
+    """Another process may be using the store by then: what is saved there stays."""
     path = tmp_path / "store"
     tokens, cache = caches.make_conversation(2, 3)
-    with pytest.raises(RuntimeError):
-        fail_after(path, lambda s: s.save(tokens, cache, caches.MODEL, name="doc"))
-    with kvstore.Store(path, create=False) as store:
-        assert store.load_entry("doc", caches.MODEL)[1] == tokens
+    cut = tmp_path / "cut"
+    cut.write_bytes(sent[1].read_bytes()[:-600])
+    run(path, "import", cut, code=1)
+    with kvstore.Store(path, "raw", create=False) as store:
+        store.save(tokens, cache, caches.MODEL, name="mine")
+        run(path, "import", cut, code=1)
         assert store.verify() == []
-
-
-def test_a_store_that_somebody_is_writing_to_stays(tmp_path):
-    """A file that is being staged is somebody's, and so is what lies in quarantine."""
-    for number, name in enumerate(("tmp", "quarantine")):
-        path = tmp_path / str(number)
-        with pytest.raises(RuntimeError):
-            fail_after(path, lambda s, name=name: (s.path / name / "x").touch())
-        with kvstore.Store(path, create=False) as store:
-            assert store.verify() == []
-        assert (path / name / "x").exists()
-        assert (path / "tmp").is_dir()
-
-
-def test_a_store_with_nothing_in_it_goes(tmp_path):
-    """What was made for nothing is taken away, the index too, and nothing else."""
-    with pytest.raises(RuntimeError):
-        fail_after(tmp_path / "store", lambda store: store.stats())
-    assert not (tmp_path / "store").exists()
-    create_folder(tmp_path / "older")
-    with pytest.raises(RuntimeError):
-        fail_after(tmp_path / "older", lambda store: store.stats())
-    kvstore.Store(tmp_path / "older", create=False).close()
+        assert store.load_entry("mine", caches.MODEL)[1] == tokens
 
 
 @pytest.mark.parametrize(

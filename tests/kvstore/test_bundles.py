@@ -19,7 +19,7 @@ import pytest
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 import kvstore
-from kvstore import bundles, entries
+from kvstore import bundles, entries, unpacking
 from kvstore.folder import create_folder, open_folder
 from kvstore.hashing import hash_block_tokens, hash_root
 from kvstore.types import Origin, Part
@@ -758,6 +758,49 @@ def test_what_is_too_large_is_not_read(untouched, tiny):
     for lie in (long, bomb):
         data = lie(*unpack(tiny))
         assert_refused(untouched, data, kvstore.IntegrityError, match="too large")
+
+
+def test_blocks_that_no_memory_holds_are_refused(stores, tiny, monkeypatch):
+    """Frames of a few bytes each may not stand for more than a machine could hold."""
+    nbytes = 17 * 2 * 8 * 2  # of both blocks
+    monkeypatch.setattr(unpacking, "_MAX_BUNDLE_BYTES", nbytes - 1)
+    assert_refused(stores[0], tiny, kvstore.IntegrityError, match="all blocks are too")
+    monkeypatch.setattr(unpacking, "_MAX_BUNDLE_BYTES", nbytes)
+    take(stores[0], tiny)
+
+
+@pytest.mark.parametrize("where", ["model", "made_with", "fingerprint"])
+def test_half_a_character_is_refused(stores, tiny, where):
+    """What JSON can spell and no terminal can print is in no bundle."""
+    manifest, contents = unpack(tiny)
+    if where == "model":
+        manifest["entry"]["model"] = "a\ud800"
+    elif where == "made_with":
+        manifest["entry"]["made_with"] = {"a\ud800": "1"}
+    else:
+        manifest["fingerprint"]["x"] = ["a\ud800"]
+    data = pack(manifest, contents)
+    assert_refused(stores[0], data, kvstore.IntegrityError, match="half a character")
+
+
+def test_a_model_in_a_folder_of_odd_bytes_is_exported(stores, caches):
+    """Its label has characters that are none; it does not keep the entry at home."""
+    fingerprint = replace(caches.MODEL, label="models/\udce4")
+    cache = caches.make_cache(17, 6, layers=1, heads=1, dim=8)
+    with kvstore.Store(stores[0], "raw") as store:
+        store.save(list(range(17)), cache, fingerprint, name="doc")
+    assert take(stores[1], export(stores[0])).model == "models/?"
+
+
+def test_a_manifest_nested_deeply_is_refused(stores, tiny):
+    """What a deeper call could not read again does not come in."""
+    manifest, contents = unpack(tiny)
+    nested = []
+    for _ in range(70):
+        nested = [nested]
+    manifest["fingerprint"]["x"] = nested
+    data = pack(manifest, contents)
+    assert_refused(stores[0], data, kvstore.IntegrityError, match="nested too deeply")
 
 
 def test_shards_have_sizes_that_a_header_can_say(stores, tiny):

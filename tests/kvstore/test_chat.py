@@ -752,7 +752,7 @@ def test_a_chat_without_a_name_says_how_to_come_back(chat_cli, run_cli):
 
 def test_the_commands_of_a_chat(chat_cli, tmp_path):
     """Names, forks and turns taken back, by typing; `/stats` says what came of it."""
-    script = "one\n/name a\ntwo\n/fork b\nthree\n/rewind 2\n/stats\n/help\n"
+    script = "one\n/name a\ntwo\n/fork\tb\nthree\n/rewind 2\n/stats\n/help\n"
     code, out, err = chat_cli(script)
     assert code == 0
     assert "the chat is called `a` now" in err
@@ -769,13 +769,18 @@ def test_the_commands_of_a_chat(chat_cli, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/what", "no command `/what`"),
+        (
+            "/what",
+            "no command `/what`\n"
+            "hint: `/help` lists them; `//` begins a message with a slash",
+        ),
         ("/fork", "`/fork` needs a name"),
         ("/name", "`/name` needs a name"),
         ("/fork daily", "the name `daily` is taken"),
         ("/name -x", "a name has 1 to"),
         ("/rewind x", "not a number of turns: `x`"),
-        ("/rewind 0", "not a number of turns: 0"),
+        ("/rewind 0", "not a number of turns: `0`\nhint: `/rewind 2`"),
+        ("/rewind " + "9" * 5000, "not a number of turns: `999"),
         ("/rewind 7", "cannot take back 7 turns of 1"),
     ],
 )
@@ -952,7 +957,7 @@ class Terminal:
     def type(self, text):
         """Type something, no faster than people do."""
         time.sleep(0.2)
-        os.write(self._master, text.encode())
+        os.write(self._master, text if isinstance(text, bytes) else text.encode())
 
     def wait_for(self, text, *, more=0):
         """Wait until something is shown, and some bytes behind it; forget it all."""
@@ -1014,6 +1019,17 @@ def test_a_reply_is_interrupted_and_kept(tiny_model, store_path):
     chat.type("\x03")
     assert chat.wait() == 0
     assert kept_tokens(store_path, "daily") == second
+
+
+def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, store_path):
+    """What a terminal of another encoding sends is said with marks in its place."""
+    chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 12)
+    chat.wait_for("> ")
+    chat.type(b"caf\xe9\n")
+    chat.wait_for("tokens/s; reply: 12")
+    chat.type("\x04")
+    assert chat.wait() == 0
+    assert kept_tokens(store_path, "daily")
 
 
 def test_a_terminal_may_hang_up(tiny_model, store_path):

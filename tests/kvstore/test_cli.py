@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import pty
@@ -114,6 +115,20 @@ def test_a_verb_that_reads_makes_no_store(run_cli, tiny_model, tmp_path, words):
         (["save", "--model", "m", "--prompt", ""], "the prompt is empty"),
         (["save", "--model", "m", "--prompt", "x", "--chat-template-config", "["],
          "not valid JSON"),
+        (["save", "--model", "m", "--prompt", "x", "--chat-template-config",
+          '{"a":' * 2000 + "1" + "}" * 2000], "nested too deeply"),
+        (["generate", "--model", "m", "--prompt", "x", "--system-prompt", "\udcff"],
+         "not UTF-8"),
+        (["chat", "--model", "m", "--system-prompt", "\udcff"], "not UTF-8"),
+        (["chat", "--model", ""], "it is empty"),
+        (["chat", "--model", "m", "--draft-model", ""], "it is empty"),
+        (["load", "x", "--model", ""], "it is empty"),
+        (["ls", "--store", ""], "it is empty"),
+        (["ls", "--store", "\udcff"], "the path of the store is not UTF-8"),
+        (["chat", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
+        (["serve", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
+        (["demo", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
+        (["import", "/none/x.safetensors"], "`FILE`: file `/none/x.safetensors`"),
     ],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2(run_cli, words, text):
@@ -150,6 +165,9 @@ def test_a_locked_store_exits_with_11():
         (errno.EACCES, "owner and mode"),
         (errno.EIO, "the disk fails"),
         (errno.EROFS, "can be written"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.ENAMETOOLONG, "a shorter name"),
+        (errno.ENOTDIR, "check the path"),
     ],
 )
 def test_an_error_of_the_system_has_a_hint(number, hint):
@@ -158,6 +176,51 @@ def test_an_error_of_the_system_has_a_hint(number, hint):
     assert failure.message.endswith(": /a/file")
     assert hint in failure.hint
     assert failure.exit_code == 1
+
+
+@pytest.mark.parametrize("words", [["save", "--model"], ["ls"]])
+def test_below_a_file_there_is_no_store(run_cli, tiny_model, tmp_path, words):
+    """Who makes a store there is told what who reads one is."""
+    path = tmp_path / "file"
+    path.write_text("")
+    if words[-1] == "--model":
+        words = [*words, tiny_model, "--prompt", "x"]
+    code, _, err = run_cli(*words, store=path / "store")
+    assert code == 10
+    assert_error(err, f"no store at {path / 'store'}")
+
+
+@pytest.mark.parametrize(
+    ("words", "closed", "code"),
+    [
+        (["rm", "one"], [0], 2),
+        (["ls"], [1], 0),
+        (["ls"], [0, 1, 2], 0),
+        (["import", "-"], [0], 1),
+        (["generate", "--model", "m", "--prompt", "-"], [0], 2),
+    ],
+)
+def test_a_closed_stream_is_an_empty_one(two_entries, words, closed, code):
+    """Services and cron may start a process without the standard streams."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "kvstore", "--store", two_entries.path, *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        preexec_fn=lambda: [os.close(number) for number in closed],
+    )
+    assert finished.returncode == code
+    assert "internal error" not in finished.stderr
+
+
+def test_a_prompt_from_stdin_must_be_utf8(run_cli, monkeypatch):
+    """Bytes that are none are told in one sentence."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    code, _, err = run_cli("generate", "--model", "m", "--prompt", "-")
+    assert code == 2
+    assert_error(err, "the prompt is not UTF-8")
 
 
 def test_a_full_stdout_is_one_error(two_entries, kvstore_cli):
@@ -265,6 +328,22 @@ def test_rm_does_what_is_answered(two_entries, answer, num_left, run_cli):
     assert running.wait(timeout=60) == (0 if num_left == 1 else 1)
     os.close(outer)
     assert len(run_cli("ls", "-q")[1].split()) == num_left
+
+
+@pytest.mark.parametrize("words", [["rm", "one"], ["prune", "--max-size", "0B"]])
+def test_ctrl_c_instead_of_an_answer_removes_nothing(
+    run_cli, two_entries, monkeypatch, words
+):
+    """The hint says so, and promises nothing else."""
+
+    def interrupt(self, question, *, is_answered):
+        raise click.Abort
+
+    monkeypatch.setattr("kvstore.output.Output.confirm", interrupt)
+    monkeypatch.setattr("kvstore.prune.PrunePlan.freed_bytes", 1, raising=False)
+    code, _, err = run_cli(*words)
+    assert code == 130
+    assert err.endswith("error: interrupted\nhint: nothing was removed\n")
 
 
 def test_a_dry_run_removes_nothing(run_cli, two_entries):

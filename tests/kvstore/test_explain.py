@@ -9,6 +9,7 @@ import pytest
 import kvstore
 from kvstore.cli import lookup_verb
 from kvstore.explaining import WINDOW
+from kvstore.types import OtherModel
 
 BLOCK = 16
 TOKENS = list(range(100, 100 + 4 * BLOCK + 5))
@@ -321,6 +322,14 @@ def test_the_command_line_names_the_field_of_another_model(look_up, other_model)
     assert out.startswith("0 of 64 tokens held: ")
     assert "not usable: `doc` of " in out
     assert "has 64 tokens of the prompt, and differs in weights: stored " in out
+
+
+def test_of_another_tokenizer_no_tokens_are_counted():
+    """It has none of the prompt's, which says nothing of the text."""
+    other = OtherModel(0, "weights: stored a, given b", "a/model", "doc")
+    assert lookup_verb._explain_other(other) == (
+        "not usable: `doc` of a/model differs in weights: stored a, given b"
+    )
 
 
 def test_json_has_all_of_it(look_up):

@@ -1,5 +1,6 @@
 """The index: places of blocks, better copies, transactions, damage told apart."""
 
+import errno
 import os
 import random
 import stat
@@ -205,6 +206,29 @@ def test_a_full_disk_in_a_transaction_undoes_it(index):
     assert {SHARD: 1000} == index.shards()
     fill(index, CHAIN[1:2])
     assert place_of(CHAIN[1]) == index.place(CHAIN[1].hash)
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "flags", "number"),
+    [
+        (apsw.IOError, 0, 0, errno.ENOSPC),
+        (apsw.IOError, 1000, 0, errno.EIO),
+        (apsw.ReadOnlyError, 1000, os.ST_RDONLY, errno.EROFS),
+        (apsw.CantOpenError, 1000, 0, errno.EACCES),
+    ],
+)
+def test_what_the_disk_refuses_is_told_apart(
+    index, monkeypatch, error, free, flags, number
+):
+    """SQLite's word is the same for a full disk and a failing one."""
+    disk = os.statvfs_result((4096, 4096, 1000, free, free, 9, 9, 9, flags, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    with (
+        pytest.raises(OSError, match=r"refused|space|read-only") as caught,
+        index._translated(),
+    ):
+        raise error("refused")
+    assert caught.value.errno == number
 
 
 def test_another_process_that_writes_is_waited_for_and_not_for_ever(index, path):

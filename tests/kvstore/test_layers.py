@@ -13,6 +13,7 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
+from kvstore import layers
 from turboquant.kv_cache import TurboQuantKVCache
 
 LAYERS = 2
@@ -236,3 +237,20 @@ def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch)
         restored, _ = store.load_entry("x", caches.MODEL)
     assert type(restored[0]) is Outside
     assert fetched(restored) == fetched(cache)
+
+
+class Unwalked(dict):
+    """Parameters that may be asked for, but not gone through."""
+
+    def items(self):
+        """Refuse."""
+        raise AssertionError
+
+    __iter__ = keys = values = items
+
+
+def test_a_state_finds_its_shape_among_many_parameters():
+    """Thousands of states with thousands of parameters take no time."""
+    params = Unwalked({f"shape3.{axis}": axis + 2 for axis in range(3)})
+    assert layers._shape(params, "3") == (2, 3, 4)
+    assert layers._shape(params, "30") == ()

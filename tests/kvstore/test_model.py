@@ -12,6 +12,7 @@ from kvstore.model import (
     encode_prompt,
     find_model,
     fingerprint_model,
+    has_reply,
     load_model,
     load_tokenizer,
     write_prompt_cache,
@@ -128,6 +129,15 @@ def test_a_prompt_follows_a_reply(tokenizer, end):
         tokenizer.decode(begun) + "reply<|im_end|>\n"
         "<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize("odd", [-5, 2**62])
+def test_tokens_without_text_are_no_reply(tokenizer, odd):
+    """Those that stand for an image, say, hide no reply and are none."""
+    begun = encode_prompt(tokenizer, "first", is_open=True)
+    assert not has_reply(tokenizer, [*begun, odd])
+    asked = encode_prompt(tokenizer, "first")
+    assert has_reply(tokenizer, [odd, *asked, odd])
 
 
 THINKING = (

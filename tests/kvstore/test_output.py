@@ -1,6 +1,7 @@
 """What the command line prints is stable, readable, and one document in JSON."""
 
 import io
+import json
 import os
 import pty
 import subprocess
@@ -105,6 +106,14 @@ def test_a_result_has_three_forms(mode, expected, capsys):
     """People get a sentence, programs a document, pipes the ids."""
     Output(mode).result("saved", {"a": 1}, ["1", "2"])
     assert capsys.readouterr().out == expected
+
+
+def test_a_document_moves_no_cursor(capsys):
+    """What a program reads may be looked at, and may come from elsewhere."""
+    Output("json").result("", {"a": "\x9b31m\u202e"})
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert "\x9b31m\u202e" == json.loads(out)["a"]
 
 
 @pytest.mark.parametrize("mode", ["human", "quiet", "json"])

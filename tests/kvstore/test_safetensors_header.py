@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import sys
 
 import pytest
 import safetensors
@@ -14,6 +15,7 @@ from kvstore import safetensors_header
 from kvstore.safetensors_header import (
     ITEM_SIZES,
     MAX_HEADER_BYTES,
+    MAX_NESTING,
     MAX_TENSORS,
     parse_header,
     strict_json,
@@ -212,6 +214,40 @@ def test_floats_must_be_finite_even_where_they_are_allowed(text):
     with pytest.raises(ValueError, match="not allowed"):
         strict_json(f"[{text}]", allow_floats=True)
     assert [1.5] == strict_json("[1.5]", allow_floats=True)
+
+
+def nested(depth, inside=""):
+    """Return lists in lists as text."""
+    return "[" * depth + inside + "]" * depth
+
+
+def test_nesting_has_an_end_that_is_always_the_same():
+    """Brackets in texts do not count, nor those that are closed again."""
+    texts = json.dumps(["[" * 100, '\\"' + "{" * 100, "]" * 100 + "\\"])
+    for text in (nested(MAX_NESTING), texts, f"[{'[{}],' * 100}1]"):
+        assert strict_json(text, allow_floats=False) == json.loads(text)
+    deep = nested(MAX_NESTING + 1)
+    for text in (deep, f'["\\\\",{deep}]', f"[[],{deep}]", nested(900, "{}")):
+        with pytest.raises(ValueError, match="deep"):
+            strict_json(text, allow_floats=False)
+
+
+def test_a_caller_that_stands_too_deep_is_told_so():
+    """A full stack is no damage: it is never told as a ValueError."""
+    told = []
+
+    def dive(depth):
+        if depth:
+            dive(depth - 1)
+        else:
+            strict_json(nested(60), allow_floats=True)
+
+    for depth in range(0, sys.getrecursionlimit(), 3):
+        try:
+            dive(depth)
+        except RecursionError:
+            told.append(depth)
+    assert told
 
 
 def test_headers_of_the_safetensors_library_are_accepted():
