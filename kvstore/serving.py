@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -74,9 +75,23 @@ def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
     try:
         for generator in generators:
             generator.stop_and_join()  # or it would live on where no port is free
+            _wait_for_end(generator._generation_thread)
     finally:
         for prompt_cache in opened:
             prompt_cache.close()
+
+
+def _wait_for_end(thread: threading.Thread) -> None:
+    """Wait until a thread that has been joined is gone from the process too."""
+    # Its last act, behind all of Python's, is to hand MLX's stream back, for which it
+    # takes the interpreter's lock: the process aborts where the interpreter has begun
+    # to end by then.
+    tasks = Path("/proc/self/task")  # where there is none, a moment has to do
+    deadline = time.monotonic() + (1 if tasks.exists() else 0.1)
+    while time.monotonic() < deadline:
+        if tasks.exists() and not (tasks / str(thread.native_id)).exists():
+            return
+        time.sleep(0.01)
 
 
 def _copy_module(name: str) -> ModuleType:

@@ -8,7 +8,7 @@ import click
 
 from ..folder import default_path
 from ..output import terminal_width
-from .options import CodecName, ModelOptions, gathered, model_options
+from .options import CodecName, ModelOptions, Text, gathered, model_options
 from .root import Verb, load_fast_blas, output_of, store_path
 
 
@@ -20,7 +20,7 @@ from .root import Verb, load_fast_blas, output_of, store_path
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text to read.  [default: a part of Python's manual]",
 )
-@click.option("--question", metavar="TEXT", help="What to ask about it.")
+@click.option("--question", metavar="TEXT", type=Text(), help="What to ask about it.")
 @click.option(
     "--num-tokens",
     metavar="N",

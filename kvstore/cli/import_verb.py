@@ -152,11 +152,9 @@ def _import_bundle(
     name: str | None,
     replace: bool,
 ) -> None:
-    from ..catalog import check_name
     from ..unpacking import open_bundle
 
     begin = time.monotonic()
-    check_name(name)
     with _opened(path) as file:
         # First, so that what is no bundle, or another model's, leaves no empty store.
         bundle = open_bundle(file, fingerprint)

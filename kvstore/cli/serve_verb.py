@@ -27,7 +27,7 @@ _MIN_FREE_BYTES = 5_000_000_000
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=Size(),
+    type=Size(min=1),
     help="Set the store's size limit, as `prune --limit` does: 20GB.",
 )
 @click.option(

@@ -647,7 +647,6 @@ LIES = {
     ),
     "windows that are not there": edit_block(0, num_extras=3),
     "a checkpoint that is not there": edit_block(0, num_extras=2**40),
-    "fewer windows than none": edit_block(0, num_extras=-1),
     "a tensor more": add_part(replace(ROWS, name="0.k.more")),
     "a tensor of a layer that is none": add_part(replace(ROWS, name="1.k.rows")),
     "a tensor of another name": edit_part(0, name="0.k.raws"),

@@ -946,7 +946,8 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm"},
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"},
             start_new_session=True,
             # Ctrl-C then comes from the terminal, as it does for people.
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
@@ -1025,7 +1026,7 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, store_path):
     """What a terminal of another encoding sends is said with marks in its place."""
     chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 12)
     chat.wait_for("> ")
-    chat.type(b"caf\xe9\n")
+    chat.type(b"caf\xe9 \xff\r")
     chat.wait_for("tokens/s; reply: 12")
     chat.type("\x04")
     assert chat.wait() == 0

@@ -120,6 +120,7 @@ def test_a_verb_that_reads_makes_no_store(run_cli, tiny_model, tmp_path, words):
         (["generate", "--model", "m", "--prompt", "x", "--system-prompt", "\udcff"],
          "not UTF-8"),
         (["chat", "--model", "m", "--system-prompt", "\udcff"], "not UTF-8"),
+        (["demo", "--model", "m", "--question", "\udcff"], "not UTF-8"),
         (["chat", "--model", ""], "it is empty"),
         (["chat", "--model", "m", "--draft-model", ""], "it is empty"),
         (["load", "x", "--model", ""], "it is empty"),

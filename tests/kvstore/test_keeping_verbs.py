@@ -77,7 +77,7 @@ def test_sizes_are_decimal(run, text, nbytes):
         ("--max-size", "much"),
         ("--older-than", "long"),
         ("--limit", "-1"),
-        ("--limit", "0"),
+        ("--limit", "0", "-y"),
         ("--limit", "99999999999999999999TB"),
         ("--max-size", "9" * 400),
     ],

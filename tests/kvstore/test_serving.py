@@ -298,13 +298,14 @@ def test_a_prompt_that_is_held_to_its_end_is_answered(pair):
 
 
 def test_a_conversation_goes_on_with_a_draft_model(pair, models):
-    """What is held is of its own tokens; the stock server's is of others now and then."""
+    """What is held is of its own tokens; the stock server's may be of others."""
     options = {"extra_body": {"draft_model": models["other"], "num_draft_tokens": 3}}
     messages = []
     for turn in range(4):
         messages.append({"role": "user", "content": f"Guess {turn}. " * 20})
         guessed, plain_answer = pair[0].ask(messages, **options), pair[1].ask(messages)
-        assert said(guessed) == said(plain_answer)
+        # With 0.31, half a letter at the end is shown by one way of serving only.
+        assert said(guessed).rstrip("�") == said(plain_answer).rstrip("�")
         assert turn == 0 or beside.cached(guessed) > 150
         messages.append({"role": "assistant", "content": said(guessed)})
 
