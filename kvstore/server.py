@@ -59,7 +59,9 @@ class DiskPromptCache(LRUPromptCache):
 
     Use it from one thread, the one that generates, except for :meth:`flush` and
     :meth:`close`. Where its store is told what prefills take (``note_prefill``), it
-    reads nothing that would be computed sooner.
+    reads nothing that would be computed sooner. What is inserted is believed: mlx-lm
+    computes wrong states for many recurrent models in batches of prompts of several
+    lengths, and on disk they would be wrong for ever.
 
     Args:
         store: Where prompts are looked up; a second :class:`Store` on the same folder
