@@ -116,7 +116,7 @@ def test_a_verb_that_reads_makes_no_store(run_cli, tiny_model, tmp_path, words):
         (["save", "--model", "m", "--prompt", "x", "--chat-template-config", "["],
          "not valid JSON"),
         (["save", "--model", "m", "--prompt", "x", "--chat-template-config",
-          '{"a":' * 2000 + "1" + "}" * 2000], "nested too deeply"),
+          '{"a":' * 100_000 + "1" + "}" * 100_000], "nested too deeply"),
         (["generate", "--model", "m", "--prompt", "x", "--system-prompt", "\udcff"],
          "not UTF-8"),
         (["chat", "--model", "m", "--system-prompt", "\udcff"], "not UTF-8"),
