@@ -93,6 +93,13 @@ class Server:
         """Return what it has logged so far."""
         return self.log.read_text(errors="replace")
 
+    def wait_for(self, words, timeout_s=60):
+        """Wait until it has logged some words."""
+        deadline = time.monotonic() + timeout_s
+        while words not in self.text():
+            assert time.monotonic() < deadline, f"it does not say: {words}"
+            time.sleep(0.01)
+
     def stop(self, number=signal.SIGTERM):
         """Send a signal, wait for the end and return the exit code."""
         if self._client is not None:
