@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .caches.kinds import register_kind
     from .codecs import codec_names, get_codec
     from .errors import (
         CodecError,
@@ -27,14 +28,23 @@ if TYPE_CHECKING:
         UnsupportedCacheError,
     )
     from .fingerprint import Fingerprint
-    from .speeds import Speeds
+    from .format.entry import Entry
+    from .models.chat import Chat
+    from .models.generate import save_prompt, stream_generate
+    from .ops.check import Finding
+    from .ops.explain import Explanation
+    from .ops.load import Match
+    from .ops.speeds import Speeds
+    from .ops.stats import Stats
+    from .server.prompt_cache import DiskPromptCache
     from .store import Store
-    from .types import Entry, Explanation, Finding, Match, Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "CodecError",
+    "DiskPromptCache",
     "Entry",
     "EntryExistsError",
     "EntryNotFoundError",
@@ -55,6 +65,9 @@ __all__ = [
     "__version__",
     "codec_names",
     "get_codec",
+    "register_kind",
+    "save_prompt",
+    "stream_generate",
 ]
 
 # Imported when first asked for: `import kvstore` alone loads neither NumPy nor MLX, so
@@ -74,16 +87,22 @@ _HOMES = {
         "UnsupportedCacheError",
     ),
     "fingerprint": ("Fingerprint",),
-    "speeds": ("Speeds",),
+    "format.entry": ("Entry",),
+    "ops.check": ("Finding",),
+    "ops.explain": ("Explanation",),
+    "ops.load": ("Match",),
+    "ops.speeds": ("Speeds",),
+    "ops.stats": ("Stats",),
     "store": ("Store",),
-    "types": ("Entry", "Explanation", "Finding", "Match", "Stats"),
+    "models.chat": ("Chat",),
+    "models.generate": ("save_prompt", "stream_generate"),
+    "server.prompt_cache": ("DiskPromptCache",),
+    "caches.kinds": ("register_kind",),
 }
 
 
 def __getattr__(name: str) -> object:
-    """Return a public name from the module that defines it, or `kvstore.generate`."""
-    if name == "generate":
-        return import_module(".generate", __name__)
+    """Return a public name from the module that defines it."""
     for module, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)

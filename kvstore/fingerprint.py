@@ -19,10 +19,10 @@ from typing import Any
 
 import blake3
 
-from . import files
 from .errors import FingerprintError, KVStoreError
-from .hashing import canonical_json
-from .types import JSON
+from .format.chain import digest_fields
+from .format.documents import JSON, canonical_json
+from .storage import files
 
 VERSION = 1
 # Fields of config.json that no number depends on.
@@ -60,7 +60,7 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the fields, in hex."""
-        return hashlib.sha256(canonical_json(self.fields)).hexdigest()
+        return digest_fields(self.fields)
 
     @classmethod
     def from_path(

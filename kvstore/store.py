@@ -9,39 +9,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from . import check
-from .catalog import Catalog, check_name
 from .errors import IntegrityError
 from .fingerprint import Fingerprint, refuse_other
-from .folder import create_folder, default_path, limit_folder, open_folder
-from .index import Index, index_identity
-from .indexing import confirm_folder
-from .notes import LoadNotes
-from .reading import Reader
-from .speeds import Speeds
-from .summing import sum_up
-from .types import (
-    BlockHash,
-    Entry,
-    Explanation,
-    Finding,
-    Match,
-    Place,
-    Progress,
-    Stats,
-    StoredBlock,
-)
+from .format.block import BlockHash, Progress, StoredBlock
+from .format.entry import Entry, check_name
+from .ops import check
+from .ops.check import Finding
+from .ops.speeds import Speeds
+from .ops.stats import Stats, sum_up
+from .ops.usage import LoadNotes
+from .storage.blocks import Reader, confirm_folder, open_index, replace_index
+from .storage.entries import Catalog
+from .storage.folder import create_folder, default_path, limit_folder, open_folder
+from .storage.index import Index, Place, index_identity
 
 if TYPE_CHECKING:
-    from .bundles import BundleReader
+    from .caches.snapshot import Chain, Snapshot
     from .codecs import Codec
-    from .commit import Committer
-    from .loading import Hit, Loader, Request
-    from .prune import PrunePlan
-    from .snapshot import Chain, Snapshot
+    from .format.bundle import BundleReader
+    from .ops.commit import Committer
+    from .ops.explain import Explanation
+    from .ops.load import Hit, Loader, Match, Request
+    from .ops.prune import PrunePlan
 
 T = TypeVar("T")
-
 # How often what another process takes away meanwhile is looked for again.
 _TRIES = 3
 
@@ -249,7 +240,7 @@ class Store:
             ValueError: Tokens and rows disagree.
             OSError: The disk is full or fails.
         """
-        from .snapshot import take_live
+        from .caches.snapshot import take_live
 
         whole = self._make_chain(_as_tokens(tokens), prompt_cache, fingerprint)
         keeps_tail = checkpoint and whole.has_states
@@ -268,7 +259,6 @@ class Store:
         *,
         exact: bool = False,
         like: Sequence[Any] | None = None,
-        accept: Callable[[Match], bool] | None = None,
         progress: Progress | None = None,
     ) -> tuple[list[Any] | None, list[int]]:
         """Restore the longest stored prefix of a prompt.
@@ -281,7 +271,6 @@ class Store:
             fingerprint: The model's.
             exact: Take only rows that nothing lossy went into.
             like: A prompt cache, empty as a rule, of the classes and parameters wanted.
-            accept: Asked before rows are read whether that match is wanted.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -299,8 +288,6 @@ class Store:
                 begin = time.perf_counter()
                 hit = self._loader().find(request)
                 if isinstance(hit, str) or not hit.num_tokens:
-                    break
-                if accept is not None and not accept(_match(hit, len(token_list))):
                     break
                 prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
                 # What `prune` moved meanwhile is found at its new place.
@@ -357,10 +344,12 @@ class Store:
         like: Sequence[Any] | None = None,
     ) -> Match:
         """Return what :meth:`load` would restore, and why not more."""
+        from .ops.load import to_match
+
         token_list = _as_tokens(tokens)
         request = self._request(token_list, fingerprint, exact, like)
         hit = self._with_index(lambda: self._loader().find(request))
-        return _match(hit, len(token_list))
+        return to_match(hit, len(token_list))
 
     def explain(
         self,
@@ -374,7 +363,8 @@ class Store:
 
         Takes longer: it looks through all that any model has stored of the prompt.
         """
-        from .explaining import Explainer
+        from .ops.explain import Explainer
+        from .ops.load import to_match
 
         token_list = _as_tokens(tokens)
         request = self._request(token_list, fingerprint, exact, like)
@@ -386,7 +376,7 @@ class Store:
                 self._index, self._reader(), loader, known, block_size=size
             )
             damage = explainer.find_damage(request)
-            match = _match(loader.find(request), len(token_list))
+            match = to_match(loader.find(request), len(token_list))
             return explainer.explain(request, fingerprint, match, damage)
 
         return self._with_index(work)
@@ -494,12 +484,13 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: Its last block is missing or damaged.
         """
-        from .layout import layout_from_json
-        from .prompt_cache import fits, signature
+        from .caches.kinds import known_layout
+        from .caches.layout import fits
+        from .caches.live import signature
 
         entry = self.entry(ref)
         origin = self._with_index(lambda: self._reader().origin(entry))
-        layout = layout_from_json(origin.layout)
+        layout = known_layout(origin.layout)
         wanted = signature(prompt_cache)
         return origin.tenant == self._tenant and fits(layout, wanted, decoding=False)
 
@@ -527,7 +518,7 @@ class Store:
                 written is no bundle.
             OSError: The disk fails, or nobody reads any more.
         """
-        from .exporting import Exporter, Packing
+        from .ops.export_bundle import Exporter, Packing
 
         entry = self.entry(ref)
 
@@ -582,8 +573,8 @@ class Store:
             ValueError: The name is not one.
             OSError: The disk is full or fails.
         """
-        from .admitting import Admission
-        from .unpacking import check_fits, open_bundle, unpacked
+        from .ops.admit import Admission
+        from .ops.import_bundle import check_fits, open_bundle, unpacked
 
         check_name(name)
         bundle = open_bundle(file, fingerprint)
@@ -656,7 +647,7 @@ class Store:
             now: Free unreachable blocks younger than an hour too. A save that is
                 under way elsewhere then has to write them again.
         """
-        from .prune import GRACE_S, Policy, plan_prune
+        from .ops.prune import GRACE_S, Policy, plan_prune
 
         policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
 
@@ -710,7 +701,7 @@ class Store:
     def _index(self) -> Index:
         """The index, opened when first needed and rebuilt where it is missing."""
         if self._opened is None:
-            self._opened = check.open_index(self._folder)
+            self._opened = open_index(self._folder)
         return self._opened
 
     def _with_index(self, work: Callable[[], T]) -> T:
@@ -726,7 +717,7 @@ class Store:
                 raise
         seen = self._opened.identity if self._opened else None
         self.close()
-        check.replace_index(self._folder, seen)
+        replace_index(self._folder, seen)
         return work()
 
     def _with_second_look(self, work: Callable[[], T]) -> T:
@@ -742,7 +733,7 @@ class Store:
                 raise error from None  # it says what was wrong, not what is missing now
 
     def _loader(self) -> Loader:
-        from .loading import Loader
+        from .ops.load import Loader
 
         return Loader(self._folder, self._index, self._reader())
 
@@ -760,8 +751,8 @@ class Store:
         exact: bool,
         like: Sequence[Any] | None,
     ) -> Request:
-        from .loading import Request
-        from .prompt_cache import signature
+        from .caches.live import signature
+        from .ops.load import Request
 
         if not tokens:
             raise ValueError("there are no tokens")
@@ -772,21 +763,21 @@ class Store:
         self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint
     ) -> Chain:
         # Imported here: listing a store needs no MLX.
-        from .snapshot import make_chain
+        from .caches.snapshot import make_chain
 
         size = self._folder.block_size
-        return make_chain(model, prompt_cache, self._tenant, tokens, size)
+        return make_chain(model.fields, prompt_cache, self._tenant, tokens, size)
 
     def _snapshot(
         self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
     ) -> Snapshot:
-        from .snapshot import take_live
+        from .caches.snapshot import take_live
 
         chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
         return take_live(chain, prompt_cache, chain.num_tokens, model.label)
 
     def _committer(self) -> Committer:
-        from .commit import Committer
+        from .ops.commit import Committer
 
         return Committer(
             self._folder, self._reader(), self._index, self._catalog, self._codec
@@ -813,13 +804,6 @@ class Store:
     def _write_notes(self) -> None:
         if self._notes:
             self._notes.write(self._index)
-
-
-def _match(hit: Hit | str, num_prompt_tokens: int) -> Match:
-    """Return what was found, or why nothing was."""
-    if isinstance(hit, str):
-        return Match(0, num_prompt_tokens, "fingerprint", hit)
-    return Match(hit.num_tokens, num_prompt_tokens, hit.reason, hit.detail)
 
 
 def _as_tokens(tokens: Sequence[int]) -> list[int]:

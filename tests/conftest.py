@@ -113,7 +113,7 @@ def small_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(tiny_model):
     """Model, tokenizer and fingerprint of the tiny model."""
-    from kvstore.model import load_model
+    from kvstore.models.load import load_model
 
     return load_model(str(tiny_model))
 

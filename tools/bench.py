@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.blas import load_openblas
+from kvstore.storage.shards import OpenShard
 
 OPENBLAS = load_openblas()
 
@@ -39,18 +40,23 @@ from mlx_lm.models.cache import (  # noqa: E402
 )
 
 import kvstore  # noqa: E402
-from kvstore import prompt_cache as caches  # noqa: E402
-from kvstore import restoring, shards  # noqa: E402
-from kvstore.codecs import planes, raw, turbo, zstd  # noqa: E402
-from kvstore.layout import group_layers  # noqa: E402
+from kvstore.caches import live as caches  # noqa: E402
+from kvstore.caches import restore as restoring  # noqa: E402
+from kvstore.caches.layout import group_layers  # noqa: E402
+from kvstore.codecs import (  # noqa: E402
+    planes,
+    raw,
+    turbo,
+    zstd,
+)
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
 GROWTH = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
 MODEL = kvstore.Fingerprint({"weights": "measured"}, "measured")
 # Where the time of a load goes: what is measured, and the functions that do it.
 PHASES = {
-    "read": [(shards.OpenShard, "_read")],
-    "check": [(shards.OpenShard, "_check")],
+    "read": [(OpenShard, "_read")],
+    "check": [(OpenShard, "_check")],
     "zstd": [(zstd.Zstd, "decompress")],
     "decode": [
         (raw.Raw, "decode_into"),

@@ -161,7 +161,7 @@ class Texts:
 
         from mlx_lm.utils import load_tokenizer
 
-        from kvstore.model import find_model
+        from kvstore.models.load import find_model
 
         self.chance = random.Random(seed)
         self._tokenizer = load_tokenizer(find_model(model))
@@ -434,9 +434,9 @@ def insert(model: str, codec: str, trials: str) -> None:
     from mlx_lm.models.cache import make_prompt_cache
 
     from kvstore import Store
-    from kvstore.generate import prefill
-    from kvstore.model import load_model
-    from kvstore.server import DiskPromptCache, ServedModel
+    from kvstore.models.load import load_model
+    from kvstore.models.session import prefill
+    from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
 
     loaded, tokenizer, fingerprint = load_model(model)
     tokens = tokenizer.encode(sys.stdin.read())[:STALL_TOKENS]

@@ -9,39 +9,38 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .chat_verb import chat
-from .demo_verb import demo
-from .entry_verbs import inspect_entry, list_entries, load, remove
-from .export_verb import export
+from . import chat as _chat
+from . import demo_verb as _demo
+from . import entries as _entries
+from . import generate as _generate
+from . import housekeeping as _housekeeping
+from . import lookup as _lookup
+from . import serve as _serve
+from . import transfer as _transfer
 from .failures import run
-from .import_verb import import_file
-from .keeping_verbs import pin, prune, rename, stats
-from .lookup_verb import lookup
-from .model_verbs import generate, save
-from .root import cli
-from .serve_verb import serve
-from .store_verbs import completion, show_dir, verify
+from .main import cli
 
+# In the order in which `kvstore --help` lists them.
 for _verb in (
-    save,
-    load,
-    generate,
-    chat,
-    serve,
-    export,
-    import_file,
-    lookup,
-    list_entries,
-    inspect_entry,
-    rename,
-    pin,
-    remove,
-    prune,
-    verify,
-    stats,
-    demo,
-    show_dir,
-    completion,
+    _generate.save,
+    _entries.load,
+    _generate.generate,
+    _chat.chat,
+    _serve.serve,
+    _transfer.export,
+    _transfer.import_file,
+    _lookup.lookup,
+    _entries.list_entries,
+    _entries.inspect_entry,
+    _housekeeping.rename,
+    _housekeeping.pin,
+    _entries.remove,
+    _housekeeping.prune,
+    _housekeeping.verify,
+    _housekeeping.stats,
+    _demo.demo,
+    _housekeeping.show_dir,
+    _housekeeping.completion,
 ):
     cli.add_command(_verb)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from ..folder import default_path
-from ..output import terminal_width
+from ..storage.folder import default_path
+from .main import Verb, load_fast_blas, output_of, store_path
 from .options import CodecName, ModelOptions, Text, gathered, model_options
-from .root import Verb, load_fast_blas, output_of, store_path
+from .output import terminal_width
 
 
 @click.command(cls=Verb)
@@ -62,7 +62,7 @@ def demo(
     """
     output = output_of(context)
     load_fast_blas()
-    from ..demo import CODECS, format_result, run_demo
+    from .demo import CODECS, format_result, run_demo
 
     with output.progress() as bars:
         result = run_demo(

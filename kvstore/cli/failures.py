@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import click
 
 from ..errors import KVStoreError
-from ..output import print_failure
-from .root import log, start_logging
+from .main import log, start_logging
+from .output import print_failure
 
 INTERRUPTED = 130
 USAGE = 2
-
 _HINTS = {
     errno.ENOSPC: "free some space and try again; what was saved before is whole",
     errno.EDQUOT: "free some space and try again; what was saved before is whole",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 from click.shell_completion import CompletionItem
 
-from ..types import JSON
-from .root import is_utf8, load_fast_blas
+from ..format.documents import JSON
+from .main import is_utf8, load_fast_blas
 
 if TYPE_CHECKING:
     JSONParam = click.ParamType[JSON]
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 else:
     # Older releases of click cannot be asked for the type.
     JSONParam = PartParam = click.ParamType
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -153,6 +152,29 @@ class SamplingOptions:
         )
 
 
+class EntryName(click.ParamType[str]):
+    """A name for an entry."""
+
+    name = "name"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the name."""
+        from ..format.entry import check_name
+
+        try:
+            check_name(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+name = click.option(
+    "--name", metavar="NAME", type=EntryName(), help="A name for the entry."
+)
+
+
 class Text(click.ParamType[str]):
     """Text that is UTF-8.
 
@@ -235,24 +257,6 @@ class Percentage(PartParam):
         if not (value.endswith("%") and 0 <= part <= 1):
             self.fail(f"`{value}` is not a percentage such as 10%", param, ctx)
         return part
-
-
-class EntryName(click.ParamType[str]):
-    """A name for an entry."""
-
-    name = "name"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        """Return the name."""
-        from ..catalog import check_name
-
-        try:
-            check_name(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
 
 
 class KVBits(click.ParamType[int | str]):
@@ -423,7 +427,7 @@ def complete_entries(
 ) -> list[CompletionItem]:
     """Return the names of entries that start so, for the shell's completion."""
     from ..errors import KVStoreError
-    from .root import open_store
+    from .main import open_store
 
     try:
         names = [entry.name or entry.id for entry in open_store(context).entries()]
@@ -454,9 +458,6 @@ codec = click.option(
     type=CodecName(),
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
     " with +zstd or not.  [default: turbo4+zstd]",
-)
-name = click.option(
-    "--name", metavar="NAME", type=EntryName(), help="A name for the entry."
 )
 replace = click.option(
     "--replace",

@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 
 from ..errors import CodecError
-from .codec import MLX_DTYPES, ArrayCodec, Codec, Rows
+from .base import MLX_DTYPES, ArrayCodec, Codec, Rows
 from .planes import Planes
 from .raw import Raw
 from .turbo import Turbo

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .codec import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 

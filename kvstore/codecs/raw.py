@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .codec import MLX_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, Array, PartSpecs, Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from turboquant.kernels import numpy as kernels
 from turboquant.packing import plane_widths
 
 from ..errors import CodecError
-from .codec import MLX_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, Array, PartSpecs, Rows
 from .planes import join_planes, split_planes
 
 NUM_SINKS = 4

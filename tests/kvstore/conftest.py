@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 
 # Machines that test are slow now and then, which is no failure.
 settings.register_profile(

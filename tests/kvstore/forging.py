@@ -19,8 +19,12 @@ import mlx.core as mx
 import pytest
 
 import kvstore
-from kvstore import bundles, prompt_cache, shards
-from kvstore.hashing import canonical_json, hash_block_tokens
+from kvstore.caches import live as prompt_cache
+from kvstore.format import bundle as bundles
+from kvstore.format import shard as shards
+from kvstore.format.chain import hash_block_tokens
+from kvstore.format.documents import canonical_json
+from kvstore.storage.shards import open_shard_at, staged_shard
 
 BLOCK = 16
 
@@ -125,7 +129,7 @@ def decode(shard):
     with tempfile.NamedTemporaryFile() as file:
         file.write(shard)
         file.flush()
-        with shards.open_shard_at(Path(file.name)) as opened:
+        with open_shard_at(Path(file.name)) as opened:
             stored = opened.header.blocks
             pairs = zip(stored, opened.read(stored), strict=True)
             return opened.header.origin, [shards.as_written(b, d) for b, d in pairs]
@@ -137,7 +141,7 @@ def encode(origin, blocks):
         tempfile.TemporaryDirectory() as folder,
         # Who forges does not look whether it can be read back.
         patch.object(shards, "_parse"),
-        shards.staged_shard(Path(folder), origin, blocks) as staged,
+        staged_shard(Path(folder), origin, blocks) as staged,
     ):
         return staged.path.read_bytes()
 

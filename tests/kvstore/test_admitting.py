@@ -15,7 +15,10 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
-from kvstore import admitting, exporting, reading, unpacking
+from kvstore.ops import admit as admitting
+from kvstore.ops import export_bundle as exporting
+from kvstore.ops import import_bundle as unpacking
+from kvstore.storage import blocks as reading
 
 HERE = Path(__file__).parent
 BLOCK = 16
@@ -468,7 +471,7 @@ def test_damage_is_found_before_anything_is_written(stores, caches, flip_bit):
 
 def test_what_nobody_could_read_is_not_exported(stores, caches, monkeypatch):
     """A bundle that a reader would refuse is not begun."""
-    monkeypatch.setattr("kvstore.catalog.MAX_LABEL", 50_000)
+    monkeypatch.setattr("kvstore.format.entry.MAX_LABEL", 50_000)
     tokens, cache = caches.make_conversation(1, 3)
     model = replace(caches.MODEL, label="x" * 40_000)
     file = io.BytesIO()

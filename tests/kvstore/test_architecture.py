@@ -1,4 +1,4 @@
-"""The rules of docs/DESIGN.md about who may import whom, held."""
+"""The rules of docs/ARCHITECTURE.md about who may import whom, held."""
 
 import ast
 import inspect
@@ -14,52 +14,43 @@ import kvstore
 
 ROOT = Path(kvstore.__file__).parent.parent
 
-# From the bottom up: a module imports from lower lines only.
-LEVELS = [
-    {"errors", "types"},
-    {"blas", "files", "hashing", "safetensors_header", "codecs", "speeds"}
-    | {"interrupts"},
-    {"folder", "index", "shards", "entries", "fingerprint", "layers", "lineage"},
-    {"indexing", "layout", "catalog"},
-    {"reading", "prompt_cache", "manifests"},
-    {"restoring", "cache_files"},
-    {"snapshot"},
-    {"loading", "saving", "check", "prune", "summing", "bundles"},
-    {"commit", "notes", "explaining", "exporting", "unpacking"},
-    {"admitting"},
+# Who may import whom: a package imports from lower lines only.
+ORDER = [
+    {"errors"},
+    {"format", "blas"},
+    {"storage", "codecs"},
+    {"caches"},
+    {"fingerprint"},
+    {"ops"},
     {"store"},
-    {"model", "generate", "writer", "output"},
-    {"server", "demo", "importing", "turns"},
-    {"serving", "chat"},
+    {"models"},
+    {"server"},
     {"cli"},
     {"__main__"},
 ]
+OPS = {  # and inside of ops
+    "commit": {"prune", "save"},
+    "explain": {"load"},
+    "admit": {"commit", "import_bundle"},
+    "stats": {"speeds"},
+    "usage": {"load", "speeds"},
+}
 # Where more than the name of the module says is imported from a package of others;
 # `top` is the module level, so at import time.
 ALLOWED = {
-    "apsw": {"index"},
-    "click": {"cli", "output"},
-    "rich": {"cli", "output"},
-    "mlx_lm": {
-        "layers", "prompt_cache", "restoring", "cache_files", "model", "generate",
-        "server", "serving", "importing", "demo", "chat", "cli",
-    },
-    "transformers": {"model", "server", "demo"},
-    "turboquant": {"codecs.turbo", "layers", "generate"},
+    "apsw": {"storage.index"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "mlx_lm": {"caches", "models", "server", "cli"},
+    "transformers": {"models", "server", "cli.demo"},
+    "turboquant": {"codecs.turbo", "caches", "models"},
     "zstandard": {"codecs.zstd"},
-    "safetensors": {"check"},
-}  # fmt: skip
+    "safetensors": {"ops.check"},
+}
 ALLOWED_AT_TOP = {
-    "mlx_lm": {"generate", "server"},
+    "mlx_lm": {"models.session", "models.generate", "server.prompt_cache"},
     "rich": set(),
     "transformers": set(),
-}
-PEERS = {"hashing", "prompt_cache", "codecs", "shards", "index", "entries"}
-# What peers know of each other.
-FRIENDS = {
-    ("shards", "hashing"),  # canonical_json
-    ("entries", "hashing"),  # canonical_json
-    ("prompt_cache", "codecs"),  # names of dtypes, rows to decode
 }
 
 
@@ -124,8 +115,8 @@ def inner_imports(name):
 
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_imports_go_down(name):
-    """A module imports only what lies below it."""
-    level = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+    """A package imports only from the packages below it."""
+    level = {part: number for number, parts in enumerate(ORDER) for part in parts}
     if name == "__init__":
         return  # it offers names and imports none of them
     mine = part_of(name)
@@ -137,31 +128,20 @@ def test_imports_go_down(name):
     assert set() == above
 
 
+@pytest.mark.parametrize("name", sorted(n for n in OURS if n.startswith("ops.")))
+def test_jobs_know_few_other_jobs(name):
+    """A job calls another job only where the list says so."""
+    job = name.removeprefix("ops.")
+    known = {n for n in inner_imports(name) if n.startswith("ops.")}
+    assert {n.removeprefix("ops.") for n in known} <= OPS.get(job, set())
+
+
 def test_there_are_no_cycles():
     """No module imports itself by way of others, not even inside functions."""
     graph = {name: inner_imports(name) - {name, "", "__init__"} for name in OURS}
     del graph["__init__"]
     order = list(TopologicalSorter(graph).static_order())
     assert set(graph) <= set(order)
-
-
-def test_the_peers_do_not_know_each_other():
-    """Hashing, prompt caches, codecs, shards, index and entries are strangers."""
-    known = {
-        (part_of(name), part_of(other))
-        for name in OURS
-        if part_of(name) in PEERS
-        for other in inner_imports(name)
-        if part_of(other) in PEERS and part_of(other) != part_of(name)
-    }
-    assert known <= FRIENDS
-
-
-def test_only_the_store_and_above_conduct():
-    """No part below the store imports the store, not even inside a function."""
-    above = set().union(*LEVELS[LEVELS.index({"store"}) :])
-    users = {n for n in OURS if "store" in inner_imports(n)} - {"__init__"}
-    assert {part_of(name) for name in users} <= above
 
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))
@@ -189,15 +169,12 @@ def test_what_is_slow_to_import_is_imported_late(package):
     assert users <= ALLOWED_AT_TOP[package]
 
 
-NO_ARRAYS = {"errors", "types", "hashing", "files", "folder", "entries", "index",
-             "indexing", "catalog", "reading", "shards", "prune", "check",
-             "safetensors_header", "speeds", "summing", "notes", "manifests",
-             "bundles", "exporting"}  # fmt: skip
+NO_ARRAYS = {"format", "storage", "errors"}
 
 
-@pytest.mark.parametrize("name", sorted(NO_ARRAYS))
+@pytest.mark.parametrize("name", sorted(n for n in OURS if part_of(n) in NO_ARRAYS))
 def test_what_keeps_books_knows_no_arrays(name):
-    """Files, names, hashes and places are kept without MLX."""
+    """Files, names, hashes and locations are kept without MLX."""
     found = {full.split(".")[0] for full in imports(name, OURS[name])}
     assert set() == found & {"mlx", "mlx_lm"}
 
@@ -216,7 +193,7 @@ def test_nothing_imports_the_live_cache_at_module_level():
     """`turboquant.kv_cache` brings mlx-lm, so it is imported inside functions."""
     for package, trees in (("kvstore", OURS), ("turboquant", THEIRS)):
         for name, tree in trees.items():
-            if name == "generate":
+            if name == "models.session":
                 continue  # which brings mlx-lm itself
             found = imports(name, tree, top=True, package=package)
             assert "turboquant.kv_cache" not in set(found), (package, name)
@@ -226,7 +203,7 @@ CALLS = {"fsync", "fdatasync", "replace", "rename", "renames", "link", "truncate
 
 
 def test_only_one_module_renames_and_syncs():
-    """`os.replace`, `os.fsync` and their like are called in `files` only."""
+    """`os.replace`, `os.fsync` and their like are called in `storage.files` only."""
     users = {
         name
         for name, tree in OURS.items()
@@ -236,7 +213,7 @@ def test_only_one_module_renames_and_syncs():
         and node.value.id == "os"
         and node.attr in CALLS
     }
-    assert {"files"} == users
+    assert {"storage.files"} == users
 
 
 def test_nothing_is_swallowed():
@@ -264,11 +241,12 @@ def test_every_module_says_what_it_knows(package):
 
 
 PUBLIC = {
-    "CodecError", "Entry", "EntryExistsError", "EntryNotFoundError", "Explanation",
+    "Chat", "CodecError", "DiskPromptCache", "Entry", "EntryExistsError",
+    "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IntegrityError",
     "KVStoreError", "Match", "Speeds", "Stats", "Store", "StoreLockedError",
     "StoreNotFoundError", "UnsupportedCacheError", "__version__", "codec_names",
-    "get_codec",
+    "get_codec", "register_kind", "save_prompt", "stream_generate",
 }  # fmt: skip
 
 

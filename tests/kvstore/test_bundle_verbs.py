@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

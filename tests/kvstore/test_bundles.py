@@ -19,10 +19,12 @@ import pytest
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 import kvstore
-from kvstore import bundles, entries, unpacking
-from kvstore.folder import create_folder, open_folder
-from kvstore.hashing import hash_block_tokens, hash_root
-from kvstore.types import Origin, Part
+from kvstore.format import bundle as bundles
+from kvstore.format.block import Origin, Part
+from kvstore.format.chain import hash_block_tokens, hash_root
+from kvstore.ops import import_bundle as unpacking
+from kvstore.storage.entries import write_entry
+from kvstore.storage.folder import create_folder, open_folder
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -125,7 +127,7 @@ def test_the_same_entry_gives_the_same_bytes(stores, caches):
             entry = store.entry("doc")
         folder = open_folder(path)
         stamped = replace(entry, created_at=1.5e9, updated_at=2e9, pinned=True)
-        entries.write_entry(folder.entries, stamped, folder.staging)
+        write_entry(folder.entries, stamped, folder.staging)
         made[path] = export(path)
     assert len(list(stores[1].glob("shards/*/*"))) == 3
     with kvstore.Store(stores[1], "raw") as store:

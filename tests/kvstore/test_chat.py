@@ -20,9 +20,11 @@ import mlx_lm
 import pytest
 
 import kvstore
-from kvstore.chat import Chat
-from kvstore.generate import entry_tokens, save_prompt
-from kvstore.model import encode_prompt, fingerprint_model, load_models
+from kvstore.models.chat import Chat
+from kvstore.models.generate import save_prompt
+from kvstore.models.load import fingerprint_model, load_models
+from kvstore.models.session import entry_tokens
+from kvstore.models.templates import encode_prompt
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = ["Hello there", "And then? What came next?", "Fine", "The end."]
@@ -1047,8 +1049,8 @@ def test_a_terminal_may_hang_up(tiny_model, store_path):
 KILLED = """
 import os, sys
 import kvstore
-from kvstore.chat import Chat
-from kvstore.model import load_model
+from kvstore.models.chat import Chat
+from kvstore.models.load import load_model
 
 model, tokenizer, fingerprint = load_model(sys.argv[1])
 store = kvstore.Store(sys.argv[2], "raw")
@@ -1107,8 +1109,8 @@ import json, sys
 from kvstore.blas import load_openblas
 load_openblas()
 import kvstore
-from kvstore.chat import Chat
-from kvstore.model import load_models
+from kvstore.models.chat import Chat
+from kvstore.models.load import load_models
 
 model, path, name, drafts, *lines = sys.argv[1:]
 loaded, tokenizer, draft, fingerprint = load_models(

@@ -6,11 +6,18 @@ import shutil
 import pytest
 
 import kvstore
-from kvstore import check, shards
-from kvstore.folder import open_folder
-from kvstore.hashing import hash_root
-from kvstore.index import Index, index_identity
-from kvstore.indexing import confirm_folder, index_folder
+from kvstore.format import shard as shards
+from kvstore.format.chain import hash_root
+from kvstore.ops import check
+from kvstore.storage.blocks import (
+    confirm_folder,
+    index_folder,
+    open_index,
+    replace_index,
+)
+from kvstore.storage.folder import open_folder
+from kvstore.storage.index import Index, index_identity
+from kvstore.storage.shards import open_shard, publish_shard, staged_shard
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def test_a_new_store_has_no_findings(store_path):
 def test_a_finding_says_what_where_and_who_suffers(folder):
     """A damaged block is found with its file, and every entry that needs it."""
     path = shard_files(folder)[0]
-    with shards.open_shard(folder.shards, path.stem) as opened:
+    with open_shard(folder.shards, path.stem) as opened:
         first = opened.header.blocks[0]
         begin = opened.header.data_begin
     spoil(path, begin + first.begin)
@@ -178,7 +185,7 @@ def test_a_rebuilt_index_says_the_same(folder, caches):
     before = all_rows(folder)
     for path in folder.path.glob("index.sqlite*"):
         path.unlink()
-    check.open_index(folder).close()
+    open_index(folder).close()
     assert before == all_rows(folder)
     assert [] == find(folder)
 
@@ -186,10 +193,10 @@ def test_a_rebuilt_index_says_the_same(folder, caches):
 def test_an_index_is_replaced_only_by_whoever_saw_the_damaged_one(folder):
     """A second process that saw the same damage leaves the new index alone."""
     seen = index_identity(folder.index)
-    check.replace_index(folder, seen)
+    replace_index(folder, seen)
     fresh = index_identity(folder.index)
     assert seen != fresh
-    check.replace_index(folder, seen)
+    replace_index(folder, seen)
     assert fresh == index_identity(folder.index)
 
 
@@ -204,9 +211,9 @@ def test_an_interrupted_rebuild_leaves_no_half_index(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(check, "index_folder", stop)
         with pytest.raises(KeyboardInterrupt):
-            check.open_index(folder)
+            open_index(folder)
     assert not folder.index.exists()
-    check.open_index(folder).close()
+    open_index(folder).close()
     assert [] == find(folder)
 
 
@@ -249,7 +256,7 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
     from dataclasses import replace
 
     path = shard_files(folder)[0]
-    with shards.open_shard(folder.shards, path.stem) as opened:
+    with open_shard(folder.shards, path.stem) as opened:
         blocks = [
             shards.as_written(stored, data)
             for stored, data in zip(
@@ -258,8 +265,8 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
         ]
         origin = opened.header.origin
     odd = replace(blocks[0], block=replace(blocks[0].block, tokens=(9,) * 16))
-    with shards.staged_shard(folder.staging, origin, [odd]) as staged:
-        shards.publish_shard(folder.shards, staged)
+    with staged_shard(folder.staging, origin, [odd]) as staged:
+        publish_shard(folder.shards, staged)
     assert ["damaged-block"] == [f.kind for f in find(folder)]
     assert "not named by its tokens" in find(folder)[0].detail
     assert hash_root(caches.MODEL.digest, origin.layout, "") == blocks[0].block.parent

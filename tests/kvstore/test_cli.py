@@ -15,14 +15,13 @@ import click
 import pytest
 
 import kvstore
-from kvstore import entries
 from kvstore.cli import cli
 from kvstore.cli.failures import explain
 from kvstore.cli.options import JSONObject, Percentage
-from kvstore.entries import entry_id
-from kvstore.folder import create_folder
-from kvstore.output import format_bytes
-from kvstore.types import Entry
+from kvstore.cli.output import format_bytes
+from kvstore.format.entry import Entry, entry_id
+from kvstore.storage.entries import write_entry
+from kvstore.storage.folder import create_folder
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENT = "The quick brown fox. " * 30
@@ -52,15 +51,16 @@ def two_entries(tmp_path):
     folder = create_folder(tmp_path / "store")
     for number, name in enumerate(["one", "two"]):
         entry = make_entry(name, 1_700_000_000.0 + number)
-        entries.write_entry(folder.entries, entry, folder.staging)
+        write_entry(folder.entries, entry, folder.staging)
     return folder
 
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
     """A store with the entry `doc`, made by the tiny model."""
-    from kvstore.generate import save_prompt
-    from kvstore.model import encode_prompt, load_model
+    from kvstore.models.generate import save_prompt
+    from kvstore.models.load import load_model
+    from kvstore.models.templates import encode_prompt
 
     model, tokenizer, fingerprint = load_model(str(tiny_model))
     tokens = encode_prompt(tokenizer, DOCUMENT, is_open=True)
@@ -250,7 +250,7 @@ def test_a_reader_that_leaves_is_no_error(two_entries):
 def test_a_narrow_encoding_prints_escapes(two_entries, kvstore_cli):
     """Where stdout cannot spell a name, it is escaped and the verb goes on."""
     entry = make_entry("日本")
-    entries.write_entry(two_entries.entries, entry, two_entries.staging)
+    write_entry(two_entries.entries, entry, two_entries.staging)
     finished = kvstore_cli("ls", env={"PYTHONIOENCODING": "latin-1"})
     assert finished.returncode == 0
     assert "\\u65e5\\u672c" in finished.stdout
@@ -340,8 +340,8 @@ def test_ctrl_c_instead_of_an_answer_removes_nothing(
     def interrupt(self, question, *, is_answered):
         raise click.Abort
 
-    monkeypatch.setattr("kvstore.output.Output.confirm", interrupt)
-    monkeypatch.setattr("kvstore.prune.PrunePlan.freed_bytes", 1, raising=False)
+    monkeypatch.setattr("kvstore.cli.output.Output.confirm", interrupt)
+    monkeypatch.setattr("kvstore.ops.prune.PrunePlan.freed_bytes", 1, raising=False)
     code, _, err = run_cli(*words)
     assert code == 130
     assert err.endswith("error: interrupted\nhint: nothing was removed\n")
@@ -593,7 +593,7 @@ def test_ls_of_a_thousand_entries_is_quick(kvstore_cli, tmp_path):
     folder = create_folder(tmp_path / "store")
     for number in range(1000):
         entry = make_entry(f"entry-{number}")
-        entries.write_entry(folder.entries, entry, folder.staging)
+        write_entry(folder.entries, entry, folder.staging)
     times = []
     for _ in range(5):
         before = os.times()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import kvstore
-from kvstore import demo
+from kvstore.cli import demo
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd")
 
@@ -188,7 +188,7 @@ def test_a_process_that_dies_is_an_error(tmp_path, monkeypatch):
 
 def test_importing_the_demo_leaves_openblas_its_chance():
     """Neither this module nor what it imports brings MLX."""
-    program = "import sys, kvstore.demo; sys.exit('mlx.core' in sys.modules)"
+    program = "import sys, kvstore.cli.demo; sys.exit('mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

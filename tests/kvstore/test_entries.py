@@ -7,10 +7,17 @@ from dataclasses import asdict, replace
 import blake3
 import pytest
 
-from kvstore import entries
 from kvstore.errors import FormatError, IntegrityError
-from kvstore.hashing import canonical_json
-from kvstore.types import Entry
+from kvstore.format import entry as entries
+from kvstore.format.documents import canonical_json
+from kvstore.format.entry import Entry
+from kvstore.storage.entries import (
+    entry_path,
+    list_ids,
+    read_entry,
+    remove_entry,
+    write_entry,
+)
 
 ENTRY = Entry(
     id=entries.entry_id("handbök", ""),
@@ -38,8 +45,8 @@ def folder(tmp_path):
 
 def write(folder, entry=ENTRY):
     """Write an entry and return its file."""
-    entries.write_entry(folder, entry, folder.parent / "tmp")
-    return entries.entry_path(folder, entry.id)
+    write_entry(folder, entry, folder.parent / "tmp")
+    return entry_path(folder, entry.id)
 
 
 def forge(folder, **changes):
@@ -47,7 +54,7 @@ def forge(folder, **changes):
     body = {"format": 1, **asdict(ENTRY), **changes}
     body = {key: value for key, value in body.items() if value is not forge}
     digest = blake3.blake3(canonical_json(body)).hexdigest()
-    path = entries.entry_path(folder, ENTRY.id)
+    path = entry_path(folder, ENTRY.id)
     path.write_bytes(canonical_json({**body, "digest": digest}))
 
 
@@ -56,8 +63,8 @@ def test_an_entry_is_read_as_it_was_written(folder, name):
     """Every field comes back, whatever the name."""
     entry = replace(ENTRY, name=name, id=entries.entry_id(name, ENTRY.tip))
     write(folder, entry)
-    assert entry == entries.read_entry(folder, entry.id)
-    assert [entry.id] == entries.list_ids(folder)
+    assert entry == read_entry(folder, entry.id)
+    assert [entry.id] == list_ids(folder)
 
 
 def test_ids_are_frozen():
@@ -83,15 +90,15 @@ def test_no_name_is_the_tip_of_an_entry_without_one():
 
 def test_an_entry_that_is_not_there_is_none(folder):
     """A missing file is an answer."""
-    assert entries.read_entry(folder, "0" * 32) is None
+    assert read_entry(folder, "0" * 32) is None
 
 
 def test_a_removed_entry_is_gone(folder):
     """What was removed is neither read nor listed."""
     write(folder)
-    entries.remove_entry(folder, ENTRY.id)
-    assert entries.read_entry(folder, ENTRY.id) is None
-    assert [] == entries.list_ids(folder)
+    remove_entry(folder, ENTRY.id)
+    assert read_entry(folder, ENTRY.id) is None
+    assert [] == list_ids(folder)
 
 
 def test_every_flipped_bit_is_detected(folder, flip_bit):
@@ -102,7 +109,7 @@ def test_every_flipped_bit_is_detected(folder, flip_bit):
     for bit in range(len(good) * 8):
         path.write_bytes(flip_bit(good, bit))
         with suppress(IntegrityError):
-            unnoticed.append((bit, entries.read_entry(folder, ENTRY.id)))
+            unnoticed.append((bit, read_entry(folder, ENTRY.id)))
     assert [] == unnoticed
 
 
@@ -111,7 +118,7 @@ def test_damage_names_the_file_and_the_remedy(folder, flip_bit):
     path = write(folder)
     flip_bit(path, 300)
     with pytest.raises(IntegrityError, match="entry file is damaged") as caught:
-        entries.read_entry(folder, ENTRY.id)
+        read_entry(folder, ENTRY.id)
     assert path == caught.value.path
     assert "save it again" in caught.value.hint
 
@@ -123,7 +130,7 @@ def test_every_truncation_is_detected(folder):
     for size in range(len(good)):
         path.write_bytes(good[:size])
         with pytest.raises(IntegrityError):
-            entries.read_entry(folder, ENTRY.id)
+            read_entry(folder, ENTRY.id)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +157,9 @@ def test_every_truncation_is_detected(folder):
 )
 def test_what_is_no_entry_is_damaged(folder, data):
     """Any bytes at all give an entry or an IntegrityError."""
-    entries.entry_path(folder, ENTRY.id).write_bytes(data)
+    entry_path(folder, ENTRY.id).write_bytes(data)
     with pytest.raises(IntegrityError):
-        entries.read_entry(folder, ENTRY.id)
+        read_entry(folder, ENTRY.id)
 
 
 @pytest.mark.parametrize(
@@ -190,29 +197,29 @@ def test_a_field_of_the_wrong_type_is_damage(folder, changes):
     """Types are checked even where the digest is right."""
     forge(folder, **changes)
     with pytest.raises(IntegrityError):
-        entries.read_entry(folder, ENTRY.id)
+        read_entry(folder, ENTRY.id)
 
 
 def test_the_forgery_itself_is_readable(folder):
     """The tests above fail for the change they make, not for how they make it."""
     forge(folder)
-    assert ENTRY == entries.read_entry(folder, ENTRY.id)
+    assert ENTRY == read_entry(folder, ENTRY.id)
 
 
 def test_a_file_under_another_id_is_damaged(folder):
     """A file renamed to another entry's id does not take its place."""
     path = write(folder)
     other = entries.entry_id("other", "")
-    path.rename(entries.entry_path(folder, other))
+    path.rename(entry_path(folder, other))
     with pytest.raises(IntegrityError, match=ENTRY.id):
-        entries.read_entry(folder, other)
+        read_entry(folder, other)
 
 
 def test_a_newer_format_is_not_damage(folder):
     """An entry of a later release is told apart, whatever fields it has."""
     forge(folder, format=2, surprise=1)
     with pytest.raises(FormatError, match="format 2"):
-        entries.read_entry(folder, ENTRY.id)
+        read_entry(folder, ENTRY.id)
 
 
 def test_other_files_are_not_taken_for_entries(folder):
@@ -221,7 +228,7 @@ def test_other_files_are_not_taken_for_entries(folder):
     for name in ("notes.json", f".{ENTRY.id}.json", f"{ENTRY.id}.json~", "x"):
         (folder / name).write_text("mine")
     (folder / "folder.json").mkdir()
-    assert [ENTRY.id] == entries.list_ids(folder)
+    assert [ENTRY.id] == list_ids(folder)
 
 
 def test_the_file_is_json_that_others_can_read(folder):

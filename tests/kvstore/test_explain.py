@@ -7,9 +7,8 @@ import mlx.core as mx
 import pytest
 
 import kvstore
-from kvstore.cli import lookup_verb
-from kvstore.explaining import WINDOW
-from kvstore.types import OtherModel
+from kvstore.cli import lookup as lookup_verb
+from kvstore.ops.explain import WINDOW, OtherModel
 
 BLOCK = 16
 TOKENS = list(range(100, 100 + 4 * BLOCK + 5))
@@ -361,7 +360,7 @@ class PickyTokenizer:
 
 def test_what_the_tokenizer_refuses_is_shown_as_numbers():
     """An image's token is negative, and no tokenizer decodes it."""
-    divergence = kvstore.types.Divergence(
+    divergence = kvstore.ops.explain.Divergence(
         2, 0, (97, 98, 99), (97, 98, -7, 100), entry=None
     )
     sides = lookup_verb._Sides.of(divergence, PickyTokenizer())

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import pytest
 
 import kvstore
-from kvstore import files
-from kvstore.folder import open_folder
+from kvstore.storage import files
+from kvstore.storage.folder import open_folder
 
 BLOCKS = 4
 EXTRA = 5

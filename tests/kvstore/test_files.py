@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from kvstore import files
 from kvstore.errors import StoreLockedError
+from kvstore.storage import files
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from kvstore import files
+from kvstore.storage import files
 with files.locked(Path(sys.argv[1]), exclusive=sys.argv[2] == "exclusive"):
     print("held", flush=True)
     sys.stdin.read()

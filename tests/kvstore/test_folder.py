@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from kvstore.errors import FormatError, IntegrityError, StoreNotFoundError
-from kvstore.folder import create_folder, default_path, open_folder
+from kvstore.storage.folder import create_folder, default_path, open_folder
 
 CREATE = """
 import sys

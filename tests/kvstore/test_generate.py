@@ -11,13 +11,8 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 import kvstore
-from kvstore.generate import (
-    LiveCache,
-    entry_tokens,
-    prefill,
-    save_prompt,
-    stream_generate,
-)
+from kvstore.models.generate import save_prompt, stream_generate
+from kvstore.models.session import LiveCache, entry_tokens, prefill
 
 PROMPT = [(7 * i) % 250 for i in range(300)]
 
@@ -208,7 +203,7 @@ def test_an_interrupt_never_saves_a_row_that_is_not_there(
 def test_an_interrupted_window_is_not_saved(loaded, store, monkeypatch):
     """What cannot be cut back to the last whole row is not kept."""
     monkeypatch.setattr(
-        "kvstore.generate.make_prompt_cache",
+        "kvstore.models.session.make_prompt_cache",
         lambda model, _: [RotatingKVCache(512) for _ in model.layers],
     )
 
@@ -291,7 +286,7 @@ def test_a_taken_name_is_refused_before_the_prefill(loaded, store):
 def test_a_name_is_another_models(loaded, store, other_model):
     """The same tokens under the same name, computed by another model, are refused."""
     save(loaded, store, PROMPT, name="doc")
-    other = kvstore.model.load_model(str(other_model))
+    other = kvstore.models.load.load_model(str(other_model))
     with pytest.raises(kvstore.EntryExistsError):
         save(other, store, PROMPT, name="doc")
     with pytest.raises(kvstore.FingerprintError, match="weights"):
@@ -319,7 +314,7 @@ def test_an_unknown_class_is_refused_before_the_prefill(loaded, store, monkeypat
         pass
 
     caches = [KVCache(), Subclass()]
-    monkeypatch.setattr("kvstore.generate.make_prompt_cache", lambda *_: caches)
+    monkeypatch.setattr("kvstore.models.session.make_prompt_cache", lambda *_: caches)
     with pytest.raises(kvstore.UnsupportedCacheError, match="layer 1 "):
         save(loaded, store, PROMPT)
     assert caches[0].offset == 0
@@ -608,7 +603,7 @@ def test_a_prompt_is_saved_for_both_models(loaded, store, drafts):
 def test_a_window_takes_no_draft_model(loaded, store, drafts, monkeypatch):
     """Guesses cannot be taken back from a window, which mlx-lm would not tell."""
     monkeypatch.setattr(
-        "kvstore.generate.make_prompt_cache",
+        "kvstore.models.session.make_prompt_cache",
         lambda model, _: [RotatingKVCache(512) for _ in model.layers],
     )
     with pytest.raises(kvstore.UnsupportedCacheError, match="layer 0 is a Rotating"):

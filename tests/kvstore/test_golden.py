@@ -8,7 +8,7 @@ import numpy as np
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 import kvstore
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = [7, -3, *range(38)]

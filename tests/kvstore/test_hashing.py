@@ -7,13 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.hashing import (
-    canonical_json,
-    common_run,
-    hash_block_tokens,
-    hash_root,
-    split_tokens,
-)
+from kvstore.format.chain import common_run, hash_block_tokens, hash_root, split_tokens
+from kvstore.format.documents import canonical_json
 
 # The hashes below are written down for ever: stores on people's disks hold them.
 ROOT = hash_root("ab" * 32, [{"class": "KVCache"}], "")

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore.cache_files import (
+from kvstore.caches.mlx_files import (
     FROM_0_28_1,
     IN_0_31,
     IN_0_32,
@@ -30,8 +30,8 @@ from kvstore.cache_files import (
     open_cache_file,
 )
 from kvstore.errors import FingerprintError, FormatError, KVStoreError
-from kvstore.importing import read_cache_file
-from kvstore.model import encode_prompt
+from kvstore.models.load import read_cache_file
+from kvstore.models.templates import encode_prompt
 
 LAYOUTS = (TO_0_28_0, FROM_0_28_1, IN_0_31, IN_0_32)
 METADATA = {"model": "a/model", "tokenizer_config": '{"trust_remote_code": null}'}

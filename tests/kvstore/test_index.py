@@ -9,15 +9,10 @@ from contextlib import suppress
 import apsw
 import pytest
 
-from kvstore.errors import (
-    FormatError,
-    IntegrityError,
-    KVStoreError,
-    StoreLockedError,
-)
-from kvstore.hashing import hash_block_tokens, hash_root, split_tokens
-from kvstore.index import MAX_CHILDREN, Index
-from kvstore.types import Block, Place
+from kvstore.errors import FormatError, IntegrityError, KVStoreError, StoreLockedError
+from kvstore.format.block import Block
+from kvstore.format.chain import hash_block_tokens, hash_root, split_tokens
+from kvstore.storage.index import MAX_CHILDREN, Index, Place
 
 ROOT = hash_root("ab" * 32, [], "")
 CHAIN = list(split_tokens(ROOT, list(range(50)), 16))

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from kvstore.interrupts import Interrupts
+from kvstore.cli.interrupts import Interrupts
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -68,7 +68,7 @@ def test_what_is_ignored_stays_ignored():
 
 READER = """
 import sys
-from kvstore.interrupts import Interrupts
+from kvstore.cli.interrupts import Interrupts
 
 with Interrupts() as interrupts:
     print("ready", flush=True)

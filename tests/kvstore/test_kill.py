@@ -26,7 +26,7 @@ STRACE = shutil.which("strace")
 WORKER = """
 import ctypes, os, sys
 import caches, kvstore
-from kvstore import files
+from kvstore.storage import files
 
 path, acknowledged, base, mutant = sys.argv[1:]
 noted = os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

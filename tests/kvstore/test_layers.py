@@ -13,7 +13,10 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore import layers
+from kvstore.caches import kinds as registry
+from kvstore.caches.kinds import _KINDS, register_kind
+from kvstore.caches.kinds.arrays import _shape
+from kvstore.caches.kinds.plain import PlainRows
 from turboquant.kv_cache import TurboQuantKVCache
 
 LAYERS = 2
@@ -211,12 +214,11 @@ def test_a_window_that_lacks_rows_is_refused(store_path, caches):
 
 def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch):
     """A registered class is stored and comes back as itself; a name is taken once."""
-    from kvstore import layers
 
     class Outside(KVCache):
         pass
 
-    class OutsideRows(layers.PlainRows):
+    class OutsideRows(PlainRows):
         name = "Outside"
 
         def owns(self, cache):
@@ -227,10 +229,10 @@ def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch)
             cache.__class__ = Outside
             return cache
 
-    monkeypatch.setattr(layers, "_KINDS", list(layers._KINDS))
-    layers.register(OutsideRows())
+    monkeypatch.setattr(registry, "_KINDS", list(_KINDS))
+    register_kind(OutsideRows())
     with pytest.raises(ValueError, match="already"):
-        layers.register(OutsideRows())
+        register_kind(OutsideRows())
     cache = extended([Outside()], caches.random_rows(20, 1, layers=1))
     with kvstore.Store(store_path, codec="raw") as store:
         store.save(list(range(20)), cache, caches.MODEL, name="x")
@@ -252,5 +254,5 @@ class Unwalked(dict):
 def test_a_state_finds_its_shape_among_many_parameters():
     """Thousands of states with thousands of parameters take no time."""
     params = Unwalked({f"shape3.{axis}": axis + 2 for axis in range(3)})
-    assert layers._shape(params, "3") == (2, 3, 4)
-    assert layers._shape(params, "30") == ()
+    assert _shape(params, "3") == (2, 3, 4)
+    assert _shape(params, "30") == ()

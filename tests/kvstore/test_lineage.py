@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvstore.hashing import BLOCK_SIZE
-from kvstore.lineage import Lineage
-from kvstore.types import Provenance
+from kvstore.caches.live import Provenance
+from kvstore.format.chain import BLOCK_SIZE
+from kvstore.server.lineage import Lineage
 
 MODEL, OTHER = "a" * 64, "b" * 64
 PROMPT = list(range(3 * BLOCK_SIZE))

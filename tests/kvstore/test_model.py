@@ -6,17 +6,15 @@ import sys
 
 import pytest
 
+from kvstore.caches.mlx_files import write_prompt_cache
 from kvstore.errors import KVStoreError
-from kvstore.model import (
-    encode_continuation,
-    encode_prompt,
+from kvstore.models.load import (
     find_model,
     fingerprint_model,
-    has_reply,
     load_model,
     load_tokenizer,
-    write_prompt_cache,
 )
+from kvstore.models.templates import encode_continuation, encode_prompt, has_reply
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +167,7 @@ def test_plain_text_goes_on_as_plain_text(tokenizer):
 @pytest.fixture
 def prompt_cache(loaded):
     """A prompt cache of five tokens."""
-    from kvstore.generate import prefill
+    from kvstore.models.session import prefill
 
     return prefill(loaded[0], [1, 2, 3, 4, 5])
 
@@ -236,7 +234,7 @@ def test_a_failed_write_leaves_the_old_file(prompt_cache, tmp_path, monkeypatch)
     """An error in the middle leaves what was there, and no temporary file."""
     path = tmp_path / "cache.safetensors"
     path.write_bytes(b"mine")
-    monkeypatch.setattr("kvstore.files.sync", lambda descriptor: 1 / 0)
+    monkeypatch.setattr("kvstore.storage.files.sync", lambda descriptor: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_prompt_cache(path, prompt_cache, "m", overwrite=True)
     assert path.read_bytes() == b"mine"
@@ -251,7 +249,7 @@ def test_a_cache_file_needs_its_ending(prompt_cache, tmp_path):
 
 def test_importing_this_module_imports_no_mlx_lm():
     """mlx-lm takes a second, which only the functions that need it spend."""
-    program = "import sys, kvstore.model; print('mlx_lm' in sys.modules)"
+    program = "import sys, kvstore.models.load; print('mlx_lm' in sys.modules)"
     finished = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from kvstore.output import (
+from kvstore.cli.output import (
     Column,
     NeedsFlagError,
     Output,
@@ -171,7 +171,7 @@ def test_colour_needs_a_terminal_that_wants_it(monkeypatch):
 
 BARS = """
 import sys
-from kvstore.output import Output
+from kvstore.cli.output import Output
 with Output().progress() as bars:
     prefill, save = bars.bar("prefill"), bars.bar("save")
     prefill(0, 2)

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 import kvstore
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 
 
 def _load_beside(name):

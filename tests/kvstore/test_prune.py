@@ -6,7 +6,7 @@ import time
 import pytest
 
 import kvstore
-from kvstore import prune
+from kvstore.ops import prune
 
 HOURS_AGO = time.time() - 3 * 3600
 
@@ -171,7 +171,7 @@ def test_blocks_pruned_during_a_save_are_written_again(
     store_path, caches, save, monkeypatch
 ):
     """A save whose prefix is pruned under it still ends with all of its blocks."""
-    from kvstore.saving import Saver
+    from kvstore.ops.save import Saver
 
     write = Saver.write_missing
     calls = []

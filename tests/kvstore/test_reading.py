@@ -5,12 +5,19 @@ from dataclasses import replace
 import pytest
 
 import kvstore
-from kvstore import shards
 from kvstore.errors import IntegrityError
-from kvstore.folder import open_folder
-from kvstore.index import Index
-from kvstore.indexing import header_root, index_shard
-from kvstore.reading import Reader
+from kvstore.format import shard as shards
+from kvstore.storage import blocks as reading
+from kvstore.storage.blocks import Reader, header_root, index_shard
+from kvstore.storage.folder import open_folder
+from kvstore.storage.index import Index
+from kvstore.storage.shards import (
+    list_shards,
+    open_shard,
+    publish_shard,
+    shard_path,
+    staged_shard,
+)
 
 TOKENS = list(range(1000, 1048))
 
@@ -39,19 +46,19 @@ def reader(folder, index):
 
 def name_of(folder):
     """Return the name of the only shard."""
-    (name,) = shards.list_shards(folder.shards)
+    (name,) = list_shards(folder.shards)
     return name
 
 
 def path_of(folder):
     """Return the file of the only shard."""
-    return shards.shard_path(folder.shards, name_of(folder))
+    return shard_path(folder.shards, name_of(folder))
 
 
 def rewrite(folder, index, change, origin=None):
     """Put a changed shard, with right digests, in place of the only one."""
     old = name_of(folder)
-    with shards.open_shard(folder.shards, old) as opened:
+    with open_shard(folder.shards, old) as opened:
         blocks = [
             change(shards.as_written(stored, data))
             for stored, data in zip(
@@ -61,9 +68,9 @@ def rewrite(folder, index, change, origin=None):
         origin = origin or opened.header.origin
     with index.transaction():
         index.drop_shard(old)
-    shards.shard_path(folder.shards, old).unlink()
-    with shards.staged_shard(folder.staging, origin, blocks) as staged:
-        shards.publish_shard(folder.shards, staged)
+    shard_path(folder.shards, old).unlink()
+    with staged_shard(folder.staging, origin, blocks) as staged:
+        publish_shard(folder.shards, staged)
         with index.transaction():
             index_shard(index, staged.name, staged.header, 0.0)
     return staged.name
@@ -72,7 +79,7 @@ def rewrite(folder, index, change, origin=None):
 def read(folder, index, reader):
     """Read all blocks of the only shard."""
     name = name_of(folder)
-    with shards.open_shard(folder.shards, name) as opened:
+    with open_shard(folder.shards, name) as opened:
         root = header_root(opened.header)
     return list(reader.read(name, index.places_in(name), root))
 
@@ -87,9 +94,9 @@ def test_blocks_are_read_with_their_bytes(folder, index, reader):
 def test_a_header_is_read_once(folder, index, reader, monkeypatch):
     """Shards never change, so one look at a header is enough."""
     opened = []
-    original = shards.open_shard
+    original = open_shard
     monkeypatch.setattr(
-        shards, "open_shard", lambda *a: opened.append(a) or original(*a)
+        reading, "open_shard", lambda *a: opened.append(a) or original(*a)
     )
     for place in index.places_in(name_of(folder)) * 3:
         reader.stored(place)
@@ -162,7 +169,7 @@ def test_a_name_that_is_no_shards_is_the_index_s_fault(folder, index, reader):
 
 def test_a_shard_of_another_model_is_not_taken(folder, index, reader, caches):
     """Right tokens under a wrong fingerprint are refused, digests or no."""
-    with shards.open_shard(folder.shards, name_of(folder)) as opened:
+    with open_shard(folder.shards, name_of(folder)) as opened:
         origin = opened.header.origin
         root = header_root(opened.header)
     foreign = replace(origin, fingerprint=caches.OTHER_WEIGHTS.fields)

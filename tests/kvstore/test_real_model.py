@@ -108,7 +108,7 @@ def resume(model_dir, folder):
 def open_stores(folder, dtype):
     """Return a store for each codec."""
     import kvstore
-    from kvstore.folder import create_folder
+    from kvstore.storage.folder import create_folder
 
     stores = {}
     for codec in EXACT_CODECS:

@@ -4,7 +4,8 @@ import mlx.core as mx
 import pytest
 
 import kvstore
-from kvstore import loading, restoring
+from kvstore.caches import restore as restoring
+from kvstore.ops import load as loading
 from turboquant.kv_cache import TurboQuantKVCache
 
 CODECS = ("raw", "planes", "planes+zstd", "turbo4+zstd", "turbo3", "turbo5v3", "turbo8")

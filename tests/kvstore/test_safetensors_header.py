@@ -11,14 +11,13 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import safetensors_header
-from kvstore.safetensors_header import (
+from kvstore.format import safetensors as safetensors_header
+from kvstore.format.documents import MAX_NESTING, strict_json
+from kvstore.format.safetensors import (
     ITEM_SIZES,
     MAX_HEADER_BYTES,
-    MAX_NESTING,
     MAX_TENSORS,
     parse_header,
-    strict_json,
 )
 
 META = '"__metadata__":{"kvstore":"{}"}'

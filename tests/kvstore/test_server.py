@@ -9,10 +9,10 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from kvstore import Store
-from kvstore import prompt_cache as caches_module
+from kvstore.caches import live as caches_module
+from kvstore.caches.live import Provenance
 from kvstore.errors import StoreLockedError
-from kvstore.server import DiskPromptCache, ServedModel
-from kvstore.types import Provenance
+from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
 
 KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
 
@@ -382,7 +382,7 @@ def test_a_disk_slower_than_the_model_is_given_up(open_tier, caches, monkeypatch
     tier = open_tier()
     tier.insert_cache(KEY, tokens, held)
     tier = restart(tier, open_tier)
-    monkeypatch.setattr("kvstore.server._MIN_READ_S", -1.0)
+    monkeypatch.setattr("kvstore.server.prompt_cache._MIN_READ_S", -1.0)
     tier.store.note_prefill(caches.MODEL, 1_000_000, 1e-6)
     assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
     assert "slower than the model: 16 of 63 tokens" in log()[-1]
@@ -479,7 +479,7 @@ def test_a_stall_is_measured(open_tier, caches):
 
 def test_a_real_model_goes_on_with_the_same_bits(store_path, loaded):
     """After a restart, logits are those of a server that was never stopped."""
-    from kvstore.generate import prefill
+    from kvstore.models.session import prefill
 
     model, _, fingerprint = loaded
     served = ServedModel(fingerprint, (make_prompt_cache(model),))

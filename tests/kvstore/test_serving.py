@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
-from kvstore.writer import NICE, Writer
+from kvstore.server.writer import NICE, Writer
 
 
 def _load_beside(name):
@@ -520,10 +520,10 @@ def test_who_writes_gives_way_to_who_generates():
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     deadline = time.monotonic() + 10
     found = mine
-    while found == mine and time.monotonic() < deadline:
+    while found == mine < 19 and time.monotonic() < deadline:
         found = os.getpriority(os.PRIO_PROCESS, writer._thread.native_id)
     writer.close()
-    assert found == mine + NICE
+    assert found == min(mine + NICE, 19)  # the lowest there is
 
 
 # What a person does badly, or a disk.

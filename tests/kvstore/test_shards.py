@@ -12,10 +12,22 @@ import numpy as np
 import pytest
 import safetensors
 
-from kvstore import files, shards
 from kvstore.errors import FormatError, IntegrityError
-from kvstore.hashing import canonical_json, hash_root, split_tokens
-from kvstore.types import EncodedBlock, Origin, Part
+from kvstore.format import shard as shards
+from kvstore.format.block import EncodedBlock, Origin, Part
+from kvstore.format.chain import hash_root, split_tokens
+from kvstore.format.documents import canonical_json
+from kvstore.storage import files
+from kvstore.storage.shards import (
+    list_shards,
+    open_shard,
+    open_shard_at,
+    publish_shard,
+    quarantine_shard,
+    shard_path,
+    staged_copy,
+    staged_shard,
+)
 
 ORIGIN = Origin({"weights": "a", "scale": 1.5}, [{"class": "KVCache"}], "")
 ROOT = hash_root("ab" * 32, ORIGIN.layout, "")
@@ -56,19 +68,19 @@ def write(folder, blocks=None, origin=ORIGIN):
     for name in ("tmp", "shards"):
         (folder / name).mkdir(exist_ok=True)
     blocks = ENCODED if blocks is None else blocks
-    with shards.staged_shard(folder / "tmp", origin, blocks) as staged:
-        shards.publish_shard(folder / "shards", staged)
+    with staged_shard(folder / "tmp", origin, blocks) as staged:
+        publish_shard(folder / "shards", staged)
         return staged.name
 
 
 def path_of(folder, name):
     """Return a shard's file."""
-    return shards.shard_path(folder / "shards", name)
+    return shard_path(folder / "shards", name)
 
 
 def read(folder, name):
     """Return a shard's header and the bytes of its blocks."""
-    with shards.open_shard(folder / "shards", name) as opened:
+    with open_shard(folder / "shards", name) as opened:
         return opened.header, [bytes(b) for b in opened.read(opened.header.blocks)]
 
 
@@ -135,7 +147,7 @@ def test_a_shard_is_named_by_its_bytes(tmp_path):
     """`sha256sum` alone tells whether a shard is whole."""
     name = write(tmp_path)
     assert name == hashlib.sha256(path_of(tmp_path, name).read_bytes()).hexdigest()
-    with shards.open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(tmp_path / "shards", name) as opened:
         assert name == opened.sha256()
 
 
@@ -149,7 +161,7 @@ def test_a_shard_is_read_only_and_leaves_nothing_behind(tmp_path):
 def test_a_shard_that_is_not_published_is_gone(tmp_path):
     """What was staged and not renamed leaves no file."""
     (tmp_path / "tmp").mkdir()
-    with shards.staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
+    with staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
         assert staged.path.exists()
     assert [] == os.listdir(tmp_path / "tmp")
 
@@ -161,7 +173,7 @@ def test_a_shard_is_synced_before_it_can_be_published(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size)
     )
-    with shards.staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
+    with staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
         assert [staged.header.nbytes] == sizes
 
 
@@ -251,7 +263,7 @@ def test_a_flipped_bit_of_the_data_spoils_just_its_block(tmp_path, shard, flip_b
     for number, stored in enumerate(header.blocks):
         for at in (stored.begin, (stored.begin + stored.end) // 2, stored.end - 1):
             name = put(tmp_path, flip_bit(shard, (8 + length + at) * 8 + at % 8))
-            with shards.open_shard(tmp_path / "shards", name) as opened:
+            with open_shard(tmp_path / "shards", name) as opened:
                 for other, block in enumerate(opened.header.blocks):
                     if other != number:
                         assert [good[other]] == [bytes(b) for b in opened.read([block])]
@@ -264,7 +276,7 @@ def test_a_flipped_bit_of_the_data_spoils_just_its_block(tmp_path, shard, flip_b
 def test_blocks_before_the_damaged_one_are_yielded(tmp_path, shard, flip_bit):
     """A read of several blocks gives those that precede the damage."""
     name = put(tmp_path, flip_bit(shard, len(shard) * 8 - 1))
-    with shards.open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(tmp_path / "shards", name) as opened:
         blocks = opened.read(opened.header.blocks)
         assert len(next(blocks)) > 0
         assert len(next(blocks)) > 0
@@ -277,7 +289,7 @@ def test_neighbours_are_read_in_one_read(tmp_path, monkeypatch):
     name = write(tmp_path)
     calls = []
     original = os.preadv
-    with shards.open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(tmp_path / "shards", name) as opened:
         monkeypatch.setattr(
             os,
             "preadv",
@@ -300,7 +312,7 @@ def test_a_missing_shard_is_not_a_damaged_one(tmp_path):
     """A shard that is not there is a FileNotFoundError."""
     with (
         pytest.raises(FileNotFoundError),
-        shards.open_shard(tmp_path, "ab" * 32),
+        open_shard(tmp_path, "ab" * 32),
     ):
         pass
 
@@ -309,7 +321,7 @@ def test_a_missing_shard_is_not_a_damaged_one(tmp_path):
 def test_a_name_that_is_none_opens_nothing(tmp_path, name):
     """A shard's name is 64 hex digits, so it cannot point elsewhere."""
     with pytest.raises(ValueError, match="not the name of a shard"):
-        shards.shard_path(tmp_path, name)
+        shard_path(tmp_path, name)
 
 
 def test_only_shards_are_listed(tmp_path):
@@ -318,16 +330,16 @@ def test_only_shards_are_listed(tmp_path):
     folder = path_of(tmp_path, name).parent
     (folder / "notes.safetensors").write_bytes(b"mine")
     (folder / f"{name}.safetensors.bak").write_bytes(b"mine")
-    assert [name] == shards.list_shards(tmp_path / "shards")
+    assert [name] == list_shards(tmp_path / "shards")
 
 
 def test_a_quarantined_shard_keeps_its_bytes(tmp_path, shard):
     """What cannot be read is moved, not deleted."""
     (tmp_path / "quarantine").mkdir()
     name = put(tmp_path, shard[:100])
-    aside = shards.quarantine_shard(tmp_path / "shards", name, tmp_path / "quarantine")
+    aside = quarantine_shard(tmp_path / "shards", name, tmp_path / "quarantine")
     assert shard[:100] == aside.read_bytes()
-    assert name not in shards.list_shards(tmp_path / "shards")
+    assert name not in list_shards(tmp_path / "shards")
 
 
 def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path):
@@ -336,7 +348,7 @@ def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path):
     odd = replace(ENCODED[0], is_exact=True)
     with (
         pytest.raises(ValueError, match="calls itself exact"),
-        shards.staged_shard(tmp_path / "tmp", ORIGIN, [odd]),
+        staged_shard(tmp_path / "tmp", ORIGIN, [odd]),
     ):
         pass
     assert [] == os.listdir(tmp_path / "tmp")
@@ -579,14 +591,14 @@ def test_reading_opens_the_file_once_and_closes_it(tmp_path, monkeypatch):
 def test_a_copy_is_the_same_shard(tmp_path):
     """All blocks of a shard, copied, give its very bytes; some give a smaller one."""
     name = write(tmp_path)
-    with shards.open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(tmp_path / "shards", name) as opened:
         blocks = opened.header.blocks
         header = shards.shard_header(opened.header.origin, blocks)
-        with shards.staged_copy(tmp_path / "tmp", opened, blocks) as copy:
+        with staged_copy(tmp_path / "tmp", opened, blocks) as copy:
             assert copy.name == name
-        with shards.staged_copy(tmp_path / "tmp", opened, blocks[1:2]) as copy:
+        with staged_copy(tmp_path / "tmp", opened, blocks[1:2]) as copy:
             assert [b.block for b in copy.header.blocks] == [BLOCKS[1]]
-            with shards.open_shard_at(copy.path) as other:
+            with open_shard_at(copy.path) as other:
                 (data,) = other.read(other.header.blocks)
         assert [bytes(data)] == [bytes(d) for d in opened.read(blocks[1:2])]
     assert path_of(tmp_path, name).read_bytes().startswith(header)

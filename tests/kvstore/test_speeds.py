@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvstore
-from kvstore import speeds
 from kvstore.errors import IntegrityError
-from kvstore.index import Index
-from kvstore.notes import LoadNotes
-from kvstore.speeds import MAX_AGE_S, Speeds
-from kvstore.types import Timing
+from kvstore.ops import speeds
+from kvstore.ops.speeds import MAX_AGE_S, Speeds
+from kvstore.ops.usage import LoadNotes
+from kvstore.storage.index import Index, Timing
 
 NOW = 1.8e9
 MODEL = kvstore.Fingerprint({"weights": "a"}, "model-a")

@@ -26,8 +26,8 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore.folder import create_folder
-from kvstore.prompt_cache import flatten_caches, hold
+from kvstore.caches.live import flatten_caches, hold
+from kvstore.storage.folder import create_folder
 from turboquant.kv_cache import TurboQuantKVCache
 
 BLOCK, HEADS, DIM, WINDOW = 8, 2, 32, 12

@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
 import kvstore
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 
 BLOCK = 16
 MODEL = kvstore.Fingerprint({"weights": "a", "config": {"rope_theta": 1e4}}, "model-a")
@@ -113,7 +113,7 @@ def test_several_encoders_write_the_same_bytes(tmp_path, caches, monkeypatch, co
     tokens, held = caches.make_conversation(40, 1, extra=3)
     names = []
     for number in (1, 4):
-        monkeypatch.setattr("kvstore.saving.NUM_ENCODERS", number)
+        monkeypatch.setattr("kvstore.ops.save.NUM_ENCODERS", number)
         path = create_folder(tmp_path / str(number), caches.BLOCK).path
         with kvstore.Store(path, codec) as store:
             store.save(tokens, held, caches.MODEL)
@@ -397,7 +397,7 @@ def test_an_entry_says_whose_it_is(path):
 
 def test_entries_are_found_by_name_and_by_the_start_of_their_id(path, monkeypatch):
     """An entry without a name has its id; a start that fits two is refused."""
-    monkeypatch.setattr("kvstore.catalog.MIN_ID", 1)  # so that some do
+    monkeypatch.setattr("kvstore.storage.entries.MIN_ID", 1)  # so that some do
     with kvstore.Store(path, codec="raw") as store:
         entry = store.save([1, 2, 3], make_cache(3), MODEL)
         assert store.entry(entry.id[:6]) == entry

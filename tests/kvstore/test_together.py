@@ -80,7 +80,7 @@ def test_all_at_once_is_all_right(store_path, tiny_model, tmp_path, size):
 def test_a_save_gets_through_however_often_prune_comes(store_path, caches, monkeypatch):
     """Blocks that are freed before the entry is there are written under the lock."""
     import kvstore
-    from kvstore.commit import Committer
+    from kvstore.ops.commit import Committer
 
     write = Committer.write_blocks
 
@@ -226,7 +226,7 @@ def question(number):
 def find_problems(together):
     """Return what is wrong with the store when all have ended."""
     import kvstore
-    from kvstore.model import load_model
+    from kvstore.models.load import load_model
 
     model, _, fingerprint = load_model(str(together.model))
     problems = []
@@ -303,7 +303,7 @@ def is_computed_from(model, prompt_cache, tokens):
     """Say whether rows are, nearly, those that the model computes for the tokens."""
     import mlx.core as mx
 
-    from kvstore.generate import prefill
+    from kvstore.models.session import prefill
 
     fresh = prefill(model, tokens)
     return all(
@@ -321,8 +321,9 @@ def chat(store_path, model_path, notes_path, number, stop_at):
     from mlx_lm.sample_utils import make_sampler
 
     import kvstore
-    from kvstore.generate import LiveCache, entry_tokens, stream_generate
-    from kvstore.model import load_model
+    from kvstore.models.generate import stream_generate
+    from kvstore.models.load import load_model
+    from kvstore.models.session import LiveCache, entry_tokens
 
     model, tokenizer, fingerprint = load_model(model_path)
     notes_path, name = Path(notes_path), name_of(number)

@@ -3,8 +3,13 @@
 import pytest
 
 from kvstore.errors import KVStoreError
-from kvstore.model import encode_continuation, encode_prompt
-from kvstore.turns import begins_with, encode_next, find_marks
+from kvstore.models.templates import (
+    begins_with,
+    encode_continuation,
+    encode_next,
+    encode_prompt,
+    find_marks,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

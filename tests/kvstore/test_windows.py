@@ -21,8 +21,8 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore import loading
-from kvstore.restoring import DeviceRestoring
+from kvstore.caches.restore import DeviceRestoring
+from kvstore.ops import load as loading
 
 
 def _load_beside(name):

@@ -7,7 +7,7 @@ import pytest
 
 from kvstore import Store
 from kvstore.errors import StoreLockedError
-from kvstore.writer import Job, Writer
+from kvstore.server.writer import Job, Writer
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""mlx-lm's prompt caches: the only package, with the server, that touches them."""

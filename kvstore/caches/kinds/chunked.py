@@ -1,0 +1,72 @@
+"""ChunkedKVCache: the rows of the newest chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UnsupportedCacheError
+from ..layout import LayerLayout, RowSpec
+from .base import _layout, _row_spec
+
+if TYPE_CHECKING:
+    from .base import Buffers, Held
+
+
+class ChunkedRows:
+    """``ChunkedKVCache``: the rows from ``start_position`` on."""
+
+    name = "ChunkedKVCache"
+    is_exact = True
+
+    def owns(self, cache: Any) -> bool:
+        """Say whether it is a ``ChunkedKVCache``."""
+        from mlx_lm.models.cache import ChunkedKVCache
+
+        return type(cache) is ChunkedKVCache
+
+    def read(self, cache: Any) -> LayerLayout:
+        """Return heads, dimensions, dtype and the length of a chunk.
+
+        Raises:
+            UnsupportedCacheError: It holds fewer rows than attention needs.
+        """
+        specs = {}
+        if cache.keys is not None:
+            # mlx-lm 0.31 lets go of rows where the end of its buffer is empty.
+            num_rows = cache.offset - cache.start_position
+            if num_rows < min(cache.offset, cache.chunk_size):
+                raise UnsupportedCacheError(
+                    f"{num_rows} rows are left of {cache.chunk_size}; mlx-lm before"
+                    " 0.32 drops too many"
+                )
+            for side, array in (("k", cache.keys), ("v", cache.values)):
+                spec = _row_spec(array)
+                shape = (spec.num_heads, spec.head_dim, spec.dtype)
+                specs[f"{side}.window"] = RowSpec(*shape, 0, None, "window")
+        return _layout(self.name, specs, chunk_size=cache.chunk_size)
+
+    def held(self, cache: Any) -> Held:
+        """Return the rows that are still there."""
+        if cache.keys is None:
+            return {}
+        rows = cache.offset - cache.start_position
+        sides = (("k", cache.keys), ("v", cache.values))
+        return {
+            f"{side}.window": (array[:, :, :rows], cache.start_position)
+            for side, array in sides
+        }
+
+    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
+        """Return where the last ``chunk_size`` rows begin."""
+        return max(0, num_tokens - dict(layout.params)["chunk_size"])
+
+    def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
+        """Return a ``ChunkedKVCache``."""
+        from mlx_lm.models.cache import ChunkedKVCache
+
+        cache: Any = ChunkedKVCache(dict(layout.params)["chunk_size"])
+        if buffers:
+            cache.keys, cache.values = buffers["k.window"], buffers["v.window"]
+            cache.offset = num_tokens
+            cache.start_position = num_tokens - cache.keys.shape[2]
+        return cache

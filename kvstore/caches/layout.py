@@ -1,0 +1,212 @@
+"""How a prompt cache is built: groups of equal layers, and the layout as JSON.
+
+Knows no arrays and no caches, only what `layers.py` says of their classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..codecs import MLX_DTYPES
+from ..errors import IntegrityError
+from ..format.documents import JSON
+
+Signature = tuple[str, tuple[tuple[str, int], ...]]
+"""Class of a cache, and the parameters that it was made with."""
+
+
+def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool:
+    """Say whether caches of these classes and parameters can be had from a layout.
+
+    Args:
+        layout: How the stored cache is built.
+        wanted: Class and parameters of each cache.
+        decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
+    """
+    stored = [layer_signature(layer) for layer in flatten(layout)]
+    # What is decoded lies in no CacheList.
+    decoding = decoding and not any(isinstance(layer, ListLayout) for layer in layout)
+    decodable = ("TurboQuantKVCache", "KVCache")
+    return len(stored) == len(wanted) and all(
+        was == asked or (decoding and (was[0], asked[0]) == decodable)
+        for was, asked in zip(stored, wanted, strict=True)
+    )
+
+
+def layer_signature(layer: LayerLayout) -> Signature:
+    """Return class and parameters of the cache of one layer."""
+    # The shapes of states are known only when there are states.
+    params = [pair for pair in layer.params if not pair[0].startswith("shape")]
+    return layer.cache_class, tuple(params)
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """One array of one layer: the row that a token adds to it.
+
+    Attributes:
+        num_heads: ``H``, the number of KV heads.
+        head_dim: ``D``, the length of one head's row.
+        dtype: safetensors name of the element type, such as ``BF16``.
+        begin: Position of the first token that has a row.
+        end: Position behind the last one that has, or ``None``.
+        kind: What it holds; `layers.py` says what each means.
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: str
+    begin: int = 0
+    end: int | None = None
+    kind: Literal["rows", "window", "state", "mark"] = "rows"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """How one layer of a prompt cache is built.
+
+    Attributes:
+        cache_class: Name of the cache class.
+        params: What it was made with, such as bits and group size, by name.
+        rows: Its arrays by name; ``k`` and ``v`` are keys and values as they are, and
+            only these may be coded.
+    """
+
+    cache_class: str
+    params: tuple[tuple[str, int], ...]
+    rows: tuple[tuple[str, RowSpec], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListLayout:
+    """A layer that is a ``CacheList``.
+
+    Attributes:
+        caches: The layouts of its caches.
+    """
+
+    caches: tuple[LayerLayout | ListLayout, ...]
+
+
+Layout = tuple[LayerLayout | ListLayout, ...]
+"""One layout per layer of a prompt cache, in order."""
+_MAX_LAYERS = 4096
+_MAX_SIZE = 2**28
+_MAX_NESTING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers of equal layout, which are stacked into one tensor.
+
+    Attributes:
+        layout: The layout that they share.
+        layers: Their numbers, caches in a ``CacheList`` counted one by one.
+    """
+
+    layout: LayerLayout
+    layers: tuple[int, ...]
+
+    def spec(self, name: str) -> RowSpec:
+        """Return what a token adds to one array."""
+        return dict(self.layout.rows)[name]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token adds to all of these layers."""
+        one = sum(
+            spec.num_heads * spec.head_dim * MLX_DTYPES[spec.dtype].size
+            for _, spec in self.layout.rows
+            if spec.end is None and spec.kind in ("rows", "window")
+        )
+        return one * len(self.layers)
+
+
+def group_layers(layout: Layout) -> list[Group]:
+    """Return the groups of a layout, in the order of their first layers."""
+    members: dict[LayerLayout, list[int]] = {}
+    for number, layer in enumerate(flatten(layout)):
+        members.setdefault(layer, []).append(number)
+    return [Group(layer, tuple(numbers)) for layer, numbers in members.items()]
+
+
+def flatten(layout: Sequence[LayerLayout | ListLayout]) -> list[LayerLayout]:
+    """Return the layouts of all caches, those of a ``CacheList`` one by one."""
+    found: list[LayerLayout] = []
+    for layer in layout:
+        found += flatten(layer.caches) if isinstance(layer, ListLayout) else [layer]
+    return found
+
+
+def has_only_rows(layout: Layout) -> bool:
+    """Say whether a prompt cache can be rebuilt wherever its rows are stored."""
+    specs = (spec for layer in flatten(layout) for _, spec in layer.rows)
+    return all(spec.kind == "rows" for spec in specs)
+
+
+def layout_to_json(layout: Sequence[LayerLayout | ListLayout]) -> list[JSON]:
+    """Return a layout as a JSON value."""
+    return [
+        {"class": "CacheList", "caches": layout_to_json(layer.caches)}
+        if isinstance(layer, ListLayout)
+        else {
+            "class": layer.cache_class,
+            "params": dict(layer.params),
+            "rows": [
+                [name, s.num_heads, s.head_dim, s.dtype, s.begin, s.end, s.kind]
+                for name, s in layer.rows
+            ],
+        }
+        for layer in layout
+    ]
+
+
+def layout_from_json(value: Any) -> Layout:
+    """Return the layout that a JSON value describes.
+
+    Raises:
+        IntegrityError: It describes none.
+    """
+    try:
+        return _layers_from_json(value, _MAX_NESTING)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"a shard's layout cannot be read: {error}") from error
+
+
+def _layers_from_json(value: Any, nesting: int) -> Layout:
+    if not 0 < len(value) <= _MAX_LAYERS or nesting == 0:
+        raise ValueError(f"{len(value)} layers")
+    return tuple(
+        ListLayout(_layers_from_json(layer["caches"], nesting - 1))
+        if layer["class"] == "CacheList"
+        else _layer_from_json(layer)
+        for layer in value
+    )
+
+
+def _layer_from_json(value: JSON) -> LayerLayout:
+    name = value["class"]
+    if type(name) is not str:
+        raise ValueError("a class is no text")
+    rows = tuple((str(name), _spec_from_json(spec)) for name, *spec in value["rows"])
+    if len(dict(rows)) != len(rows):
+        raise ValueError("an array comes twice")
+    params = tuple(sorted(value["params"].items()))
+    if not all(type(number) is int and number >= 0 for _, number in params):
+        raise ValueError("a parameter is not a count")
+    return LayerLayout(name, params, rows)
+
+
+def _spec_from_json(value: Any) -> RowSpec:
+    heads, dim, dtype, begin, end, kind = value
+    if dtype not in MLX_DTYPES or kind not in ("rows", "window", "state", "mark"):
+        raise ValueError(f"dtype {dtype!r} of {kind!r}")
+    if not all(type(n) is int for n in (heads, dim, begin, end or 0)):
+        raise ValueError("a size is not an integer")
+    if not (heads > 0 and 0 < heads * dim <= _MAX_SIZE and 0 <= begin <= _MAX_SIZE):
+        raise ValueError(f"{heads} heads of dimension {dim} from token {begin}")
+    if end is not None and not begin < end <= _MAX_SIZE:
+        raise ValueError(f"rows from token {begin} to {end}")
+    return RowSpec(heads, dim, dtype, begin, end, kind)

@@ -1,0 +1,209 @@
+"""Prompt caches to rows per block, and back.
+
+With `layers.py`, which knows the cache classes, the only file that touches mlx-lm's
+caches. Live caches are read by their attributes and only up to ``offset``: rows past it
+are somebody's trimmed conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..codecs import Rows
+from ..errors import UnsupportedCacheError
+from .kinds import kind_of
+from .kinds.base import Held
+from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
+from .stored import _rows_of
+
+if TYPE_CHECKING:
+    from .layout import Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What a restored prompt cache remembers of its rows.
+
+    Attributes:
+        coded_tokens: So many leading tokens' rows went through a lossy codec.
+        is_exact: Nothing lossy went into any row.
+    """
+
+    coded_tokens: int = 0
+    is_exact: bool = True
+
+
+Array = npt.NDArray[np.generic]
+PromptCache = list[Any]
+"""mlx-lm's list of per-layer caches."""
+# The attribute that carries a restored cache's provenance; copies keep it.
+_PROVENANCE = "kvstore_provenance"
+
+
+def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
+    """Return all caches, those of a ``CacheList`` one by one."""
+    found: list[Any] = []
+    for cache in prompt_cache:
+        found += flatten_caches(cache.caches) if _is_list(cache) else [cache]
+    return found
+
+
+def hold(prompt_cache: Sequence[Any]) -> list[Held]:
+    """Return what each cache holds."""
+    caches = flatten_caches(prompt_cache)
+    return [kind_of(i, cache).held(cache) for i, cache in enumerate(caches)]
+
+
+def rows_held(
+    held: Sequence[Held], group: Group, start: int, stop: int, at_tip: bool
+) -> Iterator[tuple[str, Rows]]:
+    """Yield the arrays of which caches hold something for some tokens, and its rows.
+
+    Args:
+        held: What each cache holds.
+        group: The layers meant.
+        start: Position of the first token.
+        stop: Position behind the last one.
+        at_tip: That is where the caches are.
+    """
+    for name, spec in group.layout.rows:
+        first = spec.begin
+        if spec.kind != "rows":
+            if any(name not in held[layer] for layer in group.layers):
+                continue  # a mark that not all layers have
+            first = max(held[layer][name][1] for layer in group.layers)
+        if spec.kind in ("state", "mark"):
+            if at_tip:
+                yield name, _rows_of(group, name, stop - 1, stop)
+            continue
+        last = stop if spec.end is None else min(stop, spec.end)
+        if max(start, first) < last:
+            yield name, _rows_of(group, name, max(start, first), last)
+
+
+def _is_list(cache: Any) -> bool:
+    from mlx_lm.models.cache import CacheList
+
+    return type(cache) is CacheList
+
+
+def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
+    """Return how a prompt cache is built.
+
+    Args:
+        prompt_cache: mlx-lm's caches, one per layer.
+        num_tokens: How many tokens' rows it must hold.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+        ValueError: It is empty, a batch, or holds other than ``num_tokens`` rows.
+    """
+    check_classes(prompt_cache)
+    layout = _read_layers(prompt_cache)
+    if not any(layer.rows for layer in flatten(layout)):
+        raise ValueError(f"the prompt cache is empty, for {num_tokens} tokens")
+    for number, cache in enumerate(flatten_caches(prompt_cache)):
+        rows = getattr(cache, "offset", num_tokens)
+        # A layer that the model never uses stays empty.
+        if rows != num_tokens and kind_of(number, cache).held(cache):
+            raise ValueError(
+                f"layer {number} holds {rows} rows for {num_tokens} tokens"
+            )
+    return layout
+
+
+def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
+    layers: list[LayerLayout | ListLayout] = []
+    for number, cache in enumerate(prompt_cache):
+        if _is_list(cache):
+            layers.append(ListLayout(_read_layers(cache.caches)))
+            continue
+        kind = kind_of(number, cache)
+        try:
+            layers.append(kind.read(cache))
+        except (ValueError, UnsupportedCacheError) as error:
+            raise type(error)(f"layer {number}: {error}") from error
+    return tuple(layers)
+
+
+def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
+    """Return what a prompt cache remembers; a computed one has nothing lossy."""
+    marks = [_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache))]
+    return Provenance(
+        max(mark.coded_tokens for mark in marks), all(mark.is_exact for mark in marks)
+    )
+
+
+def _provenance_of(number: int, cache: Any) -> Provenance:
+    kept: Provenance | None = getattr(cache, _PROVENANCE, None)
+    if kept is None:
+        # What a cache of codes was decoded to says so itself.
+        coded = getattr(cache, "coded_tokens", 0)
+        kept = Provenance(coded, is_exact=not coded)
+    return replace(kept, is_exact=kept.is_exact and kind_of(number, cache).is_exact)
+
+
+def mark(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
+    """Have a prompt cache remember what its rows went through."""
+    for cache in flatten_caches(prompt_cache):
+        setattr(cache, _PROVENANCE, provenance)
+
+
+def check_classes(prompt_cache: Sequence[Any]) -> None:
+    """Refuse a prompt cache that cannot be stored, before anything is in it.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+    """
+    for number, cache in enumerate(flatten_caches(prompt_cache)):
+        kind_of(number, cache)
+
+
+def signature(prompt_cache: Sequence[Any]) -> tuple[Signature, ...]:
+    """Return class and parameters of each cache, which may be empty still."""
+    check_classes(prompt_cache)
+    return tuple(map(layer_signature, flatten(_read_layers(prompt_cache))))
+
+
+def convert(
+    prompt_cache: PromptCache, wanted: Sequence[Signature] | None
+) -> PromptCache:
+    """Decode the caches of codes whose place a ``KVCache`` is wanted in."""
+    classes = [name for name, _ in wanted or ()]
+    stored = [type(cache).__name__ for cache in flatten_caches(prompt_cache)]
+    if wanted is None or classes == stored:
+        return prompt_cache
+    converted: PromptCache = []
+    # No cache of codes lies in a CacheList, so layers and classes agree in number.
+    for cache, name in zip(prompt_cache, classes, strict=True):
+        if type(cache).__name__ == name:
+            converted.append(cache)
+            continue
+        decoded = cache.to_kv_cache()
+        converted.append(decoded)
+    mx.eval([cache.state for cache in converted])
+    return converted
+
+
+def split(held: Sequence[Held], group: Group, name: str, rows: Rows) -> Array:
+    """Return rows of some layers as NumPy holds them, shape ``(L, H, T, D)``.
+
+    They are evaluated here, on the caller's thread.
+    """
+    is_state = group.spec(name).kind in ("state", "mark")
+    pieces = []
+    for layer in group.layers:
+        array, begin = held[layer][name]
+        first = 0 if is_state else rows.start - begin
+        pieces.append(array[0, :, first : first + rows.shape[2], :])
+    stacked = mx.stack(pieces)
+    if stacked.dtype == mx.bfloat16:
+        stacked = stacked.view(mx.uint16)
+    mx.eval(stacked)
+    return np.asarray(stacked)

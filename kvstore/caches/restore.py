@@ -1,0 +1,270 @@
+"""Blocks back to a prompt cache, in the buffers that its layers will own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..codecs import MLX_DTYPES, Codec, Rows
+from ..errors import IntegrityError
+from .kinds import kind_named
+from .kinds.base import capacity
+from .layout import Group, LayerLayout, Layout, ListLayout, RowSpec, flatten
+from .live import PromptCache, Provenance, hold, mark, read_layout
+
+if TYPE_CHECKING:
+    from ..codecs.base import Parts
+
+Array = npt.NDArray[np.generic]
+
+
+class Restoring(Protocol):
+    """A prompt cache being rebuilt, block by block."""
+
+    def write(
+        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
+    ) -> None:
+        """Decode the rows of one array of one block up to token ``stop``."""
+
+    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
+        """Return the prompt cache with ``num_tokens`` rows.
+
+        Args:
+            num_tokens: Rows that have been written.
+            provenance: What they went through.
+        """
+
+
+def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
+    """Return what rebuilds a prompt cache fastest on MLX's default device."""
+    if mx.default_device() == mx.cpu:
+        return HostRestoring(layout, num_tokens)
+    return DeviceRestoring(layout, num_tokens)
+
+
+class _Target:
+    """Which rows of each array a restored prompt cache needs."""
+
+    def __init__(self, layout: Layout, num_tokens: int) -> None:
+        self.layers = flatten(layout)
+        self._num_tokens = num_tokens
+
+    def begin(self, layer: LayerLayout, name: str, spec: RowSpec) -> int:
+        """Return the position of the first row."""
+        if spec.kind != "window":
+            return spec.begin
+        kind = kind_named(layer.cache_class)
+        return max(spec.begin, kind.window_begin(layer, self._num_tokens))
+
+    def num_rows(self, layer: LayerLayout, name: str, spec: RowSpec) -> int:
+        """Return how many rows the buffer has, room for the next ones included."""
+        if spec.kind == "window":
+            return max(0, self._num_tokens - self.begin(layer, name, spec))
+        if spec.kind != "rows":
+            return 1
+        rows = capacity(self._num_tokens)
+        return (rows if spec.end is None else min(rows, spec.end)) - spec.begin
+
+    def blank(self, layer: LayerLayout, name: str, spec: RowSpec) -> mx.array:
+        """Return a buffer of zeros, which takes no memory before it is evaluated."""
+        shape = (1, spec.num_heads, self.num_rows(layer, name, spec), spec.head_dim)
+        return mx.zeros(shape, MLX_DTYPES[spec.dtype])
+
+    def cut(self, group: Group, rows: Rows, stop: int) -> tuple[int, slice]:
+        """Return where in its buffer a block's rows go, and which of them."""
+        spec = group.spec(rows.side)
+        if spec.kind in ("state", "mark"):
+            return 0, slice(0, 1)
+        begin = self.begin(group.layout, rows.side, spec)
+        first = max(rows.start, begin)
+        last = max(first, min(stop, rows.start + rows.shape[2]))
+        return first - begin, slice(first - rows.start, last - rows.start)
+
+
+class HostRestoring:
+    """Decodes layer by layer, in NumPy, into the buffers that the caches will own.
+
+    Args:
+        layout: How the prompt cache is built.
+        num_tokens: How many tokens' rows there will be.
+    """
+
+    def __init__(self, layout: Layout, num_tokens: int) -> None:
+        self._layout = layout
+        self._target = _Target(layout, num_tokens)
+        self._arrays = [
+            {
+                name: _allocate(spec, self._target.num_rows(layer, name, spec))
+                for name, spec in layer.rows
+                if spec.kind != "mark"
+            }
+            for layer in self._target.layers
+        ]
+        mx.eval(self._arrays)
+        # MLX shares its memory with NumPy, and nothing has read the arrays yet.
+        self._views: list[dict[str, Array]] = [
+            {name: np.asarray(array)[0] for name, array in arrays.items()}
+            for arrays in self._arrays
+        ]
+
+    def write(
+        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
+    ) -> None:
+        """Decode into the buffers."""
+        where, which = self._target.cut(group, rows, stop)
+        for i, layer in enumerate(group.layers):
+            if rows.side not in self._views[layer]:
+                self._add(layer, rows.side, group.spec(rows.side))
+            view = self._views[layer][rows.side]
+            out = view[:, where : where + which.stop - which.start]
+            if which.start == 0:
+                codec.array.decode_into(parts, rows, i, out)
+            else:
+                whole = np.empty(rows.shape[1:], view.dtype)
+                codec.array.decode_into(parts, rows, i, whole)
+                out[...] = whole[:, which]
+
+    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
+        """Hand the buffers over."""
+        # Without the views, a cache is the only owner and grows in place.
+        self._views.clear()
+        typed = [
+            {
+                name: _as_dtype(arrays.pop(name), spec.dtype)
+                for name, spec in layer.rows
+                if name in arrays
+            }
+            for layer, arrays in zip(self._target.layers, self._arrays, strict=True)
+        ]
+        return _build(self._layout, typed, num_tokens, provenance)
+
+    def _add(self, layer: int, name: str, spec: RowSpec) -> None:
+        """Allocate a buffer for what not every block has."""
+        array = _allocate(spec, 1)
+        mx.eval(array)
+        self._arrays[layer][name] = array
+        self._views[layer][name] = np.asarray(array)[0]
+
+
+class DeviceRestoring:
+    """Decodes all layers of a block at once, on MLX's device, and joins the blocks.
+
+    Args:
+        layout: How the prompt cache is built.
+        num_tokens: How many tokens' rows there will be.
+    """
+
+    def __init__(self, layout: Layout, num_tokens: int) -> None:
+        self._layout = layout
+        self._target = _Target(layout, num_tokens)
+        self._pieces: list[dict[str, list[mx.array]]] = [
+            {name: [] for name, spec in layer.rows if spec.kind != "mark"}
+            for layer in self._target.layers
+        ]
+
+    def write(
+        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
+    ) -> None:
+        """Decode on the device, evaluated at once so that the codes can go."""
+        _, which = self._target.cut(group, rows, stop)
+        decoded = codec.array.decode(parts, rows)
+        pieces = [decoded[i : i + 1, :, which] for i in range(len(group.layers))]
+        mx.async_eval(pieces)
+        for layer, piece in zip(group.layers, pieces, strict=True):
+            self._pieces[layer].setdefault(rows.side, []).append(piece)
+
+    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
+        """Join the blocks of each layer, with room for the next token."""
+        joined = []
+        for layer, pieces in zip(self._target.layers, self._pieces, strict=True):
+            joined.append(
+                {
+                    name: self._join(layer, name, spec, pieces.pop(name))
+                    for name, spec in layer.rows
+                    if name in pieces
+                }
+            )
+            # Layer by layer, so that the pieces of one go before the next is joined.
+            mx.eval(joined[-1])
+        return _build(self._layout, joined, num_tokens, provenance)
+
+    def _join(
+        self, layer: LayerLayout, name: str, spec: RowSpec, pieces: list[mx.array]
+    ) -> mx.array:
+        missing = self._target.num_rows(layer, name, spec)
+        missing -= sum(piece.shape[2] for piece in pieces)
+        shape = (1, spec.num_heads, missing, spec.head_dim)
+        room = [mx.zeros(shape, MLX_DTYPES[spec.dtype])] if missing else []
+        return mx.concatenate([*pieces, *room], axis=2)
+
+
+def check_layout(layout: Layout, num_tokens: int) -> None:
+    """Refuse a layout that no prompt cache of so many tokens has.
+
+    One is built of buffers that are never filled, and its layout read again.
+
+    Raises:
+        IntegrityError: It cannot be built, or has another layout.
+    """
+    target = _Target(layout, num_tokens)
+    try:
+        buffers = [
+            {
+                name: target.blank(layer, name, spec)
+                for name, spec in layer.rows
+                if spec.kind != "mark"
+            }
+            for layer in target.layers
+        ]
+        built = _build_layers(layout, iter(buffers), num_tokens)
+        found = read_layout(built, num_tokens)
+    except Exception as error:  # whatever a class, mlx-lm's or another, says to it
+        raise IntegrityError(f"its layout is of no prompt cache: {error}") from error
+    if found != layout:
+        raise IntegrityError("its layout is not that of the prompt cache that it makes")
+
+
+def _build(
+    layout: Layout,
+    buffers: Sequence[dict[str, mx.array]],
+    num_tokens: int,
+    provenance: Provenance,
+) -> PromptCache:
+    """Return caches that own these buffers, evaluated on this thread."""
+    restored = _build_layers(layout, iter(buffers), num_tokens)
+    mark(restored, provenance)
+    # An empty layer has no state to evaluate.
+    mx.eval([kept for held in hold(restored) for kept in held.values()])
+    return restored
+
+
+def _build_layers(
+    layout: Sequence[LayerLayout | ListLayout],
+    buffers: Iterator[dict[str, mx.array]],
+    num_tokens: int,
+) -> PromptCache:
+    from mlx_lm.models.cache import CacheList
+
+    built: PromptCache = []
+    for layer in layout:
+        if isinstance(layer, ListLayout):
+            built.append(CacheList(*_build_layers(layer.caches, buffers, num_tokens)))
+        else:
+            kind = kind_named(layer.cache_class)
+            built.append(kind.build(layer, next(buffers), num_tokens))
+    return built
+
+
+def _allocate(spec: RowSpec, num_rows: int) -> mx.array:
+    """Return a zeroed buffer; bfloat16 as its bits, which NumPy can write."""
+    dtype = mx.uint16 if spec.dtype == "BF16" else MLX_DTYPES[spec.dtype]
+    return mx.zeros((1, spec.num_heads, num_rows, spec.head_dim), dtype)
+
+
+def _as_dtype(array: mx.array, dtype: str) -> mx.array:
+    """Return the bits of ``array`` as the dtype that they are of."""
+    return array.view(mx.bfloat16) if dtype == "BF16" else array

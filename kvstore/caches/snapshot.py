@@ -1,0 +1,231 @@
+"""What is to be saved: a chain of blocks, and the rows that a prompt cache has of them.
+
+MLX's arrays are evaluated on the thread that made them, so who writes on another
+thread takes the rows first, as NumPy arrays; else they are read block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..format.block import Block, BlockHash, Origin
+from ..format.chain import digest_fields, hash_block_tokens, hash_root, split_tokens
+from ..format.documents import JSON
+from ..format.entry import Entry
+from . import live as caches
+from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
+from .live import Provenance
+from .stored import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The blocks of one sequence, in order.
+
+    Attributes:
+        root: What the first block has as parent.
+        layout: How the prompt cache is built.
+        origin: What computed their rows.
+        blocks: The blocks; the last may be a tail.
+    """
+
+    root: BlockHash
+    layout: Layout
+    origin: Origin
+    blocks: tuple[Block, ...]
+
+    @property
+    def tip(self) -> BlockHash:
+        """Hash of the last block."""
+        return self.blocks[-1].hash
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return self.blocks[-1].start + len(self.blocks[-1].tokens)
+
+    @property
+    def has_only_rows(self) -> bool:
+        """Whether every prefix can be restored from the same blocks."""
+        return has_only_rows(self.layout)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether there are layers that can be restored at checkpoints only."""
+        specs = (spec for layer in flatten(self.layout) for _, spec in layer.rows)
+        return any(spec.kind == "state" for spec in specs)
+
+    def without_tail(self, block_size: int) -> Chain | None:
+        """Return the full blocks only, or ``None`` where there are none."""
+        full = tuple(b for b in self.blocks if len(b.tokens) == block_size)
+        return replace(self, blocks=full) if full else None
+
+    def continues(self, entry: Entry) -> bool:
+        """Say whether an entry's tokens and model are those that this starts with."""
+        if entry.root != self.root.hex() or entry.num_tokens > self.num_tokens:
+            return False
+        size = len(self.blocks[0].tokens)
+        whole, rest = divmod(entry.num_tokens, size)
+        if not rest:
+            return entry.tip == self.blocks[whole - 1].hash.hex()
+        block = self.blocks[whole]
+        return entry.tip == hash_block_tokens(block.parent, block.tokens[:rest]).hex()
+
+
+class LiveRows:
+    """Rows of a prompt cache, read when they are wanted, on its own thread.
+
+    Args:
+        prompt_cache: mlx-lm's caches.
+        layout: How it is built.
+        tip: Where its states are to be stored: how many tokens it holds, or ``None``.
+
+    Attributes:
+        provenance: What the rows went through.
+    """
+
+    def __init__(
+        self, prompt_cache: Sequence[Any], layout: Layout, tip: int | None
+    ) -> None:
+        self._held = caches.hold(prompt_cache)
+        self._groups = group_layers(layout)
+        self._tip = tip
+        self.provenance: Provenance = caches.read_provenance(prompt_cache)
+
+    def pieces(self, block: Block) -> list[Piece]:
+        """Return what there is of a block."""
+        stop = block.start + len(block.tokens)
+        at_tip = stop == self._tip
+        return [
+            Piece(number, group, rows)
+            for number, group in enumerate(self._groups)
+            for _, rows in caches.rows_held(
+                self._held, group, block.start, stop, at_tip
+            )
+        ]
+
+    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array]]:
+        """Yield what there is of a block, in arrays of shape ``(L, H, T, D)``."""
+        for piece in self.pieces(block):
+            rows = piece.rows
+            yield piece, caches.split(self._held, piece.group, rows.side, rows)
+
+    def take(self, blocks: Iterable[Block]) -> TakenRows:
+        """Return the rows of some blocks, for another thread."""
+        # Copied, since MLX's buffers are to be freed by the thread that made them.
+        taken = {
+            block.hash: [(piece, np.array(x)) for piece, x in self.read(block)]
+            for block in blocks
+        }
+        return TakenRows(taken, self.provenance)
+
+
+class TakenRows:
+    """Rows of some blocks, independent of the prompt cache.
+
+    Args:
+        taken: Per block its pieces, each with an array of shape ``(L, H, T, D)``.
+        provenance: What the rows went through.
+    """
+
+    def __init__(
+        self,
+        taken: dict[BlockHash, list[tuple[Piece, caches.Array]]],
+        provenance: Provenance,
+    ) -> None:
+        self._taken = taken
+        self.provenance = provenance
+
+    @property
+    def hashes(self) -> frozenset[BlockHash]:
+        """The blocks that were taken."""
+        return frozenset(self._taken)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (array for found in self._taken.values() for _, array in found)
+        return sum(array.nbytes for array in arrays)
+
+    def joined(self, other: TakenRows, hashes: Container[BlockHash]) -> TakenRows:
+        """Return these rows, and of others those of blocks that have these hashes."""
+        more = {block: rows for block, rows in other._taken.items() if block in hashes}
+        mine, theirs = self.provenance, other.provenance
+        # Of both, what promises less.
+        provenance = Provenance(
+            max(mine.coded_tokens, theirs.coded_tokens),
+            mine.is_exact and theirs.is_exact,
+        )
+        return TakenRows({**more, **self._taken}, provenance) if more else self
+
+    def pieces(self, block: Block) -> list[Piece]:
+        """Return what was taken of a block."""
+        return [piece for piece, _ in self._taken[block.hash]]
+
+    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array]]:
+        """Yield what was taken of a block, in arrays of shape ``(L, H, T, D)``."""
+        yield from self._taken[block.hash]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A prompt cache at one moment, as far as it is to be saved.
+
+    Attributes:
+        chain: Its blocks.
+        rows: What it has of them, or of those that the store lacks.
+        model: What the model is called; advisory.
+    """
+
+    chain: Chain
+    rows: LiveRows | TakenRows
+    model: str
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks whose rows are at hand."""
+        if isinstance(self.rows, LiveRows):
+            return self.chain.blocks
+        return tuple(b for b in self.chain.blocks if b.hash in self.rows.hashes)
+
+    def take(self, blocks: Iterable[Block]) -> Snapshot:
+        """Return the same with copies of the rows of some blocks, and of no others."""
+        assert isinstance(self.rows, LiveRows)  # what is taken needs no taking
+        return replace(self, rows=self.rows.take(blocks))
+
+
+def take_live(
+    chain: Chain, prompt_cache: Sequence[Any], tip: int | None, model: str
+) -> Snapshot:
+    """Return a live prompt cache as something to be saved.
+
+    Args:
+        chain: Its blocks, or the leading ones.
+        prompt_cache: mlx-lm's caches.
+        tip: Where its states are to be stored: how many tokens it holds, or ``None``.
+        model: What the model is called.
+    """
+    return Snapshot(chain, LiveRows(prompt_cache, chain.layout, tip), model)
+
+
+def make_chain(
+    fingerprint: JSON,
+    prompt_cache: Sequence[Any],
+    tenant: str,
+    tokens: Sequence[int],
+    block_size: int,
+) -> Chain:
+    """Return the chain of blocks that a prompt cache's tokens make.
+
+    Raises:
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
+        ValueError: It is empty, a batch, or holds other than ``tokens``.
+    """
+    layout = caches.read_layout(prompt_cache, len(tokens))
+    origin = Origin(fingerprint, layout_to_json(layout), tenant)
+    root = hash_root(digest_fields(fingerprint), origin.layout, tenant)
+    return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

@@ -1,0 +1,163 @@
+"""What a stored block has of each array, and whether it can be restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..codecs import MLX_DTYPES, Codec, Rows, get_codec, lossless_twin
+from ..codecs.base import Parts
+from ..errors import IntegrityError
+from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
+from .kinds import kind_named
+from .layout import Group, Layout, RowSpec, group_layers
+
+
+def stored_pieces(
+    stored: StoredBlock, groups: Sequence[Group]
+) -> Iterator[tuple[Codec, Piece]]:
+    """Yield what a stored block has of each array, by its header, and with what codec.
+
+    Raises:
+        CodecError: There is no such codec.
+        IntegrityError: The block is not what it says it is.
+    """
+    codec = get_codec(stored.codec)
+    if codec.is_lossless != stored.is_lossless:
+        raise IntegrityError(f"{stored.codec} is not what the block says it is")
+    twin = lossless_twin(codec)
+    start, stop = stored.block.start, stored.block.start + len(stored.block.tokens)
+    for number, group in enumerate(groups):
+        for name, rows in rows_stored(stored.tensors, number, group, start, stop):
+            yield codec if name in CODABLE else twin, Piece(number, group, rows)
+
+
+def open_piece(
+    codec: Codec, piece: Piece, stored: StoredBlock, data: memoryview
+) -> Parts:
+    """Return what a codec made of a piece of a block, decompressed and checked.
+
+    Raises:
+        CodecError: The codec cannot hold such rows.
+        IntegrityError: The tensors are not what it makes of such rows.
+    """
+    prefix = f"{piece.number}.{piece.rows.side}."
+    return codec.open(data, stored.begin, stored.tensors, piece.rows, prefix)
+
+
+CODABLE = ("k", "v")
+"""The arrays that a lossy codec may code; all others are stored lossless."""
+
+
+def rows_stored(
+    tensors: Mapping[str, TensorSpec], number: int, group: Group, start: int, stop: int
+) -> Iterator[tuple[str, Rows]]:
+    """Yield the arrays of a group that a stored block has, and which rows of them.
+
+    Args:
+        tensors: What the shard's header says of the block's tensors.
+        number: The group's number.
+        group: The layers meant.
+        start: Position of the block's first token.
+        stop: Position behind its last one.
+
+    Raises:
+        IntegrityError: A tensor has no whole number of rows.
+    """
+    for name, spec in group.layout.rows:
+        if spec.kind == "rows":
+            first = max(start, spec.begin)
+            last = stop if spec.end is None else min(stop, spec.end)
+        else:
+            num_rows = _count_rows(tensors, f"{number}.{name}.", group, spec)
+            first, last = stop - num_rows, stop
+            if first < start or (num_rows > 1 and spec.kind != "window"):
+                raise IntegrityError(f"tensor {number}.{name} has {num_rows} rows")
+        if first < last:
+            yield name, _rows_of(group, name, first, last)
+
+
+def _count_rows(
+    tensors: Mapping[str, TensorSpec], prefix: str, group: Group, spec: RowSpec
+) -> int:
+    """Return how many rows of a window or state a stored block has."""
+    sizes = [
+        tensor.end - tensor.begin if tensor.raw_nbytes is None else tensor.raw_nbytes
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    ]
+    width = len(group.layers) * spec.num_heads * spec.head_dim
+    num_rows, rest = divmod(sum(sizes), width * MLX_DTYPES[spec.dtype].size)
+    if rest:
+        raise IntegrityError(f"tensor {prefix} has no whole number of rows")
+    return num_rows
+
+
+def _rows_of(group: Group, name: str, first: int, last: int) -> Rows:
+    spec = group.spec(name)
+    shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
+    return Rows(name, first, shape, spec.dtype)
+
+
+def is_restorable(
+    layout: Layout, blocks: Sequence[StoredBlock], num_tokens: int
+) -> bool:
+    """Say whether every layer can be rebuilt at a position inside the last block.
+
+    Args:
+        layout: How the prompt cache is built.
+        blocks: All blocks up to there.
+        num_tokens: The position.
+    """
+    for number, group in enumerate(group_layers(layout)):
+        kind = kind_named(group.layout.cache_class)
+        begin = kind.window_begin(group.layout, num_tokens)
+        for name, spec in group.layout.rows:
+            prefix = f"{number}.{name}."
+            if spec.kind == "state":
+                last = blocks[-1]
+                has_state = _count_rows(last.tensors, prefix, group, spec) == 1
+                if not has_state or _stop(last) != num_tokens:
+                    return False
+            if spec.kind == "window" and not all(
+                _stop(block) - _count_rows(block.tensors, prefix, group, spec)
+                <= max(block.block.start, begin)
+                for block in blocks
+                if _stop(block) > begin
+            ):
+                return False
+    return True
+
+
+def _stop(stored: StoredBlock) -> int:
+    return stored.block.start + len(stored.block.tokens)
+
+
+def count_extras(pieces: Sequence[Piece]) -> int:
+    """Return how much of windows and states there is of a block.
+
+    More rows are those before too, in every layer; a state outweighs all rows.
+    """
+    num_rows = sum(p.rows.shape[2] for p in pieces if p.kind == "window")
+    has_state = any(piece.kind == "state" for piece in pieces)
+    return num_rows + has_state * STATE_EXTRAS
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one array of some layers has of a block.
+
+    Attributes:
+        number: The number of the group of layers.
+        group: The layers.
+        rows: Which rows of which array.
+    """
+
+    number: int
+    group: Group
+    rows: Rows
+
+    @property
+    def kind(self) -> str:
+        """What the array holds, as in :class:`RowSpec`."""
+        return self.group.spec(self.rows.side).kind

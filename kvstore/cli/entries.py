@@ -1,0 +1,350 @@
+"""The verbs about entries: load, ls, inspect, rm."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import KVStoreError
+from ..format.block import StoredBlock
+from ..format.documents import JSON
+from ..format.entry import Entry
+from ..storage.index import Place
+from . import options
+from .main import Verb, open_store, output_of
+from .output import (
+    Column,
+    Output,
+    format_bytes,
+    format_count,
+    format_fields,
+    format_table,
+    format_time,
+    terminal_width,
+    to_rfc3339,
+)
+
+if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
+
+_SHORT = 12
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="NAME", shell_complete=options.complete_entries)
+@options.output_file
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    type=options.Text(is_needed=True),
+    help="Folder of the model, or its Hugging Face repository, to check that it made"
+    " the entry.  [default: believe what is stored]",
+)
+@click.option("--adapter-path", metavar="DIR", help="Folder of an adapter's weights.")
+@click.pass_context
+def load(
+    context: click.Context,
+    ref: str,
+    path: Path | None,
+    overwrite: bool,
+    model: str | None,
+    adapter_path: str | None,
+) -> None:
+    """Restore an entry, and write it as mlx-lm's own file.
+
+    The file is what `mlx_lm.generate --prompt-cache-file` reads. Without `-o` the entry
+    is restored and dropped again: a check that it can be.
+    """
+    output = output_of(context)
+    if adapter_path is not None and model is None:
+        raise click.UsageError("`--adapter-path` needs `--model`")
+    store = open_store(context)
+    entry = store.entry(ref)
+    if path is not None:
+        from ..caches.mlx_files import check_cache_path, write_prompt_cache
+
+        check_cache_path(path, overwrite=overwrite)
+    begin = time.monotonic()
+    with output.progress() as bars:
+        prompt_cache, _ = store.load_entry(
+            entry.id,
+            _fingerprint(model, adapter_path),
+            progress=bars.bar("restore"),
+        )
+    seconds = time.monotonic() - begin
+    data: JSON = {
+        "entry": entry_data(entry),
+        "nbytes": sum(cache.nbytes for cache in prompt_cache),
+        "elapsed_s": round(seconds, 3),
+    }
+    if path is not None:
+        label = model or entry.model
+        size = write_prompt_cache(path, prompt_cache, label, overwrite=overwrite)
+        data |= {"file": str(path), "file_bytes": size}
+    output.result(_describe_load(entry, data), data, [str(path) if path else entry.id])
+
+
+@click.command("ls", cls=Verb)
+@click.option(
+    "--model", metavar="TEXT", help="Only entries whose MODEL has this in it."
+)
+@click.pass_context
+def list_entries(context: click.Context, model: str | None) -> None:
+    """List the entries, latest first.
+
+    SIZE counts blocks that entries share with each of them.
+    """
+    output = output_of(context)
+    entries = open_store(context).entries()
+    if model is not None:
+        entries = [entry for entry in entries if model in entry.model]
+    output.table(
+        entries,
+        _entry_columns(entries),
+        data=entry_data,
+        id_of=lambda entry: entry.id,
+        empty="no entries",
+    )
+
+
+@click.command("inspect", cls=Verb)
+@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.pass_context
+def inspect_entry(context: click.Context, ref: str) -> None:
+    """Show an entry: what made it, its blocks, and where they lie.
+
+    REF is a name, an id, or the start of an id.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    entry = store.entry(ref)
+    fingerprint = store.fingerprint_of(entry.id)
+    chain = store.chain(entry.id)
+    data = {
+        "entry": entry_data(entry),
+        "fingerprint": {"digest": fingerprint.digest, **fingerprint.fields},
+        "blocks": [_block_data(place, stored) for place, stored in chain],
+    }
+    lines = format_fields(_entry_fields(entry, fingerprint, chain))
+    table = format_table(_by_shard(chain), _shard_columns(chain), terminal_width())
+    output.result("\n".join([*lines, "", *table]), data, [entry.id])
+
+
+@click.command("rm", cls=Verb)
+@click.argument(
+    "refs",
+    metavar="REF...",
+    nargs=-1,
+    required=True,
+    shell_complete=options.complete_entries,
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.pass_context
+def remove(
+    context: click.Context, refs: tuple[str, ...], yes: bool, dry_run: bool
+) -> None:
+    """Remove entries.
+
+    REF is a name, an id, or the start of an id. The blocks stay in the store: other
+    entries may share them, and the same prompt finds them again.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    # All are found before the first is removed.
+    entries = list({(entry := store.entry(ref)).id: entry for ref in refs}.values())
+    if not dry_run:
+        question = f"remove {_describe(entries)}?"
+        confirm_removal(output, question, is_answered=yes)
+        entries = [store.remove(entry.id) for entry in entries]
+    _print_removed(output, entries, dry_run)
+
+
+def confirm_removal(output: Output, question: str, *, is_answered: bool) -> None:
+    """Ask before something is removed.
+
+    Raises:
+        KVStoreError: The answer is no.
+        click.Abort: Ctrl-C, or Ctrl-D, instead of an answer.
+    """
+    try:
+        if not output.confirm(question, is_answered=is_answered):
+            raise KVStoreError("nothing was removed", hint="`-y` confirms")
+    except click.Abort as error:
+        click.echo(err=True)
+        error.hint = "nothing was removed"  # type: ignore[attr-defined]
+        raise
+
+
+def entry_data(entry: Entry) -> JSON:
+    """Return an entry as a JSON value, with times that programs read."""
+    return asdict(entry) | {
+        "created_at": to_rfc3339(entry.created_at),
+        "updated_at": to_rfc3339(entry.updated_at),
+    }
+
+
+def entry_label(entry: Entry) -> str:
+    """Return what to call an entry in a sentence."""
+    return f"`{entry.name or entry.id[:_SHORT]}`"
+
+
+def _describe_load(entry: Entry, data: JSON) -> str:
+    text = (
+        f"restored {format_count(entry.num_tokens, 'token')} of {entry_label(entry)}"
+        f" in {data['elapsed_s']:.2f} s: {format_bytes(data['nbytes'])} from"
+        f" {format_bytes(entry.nbytes)}"
+    )
+    if "file" in data:
+        text += f"; wrote {format_bytes(data['file_bytes'])}: {data['file']}"
+    return text
+
+
+def _fingerprint(model: str | None, adapter_path: str | None) -> Fingerprint | None:
+    if model is None:
+        return None
+    from ..models.load import fingerprint_model
+
+    return fingerprint_model(model, adapter_path)
+
+
+def name_entries(entries: Sequence[Entry]) -> str:
+    """Return how many entries there are, and what the first are called."""
+    names = ", ".join(entry_label(entry) for entry in entries[:3])
+    more = f" and {len(entries) - 3:,} more" if len(entries) > 3 else ""
+    return f"{format_count(len(entries), 'entry')}: {names}{more}"
+
+
+def _describe(entries: Sequence[Entry]) -> str:
+    tokens = format_count(sum(entry.num_tokens for entry in entries), "token")
+    nbytes = format_bytes(sum(entry.nbytes for entry in entries))
+    return f"{name_entries(entries)}: {tokens}, {nbytes} of blocks"
+
+
+def _print_removed(output: Output, entries: Sequence[Entry], dry_run: bool) -> None:
+    done = "would remove" if dry_run else "removed"
+    output.result(
+        f"{done} {_describe(entries)}",
+        {"dry_run": dry_run, "entries": [entry_data(entry) for entry in entries]},
+        [entry.id for entry in entries],
+    )
+
+
+def _entry_columns(entries: Sequence[Entry]) -> list[Column[Entry]]:
+    num_tokens = sum(entry.num_tokens for entry in entries)
+    nbytes = sum(entry.nbytes for entry in entries)
+    return [
+        Column(
+            "NAME",
+            lambda entry: entry.name or "-",
+            total=format_count(len(entries), "entry"),
+        ),
+        Column("ID", lambda entry: entry.id[:_SHORT]),
+        Column(
+            "TOKENS", lambda entry: f"{entry.num_tokens:,}", True, f"{num_tokens:,}"
+        ),
+        Column(
+            "SIZE",
+            lambda entry: format_bytes(entry.nbytes),
+            True,
+            format_bytes(nbytes),
+        ),
+        Column("CODEC", lambda entry: entry.codec),
+        Column("SAVED", lambda entry: format_time(entry.updated_at)),
+        Column("MODEL", lambda entry: entry.model),
+    ]
+
+
+def _entry_fields(
+    entry: Entry, fingerprint: Fingerprint, chain: Sequence[tuple[Place, StoredBlock]]
+) -> list[tuple[str, str]]:
+    codecs = Counter(stored.codec for _, stored in chain)
+    config = fingerprint.fields.get("config")
+    return [
+        ("name", entry.name or "-"),
+        ("id", entry.id),
+        ("tokens", f"{entry.num_tokens:,}"),
+        ("size", format_bytes(entry.nbytes)),
+        ("blocks", ", ".join(f"{n} {codec}" for codec, n in codecs.items())),
+        ("exact", "yes" if all(place.is_exact for place, _ in chain) else "no"),
+        ("model", entry.model),
+        ("type", str(config.get("model_type")) if isinstance(config, dict) else "-"),
+        ("adapter", str(fingerprint.fields.get("adapter") or "none")),
+        ("weights", str(fingerprint.fields.get("weights"))),
+        ("fingerprint", fingerprint.digest),
+        ("created", to_rfc3339(entry.created_at)),
+        ("saved", to_rfc3339(entry.updated_at)),
+        ("made with", ", ".join(f"{k} {v}" for k, v in entry.made_with.items())),
+    ]
+
+
+def _block_data(place: Place, stored: StoredBlock) -> JSON:
+    return {
+        "hash": place.hash.hex(),
+        "start": stored.block.start,
+        "num_tokens": place.num_tokens,
+        "nbytes": place.nbytes,
+        "codec": stored.codec,
+        "is_lossless": stored.is_lossless,
+        "is_exact": stored.is_exact,
+        "digest": stored.digest,
+        "shard": place.shard,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardUse:
+    """What an entry has in one shard."""
+
+    shard: str
+    start: int
+    num_blocks: int
+    num_tokens: int
+    nbytes: int
+    codecs: tuple[str, ...]
+
+
+def _by_shard(chain: Sequence[tuple[Place, StoredBlock]]) -> list[_ShardUse]:
+    """Return what lies in each shard, in the order of the tokens."""
+    held: dict[str, list[tuple[Place, StoredBlock]]] = {}
+    for place, stored in chain:
+        held.setdefault(place.shard, []).append((place, stored))
+    return [
+        _ShardUse(
+            shard,
+            blocks[0][1].block.start,
+            len(blocks),
+            sum(place.num_tokens for place, _ in blocks),
+            sum(place.nbytes for place, _ in blocks),
+            tuple(dict.fromkeys(stored.codec for _, stored in blocks)),
+        )
+        for shard, blocks in held.items()
+    ]
+
+
+def _shard_columns(
+    chain: Sequence[tuple[Place, StoredBlock]],
+) -> list[Column[_ShardUse]]:
+    num_tokens = sum(place.num_tokens for place, _ in chain)
+    nbytes = sum(place.nbytes for place, _ in chain)
+    num_shards = len({place.shard for place, _ in chain})
+    return [
+        Column(
+            "SHARD", lambda use: use.shard[:_SHORT], False,
+            format_count(num_shards, "shard"),
+        ),
+        Column("START", lambda use: f"{use.start:,}", True),
+        Column("BLOCKS", lambda use: f"{use.num_blocks:,}", True, f"{len(chain):,}"),
+        Column("TOKENS", lambda use: f"{use.num_tokens:,}", True, f"{num_tokens:,}"),
+        Column(
+            "SIZE", lambda use: format_bytes(use.nbytes), True, format_bytes(nbytes)
+        ),
+        Column("CODECS", lambda use: ", ".join(use.codecs)),
+    ]  # fmt: skip

@@ -1,0 +1,310 @@
+"""The verbs that run a model: save, generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import options
+from .entries import entry_data, entry_label
+from .interrupts import Interrupts
+from .main import Verb, load_fast_blas, open_store, output_of
+from .options import (
+    ModelOptions,
+    PromptOptions,
+    gathered,
+    model_options,
+    prompt_options,
+)
+from .output import Output, format_bytes, format_count
+
+if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
+    from ..format.documents import JSON
+    from ..format.entry import Entry
+    from ..store import Store
+
+
+@click.command(cls=Verb)
+@model_options
+@prompt_options
+@options.name
+@options.codec
+@options.replace
+@options.prefill_step_size
+@options.checkpoint_every
+@click.pass_context
+@gathered("model", ModelOptions)
+@gathered("prompt", PromptOptions)
+def save(
+    context: click.Context,
+    model: ModelOptions,
+    prompt: PromptOptions,
+    name: str | None,
+    codec: str | None,
+    replace: bool,
+    prefill_step_size: int,
+    checkpoint_every: int,
+) -> None:
+    """Compute the prompt cache of a prompt and keep it.
+
+    What the store already holds of the prompt is restored and not computed again. The
+    message is left open, as with `mlx_lm.cache_prompt`: what `generate --name` is given
+    later is added to it. Ctrl-C keeps what is computed.
+    """
+    output = output_of(context)
+    text = prompt.read()
+    store, loaded, tokenizer, _, fingerprint = open_models(context, model, codec)
+    from ..models.generate import save_prompt
+
+    tokens = _encode(tokenizer, text, prompt, is_open=True)
+    begin = time.monotonic()
+    with output.progress() as bars:
+        entry, num_restored = save_prompt(
+            loaded,
+            tokens,
+            store=store,
+            fingerprint=fingerprint,
+            name=name,
+            replace=replace,
+            prefill_step_size=prefill_step_size,
+            checkpoint_every=checkpoint_every,
+            load_progress=bars.bar("restore"),
+            prompt_progress_callback=bars.bar("prefill"),
+            save_progress=bars.bar("save"),
+        )
+    _print_saved(output, entry, num_restored, time.monotonic() - begin)
+
+
+@click.command(cls=Verb)
+@model_options
+@prompt_options
+@options.name
+@options.codec
+@options.replace
+@click.option(
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Tokens to generate at most.",
+)
+@options.sampling_options
+@options.live_options
+@options.prefill_step_size
+@options.checkpoint_every
+@click.pass_context
+@gathered("live", options.LiveOptions)
+@gathered("sampling", options.SamplingOptions)
+@gathered("model", ModelOptions)
+@gathered("prompt", PromptOptions)
+def generate(
+    context: click.Context,
+    model: ModelOptions,
+    prompt: PromptOptions,
+    sampling: options.SamplingOptions,
+    live: options.LiveOptions,
+    name: str | None,
+    codec: str | None,
+    replace: bool,
+    max_tokens: int,
+    prefill_step_size: int,
+    checkpoint_every: int,
+) -> None:
+    """Go on from what is kept, generate text, and keep the result.
+
+    With the name of an entry, the prompt continues that conversation. Else the whole
+    prompt is looked up, and what the store holds of it is not computed again. Ctrl-C
+    ends the text and keeps what was said so far, and so does SIGTERM.
+    """
+    output = output_of(context)
+    live.check()
+    text = prompt.read()
+    store, loaded, tokenizer, draft, fingerprint = open_models(
+        context, model, codec, live.draft_model
+    )
+    warn_of_size(output, loaded, live.max_kv_size)
+    from ..models.generate import stream_generate
+
+    tokens = _conversation(store, tokenizer, fingerprint, prompt, text, name, replace)
+    saved: list[Entry] = []
+    with output.progress() as bars, Interrupts() as interrupts, interrupts.deferred():
+        responses = stream_generate(
+            loaded,
+            tokenizer,
+            tokens,
+            store=store,
+            fingerprint=fingerprint,
+            name=name,
+            replace=replace,
+            max_tokens=max_tokens,
+            sampler=sampling.make_sampler(),
+            draft_model=draft,
+            num_draft_tokens=live.num_draft_tokens,
+            prefill_step_size=prefill_step_size,
+            checkpoint_every=checkpoint_every,
+            max_kv_size=live.max_kv_size,
+            kv_bits=live.kv_bits,
+            should_stop=lambda: interrupts.is_pending,
+            load_progress=bars.bar("restore"),
+            prompt_progress_callback=bars.bar("prefill"),
+            save_progress=bars.bar("save"),
+            on_saved=saved.append,
+        )
+        said: list[Any] = []
+        try:
+            with closing(responses):
+                for response in responses:
+                    bars.clear()
+                    output.stream(response.text)
+                    said.append(response)
+        finally:
+            bars.clear()
+            _print_said(output, said, len(tokens), next(iter(saved), None))
+    end_if_asked(context, interrupts)
+    is_finished = bool(said) and said[-1].finish_reason is not None
+    if interrupts.is_pending and not is_finished:
+        raise KeyboardInterrupt
+
+
+def end_if_asked(context: click.Context, interrupts: Interrupts) -> None:
+    """End the process as a signal does, where there was one that asks for it."""
+    if interrupts.ending is not None:
+        context.exit(128 + interrupts.ending)
+
+
+def warn_of_size(output: Output, model: Any, max_kv_size: int | None) -> None:
+    """Say where mlx-lm has no use for the size that was asked for."""
+    if max_kv_size is not None and hasattr(model, "make_cache"):
+        output.warning("`--max-kv-size` has no effect: the model makes its own caches")
+
+
+def open_models(
+    context: click.Context,
+    options: ModelOptions,
+    codec: str | None,
+    draft_model: str | None = None,
+) -> tuple[Store, Any, Any, Any, Fingerprint]:
+    """Open the store, and load model, tokenizer, draft model and fingerprint."""
+    load_fast_blas()
+    from ..models.load import find_model, load_models
+
+    find_model(options.model)  # a wrong name must not leave an empty store behind
+    store = open_store(context, create=True, codec=codec)
+    return store, *load_models(
+        options.model,
+        options.adapter_path,
+        draft_model,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _encode(
+    tokenizer: Any, text: str, prompt: PromptOptions, *, is_open: bool = False
+) -> list[int]:
+    """Return the tokens of a first message."""
+    from ..models.templates import encode_prompt
+
+    return encode_prompt(
+        tokenizer,
+        text,
+        system_prompt=prompt.system_prompt,
+        chat_template_config=prompt.chat_template_config,
+        ignore_chat_template=prompt.ignore_chat_template,
+        is_open=is_open,
+    )
+
+
+def _conversation(
+    store: Store,
+    tokenizer: Any,
+    fingerprint: Fingerprint,
+    prompt: PromptOptions,
+    text: str,
+    name: str | None,
+    replace: bool,
+) -> list[int]:
+    """Return the tokens of the conversation that a prompt begins or continues."""
+    from ..models.session import entry_tokens
+    from ..models.templates import encode_next
+
+    held = None
+    if name is not None and not replace:
+        held = entry_tokens(store, name, fingerprint)
+    if held is None:
+        return _encode(tokenizer, text, prompt)
+    if prompt.system_prompt is not None:
+        raise click.UsageError(
+            f"`--system-prompt` comes too late: `{name}` has begun without it"
+        )
+    return held + encode_next(
+        tokenizer,
+        text,
+        held,
+        chat_template_config=prompt.chat_template_config,
+        ignore_chat_template=prompt.ignore_chat_template,
+    )
+
+
+def _print_saved(
+    output: Output, entry: Entry, num_restored: int, seconds: float
+) -> None:
+    num_computed = entry.num_tokens - num_restored
+    data: JSON = {
+        "entry": entry_data(entry),
+        "num_restored_tokens": num_restored,
+        "num_computed_tokens": num_computed,
+        "elapsed_s": round(seconds, 3),
+    }
+    output.result(
+        f"saved {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
+        f" {num_restored:,} restored, {num_computed:,} computed in {seconds:.2f} s;"
+        f" {format_bytes(entry.nbytes)}, {entry.codec}",
+        data,
+        [entry.id],
+    )
+
+
+def _print_said(
+    output: Output, said: Sequence[Any], num_prompt: int, entry: Entry | None
+) -> None:
+    """Print what is to be told after a reply, finished or not."""
+    if output.mode == "json":
+        output.result("", _said_data(said, num_prompt, entry))
+        return
+    if said:
+        last = said[-1]
+        output.stream("\n")
+        output.note(
+            f"prompt: {format_count(num_prompt, 'token')},"
+            f" {num_prompt - last.prompt_tokens:,} restored, {last.prompt_tokens:,}"
+            f" computed at {last.prompt_tps:.1f} tokens/s; reply:"
+            f" {last.generation_tokens:,} at {last.generation_tps:.1f} tokens/s"
+        )
+    if entry is not None:
+        tokens = format_count(entry.num_tokens, "token")
+        output.note(f"kept {tokens} as {entry_label(entry)}")
+
+
+def _said_data(said: Sequence[Any], num_prompt: int, entry: Entry | None) -> JSON:
+    data: JSON = {
+        "text": "".join(response.text for response in said),
+        "finish_reason": (said and said[-1].finish_reason) or "interrupted",
+        "num_prompt_tokens": num_prompt,
+        "num_generated_tokens": len(said),
+        "entry": entry_data(entry) if entry else None,
+    }
+    if said:
+        last = said[-1]
+        data |= {
+            "num_restored_tokens": num_prompt - last.prompt_tokens,
+            "num_computed_tokens": last.prompt_tokens,
+            "prompt_tps": round(last.prompt_tps, 3),
+            "generation_tps": round(last.generation_tps, 3),
+        }
+    return data

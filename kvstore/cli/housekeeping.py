@@ -1,0 +1,378 @@
+"""The verbs that keep a store in order: prune, stats, rename, pin."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+from ..errors import KVStoreError
+from ..ops.check import Finding
+from ..ops.prune import PrunePlan
+from ..ops.speeds import ModelSpeeds
+from ..ops.stats import Stats
+from . import options
+from .entries import confirm_removal, entry_data, entry_label, name_entries
+from .main import Verb, cli, open_store, output_of
+from .options import Percentage
+from .output import (
+    Column,
+    Output,
+    format_bytes,
+    format_count,
+    format_fields,
+    format_table,
+    format_time,
+    terminal_width,
+    to_rfc3339,
+)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_TOO_MANY_BYTES = 2**63
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, such as ``20GB``.
+
+    Args:
+        min: The fewest that are taken.
+    """
+
+    name = "size"
+
+    def __init__(self, *, min: int = 0) -> None:
+        self._min = min
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Return the size in bytes; the units are decimal."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", value.lower())
+        if match is None:
+            self.fail(f"`{value}` is not a size such as 20GB", param, ctx)
+        nbytes = float(match[1]) * _UNITS[match[2]]
+        if not self._min <= nbytes < _TOO_MANY_BYTES:
+            few, many = format_bytes(self._min), format_bytes(_TOO_MANY_BYTES)
+            self.fail(f"`{value}` is not from {few} to {many}", param, ctx)
+        return int(nbytes)
+
+
+class Span(click.ParamType[float]):
+    """A length of time, such as ``30d``."""
+
+    name = "span"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the length in seconds."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.lower())
+        if match is None:
+            self.fail(f"`{value}` is not a length of time such as 30d", param, ctx)
+        return float(match[1]) * _SPANS[match[2]]
+
+
+@click.command(cls=Verb)
+@click.option(
+    "--max-size",
+    metavar="SIZE",
+    type=Size(),
+    help="Evict entries, least recently used first, until this much is left: 20GB.",
+)
+@click.option(
+    "--older-than",
+    metavar="SPAN",
+    type=Span(),
+    help="Evict entries not used for so long: 30d, 12h.",
+)
+@click.option(
+    "--named", is_flag=True, help="Evict entries with names too, after all others."
+)
+@click.option(
+    "--now",
+    is_flag=True,
+    help="Free blocks that nothing reaches even if they are younger than an hour.",
+)
+@click.option(
+    "--limit",
+    metavar="SIZE",
+    type=Size(min=1),
+    help="Set the store's size limit, which saves keep to from now on.",
+)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
+@click.pass_context
+def prune(
+    context: click.Context,
+    max_size: int | None,
+    older_than: float | None,
+    named: bool,
+    now: bool,
+    limit: int | None,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """Free what no entry reaches, and evict entries where asked to.
+
+    Blocks that nothing reaches are kept for an hour, since a save may be under way.
+    Pinned entries are never evicted.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    sizes = [size for size in (max_size, limit) if size is not None]
+    plan = store.plan_prune(
+        max_bytes=min(sizes, default=None),
+        older_than_s=older_than,
+        named=named,
+        now=now,
+    )
+    is_needed = bool(plan.entries or plan.freed_bytes or plan.leftovers)
+    is_asked = is_needed and not dry_run
+    question = f"prune {_describe(plan)}?"
+    if is_asked:
+        confirm_removal(output, question, is_answered=yes)
+    if limit is not None and not dry_run:
+        store.set_limit(limit)
+    freed = plan.execute() if is_asked else plan.freed_bytes
+    _print_pruned(output, plan, freed, dry_run)
+
+
+@click.command(cls=Verb)
+@click.pass_context
+def stats(context: click.Context) -> None:
+    """Show what the store holds, and what it has saved so far.
+
+    Speeds are those of this machine, older ones fading: how fast a model reads a
+    prompt, and how fast it is restored. Where restoring is the slower, a server does
+    not do it; after a day it is tried again.
+    """
+    output = output_of(context)
+    found = open_store(context).stats()
+    speeds = [
+        asdict(speeds) | {"measured_at": to_rfc3339(speeds.measured_at)}
+        for speeds in found.speeds
+    ]
+    data = asdict(found) | {"speeds": speeds}
+    output.result("\n".join(format_fields(_stats_fields(found))), data)
+    if found.nbytes > found.max_bytes < found.kept_bytes:
+        output.hint("`kvstore prune --max-size SIZE --named` evicts what has a name")
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.argument("name", metavar="NAME", type=options.EntryName())
+@click.pass_context
+def rename(context: click.Context, ref: str, name: str) -> None:
+    """Give an entry another name, or its first."""
+    output = output_of(context)
+    entry = open_store(context).rename(ref, name)
+    output.result(f"`{ref}` is `{name}` now", entry_data(entry), [entry.id])
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.option("--off", is_flag=True, help="Let it be evicted again.")
+@click.pass_context
+def pin(context: click.Context, ref: str, off: bool) -> None:
+    """Keep an entry from ever being evicted."""
+    output = output_of(context)
+    entry = open_store(context).pin(ref, pinned=not off)
+    state = "may be evicted again" if off else "is never evicted now"
+    output.result(f"{entry_label(entry)} {state}", entry_data(entry), [entry.id])
+
+
+def _describe(plan: PrunePlan) -> str:
+    text = f"{format_bytes(plan.freed_bytes)} of {format_bytes(plan.nbytes)}"
+    if plan.entries:
+        text += f", with {name_entries(plan.entries)}"
+    return text
+
+
+def _print_pruned(
+    output: Output, plan: PrunePlan, freed_bytes: int, dry_run: bool
+) -> None:
+    done = "would free" if dry_run else "freed"
+    text = f"{done} {format_bytes(freed_bytes)} of {format_bytes(plan.nbytes)}"
+    if plan.entries:
+        text += (
+            f"; {'would evict' if dry_run else 'evicted'} {name_entries(plan.entries)}"
+        )
+    data = {
+        "dry_run": dry_run,
+        "freed_bytes": freed_bytes,
+        "nbytes": plan.nbytes,
+        "entries": [entry_data(entry) for entry in plan.entries],
+        "removed_shards": list(plan.removed),
+        "repacked_shards": list(plan.repacked),
+    }
+    output.result(text, data, [entry.id for entry in plan.entries])
+
+
+def _stats_fields(found: Stats) -> list[tuple[str, str]]:
+    counters = found.counters
+    hits, misses = counters.get("hits", 0), counters.get("misses", 0)
+    saved = found.seconds_saved
+    return [
+        ("entries", f"{found.num_entries:,}"),
+        ("tokens", f"{found.num_tokens:,}"),
+        ("size", _describe_size(found)),
+        ("shards", f"{found.num_shards:,} with {found.num_blocks:,} blocks"),
+        (
+            "sharing",
+            f"{found.dedup_ratio:.2f}x: apart, the entries would take"
+            f" {format_bytes(found.entry_bytes)}",
+        ),
+        (
+            "compression",
+            f"{found.compression_ratio:.2f}x: what entries need, against memory",
+        ),
+        *_quarantine_fields(found),
+        ("hits", f"{hits:,} of {hits + misses:,} loads"),
+        ("not recomputed", format_count(counters.get("restored_tokens", 0), "token")),
+        ("recomputed", format_count(counters.get("missed_tokens", 0), "token")),
+        ("time saved", "not measured yet" if saved is None else _duration(saved)),
+        ("written", format_bytes(counters.get("written_bytes", 0))),
+        ("read", format_bytes(counters.get("read_bytes", 0))),
+        *(("speed", _describe_speeds(speeds)) for speeds in found.speeds),
+    ]
+
+
+def _describe_size(found: Stats) -> str:
+    text = f"{format_bytes(found.nbytes)} of {format_bytes(found.max_bytes)}"
+    unneeded = max(0, found.nbytes - found.reached_bytes)
+    if unneeded:
+        text += f", {format_bytes(unneeded)} of which no entry needs"
+    if found.nbytes > found.max_bytes < found.kept_bytes:
+        kept = format_bytes(found.kept_bytes)
+        text += f"; over the limit since {kept} are of entries with names or pinned"
+    return text
+
+
+def _quarantine_fields(found: Stats) -> list[tuple[str, str]]:
+    if not found.num_quarantined:
+        return []
+    nbytes = format_bytes(found.quarantine_bytes)
+    return [("quarantine", f"{format_count(found.num_quarantined, 'file')}, {nbytes}")]
+
+
+def _describe_speeds(speeds: ModelSpeeds) -> str:
+    """Return how fast a model's rows come, and from how many on loading is faster."""
+    parts = []
+    if speeds.prefill_tps is not None:
+        parts.append(f"computes {_rate(speeds.prefill_tps)}")
+    if speeds.load_tps is not None:
+        parts.append(f"restores {_rate(speeds.load_tps)} from {speeds.codec}")
+    tokens = format_count(speeds.break_even_tokens or 0, "token")
+    verdict = {
+        "pays": f"loading pays from {tokens} on",
+        "never": "loading does not pay",
+        "unknown": "too little is measured yet to say when loading pays",
+    }[speeds.verdict]
+    if not speeds.is_current:
+        verdict += f" (as of {format_time(speeds.measured_at)}: will be tried again)"
+    model = speeds.model or speeds.fingerprint[:12]
+    return f"{model}: {', '.join(parts)}; {verdict}"
+
+
+def _rate(tps: float) -> str:
+    return f"{tps:,.0f} tokens/s" if tps >= 10 else f"{tps:.2f} tokens/s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+_SHELLS = ("bash", "zsh", "fish")
+
+
+@click.command(cls=Verb)
+@click.option(
+    "--read-data",
+    metavar="[PART%]",
+    type=Percentage(),
+    is_flag=False,
+    flag_value=1.0,
+    default=0.0,
+    help="Read the shards' bytes too: all, or such a part of the shards, as in"
+    " --read-data=10%.",
+)
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Read everything and put right what can be: damaged files go to quarantine,"
+    " what is whole in them into new ones, and the index is built anew.",
+)
+@click.pass_context
+def verify(context: click.Context, read_data: float, repair: bool) -> None:
+    """Compare entries, index and shards, and list what is wrong.
+
+    Nothing is changed, unless `--repair` is given. Exits with 1 where anything is
+    wrong, or still is after a repair.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    if repair:
+        for finding in store.repair():
+            output.warning(f"{finding.path}: {finding.detail}")
+        read_data = 1.0
+    with output.progress() as bars:
+        findings = store.verify(read_data, progress=bars.bar("verify"))
+    _print_findings(output, findings)
+    if findings:
+        raise KVStoreError(
+            f"{format_count(len(findings), 'finding')} in {store.path}",
+            hint="save the affected prompts again; all other entries can be loaded",
+        )
+
+
+@click.command("dir", cls=Verb)
+@click.pass_context
+def show_dir(context: click.Context) -> None:
+    """Print the store's folder."""
+    output = output_of(context)
+    path = str(open_store(context).path.absolute())
+    output.result(path, {"path": path}, [path])
+
+
+@click.command(cls=Verb)
+@click.argument(
+    "shell", metavar="[bash|zsh|fish]", type=click.Choice(_SHELLS), required=False
+)
+def completion(shell: str | None) -> None:
+    """Print the script that makes a shell complete `kvstore`.
+
+    For the shell you use, if none is named. Try `eval "$(kvstore completion)"`.
+    """
+    name = shell or Path(os.environ.get("SHELL", "")).name
+    found = get_completion_class(name) if name in _SHELLS else None
+    if found is None:
+        raise click.UsageError("cannot tell which shell you use; name one")
+    click.echo(found(cli, {}, "kvstore", "_KVSTORE_COMPLETE").source())
+
+
+def _print_findings(output: Output, findings: Sequence[Finding]) -> None:
+    columns: list[Column[Finding]] = [
+        Column("KIND", lambda finding: finding.kind),
+        Column("ENTRIES", lambda finding: ", ".join(finding.entries) or "-"),
+        Column("PATH", lambda finding: finding.path),
+        Column("DETAIL", lambda finding: finding.detail),
+    ]
+    lines = format_table(findings, columns, terminal_width())
+    output.result(
+        "\n".join(lines) if findings else "nothing is wrong",
+        {"findings": [asdict(finding) for finding in findings]},
+        [finding.path for finding in findings],
+    )

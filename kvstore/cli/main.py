@@ -1,0 +1,180 @@
+"""The command without a verb: what holds for all verbs, before or after them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from .. import __version__
+from ..errors import StoreNotFoundError
+from .output import Mode, Output
+
+if TYPE_CHECKING:
+    from ..store import Store
+
+_LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+log = logging.getLogger("kvstore")
+
+
+class StoreParam(click.Path):
+    """The folder of a store."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        """Return the folder."""
+        if not os.fspath(value):
+            # As a path it would be the folder where the process is.
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Note a general option where every verb finds it."""
+    if value:
+        # Shared by the command and its verb; what comes later wins.
+        context.meta[f"kvstore.{option.name}"] = value
+    if option.name == "verbose" and value:
+        log.setLevel(_LEVELS[min(value, 2)])
+
+
+def _general_options(*, hidden: bool) -> list[click.Option]:
+    """Return new options that hold for all verbs."""
+    common: dict[str, Any] = {
+        "callback": _keep,
+        "expose_value": False,
+        "hidden": hidden,
+    }
+    return [
+        click.Option(
+            ["--store"],
+            type=StoreParam(path_type=Path),
+            metavar="DIR",
+            help="The store's folder.  [default: $KVSTORE_DIR, else"
+            " $XDG_CACHE_HOME/kvstore, else ~/.cache/kvstore]",
+            **common,
+        ),
+        click.Option(
+            ["--json"],
+            is_flag=True,
+            help="Print one JSON document on stdout.",
+            **common,
+        ),
+        click.Option(["-q", "--quiet"], is_flag=True, help="Print ids only.", **common),
+        click.Option(
+            ["-v", "--verbose"],
+            count=True,
+            help="Say more on stderr; -vv adds the traceback of an error.",
+            **common,
+        ),
+    ]
+
+
+class Verb(click.Command):
+    """A verb; takes the general options too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += _general_options(hidden=True)
+
+
+class Root(click.Group):
+    """The command; lists its verbs in the order of their use."""
+
+    command_class = Verb
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the verbs as they were added."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=Root,
+    params=cast("list[click.Parameter]", _general_options(hidden=False)),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+    options_metavar="[OPTIONS]",
+    subcommand_metavar="VERB [ARGS]...",
+)
+@click.version_option(__version__, prog_name="kvstore", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Keep prompt caches of mlx-lm on disk, and go on from them without prefill.
+
+    The options here may stand before the verb or after it. Exit codes: 0 done, 1 failed
+    or not found or damage found, 2 wrong usage, 10 no store, 11 store locked, 130
+    interrupted.
+    """
+
+
+def output_of(context: click.Context) -> Output:
+    """Return where a verb puts what it has to say.
+
+    Raises:
+        click.UsageError: Two modes were asked for.
+    """
+    modes: dict[str, Mode] = {"json": "json", "quiet": "quiet"}
+    asked = [mode for name, mode in modes.items() if f"kvstore.{name}" in context.meta]
+    if len(asked) > 1:
+        raise click.UsageError("`--json` and `-q` exclude each other", context)
+    return Output(*asked)
+
+
+def store_path(context: click.Context) -> Path | None:
+    """Return the folder given by ``--store``, or ``None``."""
+    return cast("Path | None", context.meta.get("kvstore.store"))
+
+
+def open_store(
+    context: click.Context, *, create: bool = False, codec: str | None = None
+) -> Store:
+    """Open the store, which ends with the verb.
+
+    Args:
+        context: Of the verb.
+        create: Make it where there is none.
+        codec: What full blocks are saved with.
+
+    Raises:
+        StoreNotFoundError: There is none.
+        click.UsageError: Its path is not UTF-8, which the index needs.
+    """
+    from ..storage.folder import default_path
+    from ..store import Store
+
+    path = store_path(context) or default_path()
+    if not is_utf8(str(path)):
+        raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
+    try:
+        store = Store(path, codec, create=create)
+    except NotADirectoryError as error:
+        raise StoreNotFoundError(
+            f"no store at {path}: a part of the path is no folder",
+            hint="`--store DIR` chooses another",
+        ) from error
+    log.info("store: %s", store.path)
+    return context.with_resource(store)
+
+
+def is_utf8(text: str) -> bool:
+    """Say whether text from the command line, or from stdin, is UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def load_fast_blas() -> None:
+    """Put a fast BLAS under MLX; works only before MLX is imported."""
+    from ..blas import load_openblas
+
+    log.info("OpenBLAS: %s", load_openblas() or "none")
+
+
+def start_logging() -> None:
+    """Send what ``-v`` asks for to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(_LEVELS[0])
+    log.propagate = False

@@ -1,0 +1,343 @@
+"""What the command line prints, in three modes. Knows no store.
+
+Results go to stdout, all else to stderr. ``human`` prints text, ``json`` one document,
+``quiet`` ids. Colour never carries meaning alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Generic, Literal, TextIO, TypeVar
+
+import click
+
+from ..format.block import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+T = TypeVar("T")
+Mode = Literal["human", "json", "quiet"]
+_GAP = "  "
+_MIN_WIDTH = 8
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Generic[T]):
+    """One column of a table.
+
+    Attributes:
+        header: Its header, in capitals.
+        cell: What it shows of an item.
+        is_number: Align to the right, and never shorten.
+        total: What stands in the last line.
+    """
+
+    header: str
+    cell: Callable[[T], str]
+    is_number: bool = False
+    total: str = ""
+
+
+class NeedsFlagError(click.UsageError):
+    """A question could not be asked; a flag answers it.
+
+    Attributes:
+        hint: Which flag.
+    """
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class Bars:
+    """Progress bars on stderr where it is a terminal, nothing elsewhere.
+
+    Args:
+        is_shown: Whether to show them.
+    """
+
+    def __init__(self, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._rich: RichProgress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def bar(self, what: str) -> Progress:
+        """Return a callback that draws one bar; it appears when first called."""
+
+        def update(done: int, total: int) -> None:
+            if self._is_shown and total > 0:
+                rich = self._started()
+                if what not in self._tasks:
+                    self._tasks[what] = rich.add_task(what, total=total)
+                rich.update(self._tasks[what], completed=done, total=total)
+
+        return update
+
+    def clear(self) -> None:
+        """Take the bars off the screen, until one is drawn again."""
+        if self._rich is not None:
+            self._rich.stop()
+            self._rich = None
+            self._tasks.clear()
+
+    def _started(self) -> RichProgress:
+        if self._rich is None:
+            # Takes a tenth of a second, so only where there is something to draw.
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+            )
+
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._rich.start()
+        return self._rich
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where verbs put what they have to say.
+
+    Attributes:
+        mode: ``human``, ``json`` or ``quiet``.
+    """
+
+    mode: Mode = "human"
+
+    def result(self, text: str, data: Any, ids: Sequence[str] = ()) -> None:
+        """Print what a verb found or did.
+
+        Args:
+            text: For people; may have several lines.
+            data: The same as a JSON value.
+            ids: The same as ids.
+        """
+        if self.mode == "json":
+            # In ASCII: what a bundle says of itself may hold what moves a cursor.
+            click.echo(json.dumps(data, indent=2))
+        elif self.mode == "quiet":
+            for name in ids:
+                click.echo(name)
+        elif text:
+            click.echo(text)
+
+    def table(
+        self,
+        items: Sequence[T],
+        columns: Sequence[Column[T]],
+        *,
+        data: Callable[[T], Any],
+        id_of: Callable[[T], str],
+        empty: str,
+    ) -> None:
+        """Print items as a table with a total line.
+
+        Args:
+            items: One per line.
+            columns: What to show of them.
+            data: An item as a JSON value; the document is a list of them.
+            id_of: An item's id.
+            empty: What to tell people where there are no items.
+        """
+        lines = format_table(items, columns, terminal_width()) if items else []
+        self.result(
+            "\n".join(lines),
+            [data(item) for item in items] if self.mode == "json" else [],
+            [id_of(item) for item in items],
+        )
+        if not items:
+            self.note(empty)
+
+    def stream(self, text: str) -> None:
+        """Print a piece of text as it comes; a JSON document holds it later."""
+        if self.mode != "json":
+            click.echo(text, nl=False)
+
+    def note(self, message: str) -> None:
+        """Tell people something that is not the result."""
+        if self.mode == "human":
+            click.echo(message, err=True)
+
+    def warning(self, message: str) -> None:
+        """Warn, in every mode."""
+        print_line("warning", message, "yellow")
+
+    def hint(self, message: str) -> None:
+        """Tell people what they could do next."""
+        if self.mode == "human":
+            print_line("hint", message, "cyan")
+
+    def confirm(self, question: str, *, is_answered: bool) -> bool:
+        """Ask before something is destroyed, and return the answer.
+
+        Args:
+            question: What will happen to what, and how many bytes.
+            is_answered: The flag ``-y`` was given.
+
+        Raises:
+            NeedsFlagError: There is no terminal to ask on.
+        """
+        if is_answered:
+            return True
+        if not sys.stdin.isatty():
+            raise NeedsFlagError(
+                "this needs a confirmation, and there is no terminal to ask on",
+                hint="`-y` confirms, `-n` shows what would happen",
+            )
+        return click.confirm(question, err=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Bars]:
+        """Yield progress bars, which are gone again at the end."""
+        bars = Bars(self.mode != "quiet" and sys.stderr.isatty())
+        try:
+            yield bars
+        finally:
+            bars.clear()
+
+
+def print_line(label: str, message: str, colour: str) -> None:
+    """Print ``label: message`` on stderr, in one line."""
+    if has_colour(sys.stderr):
+        label = click.style(label, fg=colour, bold=True)
+    click.echo(f"{label}: {one_line(message)}", err=True)
+
+
+def print_failure(message: str, hint: str) -> None:
+    """Print an error, and what can be done about it."""
+    print_line("error", message, "red")
+    print_line("hint", hint, "cyan")
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Say whether a stream is a terminal that may show colour."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not is_plain and stream.isatty()
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` without line ends and other characters that move a cursor."""
+    joined = " ".join(text.split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
+
+
+def terminal_width() -> int | None:
+    """Return how many columns stdout has; ``None`` where it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def format_bytes(nbytes: int) -> str:
+    """Return a size in decimal units, such as ``1.2 MB``."""
+    size, unit = float(nbytes), 0
+    # Not 1000: 999.95 would be rounded up to 1000.0.
+    while size >= 999.95 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{nbytes} B" if unit == 0 else f"{size:.1f} {_UNITS[unit]}"
+
+
+def format_time(at: float) -> str:
+    """Return a time as people read it, in their time zone."""
+    return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M}"
+
+
+def to_rfc3339(at: float) -> str:
+    """Return a time as programs read it."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 entry`` or ``1,000 entries``."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {plural}"
+
+
+def format_fields(fields: Sequence[tuple[str, str]]) -> list[str]:
+    """Return names and values as lines, the values one below the other."""
+    width = max(len(name) for name, _ in fields) + 1
+    return [f"{name + ':':<{width}} {one_line(value)}" for name, value in fields]
+
+
+def format_table(
+    items: Sequence[T], columns: Sequence[Column[T]], width: int | None = None
+) -> list[str]:
+    """Return a table as lines: headers, one line per item, and totals if any.
+
+    Args:
+        items: One per line.
+        columns: What to show of them.
+        width: Columns of the terminal; texts are shortened to fit. ``None``
+            shortens nothing.
+    """
+    rows = [[column.header for column in columns]]
+    rows += [[one_line(column.cell(item)) for column in columns] for item in items]
+    if any(column.total for column in columns):
+        rows.append([column.total for column in columns])
+    widths = [max(map(_cells, cells)) for cells in zip(*rows, strict=True)]
+    if width is not None:
+        widths = _fit(widths, columns, width)
+    return [_format_row(row, columns, widths) for row in rows]
+
+
+def _format_row(
+    row: Sequence[str], columns: Sequence[Column[T]], widths: Sequence[int]
+) -> str:
+    cells = []
+    for text, column, width in zip(row, columns, widths, strict=True):
+        shown = _shorten(text, width)
+        padding = " " * (width - _cells(shown))
+        cells.append(padding + shown if column.is_number else shown + padding)
+    return _GAP.join(cells).rstrip()
+
+
+def _fit(widths: Sequence[int], columns: Sequence[Column[T]], total: int) -> list[int]:
+    """Return narrower widths for texts, so that a line fits; numbers stay whole."""
+    fitted = list(widths)
+    texts = [i for i, column in enumerate(columns) if not column.is_number]
+    while sum(fitted) + len(_GAP) * (len(fitted) - 1) > total:
+        widest = max(texts, key=lambda i: fitted[i], default=None)
+        if widest is None or fitted[widest] <= _MIN_WIDTH:
+            break
+        fitted[widest] -= 1
+    return fitted
+
+
+def _shorten(text: str, width: int) -> str:
+    if _cells(text) <= width:
+        return text
+    while _cells(text) > width - 1:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    marks = sum(unicodedata.combining(c) > 0 for c in text)
+    return len(text) + wide - marks

@@ -1,0 +1,329 @@
+"""The verb that takes over what others have written: import."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+
+from ..errors import KVStoreError
+from ..storage import files
+from . import options
+from .entries import entry_data, entry_label
+from .main import Verb, load_fast_blas, open_store, output_of
+from .options import ModelOptions, PromptOptions, gathered
+from .output import Output, format_bytes, format_count, one_line
+
+if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
+    from ..format.documents import JSON
+    from ..format.entry import Entry
+    from ..store import Store
+
+# What a bundle knows itself.
+_OF_CACHE_FILES = (
+    "trust_remote_code",
+    "prompt",
+    "system_prompt",
+    "chat_template_config",
+    "ignore_chat_template",
+    "codec",
+)
+
+
+@click.command("import", cls=Verb)
+@click.argument(
+    "path",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
+)
+@partial(options.model_options, required=False)
+@click.option(
+    "--draft-model",
+    metavar="MODEL",
+    help="The draft model, where a bundle was made with one.",
+)
+@partial(options.prompt_options, required=False)
+@options.name
+@options.codec
+@options.replace
+@click.pass_context
+@gathered("model", ModelOptions)
+@gathered("prompt", PromptOptions)
+def import_file(
+    context: click.Context,
+    path: Path,
+    model: ModelOptions,
+    draft_model: str | None,
+    prompt: PromptOptions,
+    name: str | None,
+    codec: str | None,
+    replace: bool,
+) -> None:
+    """Keep a bundle, or a prompt cache that `mlx_lm.cache_prompt` has written.
+
+    A bundle is what `kvstore export` writes; `-` reads one from stdin. It is checked to
+    the last byte before anything of it is kept. Whoever made it decided what the model
+    has read: import one only from whom you would take a model from. With `--model` it
+    is refused if another model made it.
+
+    A cache file does not hold the prompt, so give it as it was given then, and the
+    model. Files of all releases of mlx-lm are read; one that does not fit the model is
+    refused, and so is one that holds another number of tokens than the prompt has.
+    """
+    output = output_of(context)
+    if str(path) == "-" and sys.stdin.isatty():
+        raise click.UsageError(
+            "a bundle does not come from a terminal: redirect it, or give a file",
+            context,
+        )
+    if _is_bundle(path):
+        _refuse_given(context, _OF_CACHE_FILES, "a bundle")
+        fingerprint = _fingerprint(context, model, draft_model)
+        _import_bundle(context, output, path, fingerprint, name=name, replace=replace)
+        return
+    _refuse_given(context, ("draft_model",), "a cache file")
+    if model.model is None or prompt.prompt is None:
+        raise click.UsageError(
+            f"`{path}` is no bundle, and a cache file of mlx-lm's needs `--model` and"
+            " `--prompt`",
+            context,
+        )
+    _import_cache_file(
+        context, output, path, model, prompt, name=name, codec=codec, replace=replace
+    )
+
+
+def _is_bundle(path: Path) -> bool:
+    """Say by its content whether a file is a bundle; nothing else comes by a pipe."""
+    from ..format.bundle import is_bundle
+
+    if str(path) == "-" or not path.is_file():
+        return True
+    with path.open("rb") as file:
+        return is_bundle(file.read(512))
+
+
+def _refuse_given(context: click.Context, names: tuple[str, ...], what: str) -> None:
+    """Refuse options that say nothing of such a file.
+
+    Raises:
+        click.UsageError: One was given.
+    """
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(f"`{option}` is not for {what}", context)
+
+
+def _fingerprint(
+    context: click.Context, model: ModelOptions, draft_model: str | None
+) -> Fingerprint | None:
+    """Return the fingerprint of the model that a bundle must be of, if one is given."""
+    if model.model is None:
+        if model.adapter_path is not None or draft_model is not None:
+            raise click.UsageError(
+                "`--adapter-path` and `--draft-model` need `--model`", context
+            )
+        return None
+    from ..models.load import fingerprint_model
+
+    return fingerprint_model(model.model, model.adapter_path, draft_model)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    if str(path) == "-":
+        yield sys.stdin.buffer
+        return
+    with path.open("rb") as file:
+        yield file
+
+
+def _import_bundle(
+    context: click.Context,
+    output: Output,
+    path: Path,
+    fingerprint: Fingerprint | None,
+    *,
+    name: str | None,
+    replace: bool,
+) -> None:
+    from ..ops.import_bundle import open_bundle
+
+    begin = time.monotonic()
+    with _opened(path) as file:
+        # First, so that what is no bundle, or another model's, leaves no empty store.
+        bundle = open_bundle(file, fingerprint)
+        store = open_store(context, create=True)
+        with output.progress() as bars:
+            entry = store.import_bundle(
+                bundle,
+                fingerprint=fingerprint,
+                name=name,
+                replace=replace,
+                progress=bars.bar("import"),
+            )
+    digest = store.fingerprint_of(entry.id).digest
+    data: JSON = {
+        "entry": entry_data(entry),
+        "fingerprint": digest,
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    maker = one_line(entry.model) or "a model without a name"
+    origin = f"made by {maker}, fingerprint {digest[:12]}"
+    output.result(_describe_imported(entry, origin), data, [entry.id])
+
+
+def _import_cache_file(
+    context: click.Context,
+    output: Output,
+    path: Path,
+    model: ModelOptions,
+    prompt: PromptOptions,
+    *,
+    name: str | None,
+    codec: str | None,
+    replace: bool,
+) -> None:
+    text = prompt.read()
+    load_fast_blas()
+    from ..models.load import load_model, read_cache_file
+    from ..models.templates import encode_prompt
+
+    loaded, tokenizer, fingerprint = load_model(
+        model.model,
+        model.adapter_path,
+        trust_remote_code=model.trust_remote_code,
+        lazy=True,  # only its layers are looked at
+    )
+    tokens = encode_prompt(
+        tokenizer,
+        text,
+        system_prompt=prompt.system_prompt,
+        chat_template_config=prompt.chat_template_config,
+        ignore_chat_template=prompt.ignore_chat_template,
+        is_open=True,
+    )
+    begin = time.monotonic()
+    prompt_cache, layouts = read_cache_file(path, tokens, loaded, model.model)
+    # A file that is refused leaves no empty store behind.
+    store = open_store(context, create=True, codec=codec)
+    with output.progress() as bars:
+        entry = store.save(
+            tokens,
+            prompt_cache,
+            fingerprint,
+            name=name,
+            replace=replace,
+            progress=bars.bar("save"),
+        )
+    data: JSON = {
+        "entry": entry_data(entry),
+        "layouts": list(layouts),
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    origin = f"mlx-lm {', '.join(layouts)}"
+    output.result(_describe_imported(entry, origin), data, [entry.id])
+
+
+def _describe_imported(entry: Entry, origin: str) -> str:
+    return (
+        f"imported {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
+        f" {origin}; {format_bytes(entry.nbytes)}, {entry.codec}"
+    )
+
+
+@click.command("export", cls=Verb)
+@click.argument("ref", metavar="NAME", shell_complete=options.complete_entries)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    metavar="FILE",
+    required=True,
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="The bundle to write; `-` is stdout.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@click.pass_context
+def export(context: click.Context, ref: str, path: Path, overwrite: bool) -> None:
+    """Write an entry and its blocks as one file: a bundle.
+
+    `kvstore import` takes it over, on another machine too. A bundle holds the tokens,
+    so the text: it is as private as the conversation. The same entry gives the same
+    bytes.
+    """
+    output = output_of(context)
+    if str(path) == "-":
+        _export_to_stdout(context, output, ref)
+        return
+    _check_path(path, overwrite)
+    store = open_store(context)
+    entry = store.entry(ref)
+    begin = time.monotonic()
+    with files.written_whole(path) as descriptor:
+        nbytes = _write(store, entry, output, descriptor)
+    data: JSON = {
+        "entry": entry_data(entry),
+        "file": str(path),
+        "file_bytes": nbytes,
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    output.result(f"{_describe_exported(entry, nbytes)}: {path}", data, [str(path)])
+
+
+def _check_path(path: Path, overwrite: bool) -> None:
+    """Refuse a path that a bundle could not be written to.
+
+    Raises:
+        KVStoreError: There is something, or no folder.
+    """
+    if path.exists() and not path.is_file():
+        raise KVStoreError(
+            f"not a regular file: `{path}`", hint="choose another; `-o -` is stdout"
+        )
+    if path.exists() and not overwrite:
+        raise KVStoreError(
+            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
+        )
+    if not path.parent.is_dir():
+        raise KVStoreError(
+            f"no such folder: `{path.parent}`", hint="make it, or choose another"
+        )
+
+
+def _export_to_stdout(context: click.Context, output: Output, ref: str) -> None:
+    if output.mode == "json":
+        raise click.UsageError("`-o -` and `--json` exclude each other", context)
+    if sys.stdout.isatty():
+        raise click.UsageError(
+            "a bundle is not for a terminal: redirect it, or give a file", context
+        )
+    store = open_store(context)
+    entry = store.entry(ref)
+    sys.stdout.flush()
+    nbytes = _write(store, entry, output, sys.stdout.fileno())
+    output.note(_describe_exported(entry, nbytes))
+
+
+def _write(store: Store, entry: Entry, output: Output, descriptor: int) -> int:
+    """Write a bundle to an open file and return its size in bytes."""
+    with (
+        os.fdopen(descriptor, "wb", closefd=False) as file,
+        output.progress() as bars,
+    ):
+        return store.export_bundle(entry.id, file, progress=bars.bar("export"))
+
+
+def _describe_exported(entry: Entry, nbytes: int) -> str:
+    tokens = format_count(entry.num_tokens, "token")
+    return f"exported {tokens} of {entry_label(entry)}: {format_bytes(nbytes)}"

@@ -1,0 +1,196 @@
+"""What every codec is: rows of one side of one block to named arrays, and back.
+
+Knows nothing of files, hashes or prompt caches. Rows are NumPy arrays in the dtype
+they are stored in; bfloat16, which NumPy lacks, travels as its bits in ``uint16``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import IntegrityError
+from ..format.block import Part, TensorSpec
+
+Array = npt.NDArray[np.generic]
+Parts = Mapping[str, Array]
+"""The named arrays that a codec made of rows."""
+NUMPY_DTYPES: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U8": np.uint8,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+"""How each stored dtype is held in NumPy."""
+MLX_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "I64": mx.int64,
+}
+"""The same in MLX."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the rows of one array of one block are.
+
+    Attributes:
+        side: Name of the array: ``k`` and ``v`` are keys and values.
+        start: Position in the sequence of the first token.
+        shape: ``(L, H, T, D)``: layers, KV heads, tokens, head dimension.
+        dtype: safetensors name of the element type.
+    """
+
+    side: str
+    start: int
+    shape: tuple[int, int, int, int]
+    dtype: str
+
+
+PartSpecs = dict[str, tuple[str, tuple[int, ...]]]
+"""Name of a part to its dtype and shape."""
+
+
+class ArrayCodec(Protocol):
+    """Rows to named arrays; it may lose something."""
+
+    @property
+    def name(self) -> str:
+        """The name in the registry."""
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether decoding gives back every bit."""
+
+    def parts(self, rows: Rows) -> PartSpecs:
+        """Return dtype and shape of every part that encoding such rows gives.
+
+        Raises:
+            CodecError: This codec cannot hold such rows.
+        """
+
+    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
+        """Encode rows of shape ``(L, H, T, D)``."""
+
+    def decode_into(
+        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+    ) -> None:
+        """Write one layer's rows into ``out``, shape ``(H, T, D)``, strided or not.
+
+        ``out`` of a lossless codec may have fewer tokens: the first ones then.
+        """
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Return all layers' rows, ``(L, H, T, D)``, computed on MLX's device."""
+
+
+class BytesCodec(Protocol):
+    """Bytes to fewer bytes; never loses anything."""
+
+    @property
+    def name(self) -> str:
+        """The name in the registry."""
+
+    def compress(self, data: memoryview) -> bytes:
+        """Return the compressed bytes."""
+
+    def decompress(self, data: memoryview, nbytes: int) -> bytes | memoryview:
+        """Return the ``nbytes`` bytes that were compressed.
+
+        Raises:
+            ValueError: ``data`` is not exactly one frame of that many bytes.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """An array codec, and a bytes codec behind it or none.
+
+    Attributes:
+        array: Rows to named arrays.
+        compressor: What each named array then goes through, or ``None``.
+    """
+
+    array: ArrayCodec
+    compressor: BytesCodec | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in the registry, such as ``turbo4+zstd``."""
+        suffix = f"+{self.compressor.name}" if self.compressor else ""
+        return self.array.name + suffix
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether decoding gives back every bit."""
+        return self.array.is_lossless
+
+    def encode(self, x: Array, rows: Rows, prefix: str) -> list[Part]:
+        """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on."""
+        encoded = self.array.encode(x, rows)
+        return [
+            self._pack(f"{prefix}{name}", dtype, encoded[name])
+            for name, (dtype, _) in self.array.parts(rows).items()
+        ]
+
+    def open(
+        self, data: memoryview, begin: int, tensors: Mapping[str, TensorSpec],
+        rows: Rows, prefix: str,
+    ) -> dict[str, Array]:  # fmt: skip
+        """Return the named arrays of one side, decompressed and checked.
+
+        Args:
+            data: The bytes of the block.
+            begin: Where those bytes start in the shard's data.
+            tensors: What the shard's header says of the block's tensors.
+            rows: What the rows must be.
+            prefix: What the names of this side's tensors start with.
+
+        Raises:
+            IntegrityError: The tensors are not what this codec makes of such rows.
+        """
+        opened: dict[str, Array] = {}
+        for name, (dtype, shape) in self.array.parts(rows).items():
+            spec = tensors.get(prefix + name)
+            if spec is None:
+                raise IntegrityError(f"tensor {prefix}{name} is missing")
+            part = data[spec.begin - begin : spec.end - begin]
+            try:
+                raw = self._unpack(part, spec, dtype, shape)
+            except ValueError as error:
+                raise IntegrityError(f"tensor {prefix}{name}: {error}") from error
+            opened[name] = np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
+        return opened
+
+    def _pack(self, name: str, dtype: str, array: Array) -> Part:
+        data = np.ascontiguousarray(array).data.cast("B")
+        if self.compressor is None:
+            return Part(name, dtype, array.shape, data)
+        packed = self.compressor.compress(data)
+        return Part(name, "U8", (len(packed),), packed, raw_nbytes=len(data))
+
+    def _unpack(
+        self, data: memoryview, spec: TensorSpec, dtype: str, shape: tuple[int, ...]
+    ) -> bytes | memoryview:
+        """Return the raw bytes of a tensor of this dtype and shape."""
+        nbytes = math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        if self.compressor is None:
+            if (spec.dtype, spec.shape, spec.raw_nbytes) != (dtype, shape, None):
+                raise ValueError("has another dtype or shape than its codec makes")
+            return data
+        if spec.dtype != "U8" or spec.raw_nbytes != nbytes:
+            raise ValueError("has another raw size than its codec makes")
+        return self.compressor.decompress(data, nbytes)

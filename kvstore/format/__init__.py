@@ -1,0 +1,1 @@
+"""Bytes to values and back. Pure: no files, no SQL, no MLX."""

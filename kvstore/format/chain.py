@@ -1,0 +1,67 @@
+"""Tokens to a chain of block hashes. Knows nothing of arrays or files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from struct import error as struct_error
+from struct import pack
+from typing import Any
+
+from .block import Block, BlockHash
+from .documents import JSON, canonical_json
+
+BLOCK_SIZE = 256
+
+
+def digest_fields(fingerprint: JSON) -> str:
+    """Return the digest of a fingerprint: SHA-256 of its canonical JSON, in hex."""
+    return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
+
+
+def hash_root(fingerprint: str, layout: Any, tenant: str) -> BlockHash:
+    """Return the hash that stands as parent of the first block.
+
+    Args:
+        fingerprint: Digest of what computed the rows, in hex.
+        layout: JSON value that describes the layers.
+        tenant: Keeps apart what must not be shared; empty for one user.
+    """
+    data = canonical_json(["kvstore root 1", fingerprint, layout, tenant])
+    return BlockHash(hashlib.sha256(data).digest())
+
+
+def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
+    """Return the hash of one block, given its parent's.
+
+    Args:
+        parent: Hash of the previous block, or the root hash for the first.
+        tokens: The block's token ids; negative ids mark media.
+
+    Raises:
+        ValueError: A token does not fit into 64 bits.
+    """
+    # Fixed-width integers: no two token lists share an encoding.
+    try:
+        data = parent + pack(f"<{len(tokens)}q", *tokens)
+    except struct_error as exception:
+        raise ValueError("a token does not fit into 64 bits") from exception
+    return BlockHash(hashlib.sha256(data).digest())
+
+
+def split_tokens(
+    root: BlockHash, tokens: Sequence[int], block_size: int = BLOCK_SIZE
+) -> Iterator[Block]:
+    """Yield the chain of blocks of ``tokens``; the last may be a short tail."""
+    parent = root
+    for start in range(0, len(tokens), block_size):
+        part = tuple(tokens[start : start + block_size])
+        block = Block(hash_block_tokens(parent, part), parent, start, part)
+        yield block
+        parent = block.hash
+
+
+def common_run(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many leading tokens two sequences share."""
+    length = min(len(left), len(right))
+    return next((i for i in range(length) if left[i] != right[i]), length)

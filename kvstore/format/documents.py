@@ -1,0 +1,96 @@
+"""Canonical JSON and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import blake3
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON encoding of ``value``: sorted keys, no white space.
+
+    Raises:
+        ValueError: ``value`` holds NaN or an infinity.
+    """
+    text = json.dumps(
+        value,
+        sort_keys=True,
+        separators=(",", ":"),
+        ensure_ascii=True,
+        allow_nan=False,
+    )
+    return text.encode()
+
+
+MAX_NESTING = 64
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BRACKETS = str.maketrans("{}", "[]")
+_NO_BRACKET = re.compile(r"[^][]+")
+
+
+def strict_json(text: bytes | str, *, allow_floats: bool) -> Any:
+    """Parse JSON, refusing duplicate keys, NaN, infinities and deep nesting.
+
+    A ``RecursionError`` is the caller's, who stands too deep himself: it is no reason
+    to call the text damaged.
+
+    Raises:
+        ValueError: The text is not such JSON.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8")
+    _refuse_deep(text)
+    return json.loads(
+        text,
+        object_pairs_hook=_unique,
+        parse_constant=_refuse,
+        parse_float=_finite if allow_floats else _refuse,
+    )
+
+
+def _refuse_deep(text: str) -> None:
+    """Refuse brackets in more than so many others, before a parser follows them."""
+    marks = _STRING.sub("", text).translate(_BRACKETS)
+    rest = _NO_BRACKET.sub("", marks)
+    for _ in range(MAX_NESTING):
+        if "[]" not in rest:
+            break
+        rest = rest.replace("[]", "")  # the innermost
+    if "[]" in rest or rest.count("[") > MAX_NESTING:
+        raise ValueError("nested too deeply")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object, refusing a key that comes twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("duplicate key")
+    return value
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"number not allowed here: {text[:40]}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def is_count(value: Any, limit: int = 2**63) -> bool:
+    """Say whether ``value`` is an integer from 0 to below ``limit``."""
+    return type(value) is int and 0 <= value < limit
+
+
+def _blake3(data: bytes | memoryview) -> str:
+    # Threads pay only on long inputs.
+    threads = blake3.blake3.AUTO if len(data) > 1_000_000 else 1
+    return str(blake3.blake3(data, max_threads=threads).hexdigest())
+
+
+JSON = dict[str, Any]
+"""A JSON object."""

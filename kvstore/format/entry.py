@@ -1,0 +1,185 @@
+"""An entry and its JSON; what may be a name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from ..errors import FormatError, IntegrityError
+from .documents import JSON, canonical_json, strict_json
+
+MAX_NAME = 200
+MAX_LABEL = 1000
+
+
+def make_entry(
+    old: Entry | None,
+    *,
+    name: str | None,
+    tip: str,
+    root: str,
+    num_tokens: int,
+    nbytes: int,
+    codec: str,
+    model: str,
+) -> Entry:
+    """Return an entry saved now, in place of ``old`` where there is one."""
+    now = time.time()
+    return Entry(
+        id=entry_id(name, tip),
+        name=name,
+        tip=tip,
+        root=root,
+        num_tokens=num_tokens,
+        nbytes=nbytes,
+        codec=codec,
+        model=model[:MAX_LABEL],
+        made_with=_versions(),
+        created_at=old.created_at if old else now,
+        updated_at=now,
+        pinned=old.pinned if old else False,
+    )
+
+
+def check_name(name: str | None) -> None:
+    """Refuse names that could not be typed or printed.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if name is None:
+        return
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name[0] == "-":
+        raise ValueError(
+            f"a name has 1 to {MAX_NAME} printable characters and does not start"
+            f" with `-`: {name!r}"
+        )
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions that an entry records; advisory."""
+    # Imported here: it takes as long as listing a thousand entries.
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
+        with suppress(PackageNotFoundError):
+            found[distribution] = version(distribution)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A saved prompt cache: a name, or none, that points at its last block.
+
+    Attributes:
+        id: 32 hex digits, derived from the name, or from the tip without one.
+        name: The name, or ``None``.
+        tip: Hash of the last block in hex.
+        root: Hash that the first block has as parent, in hex.
+        num_tokens: Tokens held.
+        nbytes: Bytes of its blocks in the store, shared ones included.
+        codec: The codec asked for when it was saved.
+        model: What the model was called; advisory.
+        made_with: Versions of kvstore, mlx and mlx-lm; advisory.
+        created_at: When the name was first saved, Unix seconds.
+        updated_at: When it was last saved, Unix seconds.
+        pinned: It is never evicted.
+    """
+
+    id: str
+    name: str | None
+    tip: str
+    root: str
+    num_tokens: int
+    nbytes: int
+    codec: str
+    model: str
+    made_with: dict[str, str]
+    created_at: float
+    updated_at: float
+    pinned: bool = False
+
+
+FORMAT = 1
+MAX_BYTES = 65_536
+_ID = re.compile(r"[0-9a-f]{32}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_STAMPED = {"created_at", "updated_at"}
+
+
+def entry_id(name: str | None, tip: str) -> str:
+    """Return the id of an entry: a name's own, or its tip's where it has none."""
+    text = f"tip {tip}" if name is None else f"name {name}"
+    # What is no text, an argument of odd bytes say, names nothing that there is.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def _digest(body: JSON) -> str:
+    return str(blake3.blake3(canonical_json(body)).hexdigest())
+
+
+def _damaged(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(
+        f"entry file is damaged: {path}: {why}",
+        path=path,
+        hint="save it again; the blocks it named are still in the store",
+    )
+
+
+def _parse(path: Path, data: bytes) -> Entry:
+    """Return the entry that ``data`` spells, having checked its digest."""
+    try:
+        body = strict_json(data, allow_floats=True)
+        digest, form = body.pop("digest"), body.pop("format")
+        rest = {"format": form, **body}
+        # To the byte as it was written: JSON can be spelled in several ways.
+        is_whole = data == canonical_json({"digest": digest, **rest})
+        is_right = digest == _digest(rest)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path, "not an entry") from error
+    if not (is_whole and is_right) or type(form) is not int:
+        raise _damaged(path, "digest mismatch")
+    if form != FORMAT:
+        raise FormatError(
+            f"entry has format {form}, this release reads {FORMAT}: {path}",
+            hint="upgrade mlx-kvstore",
+        )
+    return _build(path, body)
+
+
+def _build(path: Path, body: JSON) -> Entry:
+    """Return an :class:`Entry`, having checked names and types of all fields."""
+    if set(body) != {field.name for field in fields(Entry)}:
+        raise _damaged(path, "unexpected fields")
+    if not all(_fits(name, value) for name, value in body.items()):
+        raise _damaged(path, "a field has the wrong type")
+    if body["id"] != path.stem:
+        raise _damaged(path, f"holds the entry {body['id']}")
+    return Entry(**body)
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Say whether ``value`` is of the type that the field ``name`` has."""
+    if name == "name":
+        return value is None or isinstance(value, str)
+    if name == "pinned":
+        return isinstance(value, bool)
+    if name in _STAMPED:
+        return type(value) in (float, int)
+    if name in ("num_tokens", "nbytes"):
+        return type(value) is int and value > 0
+    if name == "made_with":
+        return isinstance(value, dict) and all(
+            isinstance(text, str) for text in value.values()
+        )
+    if name in ("tip", "root"):
+        return isinstance(value, str) and _HASH.fullmatch(value) is not None
+    return isinstance(value, str)

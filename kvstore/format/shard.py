@@ -1,0 +1,278 @@
+"""Shards: immutable safetensors files of encoded blocks. Knows folders, not SQL.
+
+A shard is named by the SHA-256 of its bytes. Its header carries a digest of itself,
+and of the bytes of each block, so both are checked on every read without reading
+the rest of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from struct import pack
+from typing import Any
+
+import blake3
+
+from ..errors import FormatError
+from .block import (
+    Block,
+    BlockHash,
+    EncodedBlock,
+    Origin,
+    Part,
+    ShardHeader,
+    StoredBlock,
+    TensorSpec,
+)
+from .documents import JSON, _blake3, canonical_json, is_count, strict_json
+from .safetensors import MAX_HEADER_BYTES, parse_header
+
+FORMAT = 1
+MAX_BLOCKS = 64
+MAX_BYTES = 64 * 1024 * 1024
+MAX_PARTS = 4096
+_NO_DIGEST = "0" * 64
+_HEX = re.compile(r"[0-9a-f]{64}")
+_TOKEN_LIMIT = 2**63
+
+
+def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
+    """Return a stored block as it was when it was encoded."""
+    parts = tuple(
+        Part(
+            name,
+            spec.dtype,
+            spec.shape,
+            data[spec.begin - stored.begin : spec.end - stored.begin],
+            spec.raw_nbytes,
+        )
+        for name, spec in stored.tensors.items()
+    )
+    return EncodedBlock(
+        stored.block,
+        stored.codec,
+        stored.is_lossless,
+        stored.is_exact,
+        parts,
+        stored.num_extras,
+    )
+
+
+def is_full(blocks: Sequence[EncodedBlock]) -> bool:
+    """Say whether a shard of these blocks takes no further one like the last."""
+    return _is_full(
+        [(sum(len(p.data) for p in block.parts), len(block.parts)) for block in blocks]
+    )
+
+
+def group_blocks(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
+    """Group stored blocks to shards, as a save of all of them would."""
+    group: list[StoredBlock] = []
+    for stored in blocks:
+        group.append(stored)
+        if _is_full([(b.end - b.begin, len(b.tensors)) for b in group]):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _is_full(sizes: Sequence[tuple[int, int]]) -> bool:
+    """Say whether blocks of so many bytes and tensors fill a shard."""
+    nbytes = sum(size for size, _ in sizes)
+    parts = sum(count for _, count in sizes) + sizes[-1][1]
+    return len(sizes) >= MAX_BLOCKS or nbytes >= MAX_BYTES or parts > MAX_PARTS
+
+
+def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
+    """Return what stands before the data in a shard of just these blocks.
+
+    That is the header with its length, padded so that the data starts at 8 bytes. The
+    blocks may come from several shards.
+
+    Raises:
+        ValueError: It would be too large.
+    """
+    tensors: JSON = {}
+    position = 0
+    for number, stored in enumerate(blocks):
+        for name, spec in stored.tensors.items():
+            end = position + spec.end - spec.begin
+            tensors[f"{number}.{name}"] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+    meta = {
+        "format": FORMAT,
+        "header_digest": _NO_DIGEST,
+        "fingerprint": origin.fingerprint,
+        "layout": origin.layout,
+        "tenant": origin.tenant,
+        "blocks": [_row(stored) for stored in blocks],
+    }
+    about = {"__metadata__": {"kvstore": canonical_json(meta).decode()}}
+    text = json.dumps({**about, **tensors}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(f"shard header of {len(text)} bytes is too large")
+    return pack("<Q", len(text)) + _seal(text)
+
+
+def _describe(encoded: EncodedBlock) -> StoredBlock:
+    """Return a block as the header of a shard of its own would describe it."""
+    digest = blake3.blake3()
+    tensors: dict[str, TensorSpec] = {}
+    begin = end = 0
+    for part in encoded.parts:
+        digest.update(part.data)
+        begin, end = end, end + len(part.data)
+        tensors[part.name] = TensorSpec(
+            part.dtype, part.shape, begin, end, part.raw_nbytes
+        )
+    return StoredBlock(
+        encoded.block,
+        encoded.codec,
+        encoded.is_lossless,
+        encoded.is_exact,
+        encoded.num_extras,
+        digest.hexdigest(),
+        0,
+        end,
+        tensors,
+    )
+
+
+def _row(stored: StoredBlock) -> JSON:
+    """Return one row of the block table."""
+    return {
+        "hash": stored.block.hash.hex(),
+        "parent": stored.block.parent.hex(),
+        "start": stored.block.start,
+        "tokens": list(stored.block.tokens),
+        "codec": stored.codec,
+        "lossless": stored.is_lossless,
+        "exact": stored.is_exact,
+        "extras": stored.num_extras,
+        "digest": stored.digest,
+        "raw": {
+            name: spec.raw_nbytes
+            for name, spec in stored.tensors.items()
+            if spec.raw_nbytes is not None
+        },
+    }
+
+
+def _digest_field(digest: str) -> bytes:
+    """Return the header digest as it stands in the header's escaped JSON."""
+    return f'\\"header_digest\\":\\"{digest}\\"'.encode()
+
+
+def _seal(text: bytes) -> bytes:
+    """Put the digest of the header with 64 zeros in its place."""
+    digest = _blake3(text)
+    return text.replace(_digest_field(_NO_DIGEST), _digest_field(digest), 1)
+
+
+def _parse(header: bytes, size: int) -> ShardHeader:
+    """Return what a header says, having checked all of it.
+
+    Raises:
+        ValueError: Anything is not as it should be.
+        FormatError: A newer release wrote it.
+    """
+    data_begin = 8 + len(header)
+    tensors, metadata = parse_header(header, size - data_begin)
+    meta = strict_json(metadata["kvstore"], allow_floats=True)
+    digest = _field(meta, "header_digest", str)
+    blank = header.replace(_digest_field(digest), _digest_field(_NO_DIGEST))
+    if digest != _blake3(blank):
+        raise ValueError("header does not match its digest")
+    form = _field(meta, "format", int)
+    if form != FORMAT:
+        raise FormatError(
+            f"shard has format {form}, this release reads {FORMAT}",
+            hint="upgrade mlx-kvstore",
+        )
+    origin = Origin(
+        _field(meta, "fingerprint", dict),
+        _field(meta, "layout", list),
+        _field(meta, "tenant", str),
+    )
+    blocks = _parse_blocks(_field(meta, "blocks", list), tensors)
+    return ShardHeader(origin, blocks, data_begin, size)
+
+
+def _field(value: Any, name: str, kind: type) -> Any:
+    """Return a field of exactly this type."""
+    if not isinstance(value, dict) or type(value.get(name)) is not kind:
+        raise ValueError(f"field {name} is missing or not of type {kind.__name__}")
+    return value[name]
+
+
+def _parse_blocks(rows: list[Any], tensors: JSON) -> tuple[StoredBlock, ...]:
+    """Return the block table, every tensor being some block's."""
+    if len(rows) > MAX_BLOCKS:
+        raise ValueError(f"{len(rows)} blocks, more than {MAX_BLOCKS}")
+    owned: dict[str, JSON] = {str(number): {} for number in range(len(rows))}
+    for name, spec in tensors.items():
+        number, _, part = name.partition(".")
+        if number not in owned:
+            raise ValueError(f"tensor {name} belongs to no block")
+        owned[number][part] = spec
+    return tuple(
+        _parse_block(row, parts)
+        for row, parts in zip(rows, owned.values(), strict=True)
+    )
+
+
+def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
+    """Return one row of the block table with its tensors."""
+    raw = _field(row, "raw", dict)
+    if not parts or not set(raw) <= set(parts):
+        raise ValueError("a block's tensors do not fit its row")
+    if not all(is_count(size) for size in raw.values()):
+        raise ValueError("a raw size is not a count")
+    specs = {
+        name: TensorSpec(dtype, shape, begin, end, raw.get(name))
+        for name, (dtype, shape, begin, end) in parts.items()
+    }
+    begin = min(spec.begin for spec in specs.values())
+    end = max(spec.end for spec in specs.values())
+    if sum(spec.end - spec.begin for spec in specs.values()) != end - begin:
+        raise ValueError("a block is scattered over the shard")
+    extras = _field(row, "extras", int)
+    if not is_count(extras):
+        raise ValueError("a block's extras are not a count")
+    is_lossless, is_exact = _field(row, "lossless", bool), _field(row, "exact", bool)
+    if is_exact and not is_lossless:
+        raise ValueError("a lossy block calls itself exact")
+    return StoredBlock(
+        _parse_chain(row),
+        _field(row, "codec", str),
+        is_lossless,
+        is_exact,
+        extras,
+        _field(row, "digest", str),
+        begin,
+        end,
+        specs,
+    )
+
+
+def _parse_chain(row: JSON) -> Block:
+    """Return hash, parent, start and tokens of a row."""
+    names = [_field(row, name, str) for name in ("hash", "parent")]
+    if not all(_HEX.fullmatch(name) for name in names):
+        raise ValueError("a hash is not 64 hex digits")
+    tokens = _field(row, "tokens", list)
+    if not all(type(t) is int and -_TOKEN_LIMIT <= t < _TOKEN_LIMIT for t in tokens):
+        raise ValueError("a token is not a 64-bit integer")
+    start = _field(row, "start", int)
+    if not tokens or not is_count(start):
+        raise ValueError("a block has no tokens or a bad start")
+    block, parent = (BlockHash(bytes.fromhex(name)) for name in names)
+    return Block(block, parent, start, tuple(tokens))

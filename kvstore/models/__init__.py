@@ -1,0 +1,1 @@
+"""Run a model with a store around it."""

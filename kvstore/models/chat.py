@@ -1,0 +1,574 @@
+"""A conversation that is there again tomorrow. Knows no terminal.
+
+It is its tokens, as they were fed and generated: no turn is ever rendered again. Rows
+stay in a live cache between turns, and each turn is saved as it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    IntegrityError,
+    KVStoreError,
+    StoreLockedError,
+)
+from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.documents import JSON
+from ..format.entry import Entry, check_name
+from ..store import Store
+from .generate import save_prompt, stream_generate
+from .session import (
+    CHECKPOINT_EVERY,
+    PREFILL_STEP_SIZE,
+    LiveCache,
+    Sampler,
+    entry_tokens,
+    make_empty_cache,
+)
+from .templates import (
+    TurnMarks,
+    begins_with,
+    encode_next,
+    encode_prompt,
+    find_marks,
+    has_reply,
+)
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
+MAX_TOKENS = 2048
+"""Enough for a long reply; a model that finds no end is stopped all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatStats:
+    """Where a chat stands.
+
+    Attributes:
+        name: Its name, or ``None``.
+        entry_id: Id of its entry, or ``None`` before the first turn.
+        is_saved: All that was said is on disk.
+        num_turns: Turns, or ``None`` where they cannot be told apart.
+        num_tokens: Tokens of the whole conversation.
+        num_restored_tokens: Tokens restored from disk, over all turns of this session.
+        num_computed_tokens: Tokens of prompts that were computed, over the same.
+        num_generated_tokens: Tokens of replies, over the same.
+        cache_bytes: What the live cache takes in memory.
+        entry_bytes: What the blocks of its entry take on disk, shared ones included.
+    """
+
+    name: str | None
+    entry_id: str | None
+    is_saved: bool
+    num_turns: int | None
+    num_tokens: int
+    num_restored_tokens: int
+    num_computed_tokens: int
+    num_generated_tokens: int
+    cache_bytes: int
+    entry_bytes: int
+
+
+class Chat:
+    """A conversation with a model, kept in a store.
+
+    Errors of saving come when a reply is complete: the conversation goes on all the
+    same, and the next turn, or :meth:`save`, saves all that was said.
+
+    Args:
+        model: The model, from ``mlx_lm.load``.
+        tokenizer: Its tokenizer.
+        store: Where the conversation is kept.
+        fingerprint: The model's; that of both, where there is a draft model.
+        name: Goes on with the entry of this name, or gives it to a new one.
+        system_prompt: What the system says first; not used where there is an entry.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take what is said as plain text.
+        draft_model: mlx-lm's; its caches follow the model's.
+        num_draft_tokens: How many tokens it guesses at a time.
+        max_tokens: Tokens of a reply at most; -1 for no limit.
+        sampler: mlx-lm's ``sampler``.
+        prefill_step_size: Prompt tokens computed, and then stored, at a time.
+        checkpoint_every: Tokens at least between two states of recurrent layers.
+        max_kv_size: mlx-lm's: rows kept per layer, where the model does not say.
+        kv_bits: Keep the live cache quantized: ``"turbo3"``, or a number of bits.
+        should_stop: Asked between tokens, and between steps of a prompt.
+        load_progress: Called with (tokens restored, tokens held).
+        prompt_progress_callback: Called with (tokens computed, tokens to compute).
+
+    Raises:
+        EntryExistsError: The name is taken by another tenant of the store.
+        FingerprintError: Another model made the entry.
+        IntegrityError: A part of the entry is missing or damaged.
+        UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
+            that a draft model can be used with.
+        ValueError: The name is not one, or a system prompt has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        store: Store,
+        fingerprint: Fingerprint,
+        name: str | None = None,
+        system_prompt: str | None = None,
+        chat_template_config: JSON | None = None,
+        ignore_chat_template: bool = False,
+        draft_model: Any = None,
+        num_draft_tokens: int = 2,
+        max_tokens: int = MAX_TOKENS,
+        sampler: Sampler | None = None,
+        prefill_step_size: int = PREFILL_STEP_SIZE,
+        checkpoint_every: int = CHECKPOINT_EVERY,
+        max_kv_size: int | None = None,
+        kv_bits: int | str | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        load_progress: Progress | None = None,
+        prompt_progress_callback: Progress | None = None,
+    ) -> None:
+        check_name(name)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._store = store
+        self._fingerprint = fingerprint
+        self._name = name
+        self._system_prompt = system_prompt
+        self._config = chat_template_config
+        self._is_plain = ignore_chat_template or not tokenizer.has_chat_template
+        if system_prompt is not None and self._is_plain:
+            raise ValueError("a system prompt needs a chat template, and none is used")
+        self._empty = make_empty_cache(
+            model, draft_model, max_kv_size=max_kv_size, kv_bits=kv_bits
+        )
+        self._draft_model = draft_model
+        self._num_draft_tokens = num_draft_tokens
+        self._max_tokens = max_tokens
+        self._sampler = sampler
+        self._prefill_step_size = prefill_step_size
+        self._checkpoint_every = checkpoint_every
+        self._max_kv_size = max_kv_size
+        self._kv_bits = kv_bits
+        self._should_stop = should_stop
+        self._load_progress = load_progress
+        self._prompt_progress = prompt_progress_callback
+        self._live = LiveCache()
+        self._entry: Entry | None = None
+        self._tokens: list[int] = []
+        self._num_saved = 0
+        # Entries without a name that this chat has made; one at a time is enough.
+        self._own: set[str] = set()
+        self._num_restored = self._num_computed = self._num_generated = 0
+        self._num_loaded = 0
+        if name is not None:
+            self._resume(name)
+        # Where each turn begins that is known of; those before, if any, are not.
+        self._begins: list[int] = []
+        self._num_unknown = len(self._tokens)
+        self._why_unknown: KVStoreError | None = None
+        self._find_turns()
+
+    @property
+    def name(self) -> str | None:
+        """The name under which each turn is saved, or ``None``."""
+        return self._name
+
+    @property
+    def entry(self) -> Entry | None:
+        """The entry as it was last saved, or ``None``."""
+        return self._entry
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of the whole conversation."""
+        return list(self._tokens)
+
+    @property
+    def num_turns(self) -> int | None:
+        """Turns so far: what the user said, and the reply; ``None`` if unknown."""
+        return None if self._why_unknown else len(self._begins)
+
+    @property
+    def num_restorable(self) -> int:
+        """Tokens whose rows the store holds as this chat wants them."""
+        # One more than there is: it is the last that is never restored.
+        wanted = [*self._tokens, -1]
+        return self._store.lookup(
+            wanted, self._fingerprint, like=self._empty
+        ).num_tokens
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether all that was said is on disk."""
+        return self._num_saved == len(self._tokens)
+
+    def stats(self) -> ChatStats:
+        """Return where the chat stands."""
+        return ChatStats(
+            name=self._name,
+            entry_id=self._entry.id if self._entry else None,
+            is_saved=self.is_saved,
+            num_turns=self.num_turns,
+            num_tokens=len(self._tokens),
+            num_restored_tokens=self._num_restored,
+            num_computed_tokens=self._num_computed,
+            num_generated_tokens=self._num_generated,
+            cache_bytes=self._live.nbytes,
+            entry_bytes=self._entry.nbytes if self._entry else 0,
+        )
+
+    def say(self, text: str) -> Generator[GenerationResponse, None, None]:
+        """Say something and generate the reply; both are saved when it ends.
+
+        Where it ends early, because ``should_stop`` says so, the generator is closed or
+        Ctrl-C comes, what was said so far is kept. Where not even a first token was
+        said, the message is taken back, and what was computed of it is stored.
+
+        Args:
+            text: What the user says. It makes no special tokens, whatever it contains.
+
+        Yields:
+            mlx-lm's responses; ``prompt_tokens`` counts those that were computed.
+
+        Raises:
+            EntryExistsError: Another conversation has the name by now. What was said is
+                kept without a name, and so the chat goes on.
+            OSError: It could not be saved, and is kept in memory.
+            StoreLockedError: The same.
+        """
+        prompt = [*self._tokens, *self._encode(text)]
+        said: list[int] = []
+        last: GenerationResponse | None = None
+        self._num_loaded = 0
+        responses = stream_generate(
+            self._model,
+            self._tokenizer,
+            prompt,
+            store=self._store,
+            fingerprint=self._fingerprint,
+            name=self._name,
+            replace=self._replaced(),
+            max_tokens=self._max_tokens,
+            sampler=self._sampler,
+            draft_model=self._draft_model,
+            num_draft_tokens=self._num_draft_tokens,
+            prefill_step_size=self._prefill_step_size,
+            checkpoint_every=self._checkpoint_every,
+            max_kv_size=self._max_kv_size,
+            kv_bits=self._kv_bits,
+            live=self._live,
+            should_stop=self._should_stop,
+            prompt_progress_callback=self._prompt_progress,
+            load_progress=self._note_load,
+            on_saved=self._note_saved,
+        )
+        try:
+            with closing(responses):
+                for last in responses:
+                    said.append(int(last.token))
+                    yield last
+        except EntryExistsError as error:
+            self._lose_name(error)
+            raise
+        finally:
+            self._num_restored += self._num_loaded
+            if last is not None:
+                self._begins.append(self._begin_of(prompt))
+                self._tokens = [*prompt, *said]
+                self._num_computed += last.prompt_tokens
+                self._num_generated += len(said)
+
+    def save(self) -> Entry | None:
+        """Save what is not saved yet, after an error, and return the entry if any.
+
+        Raises:
+            EntryExistsError: As in :meth:`say`.
+            OSError: It could not be saved, and is kept in memory.
+            StoreLockedError: The same.
+        """
+        if not self.is_saved:
+            self._keep(self._tokens)
+        return self._entry
+
+    def fork(self, name: str) -> None:
+        """Go on under another name from here; the old one stays where it was.
+
+        Raises:
+            EntryExistsError: The name is taken.
+            OSError: It could not be saved; nothing has changed.
+            ValueError: The name is not one.
+        """
+        self._check_free(name)
+        if self._tokens:
+            self._entry = self._save_prompt(self._tokens, name, replace=False)
+            self._num_saved = len(self._tokens)
+        self._name = name
+
+    def rename(self, name: str) -> None:
+        """Give the chat another name, or its first.
+
+        Raises:
+            EntryExistsError: The name is taken.
+            OSError: It could not be saved.
+            ValueError: The name is not one.
+        """
+        self._check_free(name)
+        if self._entry is not None:
+            try:
+                self._entry = self._store.rename(self._entry, name)
+            except EntryNotFoundError:
+                # It was moved on, or removed: there is no entry of ours.
+                self._entry, self._num_saved = None, 0
+        self._name = name
+        self.save()
+
+    def rewind(self, num_turns: int = 1) -> None:
+        """Take back the last turns, in the store too.
+
+        The conversation then ends where the reply before them ended, or with what was
+        there before the first turn. Where rows cannot be taken back, they are restored
+        from the last checkpoint, and the rest is computed again.
+
+        Args:
+            num_turns: How many.
+
+        Raises:
+            EntryExistsError: As in :meth:`say`.
+            KVStoreError: There are not so many turns, or they cannot be told apart.
+            OSError: It could not be saved; nothing has changed.
+            ValueError: It is no number of turns.
+        """
+        if num_turns < 1:
+            raise ValueError(f"not a number of turns: {num_turns}")
+        if num_turns > len(self._begins):
+            if self._why_unknown is not None:
+                raise self._why_unknown
+            raise KVStoreError(
+                f"cannot take back {num_turns} turns of {len(self._begins)}",
+                hint="`/stats` says how many there are",
+            )
+        tokens = self._tokens[: self._begins[-num_turns]]
+        if self._is_empty(tokens):
+            tokens = []
+        try:
+            if tokens:
+                self._keep(tokens)
+            else:
+                self._remove_entry()
+        except EntryExistsError:
+            self._cut(tokens, num_turns)
+            raise
+        self._cut(tokens, num_turns)
+
+    def begins_with(self, system_prompt: str) -> bool:
+        """Say whether the conversation was begun with this system prompt."""
+        if self._is_plain:
+            return False
+        return begins_with(
+            self._tokenizer,
+            self._tokens,
+            system_prompt,
+            chat_template_config=self._config,
+        )
+
+    def last_exchange(self) -> tuple[str, str] | None:
+        """Return what was said last and replied, as text; ``None`` if unknown."""
+        if self._why_unknown is not None or not self._begins or self._is_plain:
+            return None
+        marks = self._marks()
+        asked, replied = marks.last_exchange(self._tokens, self._begins[-1])
+        decode = self._tokenizer.decode
+        return (
+            decode(asked, skip_special_tokens=True).strip(),
+            decode(replied, skip_special_tokens=True).strip(),
+        )
+
+    def _resume(self, name: str) -> None:
+        """Take up the entry of this name, if there is one."""
+        tokens = entry_tokens(self._store, name, self._fingerprint)
+        if tokens is None:
+            return
+        if self._store.tenant_of(name) != self._store.tenant:
+            raise _taken(name)
+        self._entry = self._store.entry(name)
+        self._tokens = tokens
+        self._num_saved = len(tokens)
+
+    def _find_turns(self) -> None:
+        """Find the turns of a conversation that was begun in another session."""
+        if not self._tokens:
+            return
+        try:
+            if self._is_plain:
+                raise KVStoreError(
+                    "turns of plain text cannot be told apart",
+                    hint="only turns of this session can be taken back",
+                )
+            if self._has_reply():
+                self._begins = self._marks().begins(self._tokens)
+        except KVStoreError as error:
+            self._why_unknown = error
+
+    def _marks(self) -> TurnMarks:
+        return find_marks(self._tokenizer, chat_template_config=self._config)
+
+    def _has_reply(self) -> bool:
+        return has_reply(
+            self._tokenizer, self._tokens, chat_template_config=self._config
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the tokens that a message adds to the conversation."""
+        if not self._tokens:
+            return encode_prompt(
+                self._tokenizer,
+                text,
+                system_prompt=self._system_prompt,
+                chat_template_config=self._config,
+                ignore_chat_template=self._is_plain,
+                is_literal=True,
+            )
+        return encode_next(
+            self._tokenizer,
+            text,
+            self._tokens,
+            chat_template_config=self._config,
+            ignore_chat_template=self._is_plain,
+            is_literal=True,
+        )
+
+    def _begin_of(self, prompt: Sequence[int]) -> int:
+        """Return where the turn begins that a prompt ends with."""
+        if not self._tokens and not self._is_plain:
+            with suppress(KVStoreError):
+                # What the system says first is no part of it.
+                return self._marks().first(prompt) or 0
+        return len(self._tokens)
+
+    def _is_empty(self, tokens: Sequence[int]) -> bool:
+        """Say whether nothing is left but what every conversation begins with."""
+        if self._is_plain or not tokens:
+            return not tokens
+        with suppress(KVStoreError):
+            return list(self._marks().opening) == list(tokens)
+        return False
+
+    def _cut(self, tokens: list[int], num_turns: int) -> None:
+        self._tokens = tokens
+        del self._begins[-num_turns:]
+
+    def _replaced(self) -> bool | Entry:
+        """Return what may lose the name: only what this chat knows."""
+        return self._entry if self._entry and self._entry.name else False
+
+    def _keep(self, tokens: list[int]) -> None:
+        """Have the entry end here."""
+        try:
+            self._save_prompt(
+                tokens, self._name, replace=self._replaced(), on_saved=self._note_saved
+            )
+        except EntryExistsError as error:
+            self._lose_name(error)
+            raise
+
+    def _save_prompt(
+        self,
+        tokens: list[int],
+        name: str | None,
+        *,
+        replace: bool | Entry,
+        on_saved: Callable[[Entry], None] | None = None,
+    ) -> Entry:
+        """Save the rows of some tokens; they are computed where nothing holds them."""
+        self._num_loaded = 0
+        entry, num_held = save_prompt(
+            self._model,
+            tokens,
+            store=self._store,
+            fingerprint=self._fingerprint,
+            name=name,
+            replace=replace,
+            draft_model=self._draft_model,
+            prefill_step_size=self._prefill_step_size,
+            checkpoint_every=self._checkpoint_every,
+            max_kv_size=self._max_kv_size,
+            kv_bits=self._kv_bits,
+            live=self._live,
+            prompt_progress_callback=self._prompt_progress,
+            load_progress=self._note_load,
+            on_saved=on_saved,
+        )
+        self._num_restored += self._num_loaded
+        self._num_computed += len(tokens) - num_held
+        return entry
+
+    def _note_load(self, done: int, total: int) -> None:
+        self._num_loaded = done
+        if self._load_progress is not None:
+            self._load_progress(done, total)
+
+    def _note_saved(self, entry: Entry) -> None:
+        """Note the entry as it is now, and remove one that it supersedes."""
+        old, self._entry = self._entry, entry
+        self._num_saved = entry.num_tokens
+        if old is not None and old.id != entry.id and old.id in self._own:
+            self._own.discard(old.id)
+            # It costs a little disk, no more, until `prune` evicts it.
+            with suppress(
+                EntryNotFoundError, IntegrityError, StoreLockedError, OSError
+            ):
+                if not self._store.entry(old.id).pinned:
+                    self._store.remove(old)
+        # One that was there before is somebody else's too.
+        if entry.name is None and entry.created_at == entry.updated_at:
+            self._own.add(entry.id)
+
+    def _remove_entry(self) -> None:
+        """Remove the entry: there is nothing left to keep."""
+        old = self._entry
+        is_ours = old is not None and (old.name is not None or old.id in self._own)
+        if old is not None and is_ours:
+            try:
+                self._store.remove(old)
+            except EntryNotFoundError as error:
+                if old.name is not None and self._is_taken(old.name):
+                    self._name, self._entry, self._num_saved = None, None, 0
+                    raise _taken(old.name) from error
+        self._entry, self._num_saved = None, 0
+        self._live.clear()
+
+    def _lose_name(self, error: EntryExistsError) -> None:
+        """Go on without a name, since another conversation has it."""
+        self._name = None
+        if self._entry is not None and self._entry.name is not None:
+            self._entry, self._num_saved = None, 0
+
+    def _check_free(self, name: str) -> None:
+        """Refuse a name that any entry has.
+
+        Raises:
+            EntryExistsError: The name is taken.
+            ValueError: It is not one.
+        """
+        check_name(name)
+        if self._is_taken(name):
+            raise _taken(name)
+
+    def _is_taken(self, name: str) -> bool:
+        try:
+            return self._store.entry(name).name == name
+        except (EntryNotFoundError, IntegrityError):
+            return False  # what nobody can read stands in nobody's way
+
+
+def _taken(name: str) -> EntryExistsError:
+    return EntryExistsError(f"the name `{name}` is taken", hint="choose another name")

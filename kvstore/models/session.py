@@ -1,0 +1,608 @@
+"""mlx-lm's generation with a store: restore, go on, save the tokens that have rows.
+
+A prompt cache holds rows for a while before its owner knows: Ctrl-C may come between
+two layers, or between keys and values. So what is saved are the tokens up to which
+mlx-lm has said that it is done, whatever the cache's own offset says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+from turboquant.kv_cache import TurboQuantKVCache, quantize_prompt_cache
+
+from ..caches import live as caches
+from ..errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    FingerprintError,
+    IntegrityError,
+    StoreLockedError,
+    UnsupportedCacheError,
+)
+from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.chain import common_run
+from ..format.entry import Entry, check_name
+from ..store import Store
+
+PREFILL_STEP_SIZE = 2048
+"""mlx-lm's own default."""
+CHECKPOINT_EVERY = 2048
+"""A state may be as large as the rows of thousands of tokens."""
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+# Their rows can be taken back at any time, and what is left is as it was.
+_CUTTABLE = (KVCache, QuantizedKVCache, TurboQuantKVCache)
+
+
+@dataclass(slots=True)
+class LiveCache:
+    """A prompt cache in memory, from which the next run goes on.
+
+    It is empty before the first run, while one works, and after one that failed.
+
+    Attributes:
+        tokens: Exactly the tokens whose rows it holds.
+        prompt_cache: mlx-lm's list of per-layer caches.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_cache: list[Any] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Let go of what it holds."""
+        self.tokens, self.prompt_cache = [], []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its caches take in memory."""
+        return sum(cache.nbytes for cache in self.prompt_cache)
+
+
+def make_empty_cache(
+    model: Any,
+    draft_model: Any = None,
+    *,
+    max_kv_size: int | None = None,
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
+) -> list[Any]:
+    """Return the empty prompt cache that :func:`stream_generate` starts with.
+
+    Args:
+        model: The model.
+        draft_model: Its draft model, whose caches follow.
+        max_kv_size: As in :func:`stream_generate`.
+        kv_bits: As in :func:`stream_generate`.
+        kv_group_size: As in :func:`stream_generate`.
+
+    Raises:
+        UnsupportedCacheError: It cannot be stored, or is none that a draft model can be
+            used with.
+    """
+    empty = list(make_prompt_cache(model, max_kv_size))
+    if draft_model is not None:
+        is_divided = len(empty) == len(model.layers)
+        empty += make_prompt_cache(draft_model, max_kv_size)
+        _check_draft(empty, is_divided)
+    empty = _quantized(empty, kv_bits, kv_group_size)
+    caches.check_classes(empty)
+    return empty
+
+
+def prefill(
+    model: Any,
+    tokens: Sequence[int],
+    prompt_cache: list[Any] | None = None,
+    *,
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Compute the rows of all tokens, with mlx-lm's own boundaries.
+
+    All but the last go in steps, the last alone: so it has the same bits that
+    ``generate_step`` gives it, fed to a cache that holds the others.
+
+    Args:
+        model: The model.
+        tokens: What to feed; not what ``prompt_cache`` already holds.
+        prompt_cache: Goes on from here; a new one by default.
+        prefill_step_size: Tokens computed at a time.
+        progress: Called with (tokens computed, tokens to compute).
+
+    Returns:
+        The prompt cache.
+    """
+    if prompt_cache is None:
+        prompt_cache = make_prompt_cache(model)
+    for _ in generate_step(
+        mx.array(list(tokens)),
+        model,
+        max_tokens=0,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        prompt_progress_callback=progress,
+    ):
+        pass
+    return prompt_cache
+
+
+def entry_tokens(
+    store: Store, name: str, fingerprint: Fingerprint | None = None
+) -> list[int] | None:
+    """Return the tokens of the entry with this name, or ``None``.
+
+    Args:
+        store: Where to look.
+        name: Its name; not its id.
+        fingerprint: The model's; ``None`` takes whatever made the entry.
+
+    Raises:
+        FingerprintError: Another model made it.
+        IntegrityError: A part of it is missing or damaged.
+    """
+    try:
+        if store.entry(name).name != name:
+            return None
+    except EntryNotFoundError:
+        return None
+    if fingerprint is not None:
+        difference = store.fingerprint_of(name).difference(fingerprint)
+        if difference:
+            raise FingerprintError(
+                f"`{name}` was made by another model: {difference}",
+                hint="give the model, adapter and draft model that it was saved with",
+            )
+    chain = store.chain(name)
+    return [token for _, stored in chain for token in stored.block.tokens]
+
+
+class _Stopped(Exception):  # noqa: N818  (no error)
+    """Ends a prefill between two steps."""
+
+
+class _Stopwatch:
+    """Adds up the time that a model works; stopped at first.
+
+    Attributes:
+        seconds: The sum.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begin: float | None = None
+
+    def start(self) -> None:
+        self._begin = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._begin is not None:
+            self.seconds += time.perf_counter() - self._begin
+            self._begin = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The model, and its draft model if there is one, whose caches follow.
+
+    Attributes:
+        model: The model.
+        draft: The draft model, or ``None``.
+    """
+
+    model: Any
+    draft: Any
+
+    def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:
+        """Return each model with its own part of a prompt cache."""
+        if self.draft is None:
+            return [(self.model, prompt_cache)]
+        num_layers = len(self.model.layers)  # which is where mlx-lm divides it
+        return [
+            (self.model, prompt_cache[:num_layers]),
+            (self.draft, prompt_cache[num_layers:]),
+        ]
+
+
+class _Run:
+    """Tokens, the prompt cache that they go into, and how many of its rows are whole.
+
+    Attributes:
+        prompt_cache: Grows while mlx-lm works.
+        rest: The tokens to feed.
+        num_restored: Tokens that were held.
+        models: The models.
+    """
+
+    def __init__(
+        self,
+        models: _Models,
+        tokens: Sequence[int],
+        store: Store,
+        fingerprint: Fingerprint,
+        name: str | None,
+        replace: bool | Entry,
+        checkpoint_every: int,
+        live: LiveCache | None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self.models = models
+        self._store = store
+        self._fingerprint = fingerprint
+        self._name = name
+        self._replace = replace
+        self._tokens = list(tokens)
+        self._num_prompt = len(self._tokens)
+        self._next_checkpoint = checkpoint_every
+        self._checkpoint_every = checkpoint_every
+        self._live = live
+        self._should_stop = should_stop
+        self.prompt_cache: list[Any] = []
+        self.rest: list[int] = []
+        self.num_restored = 0
+        # Of the model; a draft model may have less.
+        self._num_rows = self._num_draft_rows = 0
+
+    def begin(
+        self, empty: list[Any], progress: Progress | None, num_left: int = 1
+    ) -> None:
+        """Find what is held of the tokens.
+
+        Args:
+            empty: A prompt cache of the kind wanted.
+            progress: Called with (tokens restored, tokens held).
+            num_left: Tokens that are to be fed in any case, 0 or 1.
+        """
+        self._check_name(empty)
+        if not self._take_live(empty, num_left):
+            # One more than there is: it is the last that is never restored.
+            wanted = [*self._tokens, *[-1] * (1 - num_left)]
+            held, rest = self._store.load(
+                wanted, self._fingerprint, like=empty, progress=progress
+            )
+            self.prompt_cache = empty if held is None else held
+            self._start_at(len(wanted) - len(rest))
+        if self._live is not None:
+            self._live.clear()
+
+    def _take_live(self, empty: list[Any], num_left: int) -> bool:
+        """Go on from the live cache, if it is good for anything."""
+        if self._live is None or not self._live.tokens:
+            return False
+        held = self._live.prompt_cache
+        num_rows = common_run(
+            self._live.tokens, self._tokens[: self._num_prompt - num_left]
+        )
+        is_longer = num_rows < len(self._live.tokens)
+        if not num_rows or (is_longer and not _is_cuttable(held)):
+            return False
+        if caches.signature(held) != caches.signature(empty):
+            return False
+        if is_longer:
+            _cut(held, num_rows)
+        self.prompt_cache = held
+        self._start_at(num_rows)
+        return True
+
+    def _start_at(self, num_rows: int) -> None:
+        self.rest = self._tokens[num_rows:]
+        self.num_restored = self._num_rows = self._num_draft_rows = num_rows
+
+    def watch(self, progress: Progress | None) -> Progress:
+        """Return a callback for mlx-lm that keeps what is whole.
+
+        Raises:
+            _Stopped: The run is to end, and no step is under way.
+        """
+        watch = _Stopwatch()
+
+        def note(done: int, total: int) -> None:
+            watch.stop()
+            self._num_rows = self._num_draft_rows = self.num_restored + done
+            if done == total:
+                self._store.note_prefill(self._fingerprint, total, watch.seconds)
+            if progress is not None:
+                progress(done, total)
+            # At the end the cache may be a token ahead already.
+            if 0 < done < total:
+                self._save_blocks(done, is_last=done == total - 1)
+            if done < total and self.is_stopped():
+                raise _Stopped
+            watch.start()
+
+        return note
+
+    def is_stopped(self) -> bool:
+        """Say whether the run is to end here."""
+        return self._should_stop is not None and self._should_stop()
+
+    def feed(
+        self, tokens: Sequence[int], total: int, step: int, progress: Progress
+    ) -> None:
+        """Have both models compute the rows of some tokens, a step at a time.
+
+        Args:
+            tokens: The next ones.
+            total: How many are to be computed in all, for the callback.
+            step: Tokens at a time.
+            progress: Called with (tokens computed, tokens to compute).
+        """
+        progress(0, total)
+        for start in range(0, len(tokens), step):
+            some = tokens[start : start + step]
+            for model, part in self.models.parts(self.prompt_cache):
+                _feed(model, some, part)
+            progress(start + len(some), total)
+
+    def _save_blocks(self, done: int, *, is_last: bool) -> None:
+        """Store what a long prefill has computed so far.
+
+        The next turn may render the reply otherwise, so that the end of this one is no
+        prefix of it; the end of the prompt is.
+        """
+        due = is_last or done >= self._next_checkpoint
+        if due:
+            self._next_checkpoint = done + self._checkpoint_every
+        try:
+            self._store.save_blocks(
+                self._tokens[: self._num_rows],
+                self.prompt_cache,
+                self._fingerprint,
+                checkpoint=due,
+            )
+        except (OSError, StoreLockedError):
+            return  # the save at the end says so, when the reply is there
+
+    def add(self, response: GenerationResponse) -> None:
+        """Note a token that was generated; mlx-lm has fed it before it told us.
+
+        With a draft model only where it had guessed the token. The draft model is up to
+        two tokens behind: the last guess is not fed to it, nor what came instead.
+        """
+        self._tokens.append(int(response.token))
+        num_tokens = len(self._tokens)
+        is_fed = self.models.draft is None or response.from_draft
+        self._num_rows = num_tokens if is_fed else num_tokens - 1
+        self._num_draft_rows = num_tokens - 2
+
+    def finish(
+        self,
+        progress: Progress | None,
+        on_saved: Callable[[Entry], None] | None,
+        *,
+        is_interrupted: bool = False,
+    ) -> None:
+        """Save what is whole; nothing where that is only what was held.
+
+        Args:
+            progress: Called with (tokens saved, tokens in all).
+            on_saved: Called with the entry.
+            is_interrupted: mlx-lm may have stopped in the middle of a step.
+        """
+        if self.models.draft is not None:
+            self._catch_up()
+        elif is_interrupted:
+            # A window or a state has forgotten what it was before the step.
+            if not _is_cuttable(self.prompt_cache):
+                return
+            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+        if self._num_rows > self.num_restored and not self._is_half():
+            self.keep(progress, on_saved)
+        else:
+            self._hold()
+
+    def _is_half(self) -> bool:
+        """Say whether this is half a question, of a conversation that is held."""
+        return self._live is not None and self._num_rows < self._num_prompt
+
+    def _catch_up(self) -> None:
+        """Have both models hold the same rows: all that was said."""
+        if len(self._tokens) == self._num_prompt:
+            # mlx-lm, interrupted, takes back guesses that it has not made yet.
+            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+            return
+        held = (self._num_rows, self._num_draft_rows)
+        parts = self.models.parts(self.prompt_cache)
+        for (model, part), num_rows in zip(parts, held, strict=True):
+            _feed(model, self._tokens[_cut(part, num_rows) :], part)
+        self._num_rows = len(self._tokens)
+
+    def _hold(self) -> None:
+        """Leave the prompt cache to the next run."""
+        if self._live is not None:
+            self._live.tokens = self._tokens[: self._num_rows]
+            self._live.prompt_cache = self.prompt_cache
+
+    def keep(
+        self,
+        progress: Progress | None,
+        on_saved: Callable[[Entry], None] | None = None,
+    ) -> Entry:
+        """Save what is whole, and leave the prompt cache to the next run.
+
+        Args:
+            progress: Called with (tokens saved, tokens in all).
+            on_saved: Called with the entry.
+
+        Raises:
+            EntryExistsError: The name was taken meanwhile; there is an entry without.
+        """
+        self._hold()
+        # A name is for a conversation, not for half a question.
+        name = self._name if self._num_rows >= self._num_prompt else None
+        on_saved = on_saved or _ignore
+        try:
+            entry = self._save(name, progress)
+        except EntryExistsError as error:
+            # It was taken meanwhile, or by another kind of cache: keep what was said.
+            entry = self._save(None, progress)
+            error.hint = f"it is kept as `{entry.id[:12]}`; {error.hint}"
+            on_saved(entry)
+            raise
+        on_saved(entry)
+        return entry
+
+    def _save(self, name: str | None, progress: Progress | None) -> Entry:
+        return self._store.save(
+            self._tokens[: self._num_rows],
+            self.prompt_cache,
+            self._fingerprint,
+            name=name,
+            replace=self._replace,
+            progress=progress,
+        )
+
+    def _check_name(self, like: list[Any]) -> None:
+        """Refuse now what the store would refuse after a long prefill."""
+        if self._name is None:
+            return
+        check_name(self._name)
+        if self._replace or self._live is not None:
+            return
+        with suppress(IntegrityError):  # then the store lets it be replaced
+            if not self._continues(self._name, like):
+                raise EntryExistsError(
+                    f"the name `{self._name}` is taken by an entry that this one does"
+                    " not continue",
+                    hint="choose another name, or replace it with `--replace`",
+                )
+
+    def _continues(self, name: str, like: list[Any]) -> bool:
+        """Say whether an entry, if there is one, is of what we start with."""
+        try:
+            held = entry_tokens(self._store, name, self._fingerprint)
+        except FingerprintError:
+            return False
+        if held is None:
+            return True
+        is_prefix = held == self._tokens[: len(held)]
+        return is_prefix and self._store.is_like(name, like)
+
+
+def _speculate(
+    run: _Run,
+    tokenizer: Any,
+    watch: Progress,
+    *,
+    max_tokens: int,
+    sampler: Sampler | None,
+    logits_processors: list[LogitsProcessor] | None,
+    num_draft_tokens: int,
+    prefill_step_size: int,
+) -> Generator[GenerationResponse, None, None]:
+    """Yield mlx-lm's responses with a draft model.
+
+    The prompt is computed here: mlx-lm would tell nobody how far it is.
+    """
+    begin = time.perf_counter()
+    total, prompt_tps = len(run.rest), 0.0
+    run.feed(run.rest[:-1], total, prefill_step_size, watch)
+    responses = mlx_lm.stream_generate(
+        run.models.model,
+        tokenizer,
+        run.rest[-1:],
+        # mlx-lm's own sign for no limit is none here.
+        sys.maxsize if max_tokens == -1 else max_tokens,
+        run.models.draft,
+        num_draft_tokens=num_draft_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=run.prompt_cache,
+    )
+    with closing(responses):
+        for response in responses:
+            if not prompt_tps:
+                prompt_tps = total / (time.perf_counter() - begin)
+                watch(total, total)
+            yield dataclasses.replace(
+                response, prompt_tokens=total, prompt_tps=prompt_tps
+            )
+
+
+def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
+    """Compute the rows of some tokens at once."""
+    if not tokens:
+        return
+    with mx.stream(generation_stream):
+        model(mx.array(list(tokens))[None], cache=prompt_cache)
+        mx.eval([cache.state for cache in prompt_cache])
+    mx.clear_cache()
+
+
+def _check_draft(empty: list[Any], is_divided: bool) -> None:
+    """Refuse caches from which mlx-lm cannot take back wrong guesses, in its silence.
+
+    Raises:
+        UnsupportedCacheError: A layer's cache is of such a class.
+    """
+    hint = "leave out the draft model"
+    for number, cache in enumerate(_flat(empty)):
+        if not isinstance(cache, _CUTTABLE):
+            raise UnsupportedCacheError(
+                f"layer {number} is a {type(cache).__name__}, which cannot take back"
+                " what a draft model guessed wrong",
+                hint=hint,
+            )
+    if not is_divided:
+        raise UnsupportedCacheError(
+            "mlx-lm cannot tell the model's caches from the draft model's", hint=hint
+        )
+
+
+def _flat(prompt_cache: list[Any]) -> list[Any]:
+    return caches.flatten_caches(prompt_cache)
+
+
+def _is_cuttable(prompt_cache: list[Any]) -> bool:
+    """Say whether the last rows can be taken back from all layers."""
+    return all(isinstance(cache, _CUTTABLE) for cache in _flat(prompt_cache))
+
+
+def _cut(prompt_cache: list[Any], num_rows: int) -> int:
+    """Drop rows that may not be whole, and return how many all layers have now."""
+    # A layer that the model never uses has none.
+    used = [cache for cache in _flat(prompt_cache) if not cache.empty()]
+    num_rows = min([num_rows, *(cache.offset for cache in used)])
+    for cache in used:
+        cache.trim(cache.offset - num_rows)
+    return num_rows
+
+
+def _ignore(entry: Entry) -> None:
+    """Tell nobody of an entry."""
+
+
+def _quantized(
+    empty: list[Any], kv_bits: int | str | None, kv_group_size: int
+) -> list[Any]:
+    """Return empty caches that will hold codes."""
+    if kv_bits is None:
+        return empty
+    if isinstance(kv_bits, str):
+        return quantize_prompt_cache(empty, kv_bits)
+    return [
+        cache.to_quantized(group_size=kv_group_size, bits=kv_bits)
+        if isinstance(cache, KVCache)
+        else cache
+        for cache in empty
+    ]
+
+
+def _encode(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:
+    """Return the tokens that ``mlx_lm.stream_generate`` makes of a prompt."""
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(prompt, add_special_tokens=not has_bos))

@@ -1,0 +1,1 @@
+"""One file a job: functions over the blocks and the entries of a store."""

@@ -1,0 +1,294 @@
+"""Verify a store, open its index, rebuild it. Verifying never writes."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import FormatError, IntegrityError
+from ..format.block import BlockHash, Progress, StoredBlock
+from ..format.entry import Entry
+from ..storage import files
+from ..storage.blocks import _build_index, is_sound, place_in
+from ..storage.entries import entry_path, list_ids, read_entry
+from ..storage.folder import StoreFolder
+from ..storage.index import Index
+from ..storage.shards import (
+    OpenShard,
+    list_shards,
+    open_shard,
+    publish_shard,
+    quarantine_shard,
+    shard_path,
+    staged_copy,
+)
+
+FindingKind = Literal[
+    "damaged-entry",
+    "damaged-shard",
+    "damaged-block",
+    "missing-shard",
+    "missing-block",
+    "unindexed-shard",
+    "damaged-index",
+    "newer-format",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that ``verify`` found wrong.
+
+    Attributes:
+        kind: What sort of thing.
+        path: The file, relative to the store.
+        detail: What is wrong, one sentence.
+        entries: Names or ids of entries that cannot be loaded because of it.
+    """
+
+    kind: FindingKind
+    path: str
+    detail: str
+    entries: tuple[str, ...] = ()
+
+
+_SHARD_DAMAGE = ("damaged-shard", "damaged-block")
+Sound = dict[BlockHash, tuple[str, StoredBlock]]
+"""Blocks that were found good: in which shard, and what its header says."""
+
+
+def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Finding]:
+    """Return everything that is wrong with a store.
+
+    Args:
+        folder: The store.
+        read_data: Which part of the shards is read whole, 0 to 1.
+        progress: Called with (shards checked, shards in all).
+    """
+    sound: Sound = {}
+    findings: list[Finding] = []
+    # Entries first: the blocks of what is saved from now on are not asked for.
+    found = [(i, _read_entry(folder, i)) for i in list_ids(folder.entries)]
+    names = list_shards(folder.shards)
+    progress(0, len(names))
+    for done, name in enumerate(names, 1):
+        whole = random.random() < read_data
+        findings += _check_shard(folder, name, whole, sound)
+        progress(done, len(names))
+    needed: set[BlockHash] = set()
+    findings += _check_entries(folder, found, sound, needed)
+    findings += _check_index(folder, set(names), sound, needed)
+    return findings
+
+
+def repair(folder: StoreFolder) -> list[Finding]:
+    """Put right what can be, and return what was found.
+
+    Damaged entries and shards go to quarantine; the good blocks of a damaged shard are
+    written into a new one; the index is built anew.
+    """
+    findings = verify(folder, 1.0, lambda done, total: None)
+    if not findings:
+        return findings
+    with files.locked(folder.lock, exclusive=True):
+        for finding in findings:
+            path = folder.path / finding.path
+            if finding.kind == "damaged-entry" and _is_broken(folder, path.stem):
+                aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
+                files.publish(path, folder.quarantine / aside)
+        for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
+            name = Path(damaged).stem
+            # It may have been written anew since it was looked at.
+            if list(_check_shard(folder, name, True, {})):
+                _replace_shard(folder, name)
+        _build_index(folder)
+    return findings
+
+
+def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
+    """Say whether an entry still cannot be read; it may have been saved again."""
+    try:
+        read_entry(folder.entries, entry_id)
+    except IntegrityError:
+        return True
+    except FormatError:
+        return False  # whole, and another release's
+    return False
+
+
+def _replace_shard(folder: StoreFolder, name: str) -> None:
+    """Put a damaged shard into quarantine, and its good blocks into a new one."""
+    with (
+        suppress(IntegrityError, FormatError),  # where nothing in it can be told apart
+        open_shard(folder.shards, name) as opened,
+    ):
+        found = opened.header.blocks
+        good = [b for b in found if _block_problem(opened, b, True) is None]
+        if good:
+            with staged_copy(folder.staging, opened, good) as staged:
+                publish_shard(folder.shards, staged)
+    quarantine_shard(folder.shards, name, folder.quarantine)
+
+
+def _check_shard(
+    folder: StoreFolder, name: str, whole: bool, sound: Sound
+) -> Iterator[Finding]:
+    """Yield what is wrong with a shard; add its good blocks to ``sound``."""
+    path = shard_path(folder.shards, name)
+    try:
+        with open_shard(folder.shards, name) as opened:
+            for stored in opened.header.blocks:
+                problem = _block_problem(opened, stored, whole)
+                if problem is None:
+                    sound.setdefault(stored.block.hash, (name, stored))
+                else:
+                    yield _finding(folder, "damaged-block", path, problem)
+            if whole and opened.sha256() != name:
+                problem = "its bytes are not those that its name says"
+                yield _finding(folder, "damaged-shard", path, problem)
+        if whole:
+            _second_opinion(path)
+    except FileNotFoundError:
+        return  # pruned by another process meanwhile
+    except FormatError as error:
+        yield _finding(folder, "newer-format", path, str(error))
+    except IntegrityError as error:
+        yield _finding(folder, "damaged-shard", path, str(error))
+
+
+def _block_problem(opened: OpenShard, stored: StoredBlock, whole: bool) -> str | None:
+    """Return what is wrong with a block, or ``None``."""
+    name = stored.block.hash.hex()[:12]
+    if not is_sound(stored):
+        return f"block {name} is not named by its tokens"
+    try:
+        if whole:
+            list(opened.read([stored]))
+    except IntegrityError as error:
+        return str(error)
+    return None
+
+
+def _second_opinion(path: Path) -> None:
+    """Have the safetensors library open a shard.
+
+    Raises:
+        IntegrityError: It refuses.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            opened.keys()
+    except SafetensorError as error:
+        raise IntegrityError(f"safetensors refuses it: {error}") from error
+
+
+def _check_index(
+    folder: StoreFolder, on_disk: set[str], sound: Sound, needed: set[BlockHash]
+) -> Iterator[Finding]:
+    """Yield where the index and the shards on disk disagree.
+
+    A shard that no entry needs may be unknown to it: that is what a save leaves that
+    was killed, and its blocks are found again when the same prompt is saved.
+    """
+    if not folder.index.exists():
+        if on_disk:
+            yield _finding(folder, "damaged-index", folder.index, "it is missing")
+        return
+    try:
+        index = Index(folder.index)
+    except IntegrityError as error:
+        yield _finding(folder, "damaged-index", folder.index, str(error))
+        return
+    try:
+        for problem in index.check():
+            yield _finding(folder, "damaged-index", folder.index, problem)
+        yield from _compare(folder, index, on_disk)
+        lost = {sound[block][0] for block in needed if index.place(block) is None}
+        for name in sorted(lost):
+            path = shard_path(folder.shards, name)
+            detail = "the index lacks blocks of it that entries need"
+            yield _finding(folder, "unindexed-shard", path, detail)
+    except IntegrityError as error:
+        yield _finding(folder, "damaged-index", folder.index, str(error))
+    finally:
+        index.close()
+
+
+def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[Finding]:
+    """Yield shards that only the index has, and blocks that are not in theirs."""
+    known = set(index.shards())
+    for name in sorted(known - on_disk):
+        path = folder.shards / name[:2] / f"{name}.safetensors"
+        if path.exists() or name not in index.shards():
+            continue  # added or pruned since the folder was listed
+        yield _finding(folder, "missing-shard", path, "the index names it")
+    for name in sorted(known & on_disk):
+        with suppress(IntegrityError, FormatError, FileNotFoundError):
+            with open_shard(folder.shards, name) as opened:
+                held = {place_in(name, stored) for stored in opened.header.blocks}
+            for place in index.places_in(name):
+                if place not in held:
+                    detail = f"block {place.hash.hex()[:12]} is not so in {name[:12]}"
+                    yield _finding(folder, "damaged-index", folder.index, detail)
+    for block in index.lost_blocks():
+        detail = f"block {block.hex()[:12]} is in no shard"
+        yield _finding(folder, "damaged-index", folder.index, detail)
+
+
+def _read_entry(
+    folder: StoreFolder, entry_id: str
+) -> Entry | IntegrityError | FormatError | None:
+    try:
+        return read_entry(folder.entries, entry_id)
+    except (IntegrityError, FormatError) as error:
+        return error
+
+
+def _check_entries(
+    folder: StoreFolder,
+    found: Sequence[tuple[str, Entry | IntegrityError | FormatError | None]],
+    sound: Sound,
+    needed: set[BlockHash],
+) -> Iterator[Finding]:
+    """Yield entries that cannot be read or lack a block; add their blocks."""
+    for entry_id, entry in found:
+        path = entry_path(folder.entries, entry_id)
+        if isinstance(entry, FormatError):
+            yield _finding(folder, "newer-format", path, str(entry), (entry_id,))
+        elif isinstance(entry, IntegrityError):
+            yield _finding(folder, "damaged-entry", path, str(entry), (entry_id,))
+        elif entry is not None:
+            lost = _first_lost(entry, sound, needed)
+            # Removed, or saved again, meanwhile: its blocks may have gone or moved.
+            if lost and _read_entry(folder, entry_id) == entry:
+                detail = f"block {lost.hex()[:12]} is missing or damaged"
+                label = (entry.name or entry.id,)
+                yield _finding(folder, "missing-block", path, detail, label)
+
+
+def _first_lost(entry: Entry, sound: Sound, needed: set[BlockHash]) -> BlockHash | None:
+    """Return the last block of an entry that is not sound; note those that are."""
+    block = BlockHash(bytes.fromhex(entry.tip))
+    while block.hex() != entry.root:
+        if block not in sound:
+            return block
+        needed.add(block)
+        block = sound[block][1].block.parent
+    return None
+
+
+def _finding(
+    folder: StoreFolder,
+    kind: FindingKind,
+    path: Path,
+    detail: str,
+    found: tuple[str, ...] = (),
+) -> Finding:
+    return Finding(kind, str(path.relative_to(folder.path)), detail, found)

@@ -1,0 +1,444 @@
+"""Why the store holds of a prompt what it holds: all that is stored, looked through.
+
+Where `loading` asks how far rows can be restored, this asks how far the tokens go,
+whatever became of their rows and whoever computed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from ..caches.kinds import known_layout
+from ..caches.layout import Signature, fits, flatten, layer_signature
+from ..errors import FormatError, IntegrityError
+from ..fingerprint import Fingerprint
+from ..format.block import Block, BlockHash, StoredBlock
+from ..format.chain import hash_block_tokens, hash_root, split_tokens
+from ..format.entry import Entry
+from ..storage.blocks import Reader
+from ..storage.index import Index, Link, Place
+from .load import Child, Hit, Loader, Match, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a prompt leaves what is stored.
+
+    Attributes:
+        position: Of the first token that differs.
+        start: Position of the first token of ``stored`` and ``given``.
+        stored: Stored tokens around it.
+        given: The prompt's tokens around it.
+        entry: Name or id of an entry that goes on with the stored ones, if one does.
+    """
+
+    position: int
+    start: int
+    stored: tuple[int, ...]
+    given: tuple[int, ...]
+    entry: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OtherModel:
+    """What another model, or another kind of cache, has stored of a prompt.
+
+    Attributes:
+        num_tokens: How many tokens from the start on it has of the prompt.
+        difference: The first field that differs, with both values.
+        model: What that model was called, or empty.
+        entry: Name or id of an entry that holds these tokens, if one does.
+    """
+
+    num_tokens: int
+    difference: str
+    model: str
+    entry: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why the store holds of a prompt what it holds.
+
+    Attributes:
+        match: What ``load`` would restore.
+        num_common: So many leading tokens are stored for this model and this kind of
+            cache, restorable up to there or not.
+        divergence: Where the prompt leaves them, unless they just end.
+        entry: Name or id of an entry that has these tokens, if one does.
+        other: What has more of the prompt, and cannot be used.
+        damage: Which block is damaged or missing, one sentence, or ``None``.
+    """
+
+    match: Match
+    num_common: int
+    divergence: Divergence | None
+    entry: str | None
+    other: OtherModel | None
+    damage: str | None
+
+
+WINDOW = 12
+"""Tokens shown on each side of a divergence."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """How far a prompt's tokens are stored under one root.
+
+    Attributes:
+        root: The root.
+        fingerprint: Digest of the model's fingerprint.
+        tenant: Whose it is.
+        layout: JSON value that describes the layers.
+        blocks: The prompt's full blocks by hash, stored or not.
+        places: Where the leading ones lie.
+        num_common: Tokens that are stored, those of a part of a block included.
+        child: The block behind the full ones that has most of the prompt, if any has.
+    """
+
+    root: BlockHash
+    fingerprint: str
+    tenant: str
+    layout: Any
+    blocks: dict[BlockHash, Block]
+    places: tuple[Place, ...]
+    num_common: int
+    child: Child | None
+
+    @property
+    def tip(self) -> BlockHash:
+        """Hash of the last full block, or the root."""
+        return self.places[-1].hash if self.places else self.root
+
+    @property
+    def place(self) -> Place | None:
+        """Where the last block lies that has tokens of the prompt."""
+        if self.child is not None:
+            return self.child[1]
+        return self.places[-1] if self.places else None
+
+
+class Explainer:
+    """Explains what one store holds of prompts.
+
+    Args:
+        index: Its index.
+        reader: Reads its blocks.
+        loader: Finds prefixes in it.
+        entries: Its entries, latest first.
+        block_size: Tokens in a full block.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        reader: Reader,
+        loader: Loader,
+        entries: Sequence[Entry],
+        *,
+        block_size: int,
+    ) -> None:
+        self._index = index
+        self._reader = reader
+        self._loader = loader
+        self._entries = entries
+        self._block_size = block_size
+
+    def find_damage(self, request: Request) -> str | None:
+        """Return which of the blocks that would be restored is damaged, if one is.
+
+        Their headers are read; what is damaged is dropped from the index, as a load
+        would.
+        """
+        hit = self._loader.find(request)
+        for place in hit.places if isinstance(hit, Hit) else ():
+            try:
+                self._reader.stored(place)
+            except (IntegrityError, FormatError) as error:
+                self._raise_if_index(error)
+                return f"block {place.hash.hex()[:12]}: {error}"
+        return None
+
+    def explain(
+        self, request: Request, given: Fingerprint, match: Match, damage: str | None
+    ) -> Explanation:
+        """Return a match with what is stored beside it.
+
+        Args:
+            request: The prompt, and whose rows are wanted.
+            given: The fingerprint of that model.
+            match: What would be restored.
+            damage: What :meth:`find_damage` returned.
+        """
+        traces = list(self._traces(request))
+        holders = _Holders(self._entries, self._index.links())
+        mine = [trace for trace in traces if self._is_usable(trace, request)]
+        best = max(mine, key=_num_common, default=None)
+        return Explanation(
+            match=match,
+            num_common=best.num_common if best else 0,
+            divergence=(
+                self._divergence(best, request, match, holders) if best else None
+            ),
+            entry=_label(_holder(best, holders)) if best else None,
+            other=self._other(traces, mine, request, given, holders),
+            damage=damage or self._find_gap(mine, request, holders),
+        )
+
+    def _traces(self, request: Request) -> Iterator[_Trace]:
+        """Yield how far the prompt is stored under every root that there is."""
+        size = self._block_size
+        for root, fingerprint, tenant, layout in self._index.all_roots():
+            if hash_root(fingerprint, layout, tenant) != root:
+                continue  # a damaged row of the index
+            blocks = {
+                block.hash: block
+                for block in split_tokens(root, request.tokens, size)
+                if len(block.tokens) == size
+            }
+            places = tuple(self._index.longest_prefix(list(blocks)))
+            tip = places[-1].hash if places else root
+            done = len(places) * size
+            children = self._loader.children(tip, request.tokens[done:])
+            # One that goes on says more than one that ends there.
+            child = max(children, key=_run_and_length, default=None)
+            done += child[0] if child else 0
+            yield _Trace(root, fingerprint, tenant, layout, blocks, places, done, child)
+
+    def _is_usable(self, trace: _Trace, request: Request) -> bool:
+        is_of_model = trace.fingerprint == request.fingerprint
+        return is_of_model and _kind_difference(trace, request) is None
+
+    def _other(
+        self,
+        traces: Sequence[_Trace],
+        mine: Sequence[_Trace],
+        request: Request,
+        given: Fingerprint,
+        holders: _Holders,
+    ) -> OtherModel | None:
+        """Return what has more of a prompt than what can be used, if anything has."""
+        others = [trace for trace in traces if trace not in mine]
+        latest = {trace.root: holders.latest(trace.root) for trace in others}
+
+        def rank(trace: _Trace) -> tuple[int, float]:
+            entry = latest[trace.root]
+            return trace.num_common, entry.updated_at if entry else 0.0
+
+        other = max(others, key=rank, default=None)
+        if other is None:
+            return None
+        is_there = any(self._index.has_children(trace.root) for trace in mine)
+        if is_there and other.num_common <= max(map(_num_common, mine)):
+            return None
+        holder = _holder(other, holders) if other.place else latest[other.root]
+        if holder is None and other.place is None:
+            return None  # pruned: only the root is left
+        difference = (
+            _kind_difference(other, request)
+            if other.fingerprint == request.fingerprint
+            else self._model_difference(other, given)
+        )
+        return OtherModel(
+            other.num_common,
+            difference or "",
+            holder.model if holder else "",
+            _label(holder),
+        )
+
+    def _model_difference(self, trace: _Trace, given: Fingerprint) -> str:
+        """Return the first field in which two fingerprints differ, with both values."""
+        place = trace.place or next(iter(self._index.followers(trace.root)), None)
+        try:
+            fields = self._reader.origin_at(place).fingerprint if place else None
+        except (IntegrityError, FormatError) as error:
+            self._raise_if_index(error)
+            fields = None
+        found = Fingerprint(fields).difference(given) if fields else None
+        return found or (
+            f"fingerprint: stored {trace.fingerprint[:12]}…, given {given.digest[:12]}…"
+        )
+
+    def _divergence(
+        self, trace: _Trace, request: Request, match: Match, holders: _Holders
+    ) -> Divergence | None:
+        """Return where a prompt leaves what is stored; ``None`` where that ends."""
+        at = trace.num_common
+        if match.reason == "whole" or at >= len(request.tokens):
+            return None
+        owners = holders.of(trace.root)
+        stored, run = self._other_side(trace, owners)
+        if stored is None:
+            return None
+        owner = owners.get(stored.block.hash)
+        behind = self._behind(holders.chain(owner), stored) if owner else iter(())
+        after = [*stored.block.tokens[run:], *islice(behind, WINDOW)]
+        start = max(0, at - WINDOW)
+        return Divergence(
+            position=at,
+            start=start,
+            stored=(*request.tokens[start:at], *after[:WINDOW]),
+            given=tuple(request.tokens[start : at + WINDOW]),
+            entry=_label(owner),
+        )
+
+    def _other_side(
+        self, trace: _Trace, owners: Mapping[BlockHash, Entry]
+    ) -> tuple[StoredBlock | None, int]:
+        """Return a block that goes on otherwise than a prompt, and after how many."""
+        if trace.child is not None:
+            run, _, stored = trace.child
+            return (stored, run) if run < len(stored.block.tokens) else (None, run)
+        found = self._index.followers(trace.tip)
+        for place in sorted(found, key=lambda place: place.hash not in owners):
+            try:
+                return self._reader.stored(place), 0
+            except (IntegrityError, FormatError) as error:
+                self._raise_if_index(error)
+        return None, 0
+
+    def _behind(self, chain: Sequence[BlockHash], stored: StoredBlock) -> Iterator[int]:
+        """Yield the tokens of a chain behind one of its blocks."""
+        for block in chain[chain.index(stored.block.hash) + 1 :]:
+            place = self._index.place(block)
+            if place is None:
+                return
+            try:
+                yield from self._reader.stored(place).block.tokens
+            except (IntegrityError, FormatError) as error:
+                self._raise_if_index(error)
+                return
+
+    def _find_gap(
+        self, traces: Sequence[_Trace], request: Request, holders: _Holders
+    ) -> str | None:
+        """Return which block of the prompt an entry needs and the index lacks."""
+        for trace in traces:
+            for entry in holders.entries(trace.root):
+                block = self._lost(entry, trace, request, holders)
+                if block is not None:
+                    stop = block.start + len(block.tokens)
+                    return (
+                        f"block {block.hash.hex()[:12]} of `{_label(entry)}`, tokens"
+                        f" {block.start:,} to {stop - 1:,}, is damaged or missing"
+                    )
+        return None
+
+    def _lost(
+        self, entry: Entry, trace: _Trace, request: Request, holders: _Holders
+    ) -> Block | None:
+        """Return the last block of an entry that is lost, if the prompt has it too."""
+        lost = holders.lost(entry)
+        if lost is None or lost in trace.blocks:
+            return trace.blocks[lost] if lost else None
+        start = (entry.num_tokens - 1) // self._block_size * self._block_size
+        tokens = tuple(request.tokens[start : entry.num_tokens])
+        before = [b.hash for b in trace.blocks.values() if b.start < start]
+        parent = before[-1] if before else trace.root
+        is_tail = hash_block_tokens(parent, tokens) == lost
+        return Block(lost, parent, start, tokens) if is_tail else None
+
+    def _raise_if_index(self, error: IntegrityError | FormatError) -> None:
+        """Raise what is wrong with the index: it can be rebuilt."""
+        if isinstance(error, IntegrityError) and error.path == self._index.path:
+            raise error
+
+
+class _Holders:
+    """Which entries hold which blocks.
+
+    Args:
+        entries: All entries, latest first.
+        links: What every block hangs from.
+    """
+
+    def __init__(
+        self, entries: Sequence[Entry], links: Mapping[BlockHash, Link]
+    ) -> None:
+        self._entries = entries
+        self._links = links
+
+    def entries(self, root: BlockHash) -> list[Entry]:
+        """Return the entries under a root, latest first."""
+        return [entry for entry in self._entries if entry.root == root.hex()]
+
+    def latest(self, root: BlockHash) -> Entry | None:
+        """Return the latest entry under a root."""
+        return next(iter(self.entries(root)), None)
+
+    def of(self, root: BlockHash) -> dict[BlockHash, Entry]:
+        """Return the latest entry that needs each block under a root."""
+        owners: dict[BlockHash, Entry] = {}
+        for entry in self.entries(root):
+            for block in self._backwards(entry):
+                if block in owners:
+                    break  # and so are all before it
+                owners[block] = entry
+        return owners
+
+    def chain(self, entry: Entry) -> list[BlockHash]:
+        """Return the blocks of an entry, first to last, those behind the last gap."""
+        return list(self._backwards(entry))[::-1]
+
+    def lost(self, entry: Entry) -> BlockHash | None:
+        """Return the last block of an entry that the index lacks."""
+        chain = self.chain(entry)
+        tip = BlockHash(bytes.fromhex(entry.tip))
+        missing = self._links[chain[0]].parent if chain else tip
+        return None if missing.hex() == entry.root else missing
+
+    def _backwards(self, entry: Entry) -> Iterator[BlockHash]:
+        block = BlockHash(bytes.fromhex(entry.tip))
+        # An index may say anything, circles included.
+        for _ in range(entry.num_tokens):
+            if block not in self._links:
+                return
+            yield block
+            block = self._links[block].parent
+
+
+def _num_common(trace: _Trace) -> int:
+    return trace.num_common
+
+
+def _run_and_length(child: Child) -> tuple[int, int]:
+    run, _, stored = child
+    return run, len(stored.block.tokens)
+
+
+def _holder(trace: _Trace, holders: _Holders) -> Entry | None:
+    """Return an entry that has the last block with tokens of the prompt."""
+    return holders.of(trace.root).get(trace.place.hash) if trace.place else None
+
+
+def _label(entry: Entry | None) -> str | None:
+    return (entry.name or entry.id) if entry else None
+
+
+def _kind_difference(trace: _Trace, request: Request) -> str | None:
+    """Return why rows of the model that is asked for cannot be used, or ``None``."""
+    if trace.tenant != request.tenant:
+        return f"tenant: stored {trace.tenant!r}, given {request.tenant!r}"
+    try:
+        layout = known_layout(trace.layout)
+    except IntegrityError as error:
+        return f"layers: {error}"
+    wanted = request.classes
+    if wanted is None or fits(layout, wanted, decoding=not request.exact):
+        return None
+    stored = [layer_signature(layer) for layer in flatten(layout)]
+    if len(stored) != len(wanted):
+        return f"layers: stored {len(stored)}, given {len(wanted)}"
+    pairs = enumerate(zip(stored, wanted, strict=True))
+    layer, was, asked = next((i, a, b) for i, (a, b) in pairs if a != b)
+    return f"layer {layer}: stored {_show(was)}, given {_show(asked)}"
+
+
+def _show(signature: Signature) -> str:
+    name, params = signature
+    inside = ", ".join(f"{key}={value}" for key, value in params)
+    return f"{name}({inside})" if inside else name

@@ -1,0 +1,410 @@
+"""Tokens to the longest stored prefix, and its blocks to a prompt cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
+from typing import Literal
+
+from ..caches import live as caches
+from ..caches.kinds import known_layout
+from ..caches.layout import (
+    Layout,
+    Signature,
+    fits,
+    group_layers,
+    has_only_rows,
+)
+from ..caches.live import Provenance
+from ..caches.restore import Restoring, start_restoring
+from ..caches.stored import is_restorable, open_piece, stored_pieces
+from ..errors import CodecError, FormatError, IntegrityError
+from ..format.block import Block, BlockHash, Progress, StoredBlock
+from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
+from ..format.entry import Entry
+from ..storage.blocks import Reader
+from ..storage.folder import StoreFolder
+from ..storage.index import MAX_CHILDREN, Index, Place
+
+Reason = Literal[
+    "whole", "end", "divergence", "inexact", "checkpoint", "fingerprint", "damaged"
+]
+"""Why a match ends where it does.
+
+``whole``: all but the last token, which the model must be fed; ``end``: what is
+stored ends there; ``divergence``: other tokens follow; ``inexact``: the next block
+is lossy and exact rows, or a part of it, were asked for; ``fingerprint``: nothing
+of this model is stored; ``checkpoint``: more is stored, and windows or states can be
+rebuilt no further; ``damaged``: the next block is stored and cannot be used.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What the store holds of a prompt.
+
+    Attributes:
+        num_tokens: How many tokens ``load`` would restore.
+        num_prompt_tokens: How many the prompt has.
+        reason: Why it ends there.
+        detail: The same as a sentence with its values.
+    """
+
+    num_tokens: int
+    num_prompt_tokens: int
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller wants restored.
+
+    Attributes:
+        tokens: The prompt.
+        fingerprint: Digest of the model's fingerprint.
+        tenant: Whose blocks.
+        exact: Take exact blocks only.
+        classes: Class and parameters of each cache, or ``None`` for any.
+    """
+
+    tokens: Sequence[int]
+    fingerprint: str
+    tenant: str
+    exact: bool = False
+    classes: tuple[Signature, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Blocks that together hold a prefix.
+
+    Attributes:
+        root: What they descend from.
+        layout: How the prompt cache is built.
+        places: Where they lie, in order.
+        num_tokens: Tokens restored; it may end inside the last block.
+        reason: Why the hit ends there.
+        detail: The same as a sentence.
+        classes: What was asked for, or ``None`` for what the layout says.
+        codec: What most of its tokens were decoded from, once it is restored.
+    """
+
+    root: BlockHash
+    layout: Layout
+    places: tuple[Place, ...]
+    num_tokens: int
+    reason: Reason
+    detail: str
+    classes: tuple[Signature, ...] | None = None
+    codec: str | None = None
+
+
+Child = tuple[int, Place, StoredBlock]
+"""How many tokens of a prompt a block shares, and the block."""
+
+
+def to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:
+    """Return what was found, or why nothing was."""
+    if isinstance(hit, str):
+        return Match(0, num_prompt_tokens, "fingerprint", hit)
+    return Match(hit.num_tokens, num_prompt_tokens, hit.reason, hit.detail)
+
+
+class Loader:
+    """Finds and restores prefixes in one store.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        reader: Reads its blocks.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index, reader: Reader) -> None:
+        self._folder = folder
+        self._index = index
+        self._reader = reader
+
+    def find(self, request: Request) -> Hit | str:
+        """Return the longest stored prefix, or why there is none of this model."""
+        hits = [
+            hit
+            for root, layout in self._index.roots(request.fingerprint, request.tenant)
+            if (hit := self._follow(request, root, layout)) is not None
+        ]
+        if not hits:
+            return "nothing of this model is stored"
+        return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
+
+    def entry_hit(self, entry: Entry) -> tuple[Hit, list[int]]:
+        """Return all blocks of an entry as a hit, and its tokens.
+
+        Raises:
+            IntegrityError: One is missing or damaged.
+        """
+        chain = self._reader.chain(entry)
+        layout = known_layout(self._reader.origin(entry).layout)
+        root = BlockHash(bytes.fromhex(entry.root))
+        places = tuple(place for place, _ in chain)
+        tokens = [token for _, stored in chain for token in stored.block.tokens]
+        blocks = [stored for _, stored in chain]
+        if not is_restorable(layout, blocks, entry.num_tokens):
+            raise IntegrityError(
+                f"block {entry.tip[:12]} cannot be rebuilt: a state or rows of a window"
+                " are missing",
+                block=entry.tip,
+                hint="save the prompt again",
+            )
+        return Hit(root, layout, places, entry.num_tokens, "whole", ""), tokens
+
+    def restore(
+        self, hit: Hit, progress: Progress, *, strict: bool = False
+    ) -> tuple[caches.PromptCache, Hit]:
+        """Return the prompt cache of a hit, and the hit as far as it was good.
+
+        Args:
+            hit: What to restore.
+            progress: Called with (tokens restored, tokens in all).
+            strict: Raise on damage, instead of ending before it.
+
+        Raises:
+            IntegrityError: Damage, where ``strict``.
+        """
+        restoring = start_restoring(hit.layout, hit.num_tokens)
+        done, provenance = 0, Provenance()
+        codecs: Counter[str] = Counter()
+        try:
+            for shard, places in groupby(hit.places, key=lambda place: place.shard):
+                for stored, data in self._reader.read(shard, list(places), hit.root):
+                    if stored.block.start != done:
+                        name = stored.block.hash.hex()
+                        raise IntegrityError(
+                            f"block {name[:12]} is out of place", block=name
+                        )
+                    self._decode(stored, data, hit, restoring)
+                    codecs[stored.codec] += len(stored.block.tokens)
+                    done = min(done + len(stored.block.tokens), hit.num_tokens)
+                    provenance = _add(provenance, stored, done)
+                    progress(done, hit.num_tokens)
+        except (IntegrityError, FormatError) as error:
+            if strict:
+                raise
+            self._raise_if_index(error)
+            # Windows and states were to be rebuilt where the hit ended.
+            done = done if has_only_rows(hit.layout) else 0
+            hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
+            if not done:
+                return [], hit
+        restored = restoring.finish(done, provenance)
+        hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
+        return caches.convert(restored, hit.classes), hit
+
+    def _decode(
+        self, stored: StoredBlock, data: memoryview, hit: Hit, out: Restoring
+    ) -> None:
+        """Decode one block, layer by layer, into the buffers of the prompt cache."""
+        block = stored.block
+        stop = min(block.start + len(block.tokens), hit.num_tokens)
+        try:
+            whole = block.start + len(block.tokens)
+            for codec, piece in stored_pieces(stored, group_layers(hit.layout)):
+                is_state = piece.kind in ("state", "mark")
+                if is_state and whole != hit.num_tokens:
+                    continue
+                parts = open_piece(codec, piece, stored, data)
+                out.write(codec, parts, piece.group, piece.rows, stop)
+        except (IntegrityError, CodecError) as error:
+            name = block.hash.hex()
+            raise IntegrityError(
+                f"block {name[:12]} cannot be decoded: {error}", block=name
+            ) from error
+
+    def _follow(
+        self, request: Request, root: BlockHash, layout_json: object
+    ) -> Hit | None:
+        """Return the longest prefix under one root, or ``None`` for another layout."""
+        if hash_root(request.fingerprint, layout_json, request.tenant) != root:
+            return None  # a damaged row of the index: it names no root of ours
+        try:
+            layout = known_layout(layout_json)
+        except IntegrityError:
+            return None  # of a class that only another release knows
+        wanted = request.classes
+        # Decoded codes are never exact rows.
+        if wanted and not fits(layout, wanted, decoding=not request.exact):
+            return None
+        size = self._folder.block_size
+        chain = [
+            block
+            for block in split_tokens(root, request.tokens, size)
+            if len(block.tokens) == size
+        ]
+        held = self._held(request, chain)
+        start = Hit(root, layout, held, len(held) * size, "end", "", wanted)
+        if start.num_tokens == len(request.tokens):
+            return self._fit(request, _leave_one(start, size))
+        parent = chain[len(held) - 1].hash if held else root
+        return self._fit(request, self._extend(request, start, parent))
+
+    def _fit(self, request: Request, hit: Hit) -> Hit:
+        """Return a hit shortened to where every layer can be rebuilt."""
+        if has_only_rows(hit.layout) or not hit.places:
+            return hit
+        try:
+            blocks = [self._reader.stored(place) for place in hit.places]
+        except (IntegrityError, FormatError) as error:
+            self._raise_if_index(error)
+            return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
+        found = next(
+            replace(hit, places=places, num_tokens=stop)
+            for stop, places, held in self._ends(request, hit, blocks)
+            if not held or is_restorable(hit.layout, held, stop)
+        )
+        if found.num_tokens == hit.num_tokens:
+            return found
+        detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
+        detail += f"the last checkpoint before is at {found.num_tokens:,}"
+        return replace(found, reason="checkpoint", detail=detail)
+
+    def _ends(
+        self, request: Request, hit: Hit, blocks: Sequence[StoredBlock]
+    ) -> Iterator[tuple[int, tuple[Place, ...], list[StoredBlock]]]:
+        """Yield where a hit may end and with which blocks, the whole of it first.
+
+        An older tail beside a full block may hold a checkpoint.
+        """
+        yield hit.num_tokens, hit.places, list(blocks)
+        for number, stored in reversed(list(enumerate(blocks))):
+            start, places = stored.block.start, hit.places[:number]
+            rest = request.tokens[start:-1]
+            beside = self.children(stored.block.parent, rest)
+            for run, place, child in sorted(beside, key=_run_of, reverse=True):
+                if _can_cut(place, request):
+                    yield start + run, (*places, place), [*blocks[:number], child]
+            yield start, places, list(blocks[:number])
+
+    def _held(self, request: Request, chain: Sequence[Block]) -> tuple[Place, ...]:
+        """Return the leading blocks of a chain that are held and may be used."""
+        places = self._index.longest_prefix([block.hash for block in chain])
+        return tuple(takewhile(lambda place: _is_usable(place, request), places))
+
+    def _extend(self, request: Request, hit: Hit, parent: BlockHash) -> Hit:
+        """Go on into the block behind a hit that shares most tokens with the prompt."""
+        # One token is left over for the model to be fed.
+        rest = request.tokens[hit.num_tokens : -1]
+        if not rest:
+            return replace(hit, reason="whole", detail=_WHOLE)
+        children = self.children(parent, rest)
+        cut = [child for child in children if _can_cut(child[1], request)]
+        if cut:
+            run, place, _ = max(cut, key=_run_of)
+            places = (*hit.places, place)
+            hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
+        return self._explain(request, hit, parent, children)
+
+    def children(self, parent: BlockHash, rest: Sequence[int]) -> list[Child]:
+        """Return the blocks behind ``parent`` that share tokens with ``rest``."""
+        places = self._index.children(parent, rest[0]) if rest else []
+        if len(places) == MAX_CHILDREN:
+            places += self._whole_tails(parent, rest)
+        return [
+            (common_run(stored.block.tokens, rest), place, stored)
+            for place in places
+            if (stored := self._stored(place)) is not None
+        ]
+
+    def _whole_tails(self, parent: BlockHash, rest: Sequence[int]) -> list[Place]:
+        """Return the tails that are wholly a prefix of ``rest``: few are looked up."""
+        lengths = range(1, min(len(rest), self._folder.block_size - 1) + 1)
+        hashes = (hash_block_tokens(parent, rest[:length]) for length in lengths)
+        return [place for h in hashes if (place := self._index.place(h)) is not None]
+
+    def _stored(self, place: Place) -> StoredBlock | None:
+        """Return a block's row in its shard; ``None`` where that is damaged."""
+        try:
+            return self._reader.stored(place)
+        except (IntegrityError, FormatError) as error:
+            self._raise_if_index(error)
+            return None  # the reader has dropped it, or a later release wrote it
+
+    def _raise_if_index(self, error: IntegrityError | FormatError) -> None:
+        """Raise what is wrong with the index: it can be rebuilt."""
+        if isinstance(error, IntegrityError) and error.path == self._folder.index:
+            raise error
+
+    def _explain(
+        self,
+        request: Request,
+        hit: Hit,
+        parent: BlockHash,
+        children: Sequence[Child],
+    ) -> Hit:
+        """Return the hit with the reason why it ends where it does."""
+        at = hit.num_tokens
+        if at == len(request.tokens) - 1:
+            return replace(hit, reason="whole", detail=_WHOLE)
+        if not children:
+            if at == 0 and not self._index.has_children(parent):
+                return replace(hit, detail="nothing of this model is stored")
+            if not self._index.has_children(parent):
+                return replace(hit, detail=f"what is stored ends at token {at:,}")
+            detail = f"what is stored goes on otherwise at token {at:,}"
+            return replace(hit, reason="divergence", detail=detail)
+        run, _, stored = max(children, key=_run_of)
+        further = stored.block.start + run
+        if further > at:
+            detail = f"the block behind token {at:,} is not exact"
+            if not request.exact:
+                detail = f"the block behind token {at:,} is lossy and cannot be cut"
+            return replace(hit, reason="inexact", detail=detail)
+        if run == len(stored.block.tokens):
+            return replace(hit, detail=f"what is stored ends at token {at:,}")
+        detail = (
+            f"token {at:,} differs: stored {stored.block.tokens[run]},"
+            f" given {request.tokens[at]}"
+        )
+        return replace(hit, reason="divergence", detail=detail)
+
+
+_WHOLE = "all but the last token, which the model must be fed"
+
+
+def _leave_one(hit: Hit, block_size: int) -> Hit:
+    """Return a hit on the whole prompt, less the token that must be fed."""
+    if hit.places[-1].is_lossless:
+        num_tokens = hit.num_tokens - 1
+        return replace(hit, num_tokens=num_tokens, reason="whole", detail=_WHOLE)
+    return replace(
+        hit,
+        places=hit.places[:-1],
+        num_tokens=hit.num_tokens - block_size,
+        reason="inexact",
+        detail="the last block is lossy and cannot be cut, and the model must be fed"
+        " a token",
+    )
+
+
+def _is_as_stored(hit: Hit) -> bool:
+    return not hit.classes or fits(hit.layout, hit.classes, decoding=False)
+
+
+def _is_usable(place: Place, request: Request) -> bool:
+    return place.is_exact or not request.exact
+
+
+def _can_cut(place: Place, request: Request) -> bool:
+    return place.is_lossless and _is_usable(place, request)
+
+
+def _run_of(child: Child) -> int:
+    return child[0]
+
+
+def _add(provenance: Provenance, stored: StoredBlock, done: int) -> Provenance:
+    """Return a provenance with one more block in it."""
+    return Provenance(
+        provenance.coded_tokens if stored.is_lossless else done,
+        provenance.is_exact and stored.is_exact,
+    )

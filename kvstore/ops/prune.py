@@ -1,0 +1,346 @@
+"""What a store can do without: a plan to look at, and to execute.
+
+Unreachable blocks go when they are older than an hour, since a save that has not
+committed its entry yet may need younger ones. What an evicted entry alone needed goes
+at once. Rows go before files, and a file only after a second look under the lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import FormatError, IntegrityError
+from ..format.block import BlockHash
+from ..format.entry import Entry
+from ..storage import files
+from ..storage.blocks import index_shard
+from ..storage.entries import list_ids, read_entry, remove_entry
+from ..storage.folder import StoreFolder
+from ..storage.index import Index, Place
+from ..storage.shards import (
+    list_shards,
+    open_shard,
+    publish_shard,
+    shard_path,
+    staged_copy,
+)
+
+GRACE_S = 3600.0
+_SLACK_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may go.
+
+    Attributes:
+        max_bytes: Evict until all shards together have at most so many bytes.
+        older_than_s: Evict what was not used for so many seconds.
+        named: Evict entries with names too, after all others; never pinned ones.
+        grace_s: How old unreachable blocks must be.
+        needed: Blocks that stay, whatever entries there are: a save builds on them.
+    """
+
+    max_bytes: int | None = None
+    older_than_s: float | None = None
+    named: bool = False
+    grace_s: float = GRACE_S
+    needed: frozenset[BlockHash] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What would go, as of when the plan was made.
+
+    Attributes:
+        entries: Entries to be removed, in that order.
+        removed: Shards that nothing needs, and their bytes.
+        repacked: Shards to be rewritten without their dead blocks, and the bytes
+            that frees.
+        leftovers: Files of crashed saves.
+        nbytes: Bytes of all shards now.
+    """
+
+    entries: tuple[Entry, ...]
+    removed: dict[str, int]
+    repacked: dict[str, int]
+    leftovers: tuple[Path, ...]
+    nbytes: int
+    _pruner: Pruner = field(repr=False, compare=False)
+
+    @property
+    def freed_bytes(self) -> int:
+        """Bytes that executing the plan frees."""
+        return sum(self.removed.values()) + sum(self.repacked.values())
+
+    def execute(self) -> int:
+        """Do it, and return the bytes freed.
+
+        What other processes saved meanwhile stays.
+
+        Raises:
+            StoreLockedError: Another process kept the store locked.
+        """
+        return self._pruner.execute(self)
+
+
+def plan_prune(folder: StoreFolder, index: Index, policy: Policy) -> PrunePlan:
+    """Return what a policy lets go. Never writes.
+
+    Raises:
+        FormatError: A later release wrote entries into the store.
+    """
+    return Pruner(folder, index, policy).plan()
+
+
+class _Survey:
+    """All entries, the blocks that each needs, and when it was last used."""
+
+    def __init__(
+        self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
+    ) -> None:
+        self.entries = _readable_entries(folder)
+        self._chains = {entry.id: _chain(index, entry) for entry in self.entries}
+        self._references = Counter(
+            block for chain in self._chains.values() for block in chain
+        )
+        self._references.update(needed)
+        self._uses = index.uses()
+        # Of an entry that lacks a block, nobody can say which others it needs.
+        self.is_whole = all(
+            _first_parent(index, entry) == entry.root for entry in self.entries
+        )
+
+    def is_live(self, block: BlockHash) -> bool:
+        """Say whether an entry needs a block."""
+        return self._references[block] > 0
+
+    def used_at(self, entry: Entry) -> float:
+        """Return when an entry was saved or last hit, the later of both."""
+        chain = self._chains[entry.id]
+        uses = [self._uses.get(block, 0.0) for block in chain]
+        return max([entry.updated_at, *uses])
+
+    def candidates(self, *, named: bool) -> list[Entry]:
+        """Return what may be evicted: least recently used first, named ones last."""
+        found = [e for e in self.entries if not e.pinned and (e.name is None or named)]
+        return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
+
+    def release(self, entry: Entry) -> list[BlockHash]:
+        """Take an entry away and return the blocks that nothing needs any more."""
+        chain = self._chains.pop(entry.id)
+        self._references.subtract(chain)
+        return [block for block in chain if not self.is_live(block)]
+
+
+class Pruner:
+    """Makes and executes one plan.
+
+    Args:
+        folder: The store.
+        index: Its index.
+        policy: What may go.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index, policy: Policy) -> None:
+        self._folder = folder
+        self._index = index
+        self._policy = policy
+
+    def plan(self) -> PrunePlan:
+        """Return what would go."""
+        sizes = self._index.shards()
+        survey = _Survey(self._folder, self._index, self._policy.needed)
+        evicted, gone = self._choose_entries(survey, sum(sizes.values()))
+        kept = {
+            name: sum(place.nbytes for place in self._kept(name, survey, gone))
+            for name in sizes
+        }
+        removed = {name: size for name, size in sizes.items() if not kept[name]}
+        left = sum(sizes.values()) - sum(removed.values())
+        partly = {name: size - kept[name] for name, size in sizes.items() if kept[name]}
+        holed = {
+            name
+            for name in partly
+            if len(self._kept(name, survey, gone)) < len(self._index.places_in(name))
+        }
+        repacked = dict(self._choose_repacks(sizes, partly, holed, left))
+        leftovers = tuple(self._leftovers(set(sizes)))
+        return PrunePlan(
+            evicted, removed, repacked, leftovers, sum(sizes.values()), self
+        )
+
+    def execute(self, plan: PrunePlan) -> int:
+        """Carry a plan out; see :meth:`PrunePlan.execute`."""
+        with files.locked(self._folder.lock, exclusive=True):
+            gone = {
+                block
+                for entry in plan.entries
+                if self._remove_entry(entry)
+                for block in _chain(self._index, entry)
+            }
+        survey = _Survey(self._folder, self._index, self._policy.needed)
+        before = sum(self._index.shards().values())
+        for name in plan.repacked:
+            self._repack(name, survey, gone)
+        with files.locked(self._folder.lock, exclusive=True):
+            # The second look: entries committed since then keep their blocks.
+            survey = _Survey(self._folder, self._index, self._policy.needed)
+            for name in (*plan.removed, *plan.repacked):
+                if not self._kept(name, survey, gone):
+                    self._remove_shard(name)
+        for path in plan.leftovers:
+            self._remove_leftover(path)
+        return before - sum(self._index.shards().values())
+
+    def _choose_entries(
+        self, survey: _Survey, left: int
+    ) -> tuple[tuple[Entry, ...], set[BlockHash]]:
+        """Return the entries that go, and the blocks that only they needed."""
+        policy = self._policy
+        evicted: list[Entry] = []
+        gone: set[BlockHash] = set()
+        for entry in survey.candidates(named=policy.named):
+            age = time.time() - survey.used_at(entry)
+            is_old = policy.older_than_s is not None and age > policy.older_than_s
+            is_over = policy.max_bytes is not None and left > policy.max_bytes
+            if is_old or is_over:
+                released = survey.release(entry)
+                gone |= set(released)
+                left -= sum(self._index.block_bytes(block) for block in released)
+                evicted.append(entry)
+        return tuple(evicted), gone
+
+    def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
+        """Return the blocks of a shard that stay."""
+        added_at = self._index.added_at(shard)
+        is_young = time.time() - added_at < self._policy.grace_s
+        return [
+            place
+            for place in self._index.places_in(shard)
+            if survey.is_live(place.hash)
+            or (place.hash not in gone and (is_young or not survey.is_whole))
+        ]
+
+    def _choose_repacks(
+        self, sizes: dict[str, int], dead: dict[str, int], holed: set[str], left: int
+    ) -> Iterator[tuple[str, int]]:
+        """Yield shards to rewrite and what that frees, the most wasteful first."""
+        limit = self._policy.max_bytes
+        for name in sorted(dead, key=lambda name: -dead[name]):
+            is_over = limit is not None and left > limit
+            is_wanted = dead[name] * 2 > sizes[name]
+            # Who does not wait for an hour wants the bytes gone.
+            is_wanted |= self._policy.grace_s == 0 and name in holed
+            # A header of its own is no waste.
+            if is_wanted or (is_over and dead[name] > _SLACK_BYTES):
+                left -= dead[name]
+                yield name, dead[name]
+
+    def _leftovers(self, known: set[str]) -> Iterator[Path]:
+        """Yield what crashed saves left: staged files, and shards without rows."""
+        for path in self._folder.staging.iterdir():
+            # A save may be writing it, whatever the policy says.
+            if _is_older(path, GRACE_S):
+                yield path
+        for name in list_shards(self._folder.shards):
+            path = shard_path(self._folder.shards, name)
+            is_old = _is_older(path, self._policy.grace_s)
+            if name not in known and is_old and self._is_readable(name):
+                yield path
+
+    def _remove_leftover(self, path: Path) -> None:
+        if path.parent == self._folder.staging:
+            with suppress(FileNotFoundError):
+                files.remove(path)
+        else:
+            self._remove_unknown(path.stem)
+
+    def _is_readable(self, name: str) -> bool:
+        """Say whether a shard is one of this release; others are not ours to remove."""
+        try:
+            with open_shard(self._folder.shards, name):
+                return True
+        except (IntegrityError, FormatError, FileNotFoundError):
+            return False
+
+    def _remove_entry(self, entry: Entry) -> bool:
+        """Remove an entry's file, unless it was saved again meanwhile."""
+        if read_entry(self._folder.entries, entry.id) != entry:
+            return False
+        remove_entry(self._folder.entries, entry.id)
+        return True
+
+    def _remove_shard(self, name: str) -> None:
+        """Drop a shard's rows, then its file."""
+        with self._index.transaction():
+            self._index.drop_shard(name)
+        self._remove_unknown(name)
+
+    def _remove_unknown(self, name: str) -> None:
+        """Remove the file of a shard, unless somebody has just published it again."""
+        # Who publishes holds the same write lock of the index.
+        with self._index.transaction():
+            if name not in self._index.shards():
+                with suppress(FileNotFoundError):
+                    files.remove(shard_path(self._folder.shards, name))
+
+    def _repack(self, name: str, survey: _Survey, gone: set[BlockHash]) -> None:
+        """Write the blocks of a shard that stay into another, and point there."""
+        kept = {place.hash for place in self._kept(name, survey, gone)}
+        folder = self._folder
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(open_shard(folder.shards, name))
+                stored = [b for b in opened.header.blocks if b.block.hash in kept]
+                if not stored:
+                    return
+                copy = staged_copy(folder.staging, opened, stored)
+                staged = stack.enter_context(copy)
+            except (IntegrityError, FormatError, FileNotFoundError):
+                return  # it stays as it is, for `verify` to report
+            with self._index.transaction():
+                publish_shard(folder.shards, staged)
+                added_at = self._index.added_at(name)
+                index_shard(self._index, staged.name, staged.header, added_at)
+                for block in kept:
+                    self._index.move_block(block, name, staged.name)
+
+
+def _is_older(path: Path, age_s: float) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > age_s
+    except FileNotFoundError:
+        return False  # renamed away just now
+
+
+def _readable_entries(folder: StoreFolder) -> list[Entry]:
+    """Return all entries that can be read.
+
+    Raises:
+        FormatError: A later release wrote one; who knows what it needs.
+    """
+    found = []
+    for entry_id in list_ids(folder.entries):
+        with suppress(IntegrityError):
+            entry = read_entry(folder.entries, entry_id)
+            found += [entry] if entry else []
+    return found
+
+
+def _first_parent(index: Index, entry: Entry) -> str:
+    """Return what the chain of an entry leads to: its root, where it is whole."""
+    tip = BlockHash(bytes.fromhex(entry.tip))
+    *_, (_, parent) = ((None, tip), *index.chain(tip))
+    return parent.hex()
+
+
+def _chain(index: Index, entry: Entry) -> list[BlockHash]:
+    """Return the blocks of an entry, last first, as far as the chain holds."""
+    tip = BlockHash(bytes.fromhex(entry.tip))
+    return [place.hash for place, _ in index.chain(tip)]

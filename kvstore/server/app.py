@@ -1,0 +1,319 @@
+"""The stock ``mlx_lm.server`` with a store behind its prompt cache.
+
+mlx-lm's module is executed once more, as a copy that nobody else sees. In that copy,
+four of its names stand for classes of ours; mlx-lm itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
+
+from ..errors import KVStoreError
+from ..fingerprint import Fingerprint
+from ..models.load import find_model, fingerprint_model
+from .prompt_cache import DiskPromptCache, ServedModel
+
+MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
+"""Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
+
+
+def serve(args: Sequence[str], make_cache: MakeCache) -> None:
+    """Run ``mlx_lm.server`` until SIGINT or SIGTERM; what waits is written then.
+
+    Args:
+        args: The command line of ``mlx_lm.server``.
+        make_cache: Makes the prompt cache, which is closed at the end.
+
+    Raises:
+        KVStoreError: There is no such model, or mlx-lm runs distributed.
+        ValueError: mlx-lm does not take these arguments.
+    """
+    server = _copy_module("mlx_lm.server")
+    provider_class = _provider_class(server)
+    generator_class = _generator_class(server)
+    providers: list[Any] = []
+    opened: list[DiskPromptCache] = []
+    generators: list[Any] = []
+
+    def make_provider(cli_args: argparse.Namespace) -> Any:
+        providers.append(provider_class(cli_args))
+        return providers[-1]
+
+    def make_prompt_cache(max_size: int) -> DiskPromptCache:
+        opened.append(make_cache(providers[-1].describe, max_size))
+        return opened[-1]
+
+    def make_generator(*parts: Any) -> Any:
+        generators.append(generator_class(*parts))
+        return generators[-1]
+
+    server.argparse = SimpleNamespace(  # type: ignore[attr-defined]
+        **{**vars(argparse), "ArgumentParser": _parser_class(args)}
+    )
+    server.ModelProvider = make_provider  # type: ignore[attr-defined]
+    server.LRUPromptCache = make_prompt_cache  # type: ignore[attr-defined]
+    server.ResponseGenerator = make_generator  # type: ignore[attr-defined]
+    with _terminated_like_interrupted():
+        try:
+            server.main()
+        finally:
+            _end(generators, opened)
+
+
+def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
+    """Stop what generates, and write what waits, even where Ctrl-C comes again."""
+    try:
+        for generator in generators:
+            generator.stop_and_join()  # or it would live on where no port is free
+            _wait_for_end(generator._generation_thread)
+    finally:
+        for prompt_cache in opened:
+            prompt_cache.close()
+
+
+def _wait_for_end(thread: threading.Thread) -> None:
+    """Wait until a thread that has been joined is gone from the process too."""
+    # Its last act, behind all of Python's, is to hand MLX's stream back, for which it
+    # takes the interpreter's lock: the process aborts where the interpreter has begun
+    # to end by then.
+    tasks = Path("/proc/self/task")  # where there is none, a moment has to do
+    deadline = time.monotonic() + (1 if tasks.exists() else 0.1)
+    while time.monotonic() < deadline:
+        if tasks.exists() and not (tasks / str(thread.native_id)).exists():
+            return
+        time.sleep(0.01)
+
+
+def _copy_module(name: str) -> ModuleType:
+    """Return a module executed anew, which only the caller knows."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        raise KVStoreError(f"mlx-lm has no module `{name}`")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parser_class(args: Sequence[str]) -> type[argparse.ArgumentParser]:
+    """Return a parser of the given arguments that raises what is wrong with them."""
+
+    class Parser(argparse.ArgumentParser):
+        def parse_args(self, *_: Any) -> Any:  # type: ignore[override]
+            found = super().parse_args(list(args))
+            _check(found)
+            return found
+
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    return Parser
+
+
+def _check(cli_args: argparse.Namespace) -> None:
+    """Refuse now what the server would find out in a thread, and live on with.
+
+    Raises:
+        KVStoreError: There is no such model, or mlx-lm runs distributed.
+    """
+    import mlx.core as mx
+
+    for model in (cli_args.model, cli_args.draft_model):
+        if model is not None:
+            find_model(model)
+    # Each process would hold other rows of the same tokens, and all must hit alike.
+    if mx.distributed.init().size() > 1:
+        raise KVStoreError(
+            "the store cannot be shared by the processes of a distributed model",
+            hint="run `mlx_lm.server` without a store",
+        )
+
+
+def _provider_class(server: Any) -> Any:
+    """Return mlx-lm's ``ModelProvider``, which also knows what it has loaded."""
+
+    class Provider(server.ModelProvider):  # type: ignore[misc]
+        loaded: Fingerprint | Exception | None = None
+
+        def _load(
+            self,
+            model_path: str,
+            adapter_path: str | None = None,
+            draft_model_path: str | None = None,
+        ) -> None:
+            # What is hashed is what is loaded: a repository may move on in between.
+            model = str(find_model(model_path))
+            draft = draft_model_path and str(find_model(draft_model_path))
+            try:
+                found = fingerprint_model(model, adapter_path, draft)
+                self.loaded = replace(found, label=model_path)
+            except (KVStoreError, OSError) as error:
+                self.loaded = error  # served without the store
+            super()._load(model, adapter_path, draft)
+            # In a batch of prompts of several lengths, mlx-lm computes wrong rows.
+            if not _is_batched_right(self.model):
+                self.is_batchable = False
+            # By which it is asked for again.
+            self.model_key = (model_path, adapter_path, draft_model_path)
+
+        def describe(self, key: Any) -> ServedModel:
+            """Return what a key of the server's stands for, while that is loaded."""
+            if isinstance(self.loaded, Exception):
+                raise self.loaded
+            if key != self.model_key or self.loaded is None:
+                raise KVStoreError("another model was loaded meanwhile")
+            return ServedModel(self.loaded, self._empty_caches())
+
+        def _empty_caches(self) -> tuple[list[Any], ...]:
+            from mlx_lm.models.cache import make_prompt_cache
+
+            models = [m for m in (self.model, self.draft_model) if m is not None]
+            plain = [cache for model in models for cache in make_prompt_cache(model)]
+            bits = getattr(self.cli_args, "kv_bits", None)
+            if bits is None:
+                return (plain,)
+            return plain, _quantized(plain, bits, self.cli_args.kv_group_size)
+
+    return Provider
+
+
+def _is_batched_right(model: Any) -> bool:
+    """Say whether prompts of several lengths can share a batch.
+
+    The padding of the shorter ones runs through the states of many recurrent models,
+    and through the indexers of some others.
+    """
+    from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+
+    odd = (ArraysCache, CacheList)
+    return not any(isinstance(cache, odd) for cache in make_prompt_cache(model))
+
+
+def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:
+    """Return the caches that ``--kv-bits`` turns such caches into."""
+    from mlx_lm.models.cache import KVCache
+
+    return [
+        cache.to_quantized(group_size=group_size, bits=bits)
+        if isinstance(cache, KVCache)
+        else cache
+        for cache in empty
+    ]
+
+
+def _generator_class(server: Any) -> Any:
+    """Return mlx-lm's ``ResponseGenerator``, which also measures prefills."""
+
+    class Generator(server.ResponseGenerator):  # type: ignore[misc]
+        def __init__(self, model_provider: Any, prompt_cache: DiskPromptCache) -> None:
+            self._disk = prompt_cache
+            self._alone = _Alone()
+            super().__init__(model_provider, prompt_cache)
+
+        def _generate(self) -> None:
+            try:
+                super()._generate()
+            finally:
+                # On this thread, whose arrays they are.
+                self._disk.trim_to(n_sequences=0)
+
+        def generate(
+            self,
+            request: Any,
+            generation_args: Any,
+            progress_callback: Callable[[int, int], None] | None = None,
+        ) -> tuple[Any, Iterator[Any]]:
+            ticket = self._alone.enter()
+            begin = time.monotonic()
+
+            def progress(done: int, total: int) -> None:
+                loaded = self.model_provider.loaded
+                is_known = isinstance(loaded, Fingerprint)
+                if is_known and done == total and self._alone.was(ticket):
+                    seconds = time.monotonic() - begin
+                    self._disk.store.note_prefill(loaded, total, seconds)
+                if progress_callback is not None:
+                    progress_callback(done, total)
+
+            try:
+                found = super().generate(request, generation_args, progress)
+            except BaseException:
+                self._alone.leave()
+                raise
+            # What came before is loading a model, and reading the disk.
+            begin = time.monotonic()
+            return found[0], self._alone.until_end(found[1])
+
+    return Generator
+
+
+class _Alone:
+    """Knows whether a request had the model to itself; for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_entered = 0
+        self._num_active = 0
+
+    def enter(self) -> int | None:
+        """Begin a request; the ticket is ``None`` where another is served."""
+        with self._lock:
+            self._num_entered += 1
+            self._num_active += 1
+            return self._num_entered if self._num_active == 1 else None
+
+    def was(self, ticket: int | None) -> bool:
+        """Say whether no request was served beside that one so far."""
+        with self._lock:
+            return ticket == self._num_entered
+
+    def until_end(self, responses: Iterator[Any]) -> Iterator[Any]:
+        """Return the responses of a request, which ends with them."""
+
+        def begun() -> Iterator[Any]:
+            try:
+                yield
+                yield from responses
+            finally:
+                self.leave()
+
+        found = begun()
+        # One that nobody has begun to read would never end.
+        next(found)
+        return found
+
+    def leave(self) -> None:
+        """End a request."""
+        with self._lock:
+            self._num_active -= 1
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the server as Ctrl-C does, once."""
+    usual = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+
+    def interrupt(*_: Any) -> None:
+        for number in usual:
+            signal.signal(number, signal.SIG_IGN)  # what waits is being written
+        raise KeyboardInterrupt
+
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # as by `nohup`
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

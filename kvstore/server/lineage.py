@@ -1,0 +1,59 @@
+"""What lossy restores a process has handed out. Knows tokens only.
+
+A restored prompt cache carries a mark of what its rows went through. Merging caches
+into a batch and extracting them again loses it, so a server finds it here again, by the
+tokens: too much is taken for lossy where conversations part, and never too little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..caches.live import Provenance
+from ..format.block import BlockHash
+from ..format.chain import BLOCK_SIZE, split_tokens
+
+Step = tuple[str, BlockHash, int]
+"""Digest of a fingerprint, hash of what comes before a block, and its first token."""
+
+
+class Lineage:
+    """Remembers which tokens' rows came out of a lossy restore."""
+
+    def __init__(self) -> None:
+        self._coded: set[Step] = set()
+        self._inexact: set[Step] = set()
+
+    def note(
+        self, fingerprint: str, tokens: Sequence[int], provenance: Provenance
+    ) -> None:
+        """Remember a restore.
+
+        Args:
+            fingerprint: Digest of the model's.
+            tokens: Those that were restored.
+            provenance: What their rows went through.
+        """
+        if provenance.is_exact:
+            return
+        for start, _, step in _steps(fingerprint, tokens):
+            self._inexact.add(step)
+            if start < provenance.coded_tokens:
+                self._coded.add(step)
+
+    def of(self, fingerprint: str, tokens: Sequence[int]) -> Provenance:
+        """Return what rows computed for these tokens may have gone through."""
+        if not self._inexact:
+            return Provenance()
+        coded, is_exact = 0, True
+        for _, stop, step in _steps(fingerprint, tokens):
+            is_exact = is_exact and step not in self._inexact
+            coded = stop if step in self._coded else coded
+        return Provenance(coded, is_exact)
+
+
+def _steps(fingerprint: str, tokens: Sequence[int]) -> Iterator[tuple[int, int, Step]]:
+    """Yield where each block starts and stops, and what it begins with."""
+    for block in split_tokens(BlockHash(bytes(32)), tokens, BLOCK_SIZE):
+        stop = block.start + len(block.tokens)
+        yield block.start, stop, (fingerprint, block.parent, block.tokens[0])

@@ -1,0 +1,364 @@
+"""Blocks from shards, with what the index says checked against the shard itself.
+
+What turns out to be missing or damaged is dropped from the index, so that it is
+missed at once the next time and written anew by the next save.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import FormatError, IntegrityError, StoreLockedError
+from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
+from ..format.chain import digest_fields, hash_block_tokens, hash_root
+from ..format.entry import Entry
+from . import files
+from .folder import StoreFolder
+from .index import Index, Place, index_identity
+from .shards import list_shards, open_shard, quarantine_shard, shard_path
+
+
+def open_index(folder: StoreFolder) -> Index:
+    """Return the store's index, rebuilt from the shards where it is missing or damaged.
+
+    Raises:
+        StoreLockedError: Another process kept it locked.
+        FormatError: A newer release wrote it.
+    """
+    seen = index_identity(folder.index)
+    if seen is not None:
+        try:
+            return Index(folder.index)
+        except IntegrityError:
+            replace_index(folder, seen)
+    else:
+        with files.locked(folder.lock, exclusive=True):
+            if not folder.index.exists():
+                _build_index(folder)
+    return Index(folder.index)
+
+
+def replace_index(folder: StoreFolder, seen: tuple[int, int] | None) -> None:
+    """Put a damaged index into quarantine and build another from the shards.
+
+    Args:
+        folder: The store.
+        seen: The identity of the damaged file; if another process has replaced it
+            meanwhile, nothing is left to do.
+    """
+    with files.locked(folder.lock, exclusive=True):
+        if index_identity(folder.index) in (seen, None):
+            _build_index(folder)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _set_index_aside(folder: StoreFolder) -> None:
+    """Move the index to quarantine."""
+    aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
+    for suffix in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
+
+
+def _build_index(folder: StoreFolder) -> None:
+    """Build the index beside and rename it into place, whole or not at all.
+
+    What was there before goes to quarantine, a write-ahead log that is all that is
+    left of it too: SQLite would replay it over the new one.
+    """
+    path = folder.staging / f"{secrets.token_hex(16)}.sqlite"
+    index = Index(path, create=True)
+    try:
+        index_folder(index, folder)
+    finally:
+        index.close()  # which folds the write-ahead log into the file
+    files.sync_file(path)
+    _set_index_aside(folder)
+    files.publish(path, folder.index)
+
+
+_MAX_HEADERS = 256
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
+
+
+class Reader:
+    """Reads the blocks of one store.
+
+    Args:
+        folder: The store.
+        index: Its index.
+
+    Attributes:
+        index: The same.
+    """
+
+    def __init__(self, folder: StoreFolder, index: Index) -> None:
+        self.index = index
+        self._folder = folder
+        self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
+
+    def stored(self, place: Place) -> StoredBlock:
+        """Return what a shard's header says of a block.
+
+        Raises:
+            IntegrityError: The shard is missing or damaged, or lacks the block.
+        """
+        with self._healing(place.shard):
+            return self._find(self._header(place.shard), place)
+
+    def chain(self, entry: Entry) -> list[tuple[Place, StoredBlock]]:
+        """Return the blocks of an entry, first to last.
+
+        Raises:
+            IntegrityError: One is missing or damaged.
+        """
+        found: list[tuple[Place, StoredBlock]] = []
+        block, stop = entry.tip, entry.num_tokens
+        while stop > 0:
+            place = self._place(block)
+            stored = self.stored(place)
+            if stored.block.start + len(stored.block.tokens) != stop:
+                raise IntegrityError(f"block {block[:12]} is out of place", block=block)
+            found.append((place, stored))
+            block, stop = stored.block.parent.hex(), stored.block.start
+        if block != entry.root:
+            raise IntegrityError("the entry's first block is not a first block")
+        return found[::-1]
+
+    def origin(self, entry: Entry) -> Origin:
+        """Return what computed an entry.
+
+        Raises:
+            IntegrityError: Its last block is missing or damaged.
+        """
+        return self.origin_at(self._place(entry.tip))
+
+    def origin_at(self, place: Place) -> Origin:
+        """Return what computed a block.
+
+        Raises:
+            IntegrityError: Its shard is missing or damaged.
+        """
+        with self._healing(place.shard):
+            return self._header(place.shard).origin
+
+    def _place(self, block: str) -> Place:
+        place = self.index.place(BlockHash(bytes.fromhex(block)))
+        if place is None:
+            raise IntegrityError(
+                f"block {block[:12]} is missing",
+                block=block,
+                hint="save the prompt again; `kvstore verify` finds more",
+            )
+        return place
+
+    def read(
+        self, shard: str, places: Sequence[Place], root: BlockHash
+    ) -> Iterator[tuple[StoredBlock, memoryview]]:
+        """Yield blocks of one shard with their bytes, all of it checked.
+
+        Args:
+            shard: The shard's name.
+            places: Blocks in it.
+            root: The root hash that they descend from.
+
+        Raises:
+            IntegrityError: The shard is missing or damaged, or lacks a block.
+        """
+        with (
+            self._healing(shard),
+            open_shard(self._folder.shards, shard) as opened,
+        ):
+            # First, since an index that lies is no reason to distrust a shard.
+            blocks = [self._find(opened.header, place) for place in places]
+            if header_root(opened.header) != root:
+                raise IntegrityError(
+                    f"shard belongs to another model or layout: {opened.path}",
+                    path=opened.path,
+                )
+            yield from zip(blocks, opened.read(blocks), strict=True)
+
+    def _header(self, shard: str) -> ShardHeader:
+        """Return a shard's header, read once for as long as nobody touches the file."""
+        status = shard_path(self._folder.shards, shard).stat()
+        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        kept = self._headers.get(shard)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        with open_shard(self._folder.shards, shard) as opened:
+            self._headers[shard] = (stamp, opened.header)
+        if len(self._headers) > _MAX_HEADERS:
+            self._headers.popitem(last=False)
+        return opened.header
+
+    def _find(self, header: ShardHeader, place: Place) -> StoredBlock:
+        """Return a block of a shard that is what the index says of it.
+
+        Raises:
+            IntegrityError: It is not, so the index is damaged.
+        """
+        for stored in header.blocks:
+            is_it = stored.block.hash == place.hash  # at once for nearly all
+            if is_it and place_in(place.shard, stored) == place and is_sound(stored):
+                return stored
+        raise IntegrityError(
+            f"the index is damaged: shard {place.shard[:12]} does not hold block"
+            f" {place.hash.hex()[:12]} as it says",
+            path=self._folder.index,
+        )
+
+    @contextmanager
+    def _healing(self, shard: str) -> Iterator[None]:
+        """Take what is missing or damaged out of the index.
+
+        Raises:
+            IntegrityError: Something was.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise IntegrityError(
+                f"the index is damaged: {error}", path=self._folder.index
+            ) from error
+        except FileNotFoundError as error:
+            self._forget(shard, None)
+            raise IntegrityError(
+                f"shard {shard[:12]} is missing",
+                path=self._folder.shards / shard[:2] / f"{shard}.safetensors",
+                hint="save the prompt again",
+            ) from error
+        except IntegrityError as error:
+            if error.path != self._folder.index:
+                self._forget(shard, error.block)
+                if error.block is None:
+                    self._quarantine(shard)
+            raise
+
+    def _forget(self, shard: str, block: str | None) -> None:
+        """Drop a block, or all of a shard, from the index."""
+        self._headers.pop(shard, None)
+        try:
+            with self.index.transaction():
+                if block is None:
+                    self.index.drop_shard(shard)
+                else:
+                    self.index.drop_block(BlockHash(bytes.fromhex(block)), shard)
+        except (StoreLockedError, OSError):
+            return  # read-only or busy: the next reader finds the same and tries again
+
+    def _quarantine(self, shard: str) -> None:
+        try:
+            quarantine_shard(self._folder.shards, shard, self._folder.quarantine)
+        except (OSError, ValueError):
+            return  # it stays, unread: the index no longer names it
+
+
+def header_root(header: ShardHeader) -> BlockHash:
+    """Return the root hash that all blocks of a shard descend from."""
+    origin = header.origin
+    fingerprint = digest_fields(origin.fingerprint)
+    return hash_root(fingerprint, origin.layout, origin.tenant)
+
+
+def is_sound(stored: StoredBlock) -> bool:
+    """Say whether a block's hash is that of its parent and tokens."""
+    block = stored.block
+    return hash_block_tokens(block.parent, block.tokens) == block.hash
+
+
+def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -> None:
+    """Tell the index what lies in a shard, and since when, in Unix seconds."""
+    origin = header.origin
+    fingerprint = digest_fields(origin.fingerprint)
+    root = header_root(header)
+    index.add_root(root, fingerprint, origin.tenant, origin.layout)
+    index.add_shard(name, header.nbytes, added_at)
+    for stored in filter(is_sound, header.blocks):
+        index.add_block(stored.block, place_in(name, stored))
+
+
+def place_in(shard: str, stored: StoredBlock) -> Place:
+    """Return the place of a block in a shard."""
+    return Place(
+        stored.block.hash,
+        shard,
+        len(stored.block.tokens),
+        stored.end - stored.begin,
+        stored.is_lossless,
+        stored.is_exact,
+        stored.num_extras,
+    )
+
+
+def index_folder(index: Index, folder: StoreFolder) -> None:
+    """Tell the index of every shard in the store that can be read."""
+    for _ in _index_each(index, folder):
+        pass
+
+
+def confirm_folder(index: Index, folder: StoreFolder) -> None:
+    """Tell the index of every shard, and compare what it then says with all of them.
+
+    Whoever removes shards by the index's word does this first. Copies that were found
+    damaged need not be known.
+
+    Raises:
+        IntegrityError: The index says something else, so it is damaged.
+    """
+    copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
+    for name, header in _index_each(index, folder):
+        for stored in filter(is_sound, header.blocks):
+            copy = (place_in(name, stored), stored.block.parent)
+            copies.setdefault(stored.block.hash, []).append(copy)
+    for block, known in copies.items():
+        found = next(index.chain(block), None)
+        # Gone with their shards, which another process has pruned, or set aside.
+        left = [p for p, _ in known if not index.is_damaged(block, p.shard)]
+        if found is None and not any(_is_there(folder, place) for place in left):
+            continue
+        if found not in known and not _is_so(folder, found):
+            raise IntegrityError(
+                f"the index is damaged: block {block.hex()[:12]} is not where it says",
+                path=folder.index,
+            )
+
+
+def _is_there(folder: StoreFolder, place: Place) -> bool:
+    return shard_path(folder.shards, place.shard).exists()
+
+
+def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
+    """Say whether a place is right after all: others save and prune meanwhile."""
+    if found is None:
+        return False
+    place, parent = found
+    try:
+        with open_shard(folder.shards, place.shard) as opened:
+            return (place, parent) in [
+                (place_in(place.shard, stored), stored.block.parent)
+                for stored in opened.header.blocks
+            ]
+    except (IntegrityError, FormatError, FileNotFoundError, ValueError):
+        return False
+
+
+def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardHeader]]:
+    """Tell the index of one shard after the other, and yield name and header."""
+    for name in list_shards(folder.shards):
+        try:
+            with open_shard(folder.shards, name) as opened:
+                header = opened.header
+            added_at = shard_path(folder.shards, name).stat().st_mtime
+        except (IntegrityError, FormatError, FileNotFoundError):
+            continue  # it stays where it is, and `verify` reports it
+        with index.transaction():
+            index_shard(index, name, header, added_at)
+        yield name, header

@@ -1,0 +1,179 @@
+"""Entries by name, changed under the lock."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from ..errors import EntryExistsError, EntryNotFoundError, FormatError, IntegrityError
+from ..format import entry as entries
+from ..format.documents import JSON, canonical_json
+from ..format.entry import (
+    _ID,
+    FORMAT,
+    MAX_BYTES,
+    Entry,
+    _damaged,
+    _digest,
+    _parse,
+    check_name,
+)
+from . import files
+from .folder import StoreFolder
+
+
+def entry_path(folder: Path, entry: str) -> Path:
+    """Return where the entry with this id lies."""
+    return folder / f"{entry}.json"
+
+
+def write_entry(folder: Path, entry: Entry, staging: Path) -> None:
+    """Commit an entry durably."""
+    body: JSON = {"format": FORMAT, **asdict(entry)}
+    body["digest"] = _digest(body)
+    files.write_atomic(entry_path(folder, entry.id), canonical_json(body), staging)
+
+
+def read_entry(folder: Path, entry: str) -> Entry | None:
+    """Return the entry with this id, or ``None``.
+
+    Raises:
+        IntegrityError: Its file is damaged.
+        FormatError: It has a format we do not read.
+    """
+    path = entry_path(folder, entry)
+    try:
+        data = files.read_small(path, MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        raise _damaged(path, str(error)) from error
+    return _parse(path, data)
+
+
+def list_ids(folder: Path) -> list[str]:
+    """Return the ids of all entries, sorted."""
+    stems = (path.stem for path in folder.glob("*.json"))
+    return sorted(stem for stem in stems if _ID.fullmatch(stem))
+
+
+def remove_entry(folder: Path, entry: str) -> None:
+    """Remove an entry's file durably."""
+    files.remove(entry_path(folder, entry))
+
+
+MIN_ID = 4
+"""As few digits of an id are taken for it; fewer are a slip of the hand."""
+
+
+class Catalog:
+    """Entries by name and id.
+
+    Args:
+        folder: The store.
+    """
+
+    def __init__(self, folder: StoreFolder) -> None:
+        self._folder = folder
+
+    def all(self) -> list[Entry]:
+        """Return all entries that can be read, latest first."""
+        found = []
+        for entry_id in list_ids(self._folder.entries):
+            with suppress(IntegrityError, FormatError):
+                entry = read_entry(self._folder.entries, entry_id)
+                # Another process may have removed it just now.
+                found += [entry] if entry else []
+        return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
+
+    def find(self, ref: str) -> Entry:
+        """Return the entry with this name, or whose id starts so.
+
+        Raises:
+            EntryNotFoundError: There is none, or the start is short or fits several.
+            IntegrityError: Its file is damaged.
+        """
+        folder = self._folder.entries
+        named = read_entry(folder, entries.entry_id(ref, ""))
+        if named is not None:
+            return named
+        is_start = len(ref) >= MIN_ID
+        ids = [i for i in list_ids(folder) if is_start and i.startswith(ref)]
+        entry = read_entry(folder, ids[0]) if len(ids) == 1 else None
+        if entry is None:
+            several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
+            raise EntryNotFoundError(
+                f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"
+            )
+        return entry
+
+    def _current(self, ref: str | Entry) -> Entry:
+        """Return an entry; one that is given only where it has not moved on."""
+        if isinstance(ref, str):
+            return self.find(ref)
+        entry = self.find(ref.id)
+        if entry.tip != ref.tip:
+            raise EntryNotFoundError(
+                f"`{ref.name or ref.id}` is another conversation by now",
+                hint="`kvstore ls` lists them",
+            )
+        return entry
+
+    def holder(self, name: str | None, tip: str) -> Entry | None:
+        """Return the entry that a save under this name would replace."""
+        key = entries.entry_id(name, tip)
+        try:
+            return read_entry(self._folder.entries, key)
+        except IntegrityError:
+            return None  # what nobody can read stands in nobody's way
+
+    def commit(self, entry: Entry) -> Entry:
+        """Write an entry, which makes a save count; the lock is held.
+
+        What could not be read in its place goes to quarantine.
+        """
+        folder = self._folder
+        path = entry_path(folder.entries, entry.id)
+        try:
+            read_entry(folder.entries, entry.id)
+        except IntegrityError:
+            aside = f"entry-{entry.id}-{secrets.token_hex(4)}.json"
+            files.publish(path, folder.quarantine / aside)
+        write_entry(folder.entries, entry, folder.staging)
+        return entry
+
+    def remove(self, ref: str | Entry) -> Entry:
+        """Remove an entry and return it."""
+        with files.locked(self._folder.lock, exclusive=True):
+            entry = self._current(ref)
+            remove_entry(self._folder.entries, entry.id)
+        return entry
+
+    def rename(self, ref: str | Entry, name: str) -> Entry:
+        """Give an entry another name, or its first.
+
+        A crash in between leaves it under both names.
+
+        Raises:
+            EntryExistsError: The name is taken.
+        """
+        check_name(name)
+        with files.locked(self._folder.lock, exclusive=True):
+            old = self._current(ref)
+            if old.name == name:
+                return old
+            if self.holder(name, old.tip) is not None:
+                raise EntryExistsError(
+                    f"the name `{name}` is taken", hint="remove that entry first"
+                )
+            renamed = replace(old, id=entries.entry_id(name, old.tip), name=name)
+            self.commit(renamed)
+            remove_entry(self._folder.entries, old.id)
+        return renamed
+
+    def pin(self, ref: str, *, pinned: bool) -> Entry:
+        """Keep an entry from being evicted, whatever is asked; or no longer."""
+        with files.locked(self._folder.lock, exclusive=True):
+            return self.commit(replace(self.find(ref), pinned=pinned))

@@ -1,0 +1,230 @@
+"""Files that survive a crash: staging, fsync, atomic rename, locks, private modes.
+
+Knows nothing of what the files hold. The only module that renames or syncs.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import StoreLockedError
+
+CACHEDIR_TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# This folder is a cache of kvstore; backups may skip it.\n"
+)
+
+
+def cache_home() -> Path:
+    """Return the folder for caches: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def make_private_dir(path: Path) -> None:
+    """Create a folder, with its parents, that only its owner can enter."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def create(path: Path) -> int:
+    """Create a new private file and return its descriptor.
+
+    Raises:
+        FileExistsError: Something is there already, a dangling link included.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write every byte of ``data``, however short the single writes are."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def sync(descriptor: int) -> None:
+    """Force a file to the medium.
+
+    An error is final: the kernel may have dropped the pages, so never retry.
+    """
+    # On macOS, fsync stops at the drive's own cache.
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is None:
+        os.fsync(descriptor)
+    else:
+        fcntl.fcntl(descriptor, full_sync)
+
+
+def sync_file(path: Path) -> None:
+    """Force a file that is closed already to the medium."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_dir(path: Path) -> None:
+    """Force the names in a folder to the medium."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a new private file in ``folder`` that is gone again at the end.
+
+    Rename it away to keep it.
+    """
+    with staged_path(folder) as path:
+        descriptor = create(path)
+        try:
+            yield path, descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def staged_path(folder: Path) -> Iterator[Path]:
+    """Yield a new name in ``folder``; what :func:`create` makes there goes at the end.
+
+    For many files, of which not each is to keep a descriptor.
+    """
+    path = folder / secrets.token_hex(16)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def publish(path: Path, target: Path) -> None:
+    """Rename a synced file to where it is seen, and make the new name last."""
+    if not target.parent.is_dir():
+        make_private_dir(target.parent)
+        sync_dir(target.parent.parent)
+    os.replace(path, target)
+    sync_dir(target.parent)
+
+
+def write_atomic(target: Path, data: bytes, staging: Path) -> None:
+    """Put ``data`` at ``target``: after a crash the old bytes or the new ones."""
+    with staged(staging) as (path, descriptor):
+        write_all(descriptor, data)
+        sync(descriptor)
+        publish(path, target)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[int]:
+    """Yield a new private file that takes the place of ``target`` if all goes well."""
+    path = target.with_name(f".kvstore-{secrets.token_hex(8)}")
+    descriptor = create(path)
+    try:
+        yield descriptor
+        sync(descriptor)
+        publish(path, target)
+    finally:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Unlink a file and make that last."""
+    path.unlink()
+    sync_dir(path.parent)
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """Open a file for reading and return its descriptor and size.
+
+    Raises:
+        FileNotFoundError: There is none.
+        OSError: It is a link, not a regular file, or another user's.
+    """
+    # Without O_NONBLOCK, a pipe would be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+            raise PermissionError(errno.EPERM, "belongs to another user", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, status.st_size
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
+    """Fill ``buffer`` from ``offset`` on.
+
+    Raises:
+        EOFError: The file ends before.
+    """
+    rest = buffer
+    while rest:
+        count = os.preadv(descriptor, [rest], offset)
+        if count == 0:
+            raise EOFError(f"file ends at byte {offset}")
+        rest, offset = rest[count:], offset + count
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: As :func:`open_regular`.
+        ValueError: The file is larger.
+    """
+    descriptor, size = open_regular(path)
+    try:
+        if size > limit:
+            raise ValueError(f"{size} bytes, more than {limit}")
+        data = bytearray(size)
+        read_into(descriptor, memoryview(data), 0)
+        return bytes(data)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, exclusive: bool, timeout_s: float = 10.0) -> Iterator[None]:
+    """Hold an advisory lock on ``path``, shared or exclusive.
+
+    Raises:
+        StoreLockedError: Others held it for ``timeout_s``.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        _acquire(descriptor, path, exclusive, time.monotonic() + timeout_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, exclusive: bool, deadline: float) -> None:
+    """Wait for the lock until ``deadline``."""
+    mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    while True:
+        try:
+            return fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise StoreLockedError(
+                    f"the store is locked by another process: {path}",
+                    hint="wait for the other kvstore process to finish",
+                ) from error
+            time.sleep(0.01)

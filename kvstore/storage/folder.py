@@ -1,0 +1,206 @@
+"""The store's folder: where things lie in it, how it is made and recognised."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import FormatError, IntegrityError, StoreNotFoundError
+from ..format.chain import BLOCK_SIZE
+from ..format.documents import canonical_json, strict_json
+from . import files
+
+FORMAT = 1
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 65_536
+_MAX_DEFAULT_BYTES = 50_000_000_000
+_FOLDERS = ("entries", "shards", "quarantine", "tmp")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """An existing store.
+
+    Attributes:
+        path: The folder.
+        id: 32 hex digits, drawn when it was created.
+        block_size: Tokens in a full block.
+        chosen_bytes: The size limit that was set, or ``None``.
+    """
+
+    path: Path
+    id: str
+    block_size: int
+    chosen_bytes: int | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """The size limit: what was set, or a tenth of the disk, at most 50 GB."""
+        if self.chosen_bytes is not None:
+            return self.chosen_bytes
+        disk = os.statvfs(self.path)
+        return min(disk.f_blocks * disk.f_frsize // 10, _MAX_DEFAULT_BYTES)
+
+    @property
+    def entries(self) -> Path:
+        """One JSON file per entry."""
+        return self.path / "entries"
+
+    @property
+    def shards(self) -> Path:
+        """The shards, by the first two digits of their names."""
+        return self.path / "shards"
+
+    @property
+    def quarantine(self) -> Path:
+        """Files that could not be read; never used again, kept to be looked at."""
+        return self.path / "quarantine"
+
+    @property
+    def staging(self) -> Path:
+        """Files that are being written; what a crash leaves here is garbage."""
+        return self.path / "tmp"
+
+    @property
+    def index(self) -> Path:
+        """The SQLite index."""
+        return self.path / "index.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        """Held while an entry is committed or things are removed."""
+        return self.path / "lock"
+
+
+def default_path() -> Path:
+    """Return ``$KVSTORE_DIR``, or ``kvstore`` in the folder for caches."""
+    chosen = os.environ.get("KVSTORE_DIR")
+    return Path(chosen) if chosen else files.cache_home() / "kvstore"
+
+
+def open_folder(path: Path) -> StoreFolder:
+    """Return the store at ``path``.
+
+    Raises:
+        StoreNotFoundError: There is none.
+        FormatError: A newer release made it.
+        IntegrityError: Its ``config.json`` is damaged.
+    """
+    config = path / CONFIG
+    try:
+        data = files.read_small(config, _MAX_CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _not_a_store(path) from error
+    except (ValueError, EOFError) as error:
+        raise _damaged(config) from error
+    return _parse(path, config, data)
+
+
+def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
+    """Return the store at ``path``, made now where there is none.
+
+    Raises:
+        StoreNotFoundError: The folder holds something else.
+    """
+    if (path / CONFIG).exists():
+        return open_folder(path)
+    if path.exists() and not path.is_dir():
+        raise _not_a_store(path)
+    files.make_private_dir(path)
+    _refuse_foreign(path)
+    with files.locked(path / "lock", exclusive=True):
+        # Another process may have made it while this one waited.
+        if not (path / CONFIG).exists():
+            _fill(path, block_size)
+    return open_folder(path)
+
+
+def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
+    """Set a store's size limit, in bytes of shards, and return the store.
+
+    Raises:
+        ValueError: It is not positive.
+    """
+    if max_bytes <= 0:
+        raise ValueError(f"a size limit is positive: {max_bytes}")
+    config = {
+        "format": FORMAT,
+        "id": folder.id,
+        "block_size": folder.block_size,
+        "max_bytes": max_bytes,
+    }
+    files.write_atomic(folder.path / CONFIG, canonical_json(config), folder.staging)
+    return replace(folder, chosen_bytes=max_bytes)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a folder that holds what no store that is being made would."""
+    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG", CONFIG}
+    foreign = {child.name for child in path.iterdir()} - ours
+    # Another process may have made it a store meanwhile, and used it.
+    if foreign and not (path / CONFIG).exists():
+        raise _not_a_store(path)
+
+
+def _fill(path: Path, block_size: int) -> None:
+    """Make everything a store has; the configuration last, since it makes it one."""
+    for name in _FOLDERS:
+        files.make_private_dir(path / name)
+    # All at once: a folder made during a save would need a sync of its own.
+    for number in range(256):
+        files.make_private_dir(path / "shards" / f"{number:02x}")
+    files.sync_dir(path / "shards")
+    files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
+    config = {
+        "format": FORMAT,
+        "id": secrets.token_hex(16),
+        "block_size": block_size,
+    }
+    files.write_atomic(path / CONFIG, canonical_json(config), path / "tmp")
+
+
+def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
+    try:
+        values = strict_json(data, allow_floats=True)
+        form = values["format"]
+        # First of all, since the rest may be other in another format.
+        if type(form) is int and form != FORMAT:
+            raise FormatError(
+                f"store has format {form}, this release reads {FORMAT}: {path}",
+                hint="upgrade mlx-kvstore",
+            )
+        store_id, block_size = values["id"], values["block_size"]
+        max_bytes = values.get("max_bytes")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(config) from error
+    if type(form) is not int:
+        raise _damaged(config)
+    if not isinstance(store_id, str) or type(block_size) is not int or block_size < 8:
+        raise _damaged(config)
+    if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):
+        raise _damaged(config)
+    return StoreFolder(path, store_id, block_size, max_bytes)
+
+
+def _not_a_store(path: Path) -> StoreNotFoundError:
+    if path.is_dir() and any(path.iterdir()):
+        return StoreNotFoundError(
+            f"not a kvstore store: {path}",
+            hint="choose an empty folder or one that does not exist",
+        )
+    if path.exists() and not path.is_dir():
+        return StoreNotFoundError(f"not a folder: {path}", hint="choose a folder")
+    return StoreNotFoundError(
+        f"no store at {path}",
+        hint="`kvstore save` makes one; `--store DIR` chooses another",
+    )
+
+
+def _damaged(config: Path) -> IntegrityError:
+    return IntegrityError(
+        f"the store's configuration is damaged: {config}",
+        path=config,
+        hint='put back {"format": 1, "id": "…", "block_size": 256}',
+    )

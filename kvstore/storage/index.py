@@ -1,0 +1,646 @@
+"""SQLite: which shard holds which block. Opens no other file, knows no tensors.
+
+The index is a cache of the shards' own headers: it may be thrown away, and what it
+says is checked against the shard before it is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from ..errors import FormatError, IntegrityError, StoreLockedError
+from ..format.block import STATE_EXTRAS, Block, BlockHash
+from ..format.documents import JSON
+from . import files
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the index says a block lies, and what may be asked of it.
+
+    Attributes:
+        hash: The block's hash.
+        shard: Name of the shard that holds it.
+        num_tokens: How many tokens it has.
+        nbytes: Its bytes in the shard.
+        is_lossless: Its codec loses nothing.
+        is_exact: Lossless, and nothing lossy went into computing it.
+        num_extras: How much it holds of windows and states: the rows of all its
+            windows, outweighed by a checkpoint. More makes a copy the better one.
+    """
+
+    hash: BlockHash
+    shard: str
+    num_tokens: int
+    nbytes: int
+    is_lossless: bool
+    is_exact: bool
+    num_extras: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a block hangs from, and what it takes.
+
+    Attributes:
+        parent: Hash of the block before, or the root hash.
+        num_tokens: How many tokens it has.
+        nbytes: Its bytes in the shard, with its share of the header.
+    """
+
+    parent: BlockHash
+    num_tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What was observed of computing or restoring rows of a model.
+
+    All are sums over observations, in which older ones weigh less.
+
+    Attributes:
+        fingerprint: Digest of the model's fingerprint.
+        codec: What was restored from, or ``None`` where rows were computed.
+        model: What the model was called last; advisory.
+        num: Number of observations.
+        tokens: Tokens.
+        seconds: Seconds.
+        squares: Squares of tokens.
+        products: Products of tokens and seconds.
+        measured_at: When the last one was made, Unix seconds.
+    """
+
+    fingerprint: str
+    codec: str | None
+    model: str
+    num: float
+    tokens: float
+    seconds: float
+    squares: float
+    products: float
+    measured_at: float
+
+
+SCHEMA_VERSION = 1
+# Blocks that begin with the same token behind the same parent; a longer list costs
+# more to compare than a shorter hit.
+MAX_CHILDREN = 512
+_SCHEMA = """
+CREATE TABLE shards (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    nbytes INTEGER NOT NULL,
+    added_at REAL NOT NULL
+);
+CREATE TABLE roots (
+    hash BLOB PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    tenant TEXT NOT NULL,
+    layout TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX roots_by_fingerprint ON roots (fingerprint, tenant);
+CREATE TABLE blocks (
+    hash BLOB PRIMARY KEY,
+    parent BLOB NOT NULL,
+    shard INTEGER NOT NULL REFERENCES shards (id),
+    first_token INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    nbytes INTEGER NOT NULL,
+    quality INTEGER NOT NULL,  -- 0 lossy, 1 lossless, 2 exact
+    extras INTEGER NOT NULL  -- rows of windows and states held
+) WITHOUT ROWID;
+CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
+CREATE INDEX blocks_by_shard ON blocks (shard);
+CREATE TABLE uses (  -- when a hit last ended in a block; may be lost
+    hash BLOB PRIMARY KEY,
+    used_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE counters (
+    name TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
+    hash BLOB NOT NULL,
+    shard TEXT NOT NULL,
+    PRIMARY KEY (hash, shard)
+) WITHOUT ROWID;
+"""
+# Made when it is first written: an index of an earlier release lacks it, and that
+# release reads an index that has it.
+_TIMINGS = """
+CREATE TABLE IF NOT EXISTS timings (  -- may be lost
+    fingerprint TEXT NOT NULL,
+    codec TEXT NOT NULL,  -- empty where rows were computed
+    model TEXT NOT NULL,
+    num REAL NOT NULL,
+    tokens REAL NOT NULL,
+    seconds REAL NOT NULL,
+    squares REAL NOT NULL,
+    products REAL NOT NULL,
+    measured_at REAL NOT NULL,
+    PRIMARY KEY (fingerprint, codec)
+) WITHOUT ROWID
+"""
+_TIMING_COLUMNS = (
+    "fingerprint, codec, model, num, tokens, seconds, squares, products, measured_at"
+)
+_PLACE = """
+SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality,
+    blocks.extras
+FROM blocks JOIN shards ON shards.id = blocks.shard
+"""
+# The same as `is_better`, of the copy that is new against the one that is there.
+_BETTER = f"""
+(excluded.extras >= {STATE_EXTRAS} AND blocks.extras < {STATE_EXTRAS})
+OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
+    AND (excluded.extras > blocks.extras OR excluded.quality > blocks.quality))
+"""
+_PLACE_KINDS = (bytes, str, int, int, int, int)
+_SHARED_BYTES = 65_536
+
+
+class Index:
+    """An open index.
+
+    Args:
+        path: The database file.
+        create: Make it, where an existing one is asked for otherwise.
+        timeout_s: How long to wait for another process's write.
+
+    Attributes:
+        identity: Device and inode, which tell this file from one that replaced it.
+
+    Raises:
+        IntegrityError: The file is damaged; throw it away and rebuild it.
+        StoreLockedError: Another process kept it locked.
+        FormatError: A newer release wrote it.
+    """
+
+    def __init__(
+        self, path: Path, *, create: bool = False, timeout_s: float = 10.0
+    ) -> None:
+        self.path = path
+        self.identity: tuple[int, int] | None = None
+        with self._translated():
+            if create:
+                _touch(path)
+            # Without CREATE: an index that vanishes now is not to come back empty.
+            flags = apsw.SQLITE_OPEN_READWRITE
+            self._connection = apsw.Connection(str(path), flags)
+            self.identity = index_identity(path)
+            self._connection.set_busy_timeout(int(timeout_s * 1000))
+            self._prepare(create)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make all changes inside the block at once, or none of them."""
+        with self._translated():
+            self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            # SQLite itself rolls back after some errors.
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        with self._translated():
+            try:
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # A COMMIT that failed, on a full disk say, leaves it open.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def place(self, block: BlockHash) -> Place | None:
+        """Return where a block lies, or ``None``."""
+        rows = self._select(_PLACE + "WHERE blocks.hash = ?", (block,), _PLACE_KINDS)
+        return _to_place(rows[0]) if rows else None
+
+    def place_of(self, block: Block) -> Place | None:
+        """Return where a block lies, where the index knows it as what it is.
+
+        Raises:
+            IntegrityError: The index says otherwise, so it is damaged.
+        """
+        place = self.place(block.hash)
+        if place is None:
+            return None
+        # By way of its parent, as a prompt that leaves it halfway will look for it.
+        query = (
+            "SELECT num_tokens FROM blocks INDEXED BY blocks_by_parent"
+            " WHERE parent = ? AND first_token = ? AND hash = ?"
+        )
+        told = self._query(query, (block.parent, block.tokens[0], block.hash))
+        if told != [(len(block.tokens),)]:
+            raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
+        return place
+
+    def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
+        """Yield the blocks from a tip backwards with their parents, up to a gap.
+
+        The index's word only: whoever deletes by it checks where the chain ends.
+        """
+        query = (
+            "SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,"
+            " blocks.quality, blocks.extras, blocks.parent FROM blocks"
+            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
+        )
+        seen: set[BlockHash] = set()
+        kinds = (*_PLACE_KINDS, bytes)
+        while tip not in seen and (rows := self._select(query, (tip,), kinds)):
+            seen.add(tip)
+            tip = BlockHash(rows[0][6])
+            yield _to_place(rows[0][:6]), tip
+
+    def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
+        """Return the places of the leading blocks of ``chain`` up to the first gap."""
+        found: list[Place] = []
+        for block in chain:
+            place = self.place(block)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
+    def children(self, parent: BlockHash, first_token: int) -> list[Place]:
+        """Return the places of blocks that follow ``parent`` with this token."""
+        query = (
+            "WHERE blocks.parent = ? AND blocks.first_token = ? ORDER BY blocks.hash"
+            f" LIMIT {MAX_CHILDREN}"
+        )
+        values = (parent, first_token)
+        rows = self._select(_PLACE + query, values, _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
+
+    def followers(self, parent: BlockHash) -> list[Place]:
+        """Return the places of blocks that follow ``parent``, whatever they hold."""
+        query = f"WHERE blocks.parent = ? ORDER BY blocks.hash LIMIT {MAX_CHILDREN}"
+        rows = self._select(_PLACE + query, (parent,), _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
+
+    def has_children(self, parent: BlockHash) -> bool:
+        """Say whether any block follows ``parent``."""
+        query = "SELECT 1 FROM blocks WHERE parent = ? LIMIT 1"
+        return bool(self._query(query, (parent,)))
+
+    def places_in(self, shard: str) -> list[Place]:
+        """Return the places of all blocks that the index puts into a shard."""
+        query = _PLACE + "WHERE shards.name = ? ORDER BY blocks.hash"
+        rows = self._select(query, (shard,), _PLACE_KINDS)
+        return [_to_place(row) for row in rows]
+
+    def lost_blocks(self) -> list[BlockHash]:
+        """Return the blocks whose shard the index does not know."""
+        query = "SELECT hash FROM blocks WHERE shard NOT IN (SELECT id FROM shards)"
+        rows = self._select(query, (), (bytes,))
+        return [BlockHash(block) for (block,) in rows]
+
+    def roots(self, fingerprint: str, tenant: str) -> list[tuple[BlockHash, JSON]]:
+        """Return the root hash and layout of everything one model has stored."""
+        query = "SELECT hash, layout FROM roots WHERE fingerprint = ? AND tenant = ?"
+        values = (fingerprint, tenant)
+        rows = self._select(query + " ORDER BY hash", values, (bytes, str))
+        with self._translated():
+            return [(BlockHash(root), json.loads(layout)) for root, layout in rows]
+
+    def all_roots(self) -> list[tuple[BlockHash, str, str, Any]]:
+        """Return root hash, fingerprint's digest, tenant and layout of everything."""
+        query = "SELECT hash, fingerprint, tenant, layout FROM roots ORDER BY hash"
+        rows = self._select(query, (), (bytes, str, str, str))
+        with self._translated():
+            return [
+                (BlockHash(root), fingerprint, tenant, json.loads(layout))
+                for root, fingerprint, tenant, layout in rows
+            ]
+
+    def shards(self) -> dict[str, int]:
+        """Return name and bytes of every shard."""
+        query = "SELECT name, nbytes FROM shards ORDER BY name"
+        return dict(self._select(query, (), (str, int)))
+
+    def added_at(self, shard: str) -> float:
+        """Return when a shard was added, Unix seconds; 0 for one not known."""
+        query = "SELECT added_at FROM shards WHERE name = ?"
+        rows = self._select(query, (shard,), (float,))
+        return float(rows[0][0]) if rows else 0.0
+
+    def block_bytes(self, block: BlockHash) -> int:
+        """Return a block's share of its shard, header included; 0 for one not known."""
+        query = (
+            "SELECT blocks.nbytes * shards.nbytes / (SELECT sum(nbytes) FROM blocks"
+            " AS others WHERE others.shard = shards.id) FROM blocks"
+            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
+        )
+        rows = self._select(query, (block,), (int,))
+        return int(rows[0][0]) if rows else 0
+
+    def uses(self) -> dict[BlockHash, float]:
+        """Return when a hit last ended in each block, Unix seconds."""
+        rows = self._select("SELECT hash, used_at FROM uses", (), (bytes, float))
+        return {BlockHash(block): used_at for block, used_at in rows}
+
+    def counters(self) -> dict[str, int]:
+        """Return all counters by name."""
+        return dict(self._select("SELECT name, value FROM counters", (), (str, int)))
+
+    def count(self, **amounts: int) -> None:
+        """Add to counters."""
+        for name, amount in amounts.items():
+            self._query(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name)"
+                " DO UPDATE SET value = value + excluded.value",
+                (name, amount),
+            )
+
+    @contextmanager
+    def unsynced(self) -> Iterator[None]:
+        """As :meth:`transaction`, for what a power cut may take."""
+        self._query("PRAGMA synchronous = NORMAL")
+        try:
+            with self.transaction():
+                yield
+        finally:
+            self._query("PRAGMA synchronous = FULL")
+
+    def note_use(self, block: BlockHash, used_at: float) -> None:
+        """Remember that a hit ended in a block."""
+        self._query("INSERT OR REPLACE INTO uses VALUES (?, ?)", (block, used_at))
+
+    def timings(self, fingerprint: str | None = None) -> list[Timing]:
+        """Return what was measured of one model, or of all, latest first."""
+        if not self._query("SELECT 1 FROM sqlite_master WHERE name = 'timings'"):
+            return []
+        kinds = (str, str, str, *(float,) * 6)
+        query = (
+            f"SELECT {_TIMING_COLUMNS} FROM timings"
+            " WHERE ?1 IS NULL OR fingerprint = ?1 ORDER BY measured_at DESC"
+        )
+        return [
+            Timing(fingerprint, codec or None, *rest)
+            for fingerprint, codec, *rest in self._select(query, (fingerprint,), kinds)
+        ]
+
+    def put_timing(self, timing: Timing) -> None:
+        """Remember what was measured, in place of what was known of the same."""
+        self._query(_TIMINGS)
+        values = astuple(replace(timing, codec=timing.codec or ""))
+        self._query(
+            f"INSERT OR REPLACE INTO timings ({_TIMING_COLUMNS})"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            values,
+        )
+
+    def drop_timings(self, before: float) -> None:
+        """Forget what was measured last before a time, Unix seconds."""
+        self._query("DELETE FROM timings WHERE measured_at < ?", (before,))
+
+    def links(self) -> dict[BlockHash, Link]:
+        """Return what every block hangs from and what it takes."""
+        query = (
+            "SELECT hash, parent, num_tokens,"
+            # With its share of the header, rounded up.
+            " (blocks.nbytes * shards.nbytes + sums.nbytes - 1) / sums.nbytes"
+            " FROM blocks JOIN shards ON shards.id = blocks.shard"
+            " JOIN (SELECT shard, sum(nbytes) AS nbytes FROM blocks GROUP BY shard)"
+            " AS sums ON sums.shard = blocks.shard"
+        )
+        rows = self._select(query, (), (bytes, bytes, int, int))
+        return {
+            BlockHash(block): Link(BlockHash(parent), num_tokens, nbytes)
+            for block, parent, num_tokens, nbytes in rows
+        }
+
+    def count_blocks(self) -> int:
+        """Return how many blocks there are."""
+        return int(self._query("SELECT count(*) FROM blocks")[0][0])
+
+    def add_root(
+        self, root: BlockHash, fingerprint: str, tenant: str, layout: Any
+    ) -> None:
+        """Remember what a root hash stands for."""
+        self._query(
+            "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?)",
+            (root, fingerprint, tenant, json.dumps(layout)),
+        )
+
+    def add_shard(self, name: str, nbytes: int, added_at: float) -> None:
+        """Remember a shard; one that is known already stays as it is."""
+        self._query(
+            "INSERT OR IGNORE INTO shards (name, nbytes, added_at) VALUES (?, ?, ?)",
+            (name, nbytes, added_at),
+        )
+
+    def add_block(self, block: Block, place: Place) -> None:
+        """Remember where a block lies; only a better copy replaces an older one."""
+        self._query(
+            "INSERT INTO blocks SELECT ?1, ?2, id, ?3, ?4, ?5, ?6, ?7 FROM shards"
+            " WHERE name = ?8 AND NOT EXISTS"
+            " (SELECT 1 FROM damaged WHERE hash = ?1 AND damaged.shard = ?8)"
+            " ON CONFLICT (hash) DO UPDATE SET parent = excluded.parent,"
+            " shard = excluded.shard, first_token = excluded.first_token,"
+            " num_tokens = excluded.num_tokens, nbytes = excluded.nbytes,"
+            " quality = excluded.quality, extras = excluded.extras"
+            f" WHERE {_BETTER}"
+            # A shard that is not known cannot be better.
+            " OR blocks.shard NOT IN (SELECT id FROM shards)",
+            (
+                block.hash,
+                block.parent,
+                block.tokens[0],
+                len(block.tokens),
+                place.nbytes,
+                place.is_lossless + place.is_exact,
+                place.num_extras,
+                place.shard,
+            ),
+        )
+
+    def drop_block(self, block: BlockHash, shard: str) -> None:
+        """Forget a damaged copy of a block, for as long as the index lasts."""
+        self._query("INSERT OR IGNORE INTO damaged VALUES (?, ?)", (block, shard))
+        self._query(
+            "DELETE FROM blocks WHERE hash = ?"
+            " AND shard = (SELECT id FROM shards WHERE name = ?)",
+            (block, shard),
+        )
+
+    def move_block(self, block: BlockHash, old: str, new: str) -> None:
+        """Say that a block of one shard lies in another now."""
+        self._query(
+            "UPDATE blocks SET shard = (SELECT id FROM shards WHERE name = ?)"
+            " WHERE hash = ? AND shard = (SELECT id FROM shards WHERE name = ?)",
+            (new, block, old),
+        )
+
+    def is_damaged(self, block: BlockHash, shard: str) -> bool:
+        """Say whether a copy of a block was found to be damaged."""
+        query = "SELECT 1 FROM damaged WHERE hash = ? AND shard = ?"
+        return bool(self._query(query, (block, shard)))
+
+    def trust_shard(self, name: str) -> None:
+        """Take back what was said of damage in a shard: it was written anew."""
+        self._query("DELETE FROM damaged WHERE shard = ?", (name,))
+
+    def drop_shard(self, name: str) -> None:
+        """Forget a shard and all blocks in it."""
+        self._query(
+            "DELETE FROM blocks WHERE shard = (SELECT id FROM shards WHERE name = ?)",
+            (name,),
+        )
+        self._query("DELETE FROM shards WHERE name = ?", (name,))
+        self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
+
+    def check(self) -> list[str]:
+        """Return what SQLite's own check finds wrong; empty where nothing is.
+
+        It misses two of three flipped bits, so it is no proof of health.
+        """
+        rows = self._query("PRAGMA integrity_check")
+        return [text for (text,) in rows if text != "ok"]
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._translated():
+            return self._connection.execute(sql, values).fetchall()
+
+    def _select(
+        self, sql: str, values: Sequence[Any], kinds: tuple[type, ...]
+    ) -> list[Any]:
+        """Return rows whose columns are of these types.
+
+        SQLite checks types when it writes; a flipped bit makes another one.
+        """
+        rows = self._query(sql, values)
+        for row in rows:
+            if tuple(map(type, row)) != kinds:
+                raise self._damaged("a column is of another type")
+        return rows
+
+    def _damaged(self, why: str) -> IntegrityError:
+        return IntegrityError(
+            f"the index is damaged: {self.path}: {why}", path=self.path
+        )
+
+    def _prepare(self, create: bool) -> None:
+        """Set the connection up, and create the tables where there are none.
+
+        An index that is not ours is not written to.
+        """
+        if not create:
+            self._check_version()
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "journal_size_limit = 4194304",
+            "trusted_schema = OFF",
+            "cell_size_check = ON",
+        ):
+            self._connection.execute(f"PRAGMA {pragma}")
+        if create and self._version() == 0:
+            with self.transaction():
+                if self._version() == 0:
+                    self._connection.execute(_SCHEMA)
+                    self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._check_version()
+
+    def _check_version(self) -> None:
+        version = self._version()
+        if version == 0:
+            raise self._damaged("it has no schema")
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"index has schema {version}, this release reads {SCHEMA_VERSION}:"
+                f" {self.path}",
+                hint="upgrade mlx-kvstore, or delete the index: it is rebuilt",
+            )
+
+    def _version(self) -> int:
+        return int(self._query("PRAGMA user_version")[0][0])
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise StoreLockedError(
+                f"the index is locked by another process: {self.path}",
+                hint="wait for the other kvstore process to finish",
+            ) from error
+        except apsw.FullError as error:
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)
+            ) from error
+        except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
+            if self._disk().f_flag & os.ST_RDONLY:
+                raise OSError(
+                    errno.EROFS,
+                    "a store on a disk that is read-only cannot be opened",
+                    str(self.path),
+                ) from error
+            raise PermissionError(errno.EACCES, str(error), str(self.path)) from error
+        except apsw.IOError as error:
+            if self._disk().f_bavail * self._disk().f_frsize < _SHARED_BYTES:
+                # SQLite cannot make the file that it shares with other processes.
+                number = errno.ENOSPC
+                raise OSError(number, os.strerror(number), str(self.path)) from error
+            raise OSError(errno.EIO, str(error), str(self.path)) from error
+        except (apsw.Error, ValueError, UnicodeDecodeError) as error:
+            # Whatever else SQLite objects to in our fixed statements is damage.
+            raise self._damaged(str(error)) from error
+
+    def _disk(self) -> os.statvfs_result:
+        return os.statvfs(self.path.parent)
+
+
+def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
+    """Say whether a copy of a block replaces another.
+
+    It must be the better in one respect and the worse in none; but a checkpoint, which
+    an entry cannot be restored without, counts above all.
+
+    Args:
+        new: Its extras, and whether it is exact.
+        old: The same of the copy that is there.
+    """
+    if new[0] >= STATE_EXTRAS > old[0]:
+        return True
+    return new != old and new[0] >= old[0] and new[1] >= old[1]
+
+
+def index_identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file, or ``None`` where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _touch(path: Path) -> None:
+    """Create the file private before SQLite, which goes by umask, would."""
+    try:
+        os.close(files.create(path))
+    except FileExistsError:
+        return  # another process was faster
+
+
+def _to_place(row: tuple[bytes, str, int, int, int, int]) -> Place:
+    block, shard, num_tokens, nbytes, quality, extras = row
+    return Place(
+        BlockHash(block), shard, num_tokens, nbytes, quality > 0, quality > 1, extras
+    )
