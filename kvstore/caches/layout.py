@@ -1,6 +1,6 @@
 """How a prompt cache is built: groups of equal layers, and the layout as JSON.
 
-Knows no arrays and no caches, only what `layers.py` says of their classes.
+Knows no arrays and no caches.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RowSpec:
         dtype: safetensors name of the element type, such as ``BF16``.
         begin: Position of the first token that has a row.
         end: Position behind the last one that has, or ``None``.
-        kind: What it holds; `layers.py` says what each means.
+        kind: What it holds; `caches/kinds/base.py` says what each means.
     """
 
     num_heads: int

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import types
@@ -320,3 +321,14 @@ def test_importing_is_cheap(statement, expected):
         cwd=ROOT,
     )
     assert expected == done.stdout.strip()
+
+
+def test_every_invariant_names_tests_that_exist():
+    """The table of invariants points at tests of the suite."""
+    table = (
+        (ROOT / "docs" / "ARCHITECTURE.md").read_text().partition("## Invariants")[2]
+    )
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", table))
+    suite = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 10
+    assert set() == {name for name in named if f"def {name}(" not in suite}
