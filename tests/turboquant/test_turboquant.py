@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import turboquant
 
 
@@ -22,3 +24,14 @@ def test_import_is_light() -> None:
 
     assert "turboquant" in imported
     assert not {"mlx_lm", "kvstore", "transformers"} & set(imported)
+
+
+def test_the_live_cache_is_a_public_name() -> None:
+    """The live cache is found in the package, and an unknown name is not."""
+    from turboquant import TurboQuantKVCache, parse_kv_bits, quantize_prompt_cache
+
+    assert (4, 4) == parse_kv_bits("turbo4")
+    assert "TurboQuantKVCache" == TurboQuantKVCache.__name__
+    assert callable(quantize_prompt_cache)
+    with pytest.raises(AttributeError, match="TurboQuantCache"):
+        turboquant.TurboQuantCache  # noqa: B018
