@@ -526,7 +526,7 @@ def test_a_limit_on_the_size_of_files_loses_nothing(
 KILLED = """
 import io, os, shutil, signal, sys
 import caches, kvstore, mlx_lm.models.cache
-from kvstore import admitting, commit, unpacking
+from kvstore.ops import admit, commit, import_bundle
 from pathlib import Path
 
 template, bundle, folder, calls = sys.argv[1:]
@@ -664,7 +664,7 @@ def test_memory_does_not_grow_with_the_bundle(stores, caches, run_python, tmp_pa
     """A bundle is read a block at a time."""
     program = """
 import resource, sys, tracemalloc, io, kvstore, mlx_lm.models.cache
-from kvstore import admitting
+from kvstore.ops import admit
 with kvstore.Store(sys.argv[1]) as store, open(sys.argv[2], "rb") as file:
     tracemalloc.start()
     store.import_bundle(file)

@@ -209,7 +209,7 @@ def test_an_interrupted_rebuild_leaves_no_half_index(folder, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(check, "index_folder", stop)
+        patch.setattr("kvstore.storage.blocks.index_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             open_index(folder)
     assert not folder.index.exists()

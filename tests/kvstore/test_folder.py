@@ -14,7 +14,7 @@ from kvstore.storage.folder import create_folder, default_path, open_folder
 CREATE = """
 import sys
 from pathlib import Path
-from kvstore.folder import create_folder
+from kvstore.storage.folder import create_folder
 sys.stdin.readline()
 print(create_folder(Path(sys.argv[1])).id)
 """

@@ -325,7 +325,7 @@ import os, sys
 import mlx.core as mx
 from mlx_lm import load
 import kvstore
-from kvstore import generate
+from kvstore.models import generate
 
 folder, path, stop, signal = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 model, tokenizer = load(folder)[:2]
