@@ -139,11 +139,16 @@ class Codec:
         return self.array.is_lossless
 
     def encode(self, x: Array, rows: Rows, prefix: str) -> list[Part]:
-        """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on."""
+        """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on.
+
+        Raises:
+            CodecError: This codec cannot hold such rows.
+        """
+        specs = self.array.parts(rows)  # refuses the rows before any work is done
         encoded = self.array.encode(x, rows)
         return [
             self._pack(f"{prefix}{name}", dtype, encoded[name])
-            for name, (dtype, _) in self.array.parts(rows).items()
+            for name, (dtype, _) in specs.items()
         ]
 
     def open(
@@ -176,7 +181,8 @@ class Codec:
         return opened
 
     def _pack(self, name: str, dtype: str, array: Array) -> Part:
-        data = np.ascontiguousarray(array).data.cast("B")
+        # Flat bytes: a memoryview of an array without rows cannot be cast.
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         if self.compressor is None:
             return Part(name, dtype, array.shape, data)
         packed = self.compressor.compress(data)
@@ -190,6 +196,8 @@ class Codec:
         if self.compressor is None:
             if (spec.dtype, spec.shape, spec.raw_nbytes) != (dtype, shape, None):
                 raise ValueError("has another dtype or shape than its codec makes")
+            if len(data) != nbytes:
+                raise ValueError(f"has {len(data)} bytes in place of {nbytes}")
             return data
         if spec.dtype != "U8" or spec.raw_nbytes != nbytes:
             raise ValueError("has another raw size than its codec makes")

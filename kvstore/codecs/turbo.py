@@ -84,12 +84,14 @@ class Turbo:
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
         sinks = _num_sinks(rows)
-        wide = to_float32(x[:, :, sinks:], rows.dtype)
         parts: dict[str, Array] = {}
-        if rows.side == "k":
-            mean = _mean(wide)
-            wide = wide - mean[:, :, None].astype(np.float32)
-            parts["mean"] = mean
+        # Of a broken vector NaN is made, which is nothing to warn of.
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = to_float32(x[:, :, sinks:], rows.dtype)
+            if rows.side == "k":
+                mean = _mean(wide)
+                wide = wide - mean[:, :, None].astype(np.float32)
+                parts["mean"] = mean
         rotation = make_wh_rotation(rows.shape[3], SEED)
         codes, norms = kernels.encode(wide, self._bits(rows), rotation)
         parts["norms"] = split_planes(norms)
@@ -161,6 +163,8 @@ def to_float32(x: Array, dtype: str) -> npt.NDArray[np.float32]:
 
 def _mean(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     """Return each head's mean over the tokens: ``(L, H, T, D)`` to ``(L, H, D)``."""
+    if not x.shape[2]:
+        return np.zeros((*x.shape[:2], x.shape[3]), np.float16)
     mean = x.mean(axis=2)
     limit = float(np.finfo(np.float16).max)
     # A coordinate with NaN or an infinity in it is not centred.

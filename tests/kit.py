@@ -1,0 +1,129 @@
+"""The only door to internals for tests: what a test may use beside the public API.
+
+Import it as ``kit``. A test that reaches for a module of ``kvstore`` which is not
+public takes it from here, so that a module that moves is mended in one place.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from kvstore.codecs import Codec, Rows, get_codec
+from kvstore.codecs.base import MLX_DTYPES, NUMPY_DTYPES
+from kvstore.format.block import Part, TensorSpec
+
+__all__ = [
+    "FLOATS",
+    "MLX_DTYPES",
+    "NUMPY_DTYPES",
+    "Encoded",
+    "Part",
+    "Rows",
+    "TensorSpec",
+    "bits_of",
+    "encode_rows",
+    "normal_rows",
+    "random_bits",
+    "to_float64",
+]
+
+FLOATS = ("F32", "F16", "BF16")
+"""The dtypes that rows of a model have."""
+
+
+def normal_rows(rows, seed=0):
+    """Return rows of normal numbers, held as NumPy holds their dtype."""
+    x = np.random.default_rng(seed).standard_normal(rows.shape, np.float32)
+    if rows.dtype == "BF16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16)
+    return x.astype(NUMPY_DTYPES[rows.dtype])
+
+
+def random_bits(rows, seed=0):
+    """Return rows of random bits: NaNs, infinities and denormals are among them."""
+    itemsize = np.dtype(NUMPY_DTYPES[rows.dtype]).itemsize
+    octets = np.random.default_rng(seed).bytes(int(np.prod(rows.shape)) * itemsize)
+    return np.frombuffer(octets, NUMPY_DTYPES[rows.dtype]).reshape(rows.shape)
+
+
+def to_float64(x, dtype):
+    """Return rows as numbers to compute with."""
+    if dtype == "BF16":
+        x = (np.asarray(x).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.asarray(x).astype(np.float64)
+
+
+def bits_of(array):
+    """Return the bytes of an array of NumPy or MLX."""
+    if isinstance(array, mx.array):
+        array = np.asarray(mx.contiguous(array).view(mx.uint8))
+    return np.ascontiguousarray(array).tobytes()
+
+
+@dataclass
+class Encoded:
+    """What a codec made of rows, as it lies in a shard."""
+
+    codec: Codec
+    rows: Rows
+    parts: list[Part]
+
+    @property
+    def data(self):
+        """The bytes of all parts, one behind the other."""
+        return b"".join(bytes(part.data) for part in self.parts)
+
+    @property
+    def tensors(self):
+        """What a shard's header says of the parts."""
+        found, position = {}, 0
+        for part in self.parts:
+            end = position + len(part.data)
+            found[part.name] = TensorSpec(
+                part.dtype, part.shape, position, end, part.raw_nbytes
+            )
+            position = end
+        return found
+
+    def open(self, data=None, tensors=None):
+        """Return the named arrays, of other bytes or tensors where they are given."""
+        return self.codec.open(
+            memoryview(self.data if data is None else data),
+            0,
+            self.tensors if tensors is None else tensors,
+            self.rows,
+            PREFIX,
+        )
+
+    def decode(self, opened):
+        """Return all rows as bits held by NumPy, decoded on the device."""
+        decoded = self.codec.array.decode(opened, self.rows)
+        assert MLX_DTYPES[self.rows.dtype] == decoded.dtype
+        assert self.rows.shape == decoded.shape
+        octets = bits_of(decoded)
+        held = np.frombuffer(octets, NUMPY_DTYPES[self.rows.dtype])
+        return held.reshape(self.rows.shape)
+
+    def decode_into(self, opened, num_tokens=None):
+        """Return the first tokens' rows, decoded into a strided buffer, by layer."""
+        layers, heads, tokens, dim = self.rows.shape
+        tokens = tokens if num_tokens is None else num_tokens
+        # A prompt cache has room behind the rows, which stays as it is.
+        room = np.full((layers, heads, tokens + 5, dim), 77)
+        room = room.astype(NUMPY_DTYPES[self.rows.dtype])
+        for layer in range(layers):
+            out = room[layer][:, :tokens]
+            self.codec.array.decode_into(opened, self.rows, layer, out)
+        assert (room[:, :, tokens:] == 77).all()
+        return np.ascontiguousarray(room[:, :, :tokens])
+
+
+PREFIX = "0.side."
+
+
+def encode_rows(name, x, rows):
+    """Return what the codec of this name makes of rows."""
+    codec = get_codec(name)
+    return Encoded(codec, rows, codec.encode(x, rows, PREFIX))
