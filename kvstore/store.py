@@ -261,6 +261,7 @@ class Store:
         exact: bool = False,
         like: Sequence[Any] | None = None,
         spans: Sequence[Span] = (),
+        from_codes: bool = False,
         progress: Progress | None = None,
     ) -> tuple[list[Any] | None, list[int]]:
         """Restore the longest stored prefix of a prompt.
@@ -276,6 +277,9 @@ class Store:
             like: A prompt cache, empty as a rule, of the classes and parameters wanted.
             spans: More parts of the prompt that are fed whole, each as the position
                 of its first token and the position behind its last.
+            from_codes: Where `like` asks for a ``KVCache``, decode the codes of a live
+                ``TurboQuantKVCache`` too. A run that did not ask for codes leaves this
+                out: decoded rows are not those that it would compute.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -286,7 +290,9 @@ class Store:
             OSError: The disk fails; that is no damage.
         """
         token_list = _as_tokens(tokens)
-        request = self._request(token_list, fingerprint, exact, like, spans)
+        request = self._request(
+            token_list, fingerprint, exact, like, spans, from_codes=from_codes
+        )
 
         def restore() -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
@@ -758,6 +764,8 @@ class Store:
         exact: bool,
         like: Sequence[Any] | None,
         spans: Sequence[Span] = (),
+        *,
+        from_codes: bool = False,
     ) -> Request:
         from .caches.live import signature
         from .ops.load import Request
@@ -765,8 +773,15 @@ class Store:
         if not tokens:
             raise ValueError("there are no tokens")
         classes = None if like is None else signature(like)
-        digest = fingerprint.digest
-        return Request(tokens, digest, self._tenant, exact, classes, spans)
+        return Request(
+            tokens,
+            fingerprint.digest,
+            self._tenant,
+            exact=exact,
+            classes=classes,
+            spans=spans,
+            from_codes=from_codes,
+        )
 
     def _make_chain(
         self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint

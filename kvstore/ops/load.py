@@ -78,6 +78,7 @@ class Request:
         exact: Take exact blocks only.
         classes: Class and parameters of each cache, or ``None`` for any.
         spans: Parts of the prompt inside which a hit must not end.
+        from_codes: Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
     """
 
     tokens: Sequence[int]
@@ -86,6 +87,7 @@ class Request:
     exact: bool = False
     classes: tuple[Signature, ...] | None = None
     spans: Sequence[Span] = ()
+    from_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +250,8 @@ class Loader:
             return None  # of a class that only another release knows
         wanted = request.classes
         # Decoded codes are never exact rows.
-        if wanted and not fits(layout, wanted, decoding=not request.exact):
+        decoding = request.from_codes and not request.exact
+        if wanted and not fits(layout, wanted, decoding=decoding):
             return None
         size = self._folder.block_size
         chain = [

@@ -13,6 +13,7 @@ from kvstore.caches import live as caches_module
 from kvstore.caches.live import Provenance
 from kvstore.errors import StoreLockedError
 from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
+from turboquant.kv_cache import TurboQuantKVCache
 
 KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
 
@@ -239,6 +240,18 @@ def test_a_kind_of_cache_is_kept_that_the_server_can_use(open_tier, caches, mode
     models[KEY] = ServedModel(caches.MODEL, ([RotatingKVCache(8) for _ in range(2)],))
     again = restart(tier, open_tier)
     assert again.fetch_nearest_cache(KEY, [*tokens, 1])[0] is None
+
+
+def test_codes_of_another_program_are_no_rows_of_ours(open_tier, caches):
+    """What ran with `kv_bits="turbo3"` is not handed to a server that did not ask."""
+    tokens, held = caches.make_conversation(2, 1)
+    codes = [TurboQuantKVCache(3) for _ in held]
+    for layer, cache in zip(codes, held, strict=True):
+        sides = (side[..., : len(tokens), :] for side in (cache.keys, cache.values))
+        layer.update_and_fetch(*sides)
+    tier = open_tier()
+    tier.store.save(tokens, codes, caches.MODEL)
+    assert tier.fetch_nearest_cache(KEY, [*tokens, 1]) == (None, [*tokens, 1])
 
 
 def test_the_longest_kind_is_taken(open_tier, caches, models):
