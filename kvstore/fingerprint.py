@@ -65,6 +65,12 @@ class Fingerprint:
     fields: JSON
     label: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse now what a save, on another thread perhaps, would refuse later."""
+        if not isinstance(self.fields, dict):
+            kind = type(self.fields).__name__
+            raise TypeError(f"a fingerprint has a dict of fields, not a {kind}")
+
     def __eq__(self, other: object) -> bool:
         """Compare digests: to Python 1, 1.0 and True are equal, and no JSON is."""
         return isinstance(other, Fingerprint) and self.digest == other.digest

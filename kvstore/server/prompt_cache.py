@@ -115,9 +115,13 @@ class DiskPromptCache(LRUPromptCache):
             fed, of which there is always one.
         """
         served = self._served(model)
-        held, rest = super().fetch_nearest_cache(_key(model, served), tokens)
-        held, rest = _leave_one(held, rest, tokens)
-        held, rest = _leave_units(held, rest, tokens, spans)
+        held, rest = None, tokens
+        key = _key(model, served)
+        if key is not None:
+            with _harmless("not looked for in memory"):
+                near, beyond = super().fetch_nearest_cache(key, tokens)
+                near, beyond = _leave_one(near, beyond, tokens)
+                held, rest = _leave_units(near, beyond, tokens, spans)
         if served is not None:
             with _harmless("not read"):
                 num_held = len(tokens) - len(rest)
@@ -143,9 +147,12 @@ class DiskPromptCache(LRUPromptCache):
             cache_type: mlx-lm's ``"system"``, ``"user"`` or ``"assistant"``.
         """
         begin = time.perf_counter()
-        # For memory too: rows and tokens that differ in number are other tokens' rows.
-        tokens = tokens[: _num_whole(tokens, prompt_cache)]
-        whole = _cut(prompt_cache, len(tokens))
+        whole = None
+        # What is no cache of mlx-lm's may lack anything.
+        with _harmless("not kept"):
+            # For memory too: rows that differ in number are other tokens' rows.
+            tokens = tokens[: _num_whole(tokens, prompt_cache)]
+            whole = _cut(prompt_cache, len(tokens))
         if whole is None or not tokens:
             log.info("kvstore: not kept: no rows of exactly %d tokens", len(tokens))
             return
@@ -158,7 +165,9 @@ class DiskPromptCache(LRUPromptCache):
         self.longest_stall_s = max(self.longest_stall_s, stall)
         log.debug("kvstore: copied for the disk in %.3f s", stall)
         key = _key(model, served)
-        super().insert_cache(key, tokens, whole, cache_type=cache_type)
+        if key is not None:
+            with _harmless("not kept in memory"):
+                super().insert_cache(key, tokens, whole, cache_type=cache_type)
 
     @property
     def store(self) -> Store:
@@ -317,8 +326,16 @@ def _harmless(what: str) -> Iterator[None]:
 
 
 def _key(model: Any, served: ServedModel | None) -> Any:
-    """Return what memory knows a model by: its weights, which may change on disk."""
-    return model if served is None else (model, served.fingerprint.digest)
+    """Return what memory knows a model by: its weights, which may change on disk.
+
+    ``None`` where memory cannot know it: the key cannot be hashed.
+    """
+    key = model if served is None else (model, served.fingerprint.digest)
+    try:
+        hash(key)
+    except TypeError:
+        return None if served is None else served.fingerprint.digest
+    return key
 
 
 def _leave_one(

@@ -12,6 +12,7 @@ from kvstore import Store
 from kvstore.caches import live as caches_module
 from kvstore.caches.live import Provenance
 from kvstore.errors import StoreLockedError
+from kvstore.fingerprint import Fingerprint
 from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
 from turboquant.kv_cache import TurboQuantKVCache
 
@@ -507,3 +508,42 @@ def test_a_real_model_goes_on_with_the_same_bits(store_path, loaded):
     assert rest == [5]
     expected, logits = (model(mx.array([[5]]), cache=c) for c in (held, found))
     assert mx.array_equal(expected, logits)
+
+
+class Foreign:
+    """A cache of a class that mlx-lm does not have."""
+
+    offset = 5
+
+
+class Unhashable:
+    """A key as some servers have: the model itself."""
+
+    __hash__ = None
+
+
+def test_a_foreign_cache_costs_its_entry_only(open_tier, caches, log):
+    """What is no cache of mlx-lm's is not kept, and raises nothing."""
+    tier = open_tier()
+    tier.insert_cache(KEY, [1, 2, 3, 4, 5], [Foreign()])
+    assert any("not kept" in line for line in log())
+    assert tier.fetch_nearest_cache(KEY, [1, 2, 3])[0] is None
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_key_that_cannot_be_hashed_raises_nothing(open_tier, caches, is_known):
+    """The model is known by its fingerprint, or not at all."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    if is_known:
+        known = ServedModel(caches.MODEL, ([KVCache(), KVCache()],))
+        tier._describe = lambda _: known
+    tier.insert_cache(Unhashable(), tokens, held)
+    rest = tier.fetch_nearest_cache(Unhashable(), tokens)[1]
+    assert rest == (tokens[-1:] if is_known else tokens)
+
+
+def test_a_malformed_fingerprint_is_refused_at_once():
+    """Not by the thread that writes, when it is too late."""
+    with pytest.raises(TypeError, match="dict of fields, not a str"):
+        Fingerprint("ab" * 32)
