@@ -64,6 +64,12 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
     server.ModelProvider = make_provider  # type: ignore[attr-defined]
     server.LRUPromptCache = make_prompt_cache  # type: ignore[attr-defined]
     server.ResponseGenerator = make_generator  # type: ignore[attr-defined]
+
+    def keep(tokens: list[int], prompt_cache: list[Any]) -> None:
+        key = providers[-1].model_key
+        opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
+
+    server.BatchGenerator = _batch_class(server, keep)  # type: ignore[attr-defined]
     _check_requests(server.APIHandler)
     with _terminated_like_interrupted():
         try:
@@ -78,6 +84,26 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
             f"the thread that generates has ended: {type(error).__name__}: {error}",
             hint="the log says where; start the server again",
         ) from error
+
+
+def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> Any:
+    """Return mlx-lm's ``BatchGenerator``, which keeps what it has begun.
+
+    Args:
+        server: The copy of mlx-lm's module.
+        keep: Called with tokens and their rows where a request is given up.
+    """
+
+    class Batch(server.BatchGenerator):  # type: ignore[misc]
+        def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
+            # The client has left, and will ask again if the prompt took it too long.
+            held = super().remove(uids, return_prompt_caches=True)
+            for prompt_cache, tokens in held.values():
+                if prompt_cache and tokens:
+                    keep(list(tokens), prompt_cache)
+            return held if return_prompt_caches else {}
+
+    return Batch
 
 
 def _failures(generators: Sequence[Any]) -> list[Exception]:

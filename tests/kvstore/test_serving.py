@@ -712,3 +712,19 @@ def test_a_server_that_cannot_generate_any_more_ends(servers, tiny_model, tmp_pa
     assert server.post(CHAT, HELLO)[0] != 200
     assert server.process.wait(60) == 1
     assert "has ended: RuntimeError: out of everything" in server.text()
+
+
+def test_a_prefill_that_a_client_gives_up_is_kept(servers, tiny_model, tmp_path):
+    """Who asks again goes on where the first request was left; after a restart too."""
+    options = ("--prefill-step-size", "64", "--codec", "raw")
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    body = {
+        "messages": [{"role": "user", "content": "lorem ipsum dolor " * 1000}],
+        "max_tokens": 1,
+        "stream": True,
+    }
+    server.leave(CHAT, body, until=b"keepalive 1024/")
+    server.wait_for("kvstore: kept ")
+    assert server.stop() == 0
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    assert beside.cached(server.ask(body["messages"])) >= 1024
