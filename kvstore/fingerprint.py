@@ -1,5 +1,9 @@
 """What produced these numbers: weights, configuration, adapter. Knows no tokens.
 
+Identity is by meaning, not by spelling. Weights count by tensor, however they are split
+into files. Of a configuration count the fields that the architecture's own arguments in
+mlx-lm know, less those that only name things or end a reply.
+
 Not the device, nor the versions of MLX and mlx-lm: those change the last places of
 a number, not what it means. Not the tokenizer: blocks are keyed by tokens.
 """
@@ -7,12 +11,13 @@ a number, not what it means. Not the tokenizer: blocks are keyed by tokens.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +27,22 @@ import blake3
 from .errors import FingerprintError, KVStoreError
 from .format.chain import digest_fields
 from .format.documents import JSON, canonical_json
+from .format.safetensors import MAX_HEADER_BYTES, parse_header
 from .storage import files
 
-VERSION = 1
-# Fields of config.json that no number depends on.
+VERSION = 2
+# Fields of config.json that no number depends on, whatever computes it.
 _ADVISORY = {"_name_or_path", "transformers_version", "use_cache", "name_or_path"}
+# Those that mlx-lm's own architectures use for no number either: names of the model and
+# of its classes, ids that end a reply, the dtype that the weights have anyway.
+_NAMING = _ADVISORY | {
+    "architectures", "auto_map", "bos_token_id", "decoder_start_token_id", "dtype",
+    "eos_token_id", "eos_token_ids", "license", "pad_token_id", "sep_token_id",
+    "torch_dtype",
+}  # fmt: skip
+# What `mlx_lm.load` reads itself, whether the architecture knows it or not.
+_LOADING = {"model_type", "quantization", "quantization_config", "text_config"}
+_PIECE_BYTES = 1 << 24
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEMORY_NAME = "kvstore-files.json"
 _MAX_REMEMBERED = 4096
@@ -48,6 +64,12 @@ class Fingerprint:
 
     fields: JSON
     label: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse now what a save, on another thread perhaps, would refuse later."""
+        if not isinstance(self.fields, dict):
+            kind = type(self.fields).__name__
+            raise TypeError(f"a fingerprint has a dict of fields, not a {kind}")
 
     def __eq__(self, other: object) -> bool:
         """Compare digests: to Python 1, 1.0 and True are equal, and no JSON is."""
@@ -140,8 +162,8 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
 def _read_model(folder: Path, memory: _Memory) -> JSON:
     """Return what the numbers of a model in a folder depend on."""
     return {
-        "weights": memory.digest_files(_weight_files(folder)),
-        "config": _read_config(folder / "config.json"),
+        "weights": memory.digest_tensors(_weight_files(folder)),
+        "config": _read_config(folder),
         "code": memory.digest_files(sorted(folder.glob("*.py"))),
     }
 
@@ -177,12 +199,71 @@ def _read_json(path: Path) -> Any:
         raise KVStoreError(f"not valid JSON: {path}: {error}") from error
 
 
-def _read_config(path: Path) -> JSON:
-    """Return config.json without the fields that no number depends on."""
+def _read_config(folder: Path) -> JSON:
+    """Return what numbers depend on in the configuration of a model."""
+    path = folder / "config.json"
     config = _read_json(path)
     if not isinstance(config, dict):
         raise KVStoreError(f"not a JSON object: {path}")
-    return {key: _plain(value) for key, value in config.items() if key not in _ADVISORY}
+    # mlx-lm reads these settings from a file of their own where they are not in there.
+    apart = folder / "hf_quant_config.json"
+    if "quantization_config" not in config and apart.is_file():
+        config = {**config, "quantization_config": _read_json(apart)}
+    if "model_file" in config:
+        # Code that the model brings may use any field.
+        plain = {key: _plain(value) for key, value in config.items()}
+        return {key: value for key, value in plain.items() if key not in _ADVISORY}
+    arguments = _arguments_class(config)
+    meaning = _meaning(config, _known_fields(arguments))
+    # A name that is left out may have chosen between two.
+    chosen = None if arguments is None else str(arguments.__module__)
+    return meaning | {"architecture": chosen}
+
+
+def _meaning(config: Mapping[str, Any], known: frozenset[str] | None) -> JSON:
+    """Return the fields that count, those of nested models included.
+
+    Args:
+        config: A configuration, or that of a part of a model.
+        known: The fields that the architecture knows; ``None`` for all.
+    """
+    found: JSON = {}
+    for key, value in config.items():
+        if key in _NAMING or not (known is None or key in known or key in _LOADING):
+            continue
+        is_part = key.endswith("_config") and key != "quantization_config"
+        if is_part and isinstance(value, Mapping):
+            found[str(key)] = _meaning(value, None)
+        else:
+            found[str(key)] = _plain(value)
+    return found
+
+
+def _arguments_class(config: JSON) -> Any:
+    """Return the class of mlx-lm that takes a configuration, or ``None``."""
+    try:
+        # Imported here: mlx-lm and MLX are not needed to list a store.
+        from mlx_lm.utils import _get_classes
+
+        return _get_classes(config)[1]
+    except (ImportError, KeyError, TypeError, ValueError):
+        return None  # mlx-lm knows no such architecture
+
+
+def _known_fields(arguments: Any) -> frozenset[str] | None:
+    """Return the fields that an architecture takes out of a configuration.
+
+    ``None`` where that cannot be told: it is unknown, or reads its configuration in a
+    way of its own, which may use any field.
+    """
+    if arguments is None:
+        return None
+    from mlx_lm.models.base import BaseModelArgs
+
+    usual = getattr(BaseModelArgs.from_dict, "__func__", None)
+    if getattr(arguments.from_dict, "__func__", None) is not usual:
+        return None
+    return frozenset(inspect.signature(arguments).parameters)
 
 
 def _plain(value: Any) -> Any:
@@ -263,7 +344,7 @@ def _show(value: Any) -> str:
 
 
 class _Memory:
-    """SHA-256 of files that were hashed before, by path, size and times."""
+    """Digests of files that were hashed before, by path, size and times."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -274,6 +355,25 @@ class _Memory:
         """Return one digest over names and contents of some files."""
         named = [[path.name, self._digest(path)] for path in paths]
         return hashlib.sha256(canonical_json(named)).hexdigest()
+
+    def digest_tensors(self, paths: Sequence[Path]) -> str:
+        """Return one digest over the tensors of some files, however they are split.
+
+        Files that are no plain safetensors count by names and contents.
+        """
+        keys = [_blob_name(path.resolve()) or _stat_key(path) for path in paths]
+        key = "tensors|" + hashlib.sha256(canonical_json(keys)).hexdigest()
+        if key not in self._known:
+            are_settled = all(map(_is_settled, paths))
+            try:
+                digest = _digest_tensors(paths)
+            except ValueError:
+                return self.digest_files(paths)
+            if not are_settled:
+                return digest
+            self._known[key] = digest
+            self._is_changed = True
+        return self._known[key]
 
     def keep(self) -> None:
         """Write down what was hashed, for the next process."""
@@ -298,19 +398,73 @@ class _Memory:
 
     def _digest(self, path: Path) -> str:
         real = path.resolve()
-        # In a Hugging Face cache, a large file is called by its SHA-256.
-        if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
-            return real.name
-        status = os.stat(real)
-        key = f"{real}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+        if (name := _blob_name(real)) is not None:
+            return name
+        key = _stat_key(real)
         if key not in self._known:
+            is_settled = _is_settled(real)
             digest = _sha256(real)
-            # A file changed this very moment may change again unnoticed.
-            if time.time() - status.st_mtime < 2:
+            if not is_settled:
                 return digest
             self._known[key] = digest
             self._is_changed = True
         return self._known[key]
+
+
+def _blob_name(real: Path) -> str | None:
+    """Return the SHA-256 by which a Hugging Face cache calls a large file."""
+    is_blob = real.parent.name == "blobs" and _SHA256.fullmatch(real.name)
+    return real.name if is_blob else None
+
+
+def _stat_key(path: Path) -> str:
+    """Return what changes where a file does: path, size and times."""
+    real, status = path.resolve(), path.stat()
+    return f"{real}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a file was left alone for two seconds.
+
+    One that changed this very moment may change again, and its time stay the same.
+    """
+    return time.time() - path.stat().st_mtime >= 2
+
+
+def _digest_tensors(paths: Iterable[Path]) -> str:
+    """Return one digest over the tensors of some safetensors files, by their names.
+
+    Raises:
+        ValueError: A file is none, or two have a tensor of one name.
+    """
+    tensors: dict[str, list[Any]] = {}
+    for path in paths:
+        for name, parts in _read_tensors(path):
+            if name in tensors:
+                raise ValueError(f"tensor {name} is in two files")
+            tensors[name] = parts
+    listed = [[name, *tensors[name]] for name in sorted(tensors)]
+    return hashlib.sha256(canonical_json(["tensors", listed])).hexdigest()
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, list[Any]]]:
+    """Yield name, dtype, shape and digest of the tensors of a safetensors file.
+
+    Raises:
+        ValueError: The file is none.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"header of {length} bytes")
+        tensors, _ = parse_header(file.read(length), size - 8 - length)
+        for name, (dtype, shape, begin, end) in tensors.items():
+            digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
+            for start in range(begin, end, _PIECE_BYTES):
+                piece = file.read(min(_PIECE_BYTES, end - start))
+                digest.update(piece)
+            yield name, [dtype, list(shape), digest.hexdigest()]
 
 
 def _sha256(path: Path) -> str:

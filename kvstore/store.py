@@ -13,6 +13,7 @@ from .errors import IntegrityError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import BlockHash, Progress, StoredBlock
 from .format.entry import Entry, check_name
+from .format.spans import Span, last_end
 from .ops import check
 from .ops.check import Finding
 from .ops.speeds import Speeds
@@ -259,6 +260,8 @@ class Store:
         *,
         exact: bool = False,
         like: Sequence[Any] | None = None,
+        spans: Sequence[Span] = (),
+        from_codes: bool = False,
         progress: Progress | None = None,
     ) -> tuple[list[Any] | None, list[int]]:
         """Restore the longest stored prefix of a prompt.
@@ -267,10 +270,16 @@ class Store:
         good as not there, and :meth:`lookup` says why.
 
         Args:
-            tokens: The prompt.
+            tokens: The prompt. Negative ids mark media: a run of one such id is fed
+                whole, so what is restored never ends inside it.
             fingerprint: The model's.
             exact: Take only rows that nothing lossy went into.
             like: A prompt cache, empty as a rule, of the classes and parameters wanted.
+            spans: More parts of the prompt that are fed whole, each as the position
+                of its first token and the position behind its last.
+            from_codes: Where `like` asks for a ``KVCache``, decode the codes of a live
+                ``TurboQuantKVCache`` too. A run that did not ask for codes leaves this
+                out: decoded rows are not those that it would compute.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -281,7 +290,9 @@ class Store:
             OSError: The disk fails; that is no damage.
         """
         token_list = _as_tokens(tokens)
-        request = self._request(token_list, fingerprint, exact, like)
+        request = self._request(
+            token_list, fingerprint, exact, like, spans, from_codes=from_codes
+        )
 
         def restore() -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
@@ -291,7 +302,8 @@ class Store:
                     break
                 prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
                 # What `prune` moved meanwhile is found at its new place.
-                if hit.reason != "damaged" or (hit.num_tokens and tries == _TRIES - 1):
+                is_last = tries == _TRIES - 1 and _is_usable(request, hit)
+                if hit.reason != "damaged" or is_last:
                     self._note_load(hit, len(token_list), fingerprint, begin)
                     return prompt_cache, token_list[hit.num_tokens :]
             self._notes.add(None, len(token_list))
@@ -342,12 +354,13 @@ class Store:
         *,
         exact: bool = False,
         like: Sequence[Any] | None = None,
+        spans: Sequence[Span] = (),
     ) -> Match:
         """Return what :meth:`load` would restore, and why not more."""
         from .ops.load import to_match
 
         token_list = _as_tokens(tokens)
-        request = self._request(token_list, fingerprint, exact, like)
+        request = self._request(token_list, fingerprint, exact, like, spans)
         hit = self._with_index(lambda: self._loader().find(request))
         return to_match(hit, len(token_list))
 
@@ -750,6 +763,9 @@ class Store:
         fingerprint: Fingerprint,
         exact: bool,
         like: Sequence[Any] | None,
+        spans: Sequence[Span] = (),
+        *,
+        from_codes: bool = False,
     ) -> Request:
         from .caches.live import signature
         from .ops.load import Request
@@ -757,7 +773,15 @@ class Store:
         if not tokens:
             raise ValueError("there are no tokens")
         classes = None if like is None else signature(like)
-        return Request(tokens, fingerprint.digest, self._tenant, exact, classes)
+        return Request(
+            tokens,
+            fingerprint.digest,
+            self._tenant,
+            exact=exact,
+            classes=classes,
+            spans=spans,
+            from_codes=from_codes,
+        )
 
     def _make_chain(
         self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint
@@ -813,6 +837,12 @@ def _as_tokens(tokens: Sequence[int]) -> list[int]:
         TypeError: One is no integer.
     """
     return [operator.index(token) for token in tokens]
+
+
+def _is_usable(request: Request, hit: Hit) -> bool:
+    """Whether a hit that damage has cut short ends where a caller can go on."""
+    end = last_end(request.tokens, hit.num_tokens, request.spans)
+    return 0 < hit.num_tokens == end
 
 
 def _ignore(done: int, total: int) -> None:

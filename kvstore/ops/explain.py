@@ -428,7 +428,8 @@ def _kind_difference(trace: _Trace, request: Request) -> str | None:
     except IntegrityError as error:
         return f"layers: {error}"
     wanted = request.classes
-    if wanted is None or fits(layout, wanted, decoding=not request.exact):
+    decoding = request.from_codes and not request.exact
+    if wanted is None or fits(layout, wanted, decoding=decoding):
         return None
     stored = [layer_signature(layer) for layer in flatten(layout)]
     if len(stored) != len(wanted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from typing import Literal
@@ -24,18 +24,27 @@ from ..errors import CodecError, FormatError, IntegrityError
 from ..format.block import Block, BlockHash, Progress, StoredBlock
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
+from ..format.spans import Span, last_end
 from ..storage.blocks import Reader
 from ..storage.folder import StoreFolder
 from ..storage.index import MAX_CHILDREN, Index, Place
 
 Reason = Literal[
-    "whole", "end", "divergence", "inexact", "checkpoint", "fingerprint", "damaged"
+    "whole",
+    "end",
+    "divergence",
+    "inexact",
+    "unit",
+    "checkpoint",
+    "fingerprint",
+    "damaged",
 ]
 """Why a match ends where it does.
 
 ``whole``: all but the last token, which the model must be fed; ``end``: what is
 stored ends there; ``divergence``: other tokens follow; ``inexact``: the next block
-is lossy and exact rows, or a part of it, were asked for; ``fingerprint``: nothing
+is lossy and exact rows, or a part of it, were asked for; ``unit``: more is stored, and
+ends inside an image or another part that must be fed whole; ``fingerprint``: nothing
 of this model is stored; ``checkpoint``: more is stored, and windows or states can be
 rebuilt no further; ``damaged``: the next block is stored and cannot be used.
 """
@@ -68,6 +77,8 @@ class Request:
         tenant: Whose blocks.
         exact: Take exact blocks only.
         classes: Class and parameters of each cache, or ``None`` for any.
+        spans: Parts of the prompt inside which a hit must not end.
+        from_codes: Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
     """
 
     tokens: Sequence[int]
@@ -75,6 +86,8 @@ class Request:
     tenant: str
     exact: bool = False
     classes: tuple[Signature, ...] | None = None
+    spans: Sequence[Span] = ()
+    from_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +142,10 @@ class Loader:
 
     def find(self, request: Request) -> Hit | str:
         """Return the longest stored prefix, or why there is none of this model."""
+        return _end_outside_units(self._longest, request)
+
+    def _longest(self, request: Request) -> Hit | str:
+        """Return the longest stored prefix, wherever it ends."""
         hits = [
             hit
             for root, layout in self._index.roots(request.fingerprint, request.tenant)
@@ -233,7 +250,8 @@ class Loader:
             return None  # of a class that only another release knows
         wanted = request.classes
         # Decoded codes are never exact rows.
-        if wanted and not fits(layout, wanted, decoding=not request.exact):
+        decoding = request.from_codes and not request.exact
+        if wanted and not fits(layout, wanted, decoding=decoding):
             return None
         size = self._folder.block_size
         chain = [
@@ -366,6 +384,28 @@ class Loader:
             f" given {request.tokens[at]}"
         )
         return replace(hit, reason="divergence", detail=detail)
+
+
+def _end_outside_units(
+    find: Callable[[Request], Hit | str], request: Request
+) -> Hit | str:
+    """Return the longest hit from which the caller can go on."""
+    hit = find(request)
+    if isinstance(hit, str):
+        return hit
+    end = last_end(request.tokens, hit.num_tokens, request.spans)
+    if end == hit.num_tokens:
+        return hit
+    # Of a prompt one token is always left over, so that this hit ends there or before.
+    shorter = replace(request, tokens=request.tokens[: end + 1])
+    found = _end_outside_units(find, shorter)
+    if isinstance(found, str):
+        return found
+    detail = (
+        f"tokens are held to {hit.num_tokens:,}, which lies inside a part that must be"
+        f" fed whole; it starts at {end:,}"
+    )
+    return replace(found, reason="unit", detail=detail)
 
 
 _WHOLE = "all but the last token, which the model must be fed"

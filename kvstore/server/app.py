@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import threading
 import time
@@ -63,11 +64,76 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
     server.ModelProvider = make_provider  # type: ignore[attr-defined]
     server.LRUPromptCache = make_prompt_cache  # type: ignore[attr-defined]
     server.ResponseGenerator = make_generator  # type: ignore[attr-defined]
+
+    def keep(tokens: list[int], prompt_cache: list[Any]) -> None:
+        key = providers[-1].model_key
+        opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
+
+    server.BatchGenerator = _batch_class(server, keep)  # type: ignore[attr-defined]
+    _check_requests(server.APIHandler)
     with _terminated_like_interrupted():
         try:
             server.main()
+        except KeyboardInterrupt:
+            if not _failures(generators):
+                raise
         finally:
             _end(generators, opened)
+    for error in _failures(generators):
+        raise KVStoreError(
+            f"the thread that generates has ended: {type(error).__name__}: {error}",
+            hint="the log says where; start the server again",
+        ) from error
+
+
+def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> Any:
+    """Return mlx-lm's ``BatchGenerator``, which keeps what it has begun.
+
+    Args:
+        server: The copy of mlx-lm's module.
+        keep: Called with tokens and their rows where a request is given up.
+    """
+
+    class Batch(server.BatchGenerator):  # type: ignore[misc]
+        def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
+            # The client has left, and will ask again if the prompt took it too long.
+            held = super().remove(uids, return_prompt_caches=True)
+            for prompt_cache, tokens in held.values():
+                if prompt_cache and tokens:
+                    keep(list(tokens), prompt_cache)
+            return held if return_prompt_caches else {}
+
+    return Batch
+
+
+def _failures(generators: Sequence[Any]) -> list[Exception]:
+    """Return what has ended the threads that generate, if anything has."""
+    return [found for g in generators if (found := g.failure) is not None]
+
+
+def _check_requests(handler_class: Any) -> None:
+    """Have mlx-lm's handler refuse what would end the thread that generates."""
+    validate = handler_class.validate_model_parameters
+
+    def validate_all(handler: Any) -> None:
+        validate(handler)
+        check_body(handler.body)
+
+    handler_class.validate_model_parameters = validate_all
+
+
+def check_body(body: dict[str, Any]) -> None:
+    """Refuse a request whose prompt or stop words are of a kind that mlx-lm cannot use.
+
+    Raises:
+        ValueError: It says which field.
+    """
+    if "messages" not in body and not isinstance(body.get("prompt", ""), str):
+        raise ValueError("prompt must be a string")
+    stop = body.get("stop") or []
+    words = stop if isinstance(stop, list) else [stop]
+    if not all(isinstance(word, str) and word for word in words):
+        raise ValueError("stop must be a string or a list of strings, none empty")
 
 
 def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
@@ -217,14 +283,33 @@ def _generator_class(server: Any) -> Any:
         def __init__(self, model_provider: Any, prompt_cache: DiskPromptCache) -> None:
             self._disk = prompt_cache
             self._alone = _Alone()
+            self.failure: Exception | None = None
             super().__init__(model_provider, prompt_cache)
 
         def _generate(self) -> None:
             try:
                 super()._generate()
+            except Exception as error:
+                self.failure = error
+                raise
             finally:
                 # On this thread, whose arrays they are.
                 self._disk.trim_to(n_sequences=0)
+
+        def _run_generate(self) -> None:
+            super()._run_generate()
+            if self.failure is not None:
+                # The main thread serves on, and would answer nothing but errors.
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+            found = super()._tokenize(tokenizer, request, args)
+            # Raised in here, an error is the request's; later on it ends the thread.
+            if not all(isinstance(token, int) for token in found[0]):
+                raise ValueError("the prompt is no list of tokens")
+            key = self.model_provider.model_key
+            self._make_state_machine(key, tokenizer, args.stop_words)
+            return found
 
         def generate(
             self,

@@ -21,6 +21,8 @@ from ..caches import live as caches
 from ..caches.live import Provenance
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.spans import Span, last_end
 from ..ops.load import Match
 from ..store import Store
 from .lineage import Lineage
@@ -96,24 +98,34 @@ class DiskPromptCache(LRUPromptCache):
         """The longest that an insertion has kept the generating thread."""
 
     def fetch_nearest_cache(
-        self, model: Any, tokens: list[int]
+        self, model: Any, tokens: list[int], *, spans: Sequence[Span] = ()
     ) -> tuple[list[Any] | None, list[int]]:
         """Return the longest prefix held in memory or on disk, and the rest.
 
         Args:
             model: The server's key for the model.
-            tokens: The prompt.
+            tokens: The prompt. Negative ids mark media: give each token of an image
+                one and the same negative id, and another image another one. The rest
+                never begins inside an image.
+            spans: More parts of the prompt that are fed whole, each as the position
+                of its first token and the position behind its last.
 
         Returns:
             A prompt cache of the caller's own, or ``None``, and the tokens still to be
             fed, of which there is always one.
         """
         served = self._served(model)
-        held, rest = super().fetch_nearest_cache(_key(model, served), tokens)
-        held, rest = _leave_one(held, rest, tokens)
+        held, rest = None, tokens
+        key = _key(model, served)
+        if key is not None:
+            with _harmless("not looked for in memory"):
+                near, beyond = super().fetch_nearest_cache(key, tokens)
+                near, beyond = _leave_one(near, beyond, tokens)
+                held, rest = _leave_units(near, beyond, tokens, spans)
         if served is not None:
             with _harmless("not read"):
-                found = self._read(served, tokens, len(tokens) - len(rest))
+                num_held = len(tokens) - len(rest)
+                found = self._read(served, tokens, num_held, spans)
                 if found is not None:
                     return found
         return held, rest
@@ -135,9 +147,12 @@ class DiskPromptCache(LRUPromptCache):
             cache_type: mlx-lm's ``"system"``, ``"user"`` or ``"assistant"``.
         """
         begin = time.perf_counter()
-        # For memory too: rows and tokens that differ in number are other tokens' rows.
-        tokens = tokens[: _num_whole(tokens, prompt_cache)]
-        whole = _cut(prompt_cache, len(tokens))
+        whole = None
+        # What is no cache of mlx-lm's may lack anything.
+        with _harmless("not kept"):
+            # For memory too: rows that differ in number are other tokens' rows.
+            tokens = tokens[: _num_whole(tokens, prompt_cache)]
+            whole = _cut(prompt_cache, len(tokens))
         if whole is None or not tokens:
             log.info("kvstore: not kept: no rows of exactly %d tokens", len(tokens))
             return
@@ -150,7 +165,9 @@ class DiskPromptCache(LRUPromptCache):
         self.longest_stall_s = max(self.longest_stall_s, stall)
         log.debug("kvstore: copied for the disk in %.3f s", stall)
         key = _key(model, served)
-        super().insert_cache(key, tokens, whole, cache_type=cache_type)
+        if key is not None:
+            with _harmless("not kept in memory"):
+                super().insert_cache(key, tokens, whole, cache_type=cache_type)
 
     @property
     def store(self) -> Store:
@@ -173,20 +190,27 @@ class DiskPromptCache(LRUPromptCache):
         return None
 
     def _read(
-        self, served: ServedModel, tokens: list[int], num_held: int
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        num_held: int,
+        spans: Sequence[Span],
     ) -> tuple[list[Any], list[int]] | None:
         """Return more of a prompt than memory holds, or ``None``."""
         about = f"{len(tokens)} tokens, {num_held} in memory"
         if len(tokens) - 1 - num_held < self._min_tokens:
             log.info("kvstore: %s: no need of the disk", about)
             return None
-        like, match = self._longest(served, tokens)
+        like, match = self._longest(served, tokens, spans)
         reason = self._why_not(served, match, num_held)
         if reason is not None:
             log.info("kvstore: %s: %s", about, reason)
             return None
         begin = time.monotonic()
-        prompt_cache, rest = self._load(served, tokens, like, match, num_held)
+        limit = self._limit(served, match.num_tokens - num_held)
+        prompt_cache, rest = self._store.load(
+            tokens, served.fingerprint, like=like, spans=spans, progress=limit
+        )
         if prompt_cache is None:
             log.info("kvstore: %s: what is on disk turned out to be damaged", about)
             return None
@@ -196,22 +220,14 @@ class DiskPromptCache(LRUPromptCache):
         self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
         return prompt_cache, rest
 
-    def _load(
-        self,
-        served: ServedModel,
-        tokens: list[int],
-        like: list[Any],
-        match: Match,
-        num_held: int,
-    ) -> tuple[list[Any] | None, list[int]]:
-        """Restore a match, unless it takes longer than computing it.
+    def _limit(self, served: ServedModel, num_gained: int) -> Progress:
+        """Return a callback that ends a load which takes longer than computing.
 
-        Raises:
-            KVStoreError: It does.
+        Args:
+            served: The model.
+            num_gained: Tokens that need not be computed.
         """
-        computed_s = self._store.speeds(served.fingerprint).prefill_s(
-            match.num_tokens - num_held
-        )
+        computed_s = self._store.speeds(served.fingerprint).prefill_s(num_gained)
         begin = time.monotonic()
         limit_s = max(_MIN_READ_S, computed_s or _MAX_READ_S)
 
@@ -225,16 +241,17 @@ class DiskPromptCache(LRUPromptCache):
                     f" read, and none are for {_PAUSE_S:.0f} s"
                 )
 
-        return self._store.load(
-            tokens, served.fingerprint, like=like, progress=progress
-        )
+        return progress
 
     def _longest(
-        self, served: ServedModel, tokens: list[int]
+        self, served: ServedModel, tokens: list[int], spans: Sequence[Span]
     ) -> tuple[list[Any], Match]:
         """Return the kind of prompt cache of which most is stored."""
         found = [
-            (like, self._store.lookup(tokens, served.fingerprint, like=like))
+            (
+                like,
+                self._store.lookup(tokens, served.fingerprint, like=like, spans=spans),
+            )
             for like in served.empty_caches
         ]
         return max(found, key=lambda pair: pair[1].num_tokens)
@@ -309,8 +326,16 @@ def _harmless(what: str) -> Iterator[None]:
 
 
 def _key(model: Any, served: ServedModel | None) -> Any:
-    """Return what memory knows a model by: its weights, which may change on disk."""
-    return model if served is None else (model, served.fingerprint.digest)
+    """Return what memory knows a model by: its weights, which may change on disk.
+
+    ``None`` where memory cannot know it: the key cannot be hashed.
+    """
+    key = model if served is None else (model, served.fingerprint.digest)
+    try:
+        hash(key)
+    except TypeError:
+        return None if served is None else served.fingerprint.digest
+    return key
 
 
 def _leave_one(
@@ -323,6 +348,23 @@ def _leave_one(
         return None, tokens
     trim_prompt_cache(prompt_cache, 1)
     return prompt_cache, tokens[-1:]
+
+
+def _leave_units(
+    prompt_cache: list[Any] | None,
+    rest: list[int],
+    tokens: list[int],
+    spans: Sequence[Span],
+) -> tuple[list[Any] | None, list[int]]:
+    """Return a hit that leaves whole what is fed as a unit, such as an image."""
+    num_held = len(tokens) - len(rest)
+    end = last_end(tokens, num_held, spans)
+    if prompt_cache is None or end == num_held:
+        return prompt_cache, rest
+    if not end or not can_trim_prompt_cache(prompt_cache):
+        return None, tokens
+    trim_prompt_cache(prompt_cache, num_held - end)
+    return prompt_cache, tokens[end:]
 
 
 def _num_whole(tokens: Sequence[int], prompt_cache: list[Any]) -> int:

@@ -42,7 +42,7 @@ ALLOWED = {
     "apsw": {"storage.index"},
     "click": {"cli"},
     "rich": {"cli"},
-    "mlx_lm": {"caches", "models", "server", "cli"},
+    "mlx_lm": {"caches", "fingerprint", "models", "server", "cli"},
     "transformers": {"models", "server", "cli.demo"},
     "turboquant": {"codecs.turbo", "caches", "models"},
     "zstandard": {"codecs.zstd"},

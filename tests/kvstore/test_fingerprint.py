@@ -127,6 +127,131 @@ def test_what_changes_no_number_does_not_matter(model, change):
     assert before == Fingerprint.from_path(model)
 
 
+NAMES = {
+    "eos_token_id": [1, 2],
+    "pad_token_id": 3,
+    "bos_token_id": 4,
+    "torch_dtype": "float16",
+    "architectures": ["Other"],
+    "license": "mit",
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next", "qwen3_5", "unknown"])
+@pytest.mark.parametrize("field", NAMES)
+def test_what_names_or_ends_things_does_not_matter(model, kind, field):
+    """Whether mlx-lm knows the architecture or not; in a part of a model too."""
+    configure(model, model_type=kind, text_config={"hidden_size": 8})
+    before = Fingerprint.from_path(model)
+    part = {"hidden_size": 8, field: NAMES[field]}
+    configure(model, model_type=kind, text_config=part, **{field: NAMES[field]})
+    assert before == Fingerprint.from_path(model)
+
+
+COUNTING = [
+    ("llama", "rope_theta", 5.0),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("mistral", "model_type", "qwen2"),
+    ("gemma3_text", "sliding_window", 512),
+    ("llama", "quantization", {"bits": 4, "group_size": 64}),
+    ("llama", "quantization_config", {"quant_method": "mxfp4"}),
+    ("qwen3_5", "anything", 1),
+    ("unknown", "anything", 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), COUNTING)
+def test_what_an_architecture_may_use_matters(model, kind, field, value):
+    """All that it knows; all there is where nobody can tell what it knows."""
+    configure(model, model_type=kind)
+    before = Fingerprint.from_path(model)
+    configure(model, **{"model_type": kind, field: value})
+    assert before != Fingerprint.from_path(model)
+
+
+def test_settings_of_a_quantization_may_lie_apart(model):
+    """mlx-lm reads `hf_quant_config.json` too."""
+    before = Fingerprint.from_path(model)
+    (model / "hf_quant_config.json").write_text('{"quantization": {"bits": 4}}')
+    assert before.difference(Fingerprint.from_path(model)).startswith("config")
+
+
+def test_a_field_that_the_code_of_a_model_may_use_matters(model):
+    """A model that brings its own code may use any field of its configuration."""
+    configure(model, model_file="mine.py")
+    before = Fingerprint.from_path(model)
+    configure(model, model_file="mine.py", eos_token_id=7)
+    assert before != Fingerprint.from_path(model)
+
+
+MLX = {"format": "mlx"}
+
+
+@pytest.fixture
+def weigh(model):
+    """A function that writes the weights anew: a dict of tensors for each file."""
+
+    def write(*parts, metadata=MLX):
+        for path in model.glob("*.safetensors"):
+            path.unlink()
+        for number, tensors in enumerate(parts):
+            path = model / f"model-{number}.safetensors"
+            mx.save_safetensors(str(path), tensors, metadata)
+        age(model)
+        return Fingerprint.from_path(model)
+
+    return write
+
+
+A, B = mx.arange(6, dtype=mx.float16), mx.arange(4, dtype=mx.float32)
+
+
+def test_how_weights_are_split_does_not_matter(weigh):
+    """The same tensors in one file or two, in any order, with other metadata."""
+    before = weigh({"a": A, "b": B})
+    assert weigh({"a": A}, {"b": B}) == before
+    assert weigh({"b": B}, {"a": A}) == before
+    assert weigh({"b": B, "a": A}, metadata={"by": "another"}) == before
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a": A, "b": B + 1},
+        {"a": A, "c": B},
+        {"b": A, "a": B},
+        {"a": A.reshape(2, 3), "b": B},
+        {"a": A.view(mx.int16), "b": B},
+        {"a": A},
+        {"a": A, "b": B, "c": B},
+    ],
+)
+def test_every_tensor_matters(weigh, tensors):
+    """Its name, dtype, shape and bytes."""
+    assert weigh({"a": A, "b": B}).difference(weigh(tensors)).startswith("weights")
+
+
+def test_a_tensor_in_two_files_counts_by_files(weigh):
+    """Which of two mlx-lm loads cannot be told, so that the files count as they are."""
+    one, other = weigh({"a": A}, {"a": A + 1}), weigh({"a": A + 1}, {"a": A})
+    assert one != other
+
+
+def test_tensors_are_read_once(weigh, model, monkeypatch):
+    """Their digest is remembered for other processes, until a file changes."""
+    first = weigh({"a": A}, {"b": B})
+    read = []
+    original = module._read_tensors
+    monkeypatch.setattr(
+        module, "_read_tensors", lambda path: read.append(path.name) or original(path)
+    )
+    assert Fingerprint.from_path(model) == first
+    assert read == []
+    mx.save_safetensors(str(model / "model-1.safetensors"), {"b": B + 1}, MLX)
+    assert Fingerprint.from_path(model) != first
+    assert read == ["model-0.safetensors", "model-1.safetensors"]
+
+
 def test_a_draft_model_matters(model, tmp_path):
     """The caches of a draft model follow the model's, so it is part of the whole."""
     draft = shutil.copytree(model, tmp_path / "draft")

@@ -12,7 +12,12 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 import kvstore
 from kvstore.models.generate import save_prompt, stream_generate
-from kvstore.models.session import LiveCache, entry_tokens, prefill
+from kvstore.models.session import (
+    LiveCache,
+    entry_tokens,
+    make_empty_cache,
+    prefill,
+)
 
 PROMPT = [(7 * i) % 250 for i in range(300)]
 
@@ -608,6 +613,18 @@ def test_a_window_takes_no_draft_model(loaded, store, drafts, monkeypatch):
     )
     with pytest.raises(kvstore.UnsupportedCacheError, match="layer 0 is a Rotating"):
         generate(loaded, store, PROMPT, draft_model=drafts["always right"])
+
+
+@pytest.mark.parametrize("kv_bits", ["turbo3", 4])
+def test_codes_of_one_run_are_no_rows_of_another(loaded, store, tmp_path, kv_bits):
+    """A run without `kv_bits` says what it says where nobody used `kv_bits` before."""
+    prompt = [*PROMPT, 5, 6]
+    generate(loaded, store, PROMPT, max_tokens=8, kv_bits=kv_bits, kv_group_size=32)
+    empty = make_empty_cache(loaded[0])
+    assert store.lookup(prompt, loaded[2], like=empty).num_tokens == 0
+    mixed = generate(loaded, store, prompt, max_tokens=8)
+    with kvstore.Store(tmp_path / "fresh", "planes+zstd") as fresh:
+        assert generate(loaded, fresh, prompt, max_tokens=8) == mixed
 
 
 # Live caches.

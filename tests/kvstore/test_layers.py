@@ -149,18 +149,20 @@ def test_like_asks_for_parameters_too(store_path, caches):
 
 
 def test_codes_are_restored_as_rows_where_those_are_asked_for(store_path, caches):
-    """`like` a KVCache, stored codes come back decoded, and are not exact."""
+    """Only by `from_codes`; decoded rows are not exact, and stay marked so."""
     cache = filled("TurboQuantKVCache 4", caches.random_rows(40, 1))
     like = [KVCache() for _ in range(LAYERS)]
     prompt = [*range(40), -1]
     with kvstore.Store(store_path, codec="raw") as store:
         store.save(list(range(40)), cache, caches.MODEL, name="codes")
-        restored, rest = store.load(prompt, caches.MODEL, like=like)
+        assert store.load(prompt, caches.MODEL, like=like) == (None, prompt)
+        restored, rest = store.load(prompt, caches.MODEL, like=like, from_codes=True)
         assert (rest, [type(c) for c in restored]) == ([-1], [KVCache] * LAYERS)
         assert fetched(restored) == fetched(cache)
         store.save(list(range(40)), restored, caches.MODEL, name="rows")
         assert not any(row.is_exact for _, row in store.chain("rows"))
-        assert store.load(prompt, caches.MODEL, like=like, exact=True)[0] is None
+        options = {"like": like, "exact": True, "from_codes": True}
+        assert store.load(prompt, caches.MODEL, **options)[0] is None
         as_codes = [TurboQuantKVCache(4) for _ in range(LAYERS)]
         restored, _ = store.load(prompt, caches.MODEL, like=as_codes)
         assert type(restored[0]) is TurboQuantKVCache

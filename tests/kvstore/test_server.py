@@ -12,7 +12,9 @@ from kvstore import Store
 from kvstore.caches import live as caches_module
 from kvstore.caches.live import Provenance
 from kvstore.errors import StoreLockedError
+from kvstore.fingerprint import Fingerprint
 from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
+from turboquant.kv_cache import TurboQuantKVCache
 
 KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
 
@@ -239,6 +241,18 @@ def test_a_kind_of_cache_is_kept_that_the_server_can_use(open_tier, caches, mode
     models[KEY] = ServedModel(caches.MODEL, ([RotatingKVCache(8) for _ in range(2)],))
     again = restart(tier, open_tier)
     assert again.fetch_nearest_cache(KEY, [*tokens, 1])[0] is None
+
+
+def test_codes_of_another_program_are_no_rows_of_ours(open_tier, caches):
+    """What ran with `kv_bits="turbo3"` is not handed to a server that did not ask."""
+    tokens, held = caches.make_conversation(2, 1)
+    codes = [TurboQuantKVCache(3) for _ in held]
+    for layer, cache in zip(codes, held, strict=True):
+        sides = (side[..., : len(tokens), :] for side in (cache.keys, cache.values))
+        layer.update_and_fetch(*sides)
+    tier = open_tier()
+    tier.store.save(tokens, codes, caches.MODEL)
+    assert tier.fetch_nearest_cache(KEY, [*tokens, 1]) == (None, [*tokens, 1])
 
 
 def test_the_longest_kind_is_taken(open_tier, caches, models):
@@ -494,3 +508,42 @@ def test_a_real_model_goes_on_with_the_same_bits(store_path, loaded):
     assert rest == [5]
     expected, logits = (model(mx.array([[5]]), cache=c) for c in (held, found))
     assert mx.array_equal(expected, logits)
+
+
+class Foreign:
+    """A cache of a class that mlx-lm does not have."""
+
+    offset = 5
+
+
+class Unhashable:
+    """A key as some servers have: the model itself."""
+
+    __hash__ = None
+
+
+def test_a_foreign_cache_costs_its_entry_only(open_tier, caches, log):
+    """What is no cache of mlx-lm's is not kept, and raises nothing."""
+    tier = open_tier()
+    tier.insert_cache(KEY, [1, 2, 3, 4, 5], [Foreign()])
+    assert any("not kept" in line for line in log())
+    assert tier.fetch_nearest_cache(KEY, [1, 2, 3])[0] is None
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_key_that_cannot_be_hashed_raises_nothing(open_tier, caches, is_known):
+    """The model is known by its fingerprint, or not at all."""
+    tokens, held = caches.make_conversation(2, 1)
+    tier = open_tier()
+    if is_known:
+        known = ServedModel(caches.MODEL, ([KVCache(), KVCache()],))
+        tier._describe = lambda _: known
+    tier.insert_cache(Unhashable(), tokens, held)
+    rest = tier.fetch_nearest_cache(Unhashable(), tokens)[1]
+    assert rest == (tokens[-1:] if is_known else tokens)
+
+
+def test_a_malformed_fingerprint_is_refused_at_once():
+    """Not by the thread that writes, when it is too late."""
+    with pytest.raises(TypeError, match="dict of fields, not a str"):
+        Fingerprint("ab" * 32)

@@ -667,3 +667,64 @@ def test_a_long_system_prompt_is_there_after_a_restart(servers, smollm2, tmp_pat
     assert cold.text == warm.text == killed.text
     for later in (warm, killed):
         assert later.seconds * 10 < cold.seconds
+
+
+# What would end the thread that generates.
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+# The thread that generates fails in the middle of its first batch.
+FAILING = """
+from mlx_lm.generate import BatchGenerator
+def fail(self):
+    raise RuntimeError("out of everything")
+BatchGenerator.next = fail
+from kvstore.cli import main
+main()
+"""
+
+BAD = [
+    (TEXT, {"prompt": ["a", "b"], "max_tokens": 2}),
+    (TEXT, {"prompt": [1, 2], "max_tokens": 2}),
+    (TEXT, {"prompt": None, "max_tokens": 2}),
+    (CHAT, HELLO | {"stop": 5}),
+    (CHAT, HELLO | {"stop": [5]}),
+    (CHAT, HELLO | {"stop": [""]}),
+    (CHAT, HELLO | {"stop": {"a": 1}}),
+]
+
+
+def test_bad_requests_are_answered_and_nothing_else(servers, tiny_model, tmp_path):
+    """Each gets a 400 that names its field; the server serves on."""
+    server = servers.kvstore(tmp_path / "store", tiny_model)
+    for path, body in BAD:
+        status, text = server.post(path, body)
+        assert status == 400, (body, text)
+        assert (b"prompt must be" if path == TEXT else b"stop must be") in text
+    assert server.post(CHAT, HELLO | {"stop": ["x"]})[0] == 200
+    assert server.post(TEXT, {"prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_a_server_that_cannot_generate_any_more_ends(servers, tiny_model, tmp_path):
+    """Its log says why, and its exit code that this was no stop by hand."""
+    words = ("--store", tmp_path / "store", "serve", "--model", tiny_model)
+    server = servers._start("-c", FAILING, *words)
+    assert server.post(CHAT, HELLO)[0] != 200
+    assert server.process.wait(60) == 1
+    assert "has ended: RuntimeError: out of everything" in server.text()
+
+
+def test_a_prefill_that_a_client_gives_up_is_kept(servers, tiny_model, tmp_path):
+    """Who asks again goes on where the first request was left; after a restart too."""
+    options = ("--prefill-step-size", "64", "--codec", "raw")
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    body = {
+        "messages": [{"role": "user", "content": "lorem ipsum dolor " * 1000}],
+        "max_tokens": 1,
+        "stream": True,
+    }
+    server.leave(CHAT, body, until=b"keepalive 1024/")
+    server.wait_for("kvstore: kept ")
+    assert server.stop() == 0
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    assert beside.cached(server.ask(body["messages"])) >= 1024
