@@ -56,13 +56,11 @@ class Fingerprint:
 
     Two fingerprints are equal where the same weights, configuration and adapter
     were used. One made from files never equals one made from a live model.
-
-    Attributes:
-        fields: JSON object; ``source``, ``weights``, ``config``, ``adapter``, ….
-        label: What to call the model; advisory, not compared.
     """
 
+    # JSON object; ``source``, ``weights``, ``config``, ``adapter``, ….
     fields: JSON
+    # What to call the model; advisory, not compared.
     label: str = ""
 
     def __post_init__(self) -> None:

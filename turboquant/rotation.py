@@ -26,15 +26,13 @@ class Rotation:
     It flips the signs of some coordinates, then transforms each block of a power of two
     coordinates by an orthonormal Walsh-Hadamard matrix.
 
-    Attributes:
-        dim: Length of the vectors, ``D``: a multiple of 8.
-        seed: What the signs are drawn from, 0 to ``2**64 - 1``.
-
     Raises:
         ValueError: ``dim`` or ``seed`` is out of range.
     """
 
+    # Length of the vectors, ``D``: a multiple of 8.
     dim: int
+    # What the signs are drawn from, 0 to ``2**64 - 1``.
     seed: int = 0
 
     def __post_init__(self) -> None:

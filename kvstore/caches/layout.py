@@ -44,49 +44,40 @@ def layer_signature(layer: LayerLayout) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """One array of one layer: the row that a token adds to it.
+    """One array of one layer: the row that a token adds to it."""
 
-    Attributes:
-        num_heads: ``H``, the number of KV heads.
-        head_dim: ``D``, the length of one head's row.
-        dtype: safetensors name of the element type, such as ``BF16``.
-        begin: Position of the first token that has a row.
-        end: Position behind the last one that has, or ``None``.
-        kind: What it holds; `caches/kinds/base.py` says what each means.
-    """
-
+    # ``H``, the number of KV heads.
     num_heads: int
+    # ``D``, the length of one head's row.
     head_dim: int
+    # safetensors name of the element type, such as ``BF16``.
     dtype: str
+    # Position of the first token that has a row.
     begin: int = 0
+    # Position behind the last one that has, or ``None``.
     end: int | None = None
+    # What it holds; `caches/kinds/base.py` says what each means.
     kind: Literal["rows", "window", "state", "mark"] = "rows"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """How one layer of a prompt cache is built.
+    """How one layer of a prompt cache is built."""
 
-    Attributes:
-        cache_class: Name of the cache class.
-        params: What it was made with, such as bits and group size, by name.
-        rows: Its arrays by name; ``k`` and ``v`` are keys and values as they are, and
-            only these may be coded.
-    """
-
+    # Name of the cache class.
     cache_class: str
+    # What it was made with, such as bits and group size, by name.
     params: tuple[tuple[str, int], ...]
+    # Its arrays by name; ``k`` and ``v`` are keys and values as they are, and only
+    # these may be coded.
     rows: tuple[tuple[str, RowSpec], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ListLayout:
-    """A layer that is a ``CacheList``.
+    """A layer that is a ``CacheList``."""
 
-    Attributes:
-        caches: The layouts of its caches.
-    """
-
+    # The layouts of its caches.
     caches: tuple[LayerLayout | ListLayout, ...]
 
 
@@ -99,14 +90,11 @@ _MAX_NESTING = 8
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers of equal layout, which are stacked into one tensor.
+    """Layers of equal layout, which are stacked into one tensor."""
 
-    Attributes:
-        layout: The layout that they share.
-        layers: Their numbers, caches in a ``CacheList`` counted one by one.
-    """
-
+    # The layout that they share.
     layout: LayerLayout
+    # Their numbers, caches in a ``CacheList`` counted one by one.
     layers: tuple[int, ...]
 
     def spec(self, name: str) -> RowSpec:

@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a restored prompt cache remembers of its rows.
+    """What a restored prompt cache remembers of its rows."""
 
-    Attributes:
-        coded_tokens: So many leading tokens' rows went through a lossy codec.
-        is_exact: Nothing lossy went into any row.
-    """
-
+    # So many leading tokens' rows went through a lossy codec.
     coded_tokens: int = 0
+    # Nothing lossy went into any row.
     is_exact: bool = True
 
 

@@ -142,38 +142,32 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class SavedCache:
-    """One cache as the file has it.
+    """One cache as the file has it."""
 
-    Attributes:
-        name: Its class; ``ArraysCache`` for what was a ``MambaCache``.
-        arrays: Its arrays, nested as mlx-lm nests them; ``None`` for one without rows.
-        numbers: Its other attributes, by name.
-        caches: Those in it, where it is a ``CacheList``.
-    """
-
+    # Its class; ``ArraysCache`` for what was a ``MambaCache``.
     name: str
+    # Its arrays, nested as mlx-lm nests them; ``None`` for one without rows.
     arrays: Any
+    # Its other attributes, by name.
     numbers: Mapping[str, int]
+    # Those in it, where it is a ``CacheList``.
     caches: tuple[SavedCache, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CacheFile:
-    """The header of a file, checked.
+    """The header of a file, checked."""
 
-    Attributes:
-        path: Where it is.
-        layouts: The releases of mlx-lm that may have written it. Some classes look the
-            same in several.
-        model: What the file calls the model; ``None`` where it does not.
-        caches: The caches, one per layer.
-        data_begin: Where the arrays' bytes begin.
-    """
-
+    # Where it is.
     path: Path
+    # The releases of mlx-lm that may have written it. Some classes look the same in
+    # several.
     layouts: tuple[str, ...]
+    # What the file calls the model; ``None`` where it does not.
     model: str | None
+    # The caches, one per layer.
     caches: tuple[SavedCache, ...]
+    # Where the arrays' bytes begin.
     data_begin: int
 
     @property

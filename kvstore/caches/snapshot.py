@@ -24,18 +24,15 @@ from .stored import Piece
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The blocks of one sequence, in order.
+    """The blocks of one sequence, in order."""
 
-    Attributes:
-        root: What the first block has as parent.
-        layout: How the prompt cache is built.
-        origin: What computed their rows.
-        blocks: The blocks; the last may be a tail.
-    """
-
+    # What the first block has as parent.
     root: BlockHash
+    # How the prompt cache is built.
     layout: Layout
+    # What computed their rows.
     origin: Origin
+    # The blocks; the last may be a tail.
     blocks: tuple[Block, ...]
 
     @property
@@ -173,16 +170,12 @@ class TakenRows:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A prompt cache at one moment, as far as it is to be saved.
-
-    Attributes:
-        chain: Its blocks.
-        rows: What it has of them, or of those that the store lacks.
-        model: What the model is called; advisory.
-    """
+    """A prompt cache at one moment, as far as it is to be saved."""
 
     chain: Chain
+    # What it has of them, or of those that the store lacks.
     rows: LiveRows | TakenRows
+    # What the model is called; advisory.
     model: str
 
     @property

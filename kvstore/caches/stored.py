@@ -145,16 +145,12 @@ def count_extras(pieces: Sequence[Piece]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one array of some layers has of a block.
+    """What one array of some layers has of a block."""
 
-    Attributes:
-        number: The number of the group of layers.
-        group: The layers.
-        rows: Which rows of which array.
-    """
-
+    # The number of the group of layers.
     number: int
     group: Group
+    # Which rows of which array.
     rows: Rows
 
     @property

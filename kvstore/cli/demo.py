@@ -59,16 +59,13 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the model comes from.
+    """Where the model comes from."""
 
-    Attributes:
-        model: Folder or repository, as mlx-lm takes it.
-        adapter_path: Folder of an adapter.
-        trust_remote_code: Let the model bring code of its own.
-    """
-
+    # Folder or repository, as mlx-lm takes it.
     model: str
+    # Folder of an adapter.
     adapter_path: str | None
+    # Let the model bring code of its own.
     trust_remote_code: bool
 
     def load(self) -> tuple[Any, Any, Fingerprint]:
@@ -83,88 +80,76 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a new process is to do; travels as JSON.
+    """What a new process is to do; travels as JSON."""
 
-    Attributes:
-        source: The model.
-        document: Tokens of the document.
-        question: Tokens that follow it.
-        max_tokens: Tokens of the answer, at most.
-        store: The store to restore from.
-        tenant: Whose blocks.
-        mlx_file: Restore from this file of mlx-lm, and from no store.
-    """
-
+    # The model.
     source: Source
+    # Tokens of the document.
     document: list[int]
+    # Tokens that follow it.
     question: list[int]
+    # Tokens of the answer, at most.
     max_tokens: int
+    # The store to restore from.
     store: str = ""
+    # Whose blocks.
     tenant: str = ""
+    # Restore from this file of mlx-lm, and from no store.
     mlx_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a process did, with the model loaded and the tokens ready.
+    """What a process did, with the model loaded and the tokens ready."""
 
-    Attributes:
-        first_s: Seconds to the first logits behind the document, which one token more
-            has to be fed for.
-        answer_s: Seconds to the first token of the answer; the question is fed too.
-        answer: Tokens of the answer.
-    """
-
+    # Seconds to the first logits behind the document, which one token more has to be
+    # fed for.
     first_s: float
+    # Seconds to the first token of the answer; the question is fed too.
     answer_s: float
+    # Tokens of the answer.
     answer: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class DemoRow:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        way: `prefill`, mlx-lm's own file, or a codec.
-        name: Of the entry in the store, if it is there.
-        nbytes: On disk; `None` where nothing is.
-        first_s: Seconds to the first logits behind the document.
-        speedup: How many times faster that is than prefill.
-        answer_s: Seconds to the first token of the answer.
-        answer: The answer.
-        num_same: Leading tokens of the answer that are the same as without the store.
-        num_answer: Tokens of the answer.
-        is_same: Whether the whole answer is.
-    """
-
+    # `prefill`, mlx-lm's own file, or a codec.
     way: str
+    # Of the entry in the store, if it is there.
     name: str | None
+    # On disk; `None` where nothing is.
     nbytes: int | None
+    # Seconds to the first logits behind the document.
     first_s: float
+    # How many times faster that is than prefill.
     speedup: float
+    # Seconds to the first token of the answer.
     answer_s: float
+    # The answer.
     answer: str
+    # Leading tokens of the answer that are the same as without the store.
     num_same: int
+    # Tokens of the answer.
     num_answer: int
+    # Whether the whole answer is.
     is_same: bool
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo found.
+    """What the demo found."""
 
-    Attributes:
-        model: The model's name.
-        store: The store's folder.
-        num_tokens: Of the document.
-        question: What was asked.
-        rows: The table; prefill first, mlx-lm's file next, then the codecs.
-    """
-
+    # The model's name.
     model: str
+    # The store's folder.
     store: str
+    # Of the document.
     num_tokens: int
+    # What was asked.
     question: str
+    # The table; prefill first, mlx-lm's file next, then the codecs.
     rows: tuple[DemoRow, ...]
 
     def to_json(self) -> JSON:

@@ -37,16 +37,13 @@ _TRACE_HINT = "`-vv` shows where it happened"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a person is told of an error.
+    """What a person is told of an error."""
 
-    Attributes:
-        message: What is wrong, with the values.
-        hint: What to do about it.
-        exit_code: What the process exits with.
-    """
-
+    # What is wrong, with the values.
     message: str
+    # What to do about it.
     hint: str
+    # What the process exits with.
     exit_code: int = 1
 
 

@@ -28,33 +28,27 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which model.
+    """Which model."""
 
-    Attributes:
-        model: A folder or a Hugging Face repository.
-        adapter_path: Folder of an adapter, or ``None``.
-        trust_remote_code: Let it bring code of its own.
-    """
-
+    # A folder or a Hugging Face repository.
     model: str
+    # Folder of an adapter, or ``None``.
     adapter_path: str | None
+    # Let it bring code of its own.
     trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """What to say to it.
+    """What to say to it."""
 
-    Attributes:
-        prompt: The text, or ``-`` for stdin.
-        system_prompt: What the system says before.
-        chat_template_config: More variables for the chat template.
-        ignore_chat_template: Take the prompt as plain text.
-    """
-
+    # The text, or ``-`` for stdin.
     prompt: str
+    # What the system says before.
     system_prompt: str | None
+    # More variables for the chat template.
     chat_template_config: JSON | None
+    # Take the prompt as plain text.
     ignore_chat_template: bool
 
     def read(self) -> str:
@@ -76,33 +70,27 @@ class PromptOptions:
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """How a conversation is rendered.
+    """How a conversation is rendered."""
 
-    Attributes:
-        system_prompt: What the system says first.
-        chat_template_config: More variables for the chat template.
-        ignore_chat_template: Take what is said as plain text.
-    """
-
+    # What the system says first.
     system_prompt: str | None
+    # More variables for the chat template.
     chat_template_config: JSON | None
+    # Take what is said as plain text.
     ignore_chat_template: bool
 
 
 @dataclass(frozen=True, slots=True)
 class LiveOptions:
-    """How the live cache is filled and kept.
+    """How the live cache is filled and kept."""
 
-    Attributes:
-        draft_model: As a model, or ``None``.
-        num_draft_tokens: How many tokens it guesses at a time.
-        max_kv_size: Rows kept per layer, or ``None`` for all.
-        kv_bits: A mode of quantization, or ``None``.
-    """
-
+    # As a model, or ``None``.
     draft_model: str | None
+    # How many tokens it guesses at a time.
     num_draft_tokens: int
+    # Rows kept per layer, or ``None`` for all.
     max_kv_size: int | None
+    # A mode of quantization, or ``None``.
     kv_bits: int | str | None
 
     def check(self) -> None:
@@ -125,18 +113,15 @@ class LiveOptions:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How the next token is drawn.
+    """How the next token is drawn."""
 
-    Attributes:
-        temp: Temperature; 0 takes the likeliest.
-        top_p: Draw from the likeliest that together have this probability.
-        top_k: Draw from so many; 0 from all.
-        seed: Of the random numbers, or ``None``.
-    """
-
+    # Temperature; 0 takes the likeliest.
     temp: float
+    # Draw from the likeliest that together have this probability.
     top_p: float
+    # Draw from so many; 0 from all.
     top_k: int
+    # Of the random numbers, or ``None``.
     seed: int | None
 
     def make_sampler(self) -> Callable[[Any], Any]:

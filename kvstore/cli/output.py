@@ -34,18 +34,15 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[T]):
-    """One column of a table.
+    """One column of a table."""
 
-    Attributes:
-        header: Its header, in capitals.
-        cell: What it shows of an item.
-        is_number: Align to the right, and never shorten.
-        total: What stands in the last line.
-    """
-
+    # Its header, in capitals.
     header: str
+    # What it shows of an item.
     cell: Callable[[T], str]
+    # Align to the right, and never shorten.
     is_number: bool = False
+    # What stands in the last line.
     total: str = ""
 
 
@@ -118,12 +115,9 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where verbs put what they have to say.
+    """Where verbs put what they have to say."""
 
-    Attributes:
-        mode: ``human``, ``json`` or ``quiet``.
-    """
-
+    # ``human``, ``json`` or ``quiet``.
     mode: Mode = "human"
 
     def result(self, text: str, data: Any, ids: Sequence[str] = ()) -> None:

@@ -45,18 +45,15 @@ MLX_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What the rows of one array of one block are.
+    """What the rows of one array of one block are."""
 
-    Attributes:
-        side: Name of the array: ``k`` and ``v`` are keys and values.
-        start: Position in the sequence of the first token.
-        shape: ``(L, H, T, D)``: layers, KV heads, tokens, head dimension.
-        dtype: safetensors name of the element type.
-    """
-
+    # Name of the array: ``k`` and ``v`` are keys and values.
     side: str
+    # Position in the sequence of the first token.
     start: int
+    # ``(L, H, T, D)``: layers, KV heads, tokens, head dimension.
     shape: tuple[int, int, int, int]
+    # safetensors name of the element type.
     dtype: str
 
 
@@ -117,14 +114,11 @@ class BytesCodec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """An array codec, and a bytes codec behind it or none.
+    """An array codec, and a bytes codec behind it or none."""
 
-    Attributes:
-        array: Rows to named arrays.
-        compressor: What each named array then goes through, or ``None``.
-    """
-
+    # Rows to named arrays.
     array: ArrayCodec
+    # What each named array then goes through, or ``None``.
     compressor: BytesCodec | None = None
 
     @property

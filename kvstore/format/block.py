@@ -21,134 +21,109 @@ STATE_EXTRAS = 2**40
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive tokens of a sequence and their place in its chain.
+    """Consecutive tokens of a sequence and their place in its chain."""
 
-    Attributes:
-        hash: Names the block.
-        parent: Hash of the block before, or the root hash for the first.
-        start: Position of the first token in the sequence.
-        tokens: The token ids; fewer than ``block_size`` only in a tail.
-    """
-
+    # Names the block.
     hash: BlockHash
+    # Hash of the block before, or the root hash for the first.
     parent: BlockHash
+    # Position of the first token in the sequence.
     start: int
+    # The token ids; fewer than ``block_size`` only in a tail.
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One named array of an encoded block, on its way into a shard.
+    """One named array of an encoded block, on its way into a shard."""
 
-    Attributes:
-        name: ``<group>.<side>.<part>``, such as ``0.k.codes``.
-        dtype: safetensors name of the element type.
-        shape: Its shape.
-        data: Its bytes, little-endian, row-major.
-        raw_nbytes: Bytes before compression, or ``None`` where there was none.
-    """
-
+    # ``<group>.<side>.<part>``, such as ``0.k.codes``.
     name: str
+    # safetensors name of the element type.
     dtype: str
     shape: tuple[int, ...]
+    # Its bytes, little-endian, row-major.
     data: bytes | memoryview
+    # Bytes before compression, or ``None`` where there was none.
     raw_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
-    """A block and its parts.
-
-    Attributes:
-        block: The block.
-        codec: Name of the codec that made the parts.
-        is_lossless: That codec loses nothing.
-        is_exact: Lossless, and nothing lossy went into computing the rows.
-        parts: In the order in which they are written.
-        num_extras: As in :class:`Place`.
-    """
+    """A block and its parts."""
 
     block: Block
+    # Name of the codec that made the parts.
     codec: str
+    # That codec loses nothing.
     is_lossless: bool
+    # Lossless, and nothing lossy went into computing the rows.
     is_exact: bool
+    # In the order in which they are written.
     parts: tuple[Part, ...]
+    # As in :class:`Place`.
     num_extras: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What computed the rows of a shard; the same for all of its blocks.
+    """What computed the rows of a shard; the same for all of its blocks."""
 
-    Attributes:
-        fingerprint: The fingerprint's fields.
-        layout: JSON value that describes the layers.
-        tenant: Keeps apart what must not be shared.
-    """
-
+    # The fingerprint's fields.
     fingerprint: JSON
+    # JSON value that describes the layers.
     layout: Any
+    # Keeps apart what must not be shared.
     tenant: str
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as a shard's header describes it.
+    """A tensor as a shard's header describes it."""
 
-    Attributes:
-        dtype: safetensors name of the element type.
-        shape: Its shape.
-        begin: First byte, counted from the start of the data.
-        end: One past the last byte.
-        raw_nbytes: Bytes before compression, or ``None`` where there was none.
-    """
-
+    # safetensors name of the element type.
     dtype: str
     shape: tuple[int, ...]
+    # First byte, counted from the start of the data.
     begin: int
+    # One past the last byte.
     end: int
+    # Bytes before compression, or ``None`` where there was none.
     raw_nbytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """A block as a shard's header describes it.
-
-    Attributes:
-        block: The block.
-        codec: Name of the codec of its parts.
-        is_lossless: That codec loses nothing.
-        is_exact: Lossless, and nothing lossy went into computing the rows.
-        num_extras: As in :class:`Place`.
-        digest: BLAKE3 of its bytes in hex.
-        begin: First byte of its range, counted from the start of the data.
-        end: One past the last byte.
-        tensors: Its parts by name, in the order of their bytes.
-    """
+    """A block as a shard's header describes it."""
 
     block: Block
+    # Name of the codec of its parts.
     codec: str
+    # That codec loses nothing.
     is_lossless: bool
+    # Lossless, and nothing lossy went into computing the rows.
     is_exact: bool
+    # As in :class:`Place`.
     num_extras: int
+    # BLAKE3 of its bytes in hex.
     digest: str
+    # First byte of its range, counted from the start of the data.
     begin: int
+    # One past the last byte.
     end: int
+    # Its parts by name, in the order of their bytes.
     tensors: dict[str, TensorSpec]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """What a shard says of itself.
+    """What a shard says of itself."""
 
-    Attributes:
-        origin: What computed its rows.
-        blocks: Its blocks, in the order of their bytes.
-        data_begin: Where the data starts in the file.
-        nbytes: Size of the whole file.
-    """
-
+    # What computed its rows.
     origin: Origin
+    # Its blocks, in the order of their bytes.
     blocks: tuple[StoredBlock, ...]
+    # Where the data starts in the file.
     data_begin: int
+    # Size of the whole file.
     nbytes: int

@@ -197,32 +197,29 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a bundle says of itself; most is as in :class:`Entry`.
+    """What a bundle says of itself; most is as in :class:`Entry`."""
 
-    Attributes:
-        name: The entry's name, or ``None``.
-        tip: Hash of the last block in hex.
-        root: Hash that the first block has as parent, in hex.
-        num_tokens: Tokens held.
-        codec: The codec asked for when the entry was saved.
-        model: What the model was called; advisory.
-        made_with: Versions of kvstore, mlx and mlx-lm; advisory.
-        created_at: When the name was first saved, Unix seconds.
-        block_size: Tokens in a full block.
-        origin: What computed the rows.
-        shards: SHA-256 in hex, and bytes, of each shard in the order of their tokens.
-    """
-
+    # The entry's name, or ``None``.
     name: str | None
+    # Hash of the last block in hex.
     tip: str
+    # Hash that the first block has as parent, in hex.
     root: str
+    # Tokens held.
     num_tokens: int
+    # The codec asked for when the entry was saved.
     codec: str
+    # What the model was called; advisory.
     model: str
+    # Versions of kvstore, mlx and mlx-lm; advisory.
     made_with: dict[str, str]
+    # When the name was first saved, Unix seconds.
     created_at: float
+    # Tokens in a full block.
     block_size: int
+    # What computed the rows.
     origin: Origin
+    # SHA-256 in hex, and bytes, of each shard in the order of their tokens.
     shards: tuple[tuple[str, int], ...]
 
     @property

@@ -77,34 +77,31 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A saved prompt cache: a name, or none, that points at its last block.
+    """A saved prompt cache: a name, or none, that points at its last block."""
 
-    Attributes:
-        id: 32 hex digits, derived from the name, or from the tip without one.
-        name: The name, or ``None``.
-        tip: Hash of the last block in hex.
-        root: Hash that the first block has as parent, in hex.
-        num_tokens: Tokens held.
-        nbytes: Bytes of its blocks in the store, shared ones included.
-        codec: The codec asked for when it was saved.
-        model: What the model was called; advisory.
-        made_with: Versions of kvstore, mlx and mlx-lm; advisory.
-        created_at: When the name was first saved, Unix seconds.
-        updated_at: When it was last saved, Unix seconds.
-        pinned: It is never evicted.
-    """
-
+    # 32 hex digits, derived from the name, or from the tip without one.
     id: str
+    # The name, or ``None``.
     name: str | None
+    # Hash of the last block in hex.
     tip: str
+    # Hash that the first block has as parent, in hex.
     root: str
+    # Tokens held.
     num_tokens: int
+    # Bytes of its blocks in the store, shared ones included.
     nbytes: int
+    # The codec asked for when it was saved.
     codec: str
+    # What the model was called; advisory.
     model: str
+    # Versions of kvstore, mlx and mlx-lm; advisory.
     made_with: dict[str, str]
+    # When the name was first saved, Unix seconds.
     created_at: float
+    # When it was last saved, Unix seconds.
     updated_at: float
+    # It is never evicted.
     pinned: bool = False
 
 

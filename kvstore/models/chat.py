@@ -50,30 +50,27 @@ MAX_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class ChatStats:
-    """Where a chat stands.
+    """Where a chat stands."""
 
-    Attributes:
-        name: Its name, or ``None``.
-        entry_id: Id of its entry, or ``None`` before the first turn.
-        is_saved: All that was said is on disk.
-        num_turns: Turns, or ``None`` where they cannot be told apart.
-        num_tokens: Tokens of the whole conversation.
-        num_restored_tokens: Tokens restored from disk, over all turns of this session.
-        num_computed_tokens: Tokens of prompts that were computed, over the same.
-        num_generated_tokens: Tokens of replies, over the same.
-        cache_bytes: What the live cache takes in memory.
-        entry_bytes: What the blocks of its entry take on disk, shared ones included.
-    """
-
+    # Its name, or ``None``.
     name: str | None
+    # Id of its entry, or ``None`` before the first turn.
     entry_id: str | None
+    # All that was said is on disk.
     is_saved: bool
+    # Turns, or ``None`` where they cannot be told apart.
     num_turns: int | None
+    # Tokens of the whole conversation.
     num_tokens: int
+    # Tokens restored from disk, over all turns of this session.
     num_restored_tokens: int
+    # Tokens of prompts that were computed, over the same.
     num_computed_tokens: int
+    # Tokens of replies, over the same.
     num_generated_tokens: int
+    # What the live cache takes in memory.
     cache_bytes: int
+    # What the blocks of its entry take on disk, shared ones included.
     entry_bytes: int
 
 

@@ -52,13 +52,11 @@ class LiveCache:
     """A prompt cache in memory, from which the next run goes on.
 
     It is empty before the first run, while one works, and after one that failed.
-
-    Attributes:
-        tokens: Exactly the tokens whose rows it holds.
-        prompt_cache: mlx-lm's list of per-layer caches.
     """
 
+    # Exactly the tokens whose rows it holds.
     tokens: list[int] = field(default_factory=list)
+    # mlx-lm's list of per-layer caches.
     prompt_cache: list[Any] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -195,14 +193,11 @@ class _Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class _Models:
-    """The model, and its draft model if there is one, whose caches follow.
+    """The model, and its draft model if there is one, whose caches follow."""
 
-    Attributes:
-        model: The model.
-        draft: The draft model, or ``None``.
-    """
-
+    # The model.
     model: Any
+    # The draft model, or ``None``.
     draft: Any
 
     def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:

@@ -221,20 +221,17 @@ _SAMPLES = ("a", "7 é.", "\n\nB\n", " c ", "(x)")
 
 @dataclass(frozen=True, slots=True)
 class TurnMarks:
-    """How a chat template marks turns, as tokens.
+    """How a chat template marks turns, as tokens."""
 
-    Attributes:
-        opening: What stands before the first message where there is no system prompt.
-        header: What begins a message of the user.
-        boundary: What ends a reply and begins the next message of the user.
-        answer: What ends a message of the user and begins the reply.
-        is_closed_by_model: The first token of ``boundary`` is one that ends a reply.
-    """
-
+    # What stands before the first message where there is no system prompt.
     opening: tuple[int, ...]
+    # What begins a message of the user.
     header: tuple[int, ...]
+    # What ends a reply and begins the next message of the user.
     boundary: tuple[int, ...]
+    # What ends a message of the user and begins the reply.
     answer: tuple[int, ...]
+    # The first token of ``boundary`` is one that ends a reply.
     is_closed_by_model: bool
 
     def first(self, tokens: Sequence[int]) -> int | None:

@@ -42,18 +42,15 @@ FindingKind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that ``verify`` found wrong.
+    """One thing that ``verify`` found wrong."""
 
-    Attributes:
-        kind: What sort of thing.
-        path: The file, relative to the store.
-        detail: What is wrong, one sentence.
-        entries: Names or ids of entries that cannot be loaded because of it.
-    """
-
+    # What sort of thing.
     kind: FindingKind
+    # The file, relative to the store.
     path: str
+    # What is wrong, one sentence.
     detail: str
+    # Names or ids of entries that cannot be loaded because of it.
     entries: tuple[str, ...] = ()
 
 

@@ -25,59 +25,50 @@ from .load import Child, Hit, Loader, Match, Request
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where a prompt leaves what is stored.
+    """Where a prompt leaves what is stored."""
 
-    Attributes:
-        position: Of the first token that differs.
-        start: Position of the first token of ``stored`` and ``given``.
-        stored: Stored tokens around it.
-        given: The prompt's tokens around it.
-        entry: Name or id of an entry that goes on with the stored ones, if one does.
-    """
-
+    # Of the first token that differs.
     position: int
+    # Position of the first token of ``stored`` and ``given``.
     start: int
+    # Stored tokens around it.
     stored: tuple[int, ...]
+    # The prompt's tokens around it.
     given: tuple[int, ...]
+    # Name or id of an entry that goes on with the stored ones, if one does.
     entry: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class OtherModel:
-    """What another model, or another kind of cache, has stored of a prompt.
+    """What another model, or another kind of cache, has stored of a prompt."""
 
-    Attributes:
-        num_tokens: How many tokens from the start on it has of the prompt.
-        difference: The first field that differs, with both values.
-        model: What that model was called, or empty.
-        entry: Name or id of an entry that holds these tokens, if one does.
-    """
-
+    # How many tokens from the start on it has of the prompt.
     num_tokens: int
+    # The first field that differs, with both values.
     difference: str
+    # What that model was called, or empty.
     model: str
+    # Name or id of an entry that holds these tokens, if one does.
     entry: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why the store holds of a prompt what it holds.
+    """Why the store holds of a prompt what it holds."""
 
-    Attributes:
-        match: What ``load`` would restore.
-        num_common: So many leading tokens are stored for this model and this kind of
-            cache, restorable up to there or not.
-        divergence: Where the prompt leaves them, unless they just end.
-        entry: Name or id of an entry that has these tokens, if one does.
-        other: What has more of the prompt, and cannot be used.
-        damage: Which block is damaged or missing, one sentence, or ``None``.
-    """
-
+    # What ``load`` would restore.
     match: Match
+    # So many leading tokens are stored for this model and this kind of cache,
+    # restorable up to there or not.
     num_common: int
+    # Where the prompt leaves them, unless they just end.
     divergence: Divergence | None
+    # Name or id of an entry that has these tokens, if one does.
     entry: str | None
+    # What has more of the prompt, and cannot be used.
     other: OtherModel | None
+    # Which block is damaged or missing, one sentence, or ``None``.
     damage: str | None
 
 
@@ -87,26 +78,23 @@ WINDOW = 12
 
 @dataclass(frozen=True, slots=True)
 class _Trace:
-    """How far a prompt's tokens are stored under one root.
+    """How far a prompt's tokens are stored under one root."""
 
-    Attributes:
-        root: The root.
-        fingerprint: Digest of the model's fingerprint.
-        tenant: Whose it is.
-        layout: JSON value that describes the layers.
-        blocks: The prompt's full blocks by hash, stored or not.
-        places: Where the leading ones lie.
-        num_common: Tokens that are stored, those of a part of a block included.
-        child: The block behind the full ones that has most of the prompt, if any has.
-    """
-
+    # The root.
     root: BlockHash
+    # Digest of the model's fingerprint.
     fingerprint: str
+    # Whose it is.
     tenant: str
+    # JSON value that describes the layers.
     layout: Any
+    # The prompt's full blocks by hash, stored or not.
     blocks: dict[BlockHash, Block]
+    # Where the leading ones lie.
     places: tuple[Place, ...]
+    # Tokens that are stored, those of a part of a block included.
     num_common: int
+    # The block behind the full ones that has most of the prompt, if any has.
     child: Child | None
 
     @property

@@ -27,14 +27,11 @@ _TRIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What a bundle will hold.
+    """What a bundle will hold."""
 
-    Attributes:
-        manifest: What it will say of itself.
-        groups: The blocks of each of its shards, as they are stored.
-    """
-
+    # What it will say of itself.
     manifest: Manifest
+    # The blocks of each of its shards, as they are stored.
     groups: tuple[tuple[StoredBlock, ...], ...]
 
 

@@ -49,18 +49,15 @@ _TOUCH_EVERY_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """A bundle that is staged in a store and not yet seen.
+    """A bundle that is staged in a store and not yet seen."""
 
-    Attributes:
-        manifest: What it says of itself.
-        chain: The blocks.
-        blocks: The same as its shards describe them.
-        shards: Its shards, not yet synced.
-    """
-
+    # What it says of itself.
     manifest: Manifest
+    # The blocks.
     chain: Chain
+    # The same as its shards describe them.
     blocks: tuple[StoredBlock, ...]
+    # Its shards, not yet synced.
     shards: tuple[StagedShard, ...]
 
 

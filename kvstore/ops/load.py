@@ -52,66 +52,56 @@ rebuilt no further; ``damaged``: the next block is stored and cannot be used.
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What the store holds of a prompt.
+    """What the store holds of a prompt."""
 
-    Attributes:
-        num_tokens: How many tokens ``load`` would restore.
-        num_prompt_tokens: How many the prompt has.
-        reason: Why it ends there.
-        detail: The same as a sentence with its values.
-    """
-
+    # How many tokens ``load`` would restore.
     num_tokens: int
+    # How many the prompt has.
     num_prompt_tokens: int
+    # Why it ends there.
     reason: Reason
+    # The same as a sentence with its values.
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller wants restored.
-
-    Attributes:
-        tokens: The prompt.
-        fingerprint: Digest of the model's fingerprint.
-        tenant: Whose blocks.
-        exact: Take exact blocks only.
-        classes: Class and parameters of each cache, or ``None`` for any.
-        spans: Parts of the prompt inside which a hit must not end.
-        from_codes: Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
-    """
+    """What a caller wants restored."""
 
     tokens: Sequence[int]
+    # Digest of the model's fingerprint.
     fingerprint: str
+    # Whose blocks.
     tenant: str
+    # Take exact blocks only.
     exact: bool = False
+    # Class and parameters of each cache, or ``None`` for any.
     classes: tuple[Signature, ...] | None = None
+    # Parts of the prompt inside which a hit must not end.
     spans: Sequence[Span] = ()
+    # Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
     from_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """Blocks that together hold a prefix.
+    """Blocks that together hold a prefix."""
 
-    Attributes:
-        root: What they descend from.
-        layout: How the prompt cache is built.
-        places: Where they lie, in order.
-        num_tokens: Tokens restored; it may end inside the last block.
-        reason: Why the hit ends there.
-        detail: The same as a sentence.
-        classes: What was asked for, or ``None`` for what the layout says.
-        codec: What most of its tokens were decoded from, once it is restored.
-    """
-
+    # What they descend from.
     root: BlockHash
+    # How the prompt cache is built.
     layout: Layout
+    # Where they lie, in order.
     places: tuple[Place, ...]
+    # Tokens restored; it may end inside the last block.
     num_tokens: int
+    # Why the hit ends there.
     reason: Reason
+    # The same as a sentence.
     detail: str
+    # What was asked for, or ``None`` for what the layout says.
     classes: tuple[Signature, ...] | None = None
+    # What most of its tokens were decoded from, once it is restored.
     codec: str | None = None
 
 

@@ -36,40 +36,33 @@ _SLACK_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What may go.
+    """What may go."""
 
-    Attributes:
-        max_bytes: Evict until all shards together have at most so many bytes.
-        older_than_s: Evict what was not used for so many seconds.
-        named: Evict entries with names too, after all others; never pinned ones.
-        grace_s: How old unreachable blocks must be.
-        needed: Blocks that stay, whatever entries there are: a save builds on them.
-    """
-
+    # Evict until all shards together have at most so many bytes.
     max_bytes: int | None = None
+    # Evict what was not used for so many seconds.
     older_than_s: float | None = None
+    # Evict entries with names too, after all others; never pinned ones.
     named: bool = False
+    # How old unreachable blocks must be.
     grace_s: float = GRACE_S
+    # Blocks that stay, whatever entries there are: a save builds on them.
     needed: frozenset[BlockHash] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What would go, as of when the plan was made.
+    """What would go, as of when the plan was made."""
 
-    Attributes:
-        entries: Entries to be removed, in that order.
-        removed: Shards that nothing needs, and their bytes.
-        repacked: Shards to be rewritten without their dead blocks, and the bytes
-            that frees.
-        leftovers: Files of crashed saves.
-        nbytes: Bytes of all shards now.
-    """
-
+    # Entries to be removed, in that order.
     entries: tuple[Entry, ...]
+    # Shards that nothing needs, and their bytes.
     removed: dict[str, int]
+    # Shards to be rewritten without their dead blocks, and the bytes that frees.
     repacked: dict[str, int]
+    # Files of crashed saves.
     leftovers: tuple[Path, ...]
+    # Bytes of all shards now.
     nbytes: int
     _pruner: Pruner = field(repr=False, compare=False)
 

@@ -24,28 +24,25 @@ def is_current(timing: Timing, now: float) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpeeds:
-    """How fast one model's rows are computed, and restored from one codec.
+    """How fast one model's rows are computed, and restored from one codec."""
 
-    Attributes:
-        fingerprint: Digest of the model's fingerprint.
-        model: What the model was called.
-        codec: What rows are restored from, or ``None`` where none were so far.
-        prefill_tps: Tokens computed in a second, or ``None``.
-        load_tps: Tokens restored in a second, or ``None``.
-        verdict: Whether restoring pays.
-        break_even_tokens: From how many tokens on, where it does.
-        measured_at: When the older of both was measured last, Unix seconds.
-        is_current: That is less than a day ago; else it decides nothing.
-    """
-
+    # Digest of the model's fingerprint.
     fingerprint: str
+    # What the model was called.
     model: str
+    # What rows are restored from, or ``None`` where none were so far.
     codec: str | None
+    # Tokens computed in a second, or ``None``.
     prefill_tps: float | None
+    # Tokens restored in a second, or ``None``.
     load_tps: float | None
+    # Whether restoring pays.
     verdict: Verdict
+    # From how many tokens on, where it does.
     break_even_tokens: int | None
+    # When the older of both was measured last, Unix seconds.
     measured_at: float
+    # That is less than a day ago; else it decides nothing.
     is_current: bool
 
 
@@ -123,14 +120,11 @@ def is_sound(timing: Timing) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What is known of one model on this machine.
+    """What is known of one model on this machine."""
 
-    Attributes:
-        prefill: What was observed of computing its rows, or ``None``.
-        load: What was observed of restoring them, or ``None``.
-    """
-
+    # What was observed of computing its rows, or ``None``.
     prefill: Timing | None = None
+    # What was observed of restoring them, or ``None``.
     load: Timing | None = None
 
     @classmethod

@@ -21,48 +21,43 @@ from .speeds import ModelSpeeds, Speeds, is_current, is_sound
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Sums over a store.
-
-    Attributes:
-        num_entries: Entries.
-        num_blocks: Blocks the index knows.
-        num_shards: Shards the index knows.
-        num_tokens: Tokens over all entries, shared ones counted each time.
-        nbytes: Bytes of all shards.
-        entry_bytes: Bytes of all entries' blocks, shared ones counted each time.
-        reached_bytes: The same, each block counted once; the rest can be pruned.
-        kept_bytes: Those of them that entries with a name, or pinned, have; these are
-            never evicted unasked.
-        max_bytes: The size limit.
-        num_quarantined: Files that could not be read, in quarantine.
-        quarantine_bytes: Bytes of these.
-        dedup_ratio: ``entry_bytes`` over ``reached_bytes``.
-        compression_ratio: What the blocks that entries reach would take as they are in
-            memory, over what they take.
-        seconds_saved: By how much hits were faster than computing the same rows;
-            ``None`` where the speed of that was never measured.
-        counters: Sums over the life of the index: ``hits``, ``misses``,
-            ``restored_tokens`` (not recomputed), ``missed_tokens``,
-            ``written_bytes``, ``read_bytes``, ``raw_bytes`` (what was written,
-            before any codec).
-        speeds: How fast each model's rows are computed and restored.
-    """
+    """Sums over a store."""
 
     num_entries: int
+    # Blocks the index knows.
     num_blocks: int
+    # Shards the index knows.
     num_shards: int
+    # Tokens over all entries, shared ones counted each time.
     num_tokens: int
+    # Bytes of all shards.
     nbytes: int
+    # Bytes of all entries' blocks, shared ones counted each time.
     entry_bytes: int
+    # The same, each block counted once; the rest can be pruned.
     reached_bytes: int
+    # Those of them that entries with a name, or pinned, have; these are never evicted
+    # unasked.
     kept_bytes: int
+    # The size limit.
     max_bytes: int
+    # Files that could not be read, in quarantine.
     num_quarantined: int
+    # Bytes of these.
     quarantine_bytes: int
+    # ``entry_bytes`` over ``reached_bytes``.
     dedup_ratio: float
+    # What the blocks that entries reach would take as they are in memory, over what
+    # they take.
     compression_ratio: float
+    # By how much hits were faster than computing the same rows; ``None`` where the
+    # speed of that was never measured.
     seconds_saved: float | None
+    # Sums over the life of the index: ``hits``, ``misses``, ``restored_tokens`` (not
+    # recomputed), ``missed_tokens``, ``written_bytes``, ``read_bytes``, ``raw_bytes``
+    # (what was written, before any codec).
     counters: dict[str, int]
+    # How fast each model's rows are computed and restored.
     speeds: tuple[ModelSpeeds, ...]
 
 

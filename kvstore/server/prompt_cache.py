@@ -39,15 +39,11 @@ _MIN_READ_S, _MAX_READ_S, _PAUSE_S = 10.0, 30.0, 60.0
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server's key for a model stands for.
+    """What a server's key for a model stands for."""
 
-    Attributes:
-        fingerprint: Of the model as it is loaded, adapter and draft model included.
-        empty_caches: Prompt caches as the server makes them, one of each kind that it
-            can go on from.
-    """
-
+    # Of the model as it is loaded, adapter and draft model included.
     fingerprint: Fingerprint
+    # Prompt caches as the server makes them, one of each kind that it can go on from.
     empty_caches: tuple[list[Any], ...]
 
 

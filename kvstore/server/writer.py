@@ -34,15 +34,11 @@ _MAX_REMEMBERED = 4096
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something to be saved.
+    """Something to be saved."""
 
-    Attributes:
-        snapshot: Taken from the prompt cache.
-        is_shared: Others will go on from here, so that what continues it does not
-            take its place.
-    """
-
+    # Taken from the prompt cache.
     snapshot: Snapshot
+    # Others will go on from here, so that what continues it does not take its place.
     is_shared: bool
 
     @property

@@ -21,18 +21,14 @@ _FOLDERS = ("entries", "shards", "quarantine", "tmp")
 
 @dataclass(frozen=True, slots=True)
 class StoreFolder:
-    """An existing store.
-
-    Attributes:
-        path: The folder.
-        id: 32 hex digits, drawn when it was created.
-        block_size: Tokens in a full block.
-        chosen_bytes: The size limit that was set, or ``None``.
-    """
+    """An existing store."""
 
     path: Path
+    # 32 hex digits, drawn when it was created.
     id: str
+    # Tokens in a full block.
     block_size: int
+    # The size limit that was set, or ``None``.
     chosen_bytes: int | None = None
 
     @property

@@ -25,40 +25,34 @@ from . import files
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the index says a block lies, and what may be asked of it.
+    """Where the index says a block lies, and what may be asked of it."""
 
-    Attributes:
-        hash: The block's hash.
-        shard: Name of the shard that holds it.
-        num_tokens: How many tokens it has.
-        nbytes: Its bytes in the shard.
-        is_lossless: Its codec loses nothing.
-        is_exact: Lossless, and nothing lossy went into computing it.
-        num_extras: How much it holds of windows and states: the rows of all its
-            windows, outweighed by a checkpoint. More makes a copy the better one.
-    """
-
+    # The block's hash.
     hash: BlockHash
+    # Name of the shard that holds it.
     shard: str
+    # How many tokens it has.
     num_tokens: int
+    # Its bytes in the shard.
     nbytes: int
+    # Its codec loses nothing.
     is_lossless: bool
+    # Lossless, and nothing lossy went into computing it.
     is_exact: bool
+    # How much it holds of windows and states: the rows of all its windows, outweighed
+    # by a checkpoint. More makes a copy the better one.
     num_extras: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a block hangs from, and what it takes.
+    """What a block hangs from, and what it takes."""
 
-    Attributes:
-        parent: Hash of the block before, or the root hash.
-        num_tokens: How many tokens it has.
-        nbytes: Its bytes in the shard, with its share of the header.
-    """
-
+    # Hash of the block before, or the root hash.
     parent: BlockHash
+    # How many tokens it has.
     num_tokens: int
+    # Its bytes in the shard, with its share of the header.
     nbytes: int
 
 
@@ -67,27 +61,23 @@ class Timing:
     """What was observed of computing or restoring rows of a model.
 
     All are sums over observations, in which older ones weigh less.
-
-    Attributes:
-        fingerprint: Digest of the model's fingerprint.
-        codec: What was restored from, or ``None`` where rows were computed.
-        model: What the model was called last; advisory.
-        num: Number of observations.
-        tokens: Tokens.
-        seconds: Seconds.
-        squares: Squares of tokens.
-        products: Products of tokens and seconds.
-        measured_at: When the last one was made, Unix seconds.
     """
 
+    # Digest of the model's fingerprint.
     fingerprint: str
+    # What was restored from, or ``None`` where rows were computed.
     codec: str | None
+    # What the model was called last; advisory.
     model: str
+    # Number of observations.
     num: float
     tokens: float
     seconds: float
+    # Squares of tokens.
     squares: float
+    # Products of tokens and seconds.
     products: float
+    # When the last one was made, Unix seconds.
     measured_at: float
 
 

@@ -39,16 +39,13 @@ def list_shards(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class StagedShard:
-    """A shard that is written and synced and not yet seen.
+    """A shard that is written and synced and not yet seen."""
 
-    Attributes:
-        path: Where it lies now.
-        name: What it will be called.
-        header: What it says of itself.
-    """
-
+    # Where it lies now.
     path: Path
+    # What it will be called.
     name: str
+    # What it says of itself.
     header: ShardHeader
 
 
