@@ -15,12 +15,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codecs import Rows
+from ..codecs.base import Rows
 from ..errors import UnsupportedCacheError
 from .kinds import kind_of
 from .kinds.base import Held
 from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
-from .stored import _rows_of
+from .stored import rows_of
 
 if TYPE_CHECKING:
     from .layout import Signature
@@ -77,11 +77,11 @@ def rows_held(
             first = max(held[layer][name][1] for layer in group.layers)
         if spec.kind in ("state", "mark"):
             if at_tip:
-                yield name, _rows_of(group, name, stop - 1, stop)
+                yield name, rows_of(group, name, stop - 1, stop)
             continue
         last = stop if spec.end is None else min(stop, spec.end)
         if max(start, first) < last:
-            yield name, _rows_of(group, name, max(start, first), last)
+            yield name, rows_of(group, name, max(start, first), last)
 
 
 def _is_list(cache: Any) -> bool:

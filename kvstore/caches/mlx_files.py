@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ..codecs import MLX_DTYPES
+from ..codecs.base import MLX_DTYPES
 from ..errors import FormatError, IntegrityError, KVStoreError, UnsupportedCacheError
 from ..format.safetensors import MAX_HEADER_BYTES, parse_header
 from ..storage import files

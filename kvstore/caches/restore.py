@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codecs import MLX_DTYPES, Codec, Rows
+from ..codecs.base import MLX_DTYPES, Codec, Rows
 from ..errors import IntegrityError
 from .kinds import kind_named
 from .kinds.base import capacity

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..codecs import MLX_DTYPES, Codec, Rows, get_codec, lossless_twin
-from ..codecs.base import Parts
+from ..codecs import get_codec, lossless_twin
+from ..codecs.base import MLX_DTYPES, Codec, Parts, Rows
 from ..errors import IntegrityError
 from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
 from .kinds import kind_named
@@ -74,7 +74,7 @@ def rows_stored(
             if first < start or (num_rows > 1 and spec.kind != "window"):
                 raise IntegrityError(f"tensor {number}.{name} has {num_rows} rows")
         if first < last:
-            yield name, _rows_of(group, name, first, last)
+            yield name, rows_of(group, name, first, last)
 
 
 def _count_rows(
@@ -93,7 +93,8 @@ def _count_rows(
     return num_rows
 
 
-def _rows_of(group: Group, name: str, first: int, last: int) -> Rows:
+def rows_of(group: Group, name: str, first: int, last: int) -> Rows:
+    """Return tokens `first` to `last` of one array of some layers."""
     spec = group.spec(name)
     shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
     return Rows(name, first, shape, spec.dtype)

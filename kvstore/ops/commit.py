@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from ..caches.snapshot import Chain, Snapshot
-from ..codecs import Codec
+from ..codecs.base import Codec
 from ..errors import EntryExistsError, FormatError, IntegrityError
 from ..format.block import Block, BlockHash, Progress
 from ..format.entry import Entry, make_entry

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..layout import LayerLayout, RowSpec
-from .base import _dtype_name, _layout
+from .base import dtype_name, make_layout
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
@@ -39,7 +39,7 @@ class States:
             if state is not None:
                 specs[f"state{i}"] = _state_spec(state)
                 params |= {f"shape{i}.{j}": n for j, n in enumerate(state.shape)}
-        return _layout(self.name, specs, **params)
+        return make_layout(self.name, specs, **params)
 
     def held(self, cache: Any) -> Held:
         """Return the states."""
@@ -70,7 +70,7 @@ class States:
 def _state_spec(array: mx.array) -> RowSpec:
     if array.shape[0] != 1:
         raise ValueError(f"a batch of {array.shape[0]}; store each by itself")
-    return RowSpec(1, array.size, _dtype_name(array), kind="state")
+    return RowSpec(1, array.size, dtype_name(array), kind="state")
 
 
 def _shape(params: Mapping[str, int], number: str) -> tuple[int, ...]:

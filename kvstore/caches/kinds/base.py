@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ...codecs import MLX_DTYPES
+from ...codecs.base import MLX_DTYPES
 from ...errors import UnsupportedCacheError
 from ..layout import LayerLayout, RowSpec
 
@@ -60,23 +60,30 @@ def capacity(num_tokens: int) -> int:
     return (num_tokens // _STEP + 1) * _STEP
 
 
-def _row_spec(array: mx.array) -> RowSpec:
+def row_spec(array: mx.array) -> RowSpec:
     """Return heads, dimension and dtype of a buffer of one sequence."""
     batch, heads, _, dim = array.shape
     if batch != 1:
         raise ValueError(f"a batch of {batch}; store each by itself")
-    return RowSpec(heads, dim, _dtype_name(array))
+    return RowSpec(heads, dim, dtype_name(array))
 
 
-def _row_specs(held: Held) -> dict[str, RowSpec]:
-    return {name: _row_spec(array) for name, (array, _) in held.items()}
+def row_specs(held: Held) -> dict[str, RowSpec]:
+    """Return heads, dimension and dtype of every array, by name."""
+    return {name: row_spec(array) for name, (array, _) in held.items()}
 
 
-def _dtype_name(array: mx.array) -> str:
+def dtype_name(array: mx.array) -> str:
+    """Return the safetensors name of an array's dtype.
+
+    Raises:
+        UnsupportedCacheError: It has none that a store keeps.
+    """
     if array.dtype not in _DTYPE_NAMES:
         raise UnsupportedCacheError(f"{array.dtype} cannot be stored")
     return _DTYPE_NAMES[array.dtype]
 
 
-def _layout(name: str, specs: Mapping[str, RowSpec], **params: int) -> LayerLayout:
+def make_layout(name: str, specs: Mapping[str, RowSpec], **params: int) -> LayerLayout:
+    """Return the layout of a layer, with its parameters in the order of their names."""
     return LayerLayout(name, tuple(sorted(params.items())), tuple(specs.items()))

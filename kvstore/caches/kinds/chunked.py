@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedCacheError
 from ..layout import LayerLayout, RowSpec
-from .base import _layout, _row_spec
+from .base import make_layout, row_spec
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
@@ -40,10 +40,10 @@ class ChunkedRows:
                     " 0.32 drops too many"
                 )
             for side, array in (("k", cache.keys), ("v", cache.values)):
-                spec = _row_spec(array)
+                spec = row_spec(array)
                 shape = (spec.num_heads, spec.head_dim, spec.dtype)
                 specs[f"{side}.window"] = RowSpec(*shape, 0, None, "window")
-        return _layout(self.name, specs, chunk_size=cache.chunk_size)
+        return make_layout(self.name, specs, chunk_size=cache.chunk_size)
 
     def held(self, cache: Any) -> Held:
         """Return the rows that are still there."""

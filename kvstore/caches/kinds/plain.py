@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..layout import LayerLayout
-from .base import _layout, _row_specs
+from .base import make_layout, row_specs
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
@@ -25,7 +25,7 @@ class PlainRows:
 
     def read(self, cache: Any) -> LayerLayout:
         """Return heads, dimensions and dtype of keys and values."""
-        return _layout(self.name, _row_specs(self.held(cache)))
+        return make_layout(self.name, row_specs(self.held(cache)))
 
     def held(self, cache: Any) -> Held:
         """Return keys and values, but not those of no dimension."""

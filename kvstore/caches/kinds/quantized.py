@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..layout import LayerLayout
-from .base import _layout, _row_specs
+from .base import make_layout, row_specs
 from .plain import PlainRows
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ class AffineRows(PlainRows):
 
     def read(self, cache: Any) -> LayerLayout:
         """Return what it keeps, with group size and bits."""
-        specs = _row_specs(self.held(cache))
-        return _layout(self.name, specs, bits=cache.bits, group_size=cache.group_size)
+        specs = row_specs(self.held(cache))
+        return make_layout(
+            self.name, specs, bits=cache.bits, group_size=cache.group_size
+        )
 
     def held(self, cache: Any) -> Held:
         """Return codes, scales and biases of both sides."""

@@ -8,12 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..layout import LayerLayout, RowSpec
-from .base import _layout, _row_spec
+from .base import make_layout, row_spec
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
-
-_SINKS = 4
 
 
 class RotatingRows:
@@ -37,14 +35,14 @@ class RotatingRows:
         specs: dict[str, RowSpec] = {}
         if cache.keys is not None:
             for side, array in (("k", cache.keys), ("v", cache.values)):
-                spec = _row_spec(array)
+                spec = row_spec(array)
                 shape = (spec.num_heads, spec.head_dim, spec.dtype)
                 if cache.keep:
                     specs[f"{side}.keep"] = RowSpec(*shape, 0, cache.keep)
                 window = RowSpec(*shape, cache.keep, None, "window")
                 specs[f"{side}.window"] = window
             specs["index"] = RowSpec(1, 1, "U32", kind="mark")
-        return _layout(self.name, specs, keep=cache.keep, max_size=cache.max_size)
+        return make_layout(self.name, specs, keep=cache.keep, max_size=cache.max_size)
 
     def held(self, cache: Any) -> Held:
         """Return the rows that are still there, in temporal order."""

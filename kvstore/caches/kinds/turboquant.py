@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..layout import LayerLayout, RowSpec
-from .base import _layout, _row_spec
+from .base import make_layout, row_spec
 from .plain import PlainRows
-from .rotating import _SINKS
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
+
+# Leading tokens whose rows `TurboQuantKVCache` keeps uncoded: attention rests on them.
+_SINKS = 4
 
 
 class TurboRows(PlainRows):
@@ -29,14 +31,14 @@ class TurboRows(PlainRows):
         specs: dict[str, RowSpec] = {}
         bits = {f"{side}_bits": held.bits for side, held in self._sides(cache)}
         if cache.empty():
-            return _layout(self.name, specs, **bits)
+            return make_layout(self.name, specs, **bits)
         for side, held in self._sides(cache):
-            sinks = _row_spec(held.sinks)
+            sinks = row_spec(held.sinks)
             heads, dim = sinks.num_heads, sinks.head_dim
             specs[f"{side}.sinks"] = RowSpec(heads, dim, sinks.dtype, 0, _SINKS)
             specs[f"{side}.codes"] = RowSpec(heads, dim * held.bits // 8, "U8", _SINKS)
             specs[f"{side}.norms"] = RowSpec(heads, 1, "F32", _SINKS)
-        return _layout(self.name, specs, **bits)
+        return make_layout(self.name, specs, **bits)
 
     def held(self, cache: Any) -> Held:
         """Return sinks, codes and norms of both sides."""
