@@ -11,7 +11,8 @@
     ├── FingerprintError                 made by another model: names the field
     ├── CodecError                       unknown name or bad configuration
     ├── UnsupportedCacheError            a cache class we cannot store
-    └── IntegrityError                   bytes disagree with their digest or header
+    ├── IntegrityError                   bytes disagree with their digest or header
+    └── IndexDamagedError                the index is wrong, and could not be rebuilt
 
 A caller writes::
 
@@ -104,3 +105,21 @@ class IntegrityError(KVStoreError):
         super().__init__(message, hint=hint)
         self.path = path
         self.block = block
+
+
+class IndexDamagedError(KVStoreError):
+    """The index contradicts itself or a shard.
+
+    Not an :class:`IntegrityError`: no stored row is in doubt. The store rebuilds the
+    index from the shards and tries again, so a caller sees this only where that fails.
+
+    Attributes:
+        path: The index.
+    """
+
+    def __init__(self, why: str, path: Path) -> None:
+        super().__init__(
+            f"the index is damaged: {why}",
+            hint="`kvstore verify --repair` builds it anew",
+        )
+        self.path = path

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from .errors import IntegrityError
+from .errors import IndexDamagedError, IntegrityError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import BlockHash, Progress, StoredBlock
 from .format.entry import Entry, check_name
@@ -725,9 +725,8 @@ class Store:
             self._opened = None
         try:
             return work()
-        except IntegrityError as error:
-            if error.path != self._folder.index:
-                raise
+        except IndexDamagedError:
+            pass  # rebuilt below, outside of the handler
         seen = self._opened.identity if self._opened else None
         self.close()
         replace_index(self._folder, seen)

@@ -90,10 +90,9 @@ class Admission:
                 continue
             try:
                 held[block.hash] = self._reader.stored(place)
-            except IntegrityError as error:
+            except IntegrityError:
                 # A damaged copy is out of the index now; a good one may take its place.
-                if error.path == self._folder.index:
-                    raise
+                continue
         return held
 
     def _check_restorable(self, held: Held) -> None:

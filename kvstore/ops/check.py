@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import FormatError, IntegrityError
+from ..errors import FormatError, IndexDamagedError, IntegrityError
 from ..format.block import BlockHash, Progress, StoredBlock
 from ..format.entry import Entry
 from ..storage import files
@@ -200,7 +200,7 @@ def _check_index(
         return
     try:
         index = Index(folder.index)
-    except IntegrityError as error:
+    except IndexDamagedError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
         return
     try:
@@ -212,7 +212,7 @@ def _check_index(
             path = shard_path(folder.shards, name)
             detail = "the index lacks blocks of it that entries need"
             yield _finding(folder, "unindexed-shard", path, detail)
-    except IntegrityError as error:
+    except IndexDamagedError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
     finally:
         index.close()

@@ -147,7 +147,6 @@ class Explainer:
             try:
                 self._reader.stored(place)
             except (IntegrityError, FormatError) as error:
-                self._raise_if_index(error)
                 return f"block {place.hash.hex()[:12]}: {error}"
         return None
 
@@ -243,8 +242,7 @@ class Explainer:
         place = trace.place or next(iter(self._index.followers(trace.root)), None)
         try:
             fields = self._reader.origin_at(place).fingerprint if place else None
-        except (IntegrityError, FormatError) as error:
-            self._raise_if_index(error)
+        except (IntegrityError, FormatError):
             fields = None
         found = Fingerprint(fields).difference(given) if fields else None
         return found or (
@@ -285,8 +283,8 @@ class Explainer:
         for place in sorted(found, key=lambda place: place.hash not in owners):
             try:
                 return self._reader.stored(place), 0
-            except (IntegrityError, FormatError) as error:
-                self._raise_if_index(error)
+            except (IntegrityError, FormatError):
+                continue
         return None, 0
 
     def _behind(self, chain: Sequence[BlockHash], stored: StoredBlock) -> Iterator[int]:
@@ -297,8 +295,7 @@ class Explainer:
                 return
             try:
                 yield from self._reader.stored(place).block.tokens
-            except (IntegrityError, FormatError) as error:
-                self._raise_if_index(error)
+            except (IntegrityError, FormatError):
                 return
 
     def _find_gap(
@@ -329,11 +326,6 @@ class Explainer:
         parent = before[-1] if before else trace.root
         is_tail = hash_block_tokens(parent, tokens) == lost
         return Block(lost, parent, start, tokens) if is_tail else None
-
-    def _raise_if_index(self, error: IntegrityError | FormatError) -> None:
-        """Raise what is wrong with the index: it can be rebuilt."""
-        if isinstance(error, IntegrityError) and error.path == self._index.path:
-            raise error
 
 
 class _Holders:

@@ -198,7 +198,6 @@ class Loader:
         except (IntegrityError, FormatError) as error:
             if strict:
                 raise
-            self._raise_if_index(error)
             # Windows and states were to be rebuilt where the hit ended.
             done = done if has_only_rows(hit.layout) else 0
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
@@ -263,7 +262,6 @@ class Loader:
         try:
             blocks = [self._reader.stored(place) for place in hit.places]
         except (IntegrityError, FormatError) as error:
-            self._raise_if_index(error)
             return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
         found = next(
             replace(hit, places=places, num_tokens=stop)
@@ -333,14 +331,8 @@ class Loader:
         """Return a block's row in its shard; ``None`` where that is damaged."""
         try:
             return self._reader.stored(place)
-        except (IntegrityError, FormatError) as error:
-            self._raise_if_index(error)
+        except (IntegrityError, FormatError):
             return None  # the reader has dropped it, or a later release wrote it
-
-    def _raise_if_index(self, error: IntegrityError | FormatError) -> None:
-        """Raise what is wrong with the index: it can be rebuilt."""
-        if isinstance(error, IntegrityError) and error.path == self._folder.index:
-            raise error
 
     def _explain(
         self,

@@ -92,11 +92,7 @@ class Saver:
         """Say whether a block's shard is there and can be read, as the index says."""
         try:
             self._reader.stored(place)
-        except FormatError:
-            return False
-        except IntegrityError as error:
-            if error.path == self._folder.index:
-                raise
+        except (FormatError, IntegrityError):
             return False
         return True
 

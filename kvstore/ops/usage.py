@@ -9,7 +9,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ..errors import IntegrityError, StoreLockedError
+from ..errors import IndexDamagedError, StoreLockedError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash
 from ..storage.index import Index, Timing
@@ -90,7 +90,7 @@ class LoadNotes:
             uses, self._uses = self._uses, {}
             timings = list(self._timings)
             self._timings.clear()
-        with suppress(StoreLockedError, IntegrityError, OSError), index.unsynced():
+        with suppress(StoreLockedError, IndexDamagedError, OSError), index.unsynced():
             index.count(**counts)
             for block, used_at in uses.items():
                 index.note_use(block, used_at)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import FormatError, IntegrityError, StoreLockedError
+from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, hash_block_tokens, hash_root
 from ..format.entry import Entry
@@ -33,7 +33,7 @@ def open_index(folder: StoreFolder) -> Index:
     if seen is not None:
         try:
             return Index(folder.index)
-        except IntegrityError:
+        except IndexDamagedError:
             replace_index(folder, seen)
     else:
         with files.locked(folder.lock, exclusive=True):
@@ -203,16 +203,16 @@ class Reader:
         """Return a block of a shard that is what the index says of it.
 
         Raises:
-            IntegrityError: It is not, so the index is damaged.
+            IndexDamagedError: It is not.
         """
         for stored in header.blocks:
             is_it = stored.block.hash == place.hash  # at once for nearly all
             if is_it and place_in(place.shard, stored) == place and is_sound(stored):
                 return stored
-        raise IntegrityError(
-            f"the index is damaged: shard {place.shard[:12]} does not hold block"
+        raise IndexDamagedError(
+            f"shard {place.shard[:12]} does not hold block"
             f" {place.hash.hex()[:12]} as it says",
-            path=self._folder.index,
+            self._folder.index,
         )
 
     @contextmanager
@@ -225,9 +225,7 @@ class Reader:
         try:
             yield
         except ValueError as error:
-            raise IntegrityError(
-                f"the index is damaged: {error}", path=self._folder.index
-            ) from error
+            raise IndexDamagedError(str(error), self._folder.index) from error
         except FileNotFoundError as error:
             self._forget(shard, None)
             raise IntegrityError(
@@ -236,10 +234,9 @@ class Reader:
                 hint="save the prompt again",
             ) from error
         except IntegrityError as error:
-            if error.path != self._folder.index:
-                self._forget(shard, error.block)
-                if error.block is None:
-                    self._quarantine(shard)
+            self._forget(shard, error.block)
+            if error.block is None:
+                self._quarantine(shard)
             raise
 
     def _forget(self, shard: str, block: str | None) -> None:
@@ -311,7 +308,7 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
     damaged need not be known.
 
     Raises:
-        IntegrityError: The index says something else, so it is damaged.
+        IndexDamagedError: The index says something else.
     """
     copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
     for name, header in _index_each(index, folder):
@@ -325,9 +322,8 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
         if found is None and not any(_is_there(folder, place) for place in left):
             continue
         if found not in known and not _is_so(folder, found):
-            raise IntegrityError(
-                f"the index is damaged: block {block.hex()[:12]} is not where it says",
-                path=folder.index,
+            raise IndexDamagedError(
+                f"block {block.hex()[:12]} is not where it says", folder.index
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import apsw
 
-from ..errors import FormatError, IntegrityError, StoreLockedError
+from ..errors import FormatError, IndexDamagedError, StoreLockedError
 from ..format.block import STATE_EXTRAS, Block, BlockHash
 from ..format.documents import JSON
 from . import files
@@ -171,7 +171,7 @@ class Index:
         identity: Device and inode, which tell this file from one that replaced it.
 
     Raises:
-        IntegrityError: The file is damaged; throw it away and rebuild it.
+        IndexDamagedError: The file is damaged; throw it away and rebuild it.
         StoreLockedError: Another process kept it locked.
         FormatError: A newer release wrote it.
     """
@@ -225,7 +225,7 @@ class Index:
         """Return where a block lies, where the index knows it as what it is.
 
         Raises:
-            IntegrityError: The index says otherwise, so it is damaged.
+            IndexDamagedError: The index says otherwise, so it is damaged.
         """
         place = self.place(block.hash)
         if place is None:
@@ -520,10 +520,8 @@ class Index:
                 raise self._damaged("a column is of another type")
         return rows
 
-    def _damaged(self, why: str) -> IntegrityError:
-        return IntegrityError(
-            f"the index is damaged: {self.path}: {why}", path=self.path
-        )
+    def _damaged(self, why: str) -> IndexDamagedError:
+        return IndexDamagedError(f"{self.path}: {why}", self.path)
 
     def _prepare(self, create: bool) -> None:
         """Set the connection up, and create the tables where there are none.

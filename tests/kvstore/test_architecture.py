@@ -244,7 +244,8 @@ def test_every_module_says_what_it_knows(package):
 PUBLIC = {
     "Chat", "CodecError", "DiskPromptCache", "Entry", "EntryExistsError",
     "EntryNotFoundError", "Explanation",
-    "Finding", "Fingerprint", "FingerprintError", "FormatError", "IntegrityError",
+    "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
+    "IntegrityError",
     "KVStoreError", "Match", "Speeds", "Stats", "Store", "StoreLockedError",
     "StoreNotFoundError", "UnsupportedCacheError", "__version__", "codec_names",
     "get_codec", "register_kind", "save_prompt", "stream_generate",

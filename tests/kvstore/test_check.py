@@ -235,7 +235,7 @@ def test_an_index_that_disagrees_is_damaged(folder):
     index = Index(folder.index)
     with index.transaction():
         index._query("UPDATE blocks SET parent = zeroblob(32)")
-    with pytest.raises(kvstore.IntegrityError) as caught:
+    with pytest.raises(kvstore.IndexDamagedError) as caught:
         confirm_folder(index, folder)
     assert folder.index == caught.value.path
     index.close()

@@ -9,7 +9,12 @@ from contextlib import suppress
 import apsw
 import pytest
 
-from kvstore.errors import FormatError, IntegrityError, KVStoreError, StoreLockedError
+from kvstore.errors import (
+    FormatError,
+    IndexDamagedError,
+    KVStoreError,
+    StoreLockedError,
+)
 from kvstore.format.block import Block
 from kvstore.format.chain import hash_block_tokens, hash_root, split_tokens
 from kvstore.storage.index import MAX_CHILDREN, Index, Place
@@ -277,9 +282,9 @@ def test_commits_reach_the_disk(index):
     "data", [b"hello", b"\0" * 4096, b"SQLite format 3\0" + b"\xff" * 4080]
 )
 def test_a_file_that_is_no_database_is_damage(path, data):
-    """Garbage in place of the index is an IntegrityError that names the file."""
+    """Garbage in place of the index is an IndexDamagedError that names the file."""
     path.write_bytes(data)
-    with pytest.raises(IntegrityError) as caught:
+    with pytest.raises(IndexDamagedError) as caught:
         Index(path)
     assert path == caught.value.path
 
@@ -341,7 +346,7 @@ def test_a_truncated_index_gives_an_answer_or_our_error(path, size):
     fill(index)
     index.close()
     path.write_bytes(path.read_bytes()[:size])
-    with suppress(IntegrityError):
+    with suppress(IndexDamagedError):
         assert [] == answer(path)[0]
 
 
@@ -361,7 +366,7 @@ def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
     connection = apsw.Connection(str(path))
     connection.execute(f"UPDATE blocks SET {column} = {values}")
     connection.close()
-    with suppress(IntegrityError):
+    with suppress(IndexDamagedError):
         places, *_ = answer(path)
         kinds = {(type(place.num_tokens), type(place.nbytes)) for place in places}
         assert kinds <= {(int, int)}
