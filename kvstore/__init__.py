@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .format.entry import Entry
     from .models.chat import Chat
     from .models.generate import save_prompt, stream_generate
+    from .models.load import LoadedModel
     from .ops.check import Finding
     from .ops.explain import Explanation
     from .ops.load import Match
@@ -57,6 +58,7 @@ __all__ = [
     "IndexDamagedError",
     "IntegrityError",
     "KVStoreError",
+    "LoadedModel",
     "Match",
     "Speeds",
     "Stats",
@@ -98,6 +100,7 @@ _HOMES = {
     "ops.stats": ("Stats",),
     "store": ("Store",),
     "models.chat": ("Chat",),
+    "models.load": ("LoadedModel",),
     "models.generate": ("save_prompt", "stream_generate"),
     "server.prompt_cache": ("DiskPromptCache",),
     "caches.kinds": ("register_kind",),

@@ -12,6 +12,15 @@ import numpy as np
 from kvstore.codecs import Codec, Rows, get_codec
 from kvstore.codecs.base import MLX_DTYPES, NUMPY_DTYPES
 from kvstore.format.block import Part, TensorSpec
+from kvstore.models import (
+    CacheOptions,
+    Callbacks,
+    LoadedModel,
+    PrefillOptions,
+    SamplingOptions,
+    chat,
+    generate,
+)
 
 __all__ = [
     "FLOATS",
@@ -24,7 +33,10 @@ __all__ = [
     "bits_of",
     "encode_rows",
     "normal_rows",
+    "open_chat",
     "random_bits",
+    "save_prompt",
+    "stream_generate",
     "to_float64",
 ]
 
@@ -127,3 +139,61 @@ def encode_rows(name, x, rows):
     """Return what the codec of this name makes of rows."""
     codec = get_codec(name)
     return Encoded(codec, rows, codec.encode(x, rows, PREFIX))
+
+
+# Where a test gives an option of a run by its own name, these tell the object that
+# it belongs to.
+_HOMES = {
+    "max_tokens": ("sampling", "max_tokens"),
+    "sampler": ("sampling", "sampler"),
+    "logits_processors": ("sampling", "logits_processors"),
+    "num_draft_tokens": ("sampling", "num_draft_tokens"),
+    "max_kv_size": ("cache", "max_kv_size"),
+    "kv_bits": ("cache", "kv_bits"),
+    "kv_group_size": ("cache", "kv_group_size"),
+    "prefill_step_size": ("prefilling", "step_size"),
+    "checkpoint_every": ("prefilling", "checkpoint_every"),
+    "should_stop": ("callbacks", "should_stop"),
+    "load_progress": ("callbacks", "on_load"),
+    "prompt_progress_callback": ("callbacks", "on_prefill"),
+    "save_progress": ("callbacks", "on_save"),
+    "on_saved": ("callbacks", "on_saved"),
+}
+_CLASSES = {
+    "sampling": SamplingOptions,
+    "cache": CacheOptions,
+    "prefilling": PrefillOptions,
+    "callbacks": Callbacks,
+}
+
+
+def _gathered(options):
+    """Return options of a run in the objects that take them."""
+    fields, others = {}, {}
+    for name, value in options.items():
+        if name in _HOMES:
+            home, field = _HOMES[name]
+            fields.setdefault(home, {})[field] = value
+        else:
+            others[name] = value
+    return others | {home: _CLASSES[home](**given) for home, given in fields.items()}
+
+
+def stream_generate(
+    model, tokenizer, prompt, *, fingerprint, draft_model=None, **options
+):
+    """Generate with a store; options are given by their own names."""
+    loaded = LoadedModel(model, tokenizer, fingerprint, draft_model)
+    return generate.stream_generate(loaded, prompt, **_gathered(options))
+
+
+def save_prompt(model, tokens, *, fingerprint, draft_model=None, **options):
+    """Save a prompt; options are given by their own names."""
+    loaded = LoadedModel(model, None, fingerprint, draft_model)
+    return generate.save_prompt(loaded, tokens, **_gathered(options))
+
+
+def open_chat(model, tokenizer, *, fingerprint, draft_model=None, **options):
+    """Open a chat; options are given by their own names."""
+    loaded = LoadedModel(model, tokenizer, fingerprint, draft_model)
+    return chat.Chat(loaded, **_gathered({"max_tokens": chat.MAX_TOKENS, **options}))

@@ -95,33 +95,27 @@ def chat(
             "`kvstore generate --json` says one thing",
         )
     live.check()
-    store, loaded, tokenizer, draft, fingerprint = open_models(
-        context, model, codec, live.draft_model
-    )
-    warn_of_size(output, loaded, live.max_kv_size)
+    store, loaded = open_models(context, model, codec, live.draft_model)
+    warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.chat import Chat
+    from ..models.session import Callbacks, PrefillOptions
 
     with output.progress() as bars, Interrupts() as interrupts:
         talk = Chat(
             loaded,
-            tokenizer,
             store=store,
-            fingerprint=fingerprint,
             name=name,
             system_prompt=template.system_prompt,
             chat_template_config=template.chat_template_config,
             ignore_chat_template=template.ignore_chat_template,
-            draft_model=draft,
-            num_draft_tokens=live.num_draft_tokens,
-            max_tokens=max_tokens,
-            sampler=sampling.make_sampler(),
-            prefill_step_size=prefill_step_size,
-            checkpoint_every=checkpoint_every,
-            max_kv_size=live.max_kv_size,
-            kv_bits=live.kv_bits,
-            should_stop=lambda: interrupts.is_pending,
-            load_progress=_when_long(bars.bar("restore")),
-            prompt_progress_callback=_when_long(bars.bar("prefill")),
+            sampling=sampling.make(max_tokens, live.num_draft_tokens),
+            cache=live.make_cache_options(),
+            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
+            callbacks=Callbacks(
+                should_stop=lambda: interrupts.is_pending,
+                on_load=_when_long(bars.bar("restore")),
+                on_prefill=_when_long(bars.bar("prefill")),
+            ),
         )
         _check_system_prompt(talk, template.system_prompt)
         session = _Session(output, bars, talk, interrupts)

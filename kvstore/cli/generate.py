@@ -23,9 +23,9 @@ from .options import (
 from .output import Output, format_bytes, format_count
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
     from ..format.documents import JSON
     from ..format.entry import Entry
+    from ..models.load import LoadedModel
     from ..store import Store
 
 
@@ -58,24 +58,25 @@ def save(
     """
     output = output_of(context)
     text = prompt.read()
-    store, loaded, tokenizer, _, fingerprint = open_models(context, model, codec)
+    store, loaded = open_models(context, model, codec)
     from ..models.generate import save_prompt
+    from ..models.session import Callbacks, PrefillOptions
 
-    tokens = _encode(tokenizer, text, prompt, is_open=True)
+    tokens = _encode(loaded.tokenizer, text, prompt, is_open=True)
     begin = time.monotonic()
     with output.progress() as bars:
         entry, num_restored = save_prompt(
             loaded,
             tokens,
             store=store,
-            fingerprint=fingerprint,
             name=name,
             replace=replace,
-            prefill_step_size=prefill_step_size,
-            checkpoint_every=checkpoint_every,
-            load_progress=bars.bar("restore"),
-            prompt_progress_callback=bars.bar("prefill"),
-            save_progress=bars.bar("save"),
+            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
+            callbacks=Callbacks(
+                on_load=bars.bar("restore"),
+                on_prefill=bars.bar("prefill"),
+                on_save=bars.bar("save"),
+            ),
         )
     _print_saved(output, entry, num_restored, time.monotonic() - begin)
 
@@ -125,36 +126,30 @@ def generate(
     output = output_of(context)
     live.check()
     text = prompt.read()
-    store, loaded, tokenizer, draft, fingerprint = open_models(
-        context, model, codec, live.draft_model
-    )
-    warn_of_size(output, loaded, live.max_kv_size)
+    store, loaded = open_models(context, model, codec, live.draft_model)
+    warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.generate import stream_generate
+    from ..models.session import Callbacks, PrefillOptions
 
-    tokens = _conversation(store, tokenizer, fingerprint, prompt, text, name, replace)
+    tokens = _conversation(store, loaded, prompt, text, name, replace)
     saved: list[Entry] = []
     with output.progress() as bars, Interrupts() as interrupts, interrupts.deferred():
         responses = stream_generate(
             loaded,
-            tokenizer,
             tokens,
             store=store,
-            fingerprint=fingerprint,
             name=name,
             replace=replace,
-            max_tokens=max_tokens,
-            sampler=sampling.make_sampler(),
-            draft_model=draft,
-            num_draft_tokens=live.num_draft_tokens,
-            prefill_step_size=prefill_step_size,
-            checkpoint_every=checkpoint_every,
-            max_kv_size=live.max_kv_size,
-            kv_bits=live.kv_bits,
-            should_stop=lambda: interrupts.is_pending,
-            load_progress=bars.bar("restore"),
-            prompt_progress_callback=bars.bar("prefill"),
-            save_progress=bars.bar("save"),
-            on_saved=saved.append,
+            sampling=sampling.make(max_tokens, live.num_draft_tokens),
+            cache=live.make_cache_options(),
+            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
+            callbacks=Callbacks(
+                should_stop=lambda: interrupts.is_pending,
+                on_load=bars.bar("restore"),
+                on_prefill=bars.bar("prefill"),
+                on_save=bars.bar("save"),
+                on_saved=saved.append,
+            ),
         )
         said: list[Any] = []
         try:
@@ -189,19 +184,20 @@ def open_models(
     options: ModelOptions,
     codec: str | None,
     draft_model: str | None = None,
-) -> tuple[Store, Any, Any, Any, Fingerprint]:
-    """Open the store, and load model, tokenizer, draft model and fingerprint."""
+) -> tuple[Store, LoadedModel]:
+    """Open the store, and load the model."""
     load_fast_blas()
     from ..models.load import find_model, load_models
 
     find_model(options.model)  # a wrong name must not leave an empty store behind
     store = open_store(context, create=True, codec=codec)
-    return store, *load_models(
+    loaded = load_models(
         options.model,
         options.adapter_path,
         draft_model,
         trust_remote_code=options.trust_remote_code,
     )
+    return store, loaded
 
 
 def _encode(
@@ -222,8 +218,7 @@ def _encode(
 
 def _conversation(
     store: Store,
-    tokenizer: Any,
-    fingerprint: Fingerprint,
+    model: LoadedModel,
     prompt: PromptOptions,
     text: str,
     name: str | None,
@@ -235,15 +230,15 @@ def _conversation(
 
     held = None
     if name is not None and not replace:
-        held = entry_tokens(store, name, fingerprint)
+        held = entry_tokens(store, name, model.fingerprint)
     if held is None:
-        return _encode(tokenizer, text, prompt)
+        return _encode(model.tokenizer, text, prompt)
     if prompt.system_prompt is not None:
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{name}` has begun without it"
         )
     return held + encode_next(
-        tokenizer,
+        model.tokenizer,
         text,
         held,
         chat_template_config=prompt.chat_template_config,

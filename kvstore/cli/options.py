@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -18,6 +18,9 @@ from ..format.documents import JSON
 from .main import is_utf8, load_fast_blas
 
 if TYPE_CHECKING:
+    from ..models.session import CacheOptions
+    from ..models.session import SamplingOptions as Sampling
+
     JSONParam = click.ParamType[JSON]
     PartParam = click.ParamType[float]
 else:
@@ -93,6 +96,12 @@ class LiveOptions:
     # A mode of quantization, or ``None``.
     kv_bits: int | str | None
 
+    def make_cache_options(self) -> CacheOptions:
+        """Return how the prompt cache is made."""
+        from ..models.session import CacheOptions
+
+        return CacheOptions(self.max_kv_size, self.kv_bits)
+
     def check(self) -> None:
         """Refuse what cannot be had together, before a model is loaded.
 
@@ -124,17 +133,22 @@ class SamplingOptions:
     # Of the random numbers, or ``None``.
     seed: int | None
 
-    def make_sampler(self) -> Callable[[Any], Any]:
-        """Return mlx-lm's sampler, with the seed set."""
+    def make(self, max_tokens: int, num_draft_tokens: int) -> Sampling:
+        """Return how a reply is drawn, with the seed set.
+
+        Args:
+            max_tokens: Tokens to generate at most.
+            num_draft_tokens: How many a draft model guesses at a time.
+        """
         import mlx.core as mx
         from mlx_lm.sample_utils import make_sampler
 
+        from ..models.session import SamplingOptions as Sampling
+
         if self.seed is not None:
             mx.random.seed(self.seed)
-        return cast(
-            "Callable[[Any], Any]",
-            make_sampler(self.temp, self.top_p, top_k=self.top_k),
-        )
+        sampler = make_sampler(self.temp, self.top_p, top_k=self.top_k)
+        return Sampling(max_tokens, sampler, num_draft_tokens=num_draft_tokens)
 
 
 class EntryName(click.ParamType[str]):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import (
     EntryExistsError,
@@ -18,17 +18,17 @@ from ..errors import (
     KVStoreError,
     StoreLockedError,
 )
-from ..fingerprint import Fingerprint
-from ..format.block import Progress
 from ..format.documents import JSON
 from ..format.entry import Entry, check_name
 from ..store import Store
 from .generate import save_prompt, stream_generate
+from .load import LoadedModel
 from .session import (
-    CHECKPOINT_EVERY,
-    PREFILL_STEP_SIZE,
+    CacheOptions,
+    Callbacks,
     LiveCache,
-    Sampler,
+    PrefillOptions,
+    SamplingOptions,
     entry_tokens,
     make_empty_cache,
 )
@@ -81,25 +81,16 @@ class Chat:
     same, and the next turn, or :meth:`save`, saves all that was said.
 
     Args:
-        model: The model, from ``mlx_lm.load``.
-        tokenizer: Its tokenizer.
+        model: The model, with its tokenizer and fingerprint.
         store: Where the conversation is kept.
-        fingerprint: The model's; that of both, where there is a draft model.
         name: Goes on with the entry of this name, or gives it to a new one.
         system_prompt: What the system says first; not used where there is an entry.
         chat_template_config: More variables for the chat template.
         ignore_chat_template: Take what is said as plain text.
-        draft_model: mlx-lm's; its caches follow the model's.
-        num_draft_tokens: How many tokens it guesses at a time.
-        max_tokens: Tokens of a reply at most; -1 for no limit.
-        sampler: mlx-lm's ``sampler``.
-        prefill_step_size: Prompt tokens computed, and then stored, at a time.
-        checkpoint_every: Tokens at least between two states of recurrent layers.
-        max_kv_size: mlx-lm's: rows kept per layer, where the model does not say.
-        kv_bits: Keep the live cache quantized: ``"turbo3"``, or a number of bits.
-        should_stop: Asked between tokens, and between steps of a prompt.
-        load_progress: Called with (tokens restored, tokens held).
-        prompt_progress_callback: Called with (tokens computed, tokens to compute).
+        sampling: How replies are drawn.
+        cache: How the prompt cache is made.
+        prefilling: How prompts are computed.
+        callbacks: What is told, and asked, meanwhile.
 
     Raises:
         EntryExistsError: The name is taken by another tenant of the store.
@@ -112,52 +103,34 @@ class Chat:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: LoadedModel,
         *,
         store: Store,
-        fingerprint: Fingerprint,
         name: str | None = None,
         system_prompt: str | None = None,
         chat_template_config: JSON | None = None,
         ignore_chat_template: bool = False,
-        draft_model: Any = None,
-        num_draft_tokens: int = 2,
-        max_tokens: int = MAX_TOKENS,
-        sampler: Sampler | None = None,
-        prefill_step_size: int = PREFILL_STEP_SIZE,
-        checkpoint_every: int = CHECKPOINT_EVERY,
-        max_kv_size: int | None = None,
-        kv_bits: int | str | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        load_progress: Progress | None = None,
-        prompt_progress_callback: Progress | None = None,
+        sampling: SamplingOptions = SamplingOptions(max_tokens=MAX_TOKENS),
+        cache: CacheOptions = CacheOptions(),
+        prefilling: PrefillOptions = PrefillOptions(),
+        callbacks: Callbacks = Callbacks(),
     ) -> None:
         check_name(name)
         self._model = model
-        self._tokenizer = tokenizer
+        self._tokenizer = model.tokenizer
         self._store = store
-        self._fingerprint = fingerprint
+        self._fingerprint = model.fingerprint
         self._name = name
         self._system_prompt = system_prompt
         self._config = chat_template_config
-        self._is_plain = ignore_chat_template or not tokenizer.has_chat_template
+        self._is_plain = ignore_chat_template or not self._tokenizer.has_chat_template
         if system_prompt is not None and self._is_plain:
             raise ValueError("a system prompt needs a chat template, and none is used")
-        self._empty = make_empty_cache(
-            model, draft_model, max_kv_size=max_kv_size, kv_bits=kv_bits
-        )
-        self._draft_model = draft_model
-        self._num_draft_tokens = num_draft_tokens
-        self._max_tokens = max_tokens
-        self._sampler = sampler
-        self._prefill_step_size = prefill_step_size
-        self._checkpoint_every = checkpoint_every
-        self._max_kv_size = max_kv_size
-        self._kv_bits = kv_bits
-        self._should_stop = should_stop
-        self._load_progress = load_progress
-        self._prompt_progress = prompt_progress_callback
+        self._empty = make_empty_cache(model, cache)
+        self._sampling = sampling
+        self._cache_options = cache
+        self._prefilling = prefilling
+        self._callbacks = callbacks
         self._live = LiveCache()
         self._entry: Entry | None = None
         self._tokens: list[int] = []
@@ -248,25 +221,17 @@ class Chat:
         self._num_loaded = 0
         responses = stream_generate(
             self._model,
-            self._tokenizer,
             prompt,
             store=self._store,
-            fingerprint=self._fingerprint,
             name=self._name,
             replace=self._replaced(),
-            max_tokens=self._max_tokens,
-            sampler=self._sampler,
-            draft_model=self._draft_model,
-            num_draft_tokens=self._num_draft_tokens,
-            prefill_step_size=self._prefill_step_size,
-            checkpoint_every=self._checkpoint_every,
-            max_kv_size=self._max_kv_size,
-            kv_bits=self._kv_bits,
+            sampling=self._sampling,
+            cache=self._cache_options,
+            prefilling=self._prefilling,
             live=self._live,
-            should_stop=self._should_stop,
-            prompt_progress_callback=self._prompt_progress,
-            load_progress=self._note_load,
-            on_saved=self._note_saved,
+            callbacks=replace(
+                self._callbacks, on_load=self._note_load, on_saved=self._note_saved
+            ),
         )
         try:
             with closing(responses):
@@ -306,7 +271,7 @@ class Chat:
         """
         self._check_free(name)
         if self._tokens:
-            self._entry = self._save_prompt(self._tokens, name, replace=False)
+            self._entry = self._save_prompt(self._tokens, name, may_lose=False)
             self._num_saved = len(self._tokens)
         self._name = name
 
@@ -471,7 +436,7 @@ class Chat:
         """Have the entry end here."""
         try:
             self._save_prompt(
-                tokens, self._name, replace=self._replaced(), on_saved=self._note_saved
+                tokens, self._name, may_lose=self._replaced(), on_saved=self._note_saved
             )
         except EntryExistsError as error:
             self._lose_name(error)
@@ -482,7 +447,7 @@ class Chat:
         tokens: list[int],
         name: str | None,
         *,
-        replace: bool | Entry,
+        may_lose: bool | Entry,
         on_saved: Callable[[Entry], None] | None = None,
     ) -> Entry:
         """Save the rows of some tokens; they are computed where nothing holds them."""
@@ -491,18 +456,14 @@ class Chat:
             self._model,
             tokens,
             store=self._store,
-            fingerprint=self._fingerprint,
             name=name,
-            replace=replace,
-            draft_model=self._draft_model,
-            prefill_step_size=self._prefill_step_size,
-            checkpoint_every=self._checkpoint_every,
-            max_kv_size=self._max_kv_size,
-            kv_bits=self._kv_bits,
+            replace=may_lose,
+            cache=self._cache_options,
+            prefilling=self._prefilling,
             live=self._live,
-            prompt_progress_callback=self._prompt_progress,
-            load_progress=self._note_load,
-            on_saved=on_saved,
+            callbacks=replace(
+                self._callbacks, on_load=self._note_load, on_saved=on_saved
+            ),
         )
         self._num_restored += self._num_loaded
         self._num_computed += len(tokens) - num_held
@@ -510,11 +471,13 @@ class Chat:
 
     def _note_load(self, done: int, total: int) -> None:
         self._num_loaded = done
-        if self._load_progress is not None:
-            self._load_progress(done, total)
+        if self._callbacks.on_load is not None:
+            self._callbacks.on_load(done, total)
 
     def _note_saved(self, entry: Entry) -> None:
         """Note the entry as it is now, and remove one that it supersedes."""
+        if self._callbacks.on_saved is not None:
+            self._callbacks.on_saved(entry)
         old, self._entry = self._entry, entry
         self._num_saved = entry.num_tokens
         if old is not None and old.id != entry.id and old.id in self._own:

@@ -2,97 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import dataclasses
+from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import GenerationResponse
 
-from ..fingerprint import Fingerprint
-from ..format.block import Progress
 from ..format.entry import Entry
 from ..store import Store
+from .load import LoadedModel
 from .session import (
-    CHECKPOINT_EVERY,
-    PREFILL_STEP_SIZE,
-    _encode,
-    _Models,
-    _Run,
-    _speculate,
-    _Stopped,
+    CacheOptions,
+    Callbacks,
+    LiveCache,
+    PrefillOptions,
+    SamplingOptions,
+    Session,
+    Stopped,
+    encode_text,
     make_empty_cache,
     prefill,
+    speculate,
 )
-
-if TYPE_CHECKING:
-    from .session import LiveCache, LogitsProcessor, Sampler
 
 
 def stream_generate(
-    model: Any,
-    tokenizer: Any,
+    model: LoadedModel,
     prompt: str | mx.array | Sequence[int],
     *,
     store: Store,
-    fingerprint: Fingerprint,
     name: str | None = None,
     replace: bool | Entry = False,
-    max_tokens: int = 256,
-    sampler: Sampler | None = None,
-    logits_processors: list[LogitsProcessor] | None = None,
-    draft_model: Any = None,
-    num_draft_tokens: int = 2,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    checkpoint_every: int = CHECKPOINT_EVERY,
-    max_kv_size: int | None = None,
-    kv_bits: int | str | None = None,
-    kv_group_size: int = 64,
+    sampling: SamplingOptions = SamplingOptions(),
+    cache: CacheOptions = CacheOptions(),
+    prefilling: PrefillOptions = PrefillOptions(),
     live: LiveCache | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    prompt_progress_callback: Progress | None = None,
-    load_progress: Progress | None = None,
-    save_progress: Progress | None = None,
-    on_saved: Callable[[Entry], None] | None = None,
+    callbacks: Callbacks = Callbacks(),
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text as mlx-lm does, from what a store holds of the prompt.
 
     Prompt and reply are saved at the end, when the generator is closed, when
-    ``should_stop`` says so, and on Ctrl-C. Where that comes before the whole prompt is
-    computed, what is done is saved without the name; where Ctrl-C comes in the middle
-    of a step, only a cache whose rows can be taken back can be saved.
+    ``callbacks.should_stop`` says so, and on Ctrl-C. Where that comes before the whole
+    prompt is computed, what is done is saved without the name; where Ctrl-C comes in
+    the middle of a step, only a cache whose rows can be taken back can be saved.
 
     Args:
-        model: The model, from ``mlx_lm.load``.
-        tokenizer: Its tokenizer.
+        model: The model, with its tokenizer and fingerprint.
         prompt: Text or tokens; the whole conversation, not only what is new.
         store: Where it is restored from and saved to.
-        fingerprint: The model's; that of both, where there is a draft model.
         name: A name for the entry. It moves from an entry that this continues.
         replace: Take the name from an entry that this does not continue; from that
             one only, as it was, where one is given.
-        max_tokens: Tokens to generate at most; -1 for no limit.
-        sampler: mlx-lm's ``sampler``.
-        logits_processors: mlx-lm's; they see the tokens not restored only, and with a
-            draft model the last token of the prompt and the reply.
-        draft_model: mlx-lm's: a smaller model with the same vocabulary, which guesses
-            what comes. Its caches follow the model's.
-        num_draft_tokens: How many tokens it guesses at a time.
-        prefill_step_size: Prompt tokens computed, and then stored, at a time.
-        checkpoint_every: Tokens at least between two states of recurrent layers.
-        max_kv_size: mlx-lm's: rows kept per layer, where the model does not say.
-        kv_bits: Keep the live cache quantized, from its first token: ``"turbo3"`` in
-            TurboQuant codes, a number of bits as mlx-lm does.
-        kv_group_size: Numbers that share a scale, where ``kv_bits`` is a number.
+        sampling: How the reply is drawn.
+        cache: How the prompt cache is made.
+        prefilling: How the prompt is computed.
         live: Go on from here as far as the prompt begins with its tokens, instead of
             from the store; it holds the conversation afterwards. Whether the name is
             taken is then found when saving, and half a prompt is no entry.
-        should_stop: Asked between tokens, and between steps of the prompt.
-        prompt_progress_callback: Called with (tokens computed, tokens to compute).
-        load_progress: Called with (tokens restored, tokens held).
-        save_progress: Called with (tokens saved, tokens in all).
-        on_saved: Called with the entry.
+        callbacks: What is told, and asked, meanwhile.
 
     Yields:
         mlx-lm's responses; ``prompt_tokens`` counts those that were computed.
@@ -102,105 +71,78 @@ def stream_generate(
         UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
             that a draft model can be used with.
     """
-    models = _Models(model, draft_model)
-    run = _Run(
-        models, _encode(tokenizer, prompt), store, fingerprint, name, replace,
-        checkpoint_every, live, should_stop,
-    )  # fmt: skip
-    empty = make_empty_cache(
+    session = Session(
         model,
-        draft_model,
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
+        encode_text(model.tokenizer, prompt),
+        store,
+        name=name,
+        replace=replace,
+        prefill=prefilling,
+        live=live,
+        callbacks=callbacks,
     )
-    run.begin(empty, load_progress)
-    watch = run.watch(prompt_progress_callback)
+    session.begin(make_empty_cache(model, cache))
+    watch = session.watch()
     responses = (
         mlx_lm.stream_generate(
-            model,
-            tokenizer,
-            run.rest,
-            max_tokens,
-            sampler=sampler,
-            logits_processors=logits_processors,
-            prompt_cache=run.prompt_cache,
-            prefill_step_size=prefill_step_size,
+            model.model,
+            model.tokenizer,
+            session.rest,
+            sampling.max_tokens,
+            sampler=sampling.sampler,
+            logits_processors=sampling.logits_processors,
+            prompt_cache=session.prompt_cache,
+            prefill_step_size=prefilling.step_size,
             prompt_progress_callback=watch,
         )
-        if draft_model is None
-        else _speculate(
-            run,
-            tokenizer,
-            watch,
-            max_tokens=max_tokens,
-            sampler=sampler,
-            logits_processors=logits_processors,
-            num_draft_tokens=num_draft_tokens,
-            prefill_step_size=prefill_step_size,
-        )
+        if model.draft_model is None
+        else speculate(session, watch, sampling)
     )
     try:
         # Closed before anything is saved: it holds MLX's stream.
-        with closing(responses), suppress(_Stopped):
+        with closing(responses), suppress(Stopped):
             for response in responses:
-                run.add(response)
+                session.add(response)
                 yield response
-                if run.is_stopped():
+                if session.is_stopped():
                     break
     except GeneratorExit:
-        run.finish(save_progress, on_saved)
+        session.finish()
         raise
     except KeyboardInterrupt:
-        run.finish(save_progress, on_saved, is_interrupted=True)
+        session.finish(is_interrupted=True)
         raise
-    run.finish(save_progress, on_saved)
+    session.finish()
 
 
 def save_prompt(
-    model: Any,
+    model: LoadedModel,
     tokens: Sequence[int],
     *,
     store: Store,
-    fingerprint: Fingerprint,
     name: str | None = None,
     replace: bool | Entry = False,
-    draft_model: Any = None,
-    prefill_step_size: int = PREFILL_STEP_SIZE,
-    checkpoint_every: int = CHECKPOINT_EVERY,
-    max_kv_size: int | None = None,
-    kv_bits: int | str | None = None,
-    kv_group_size: int = 64,
+    cache: CacheOptions = CacheOptions(),
+    prefilling: PrefillOptions = PrefillOptions(),
     live: LiveCache | None = None,
-    prompt_progress_callback: Progress | None = None,
-    load_progress: Progress | None = None,
-    save_progress: Progress | None = None,
-    on_saved: Callable[[Entry], None] | None = None,
+    callbacks: Callbacks = Callbacks(),
 ) -> tuple[Entry, int]:
     """Compute what a store lacks of a prompt, and save it.
 
     Ctrl-C is met as in :func:`stream_generate`.
 
     Args:
-        model: The model, from ``mlx_lm.load``.
+        model: The model, with its fingerprint; the rows of a draft model are computed
+            and saved too.
         tokens: The prompt.
         store: Where it is saved.
-        fingerprint: The model's; that of both, where there is a draft model.
-        name: A name for the entry. It moves from an entry that this continues.
-        replace: Take the name from an entry that this does not continue; from that
-            one only, as it was, where one is given.
-        draft_model: Its rows are computed and saved too.
-        prefill_step_size: Tokens computed, and then stored, at a time.
-        checkpoint_every: Tokens at least between two states of recurrent layers.
-        max_kv_size: As in :func:`stream_generate`.
-        kv_bits: As in :func:`stream_generate`.
-        kv_group_size: As in :func:`stream_generate`.
+        name: As in :func:`stream_generate`.
+        replace: As in :func:`stream_generate`.
+        cache: How the prompt cache is made.
+        prefilling: How the prompt is computed.
         live: As in :func:`stream_generate`; nothing is computed where it, or the
             store, holds all.
-        prompt_progress_callback: Called with (tokens computed, tokens to compute).
-        load_progress: Called with (tokens restored, tokens held).
-        save_progress: Called with (tokens saved, tokens in all).
-        on_saved: Called with the entry.
+        callbacks: What is told meanwhile. ``should_stop`` is not asked.
 
     Returns:
         The entry, and how many tokens were held instead of computed.
@@ -209,31 +151,30 @@ def save_prompt(
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored.
     """
-    models = _Models(model, draft_model)
-    run = _Run(
-        models, tokens, store, fingerprint, name, replace, checkpoint_every, live
-    )
-    empty = make_empty_cache(
+    session = Session(
         model,
-        draft_model,
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
+        tokens,
+        store,
+        name=name,
+        replace=replace,
+        prefill=prefilling,
+        live=live,
+        callbacks=dataclasses.replace(callbacks, should_stop=None),
     )
-    run.begin(empty, load_progress, num_left=0 if live is not None else 1)
-    watch = run.watch(prompt_progress_callback)
+    session.begin(make_empty_cache(model, cache), 0 if live is not None else 1)
+    watch = session.watch()
     try:
-        if draft_model is not None:
-            run.feed(run.rest, len(run.rest), prefill_step_size, watch)
-        elif run.rest:
+        if model.draft_model is not None:
+            session.feed(session.rest, len(session.rest), watch)
+        elif session.rest:
             prefill(
-                model,
-                run.rest,
-                run.prompt_cache,
-                prefill_step_size=prefill_step_size,
+                model.model,
+                session.rest,
+                session.prompt_cache,
+                prefill_step_size=prefilling.step_size,
                 progress=watch,
             )
     except KeyboardInterrupt:
-        run.finish(save_progress, on_saved, is_interrupted=True)
+        session.finish(is_interrupted=True)
         raise
-    return run.keep(save_progress, on_saved), run.num_restored
+    return session.keep(), session.num_restored

@@ -8,13 +8,37 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..caches.mlx_files import open_cache_file
 from ..errors import FingerprintError, KVStoreError
 from ..fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that can be run, and what names the rows that it computes."""
+
+    # From ``mlx_lm.load``.
+    model: Any
+    tokenizer: Any
+    # Of the model; of both, where there is a draft model.
+    fingerprint: Fingerprint
+    # A smaller model with the same vocabulary, which guesses what comes. mlx-lm puts
+    # its caches behind those of the model.
+    draft_model: Any = None
+
+    def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:
+        """Return each model with its own part of a prompt cache."""
+        if self.draft_model is None:
+            return [(self.model, prompt_cache)]
+        num_layers = len(self.model.layers)  # which is where mlx-lm divides it
+        return [
+            (self.model, prompt_cache[:num_layers]),
+            (self.draft_model, prompt_cache[num_layers:]),
+        ]
 
 
 def find_model(model: str) -> Path:
@@ -92,7 +116,7 @@ def load_models(
     draft_model: str | None = None,
     *,
     trust_remote_code: bool = False,
-) -> tuple[Any, Any, Any, Fingerprint]:
+) -> LoadedModel:
     """Load a model and, if one is named, a draft model for it.
 
     Args:
@@ -100,10 +124,6 @@ def load_models(
         adapter_path: Folder with an adapter's weights and configuration.
         draft_model: As ``model``; ``None`` for none.
         trust_remote_code: Let models and tokenizers bring code of their own.
-
-    Returns:
-        The model, its tokenizer, the draft model or ``None``, and the fingerprint of
-        both together.
 
     Raises:
         KVStoreError: There is no such model, mlx-lm cannot load it, or the draft model
@@ -113,7 +133,7 @@ def load_models(
         model, adapter_path, trust_remote_code=trust_remote_code
     )
     if draft_model is None:
-        return loaded, tokenizer, None, fingerprint
+        return LoadedModel(loaded, tokenizer, fingerprint)
     draft, theirs, drafted = load_model(
         draft_model, trust_remote_code=trust_remote_code
     )
@@ -122,7 +142,7 @@ def load_models(
             f"the draft model `{draft_model}` has another vocabulary than `{model}`",
             hint="give a smaller model of the same family",
         )
-    return loaded, tokenizer, draft, fingerprint.with_draft(drafted)
+    return LoadedModel(loaded, tokenizer, fingerprint.with_draft(drafted), draft)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:

@@ -36,6 +36,7 @@ from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.entry import Entry, check_name
 from ..store import Store
+from .load import LoadedModel
 
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
@@ -45,6 +46,60 @@ Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 # Their rows can be taken back at any time, and what is left is as it was.
 _CUTTABLE = (KVCache, QuantizedKVCache, TurboQuantKVCache)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """How the prompt cache of a run is made."""
+
+    # mlx-lm's: rows kept per layer, where the model does not say.
+    max_kv_size: int | None = None
+    # Keep rows quantized, from the first token: ``"turbo3"`` in TurboQuant codes, a
+    # number of bits as mlx-lm does.
+    kv_bits: int | str | None = None
+    # Numbers that share a scale, where ``kv_bits`` is a number.
+    kv_group_size: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOptions:
+    """How a prompt is computed."""
+
+    # Tokens computed, and then stored, at a time.
+    step_size: int = PREFILL_STEP_SIZE
+    # Tokens at least between two stored states of recurrent layers.
+    checkpoint_every: int = CHECKPOINT_EVERY
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How a reply is drawn."""
+
+    # Tokens to generate at most; -1 for no limit.
+    max_tokens: int = 256
+    # mlx-lm's ``sampler``.
+    sampler: Sampler | None = None
+    # mlx-lm's. They see only tokens that were not restored, and with a draft model the
+    # last token of the prompt and the reply.
+    logits_processors: list[LogitsProcessor] | None = None
+    # How many tokens the draft model guesses at a time.
+    num_draft_tokens: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """What a run tells its caller, and asks."""
+
+    # Asked between tokens, and between steps of the prompt.
+    should_stop: Callable[[], bool] | None = None
+    # Called with (tokens restored, tokens held).
+    on_load: Progress | None = None
+    # Called with (tokens computed, tokens to compute).
+    on_prefill: Progress | None = None
+    # Called with (tokens saved, tokens in all).
+    on_save: Progress | None = None
+    # Called with the entry.
+    on_saved: Callable[[Entry], None] | None = None
 
 
 @dataclass(slots=True)
@@ -70,32 +125,20 @@ class LiveCache:
 
 
 def make_empty_cache(
-    model: Any,
-    draft_model: Any = None,
-    *,
-    max_kv_size: int | None = None,
-    kv_bits: int | str | None = None,
-    kv_group_size: int = 64,
+    model: LoadedModel, options: CacheOptions = CacheOptions()
 ) -> list[Any]:
     """Return the empty prompt cache that :func:`stream_generate` starts with.
-
-    Args:
-        model: The model.
-        draft_model: Its draft model, whose caches follow.
-        max_kv_size: As in :func:`stream_generate`.
-        kv_bits: As in :func:`stream_generate`.
-        kv_group_size: As in :func:`stream_generate`.
 
     Raises:
         UnsupportedCacheError: It cannot be stored, or is none that a draft model can be
             used with.
     """
-    empty = list(make_prompt_cache(model, max_kv_size))
-    if draft_model is not None:
-        is_divided = len(empty) == len(model.layers)
-        empty += make_prompt_cache(draft_model, max_kv_size)
+    empty = list(make_prompt_cache(model.model, options.max_kv_size))
+    if model.draft_model is not None:
+        is_divided = len(empty) == len(model.model.layers)
+        empty += make_prompt_cache(model.draft_model, options.max_kv_size)
         _check_draft(empty, is_divided)
-    empty = _quantized(empty, kv_bits, kv_group_size)
+    empty = _quantized(empty, options)
     caches.check_classes(empty)
     return empty
 
@@ -167,7 +210,7 @@ def entry_tokens(
     return [token for _, stored in chain for token in stored.block.tokens]
 
 
-class _Stopped(Exception):  # noqa: N818  (no error)
+class Stopped(Exception):  # noqa: N818  (no error)
     """Ends a prefill between two steps."""
 
 
@@ -191,73 +234,60 @@ class _Stopwatch:
             self._begin = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Models:
-    """The model, and its draft model if there is one, whose caches follow."""
+class Session:
+    """One run of a model: its tokens, their rows, and how many of these are whole.
 
-    # The model.
-    model: Any
-    # The draft model, or ``None``.
-    draft: Any
-
-    def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:
-        """Return each model with its own part of a prompt cache."""
-        if self.draft is None:
-            return [(self.model, prompt_cache)]
-        num_layers = len(self.model.layers)  # which is where mlx-lm divides it
-        return [
-            (self.model, prompt_cache[:num_layers]),
-            (self.draft, prompt_cache[num_layers:]),
-        ]
-
-
-class _Run:
-    """Tokens, the prompt cache that they go into, and how many of its rows are whole.
+    Args:
+        model: The model.
+        tokens: The prompt.
+        store: Where rows are restored from and saved to.
+        name: A name for the entry. It moves from an entry that this continues.
+        replace: Take the name from an entry that this does not continue; from that
+            one only, as it was, where one is given.
+        prefill: How the prompt is computed.
+        live: Goes on from here as far as it holds the prompt's tokens.
+        callbacks: What is told, and asked, meanwhile.
 
     Attributes:
         prompt_cache: Grows while mlx-lm works.
         rest: The tokens to feed.
         num_restored: Tokens that were held.
-        models: The models.
+        model: The model.
     """
 
     def __init__(
         self,
-        models: _Models,
+        model: LoadedModel,
         tokens: Sequence[int],
         store: Store,
-        fingerprint: Fingerprint,
+        *,
         name: str | None,
         replace: bool | Entry,
-        checkpoint_every: int,
+        prefill: PrefillOptions,
         live: LiveCache | None,
-        should_stop: Callable[[], bool] | None = None,
+        callbacks: Callbacks,
     ) -> None:
-        self.models = models
+        self.model = model
         self._store = store
-        self._fingerprint = fingerprint
         self._name = name
         self._replace = replace
         self._tokens = list(tokens)
         self._num_prompt = len(self._tokens)
-        self._next_checkpoint = checkpoint_every
-        self._checkpoint_every = checkpoint_every
+        self._prefill = prefill
+        self._next_checkpoint = prefill.checkpoint_every
         self._live = live
-        self._should_stop = should_stop
+        self._callbacks = callbacks
         self.prompt_cache: list[Any] = []
         self.rest: list[int] = []
         self.num_restored = 0
         # Of the model; a draft model may have less.
         self._num_rows = self._num_draft_rows = 0
 
-    def begin(
-        self, empty: list[Any], progress: Progress | None, num_left: int = 1
-    ) -> None:
+    def begin(self, empty: list[Any], num_left: int = 1) -> None:
         """Find what is held of the tokens.
 
         Args:
             empty: A prompt cache of the kind wanted.
-            progress: Called with (tokens restored, tokens held).
             num_left: Tokens that are to be fed in any case, 0 or 1.
         """
         self._check_name(empty)
@@ -265,7 +295,10 @@ class _Run:
             # One more than there is: it is the last that is never restored.
             wanted = [*self._tokens, *[-1] * (1 - num_left)]
             held, rest = self._store.load(
-                wanted, self._fingerprint, like=empty, progress=progress
+                wanted,
+                self.model.fingerprint,
+                like=empty,
+                progress=self._callbacks.on_load,
             )
             self.prompt_cache = empty if held is None else held
             self._start_at(len(wanted) - len(rest))
@@ -295,49 +328,48 @@ class _Run:
         self.rest = self._tokens[num_rows:]
         self.num_restored = self._num_rows = self._num_draft_rows = num_rows
 
-    def watch(self, progress: Progress | None) -> Progress:
+    def watch(self) -> Progress:
         """Return a callback for mlx-lm that keeps what is whole.
 
         Raises:
-            _Stopped: The run is to end, and no step is under way.
+            Stopped: The run is to end, and no step is under way.
         """
-        watch = _Stopwatch()
+        watch, progress = _Stopwatch(), self._callbacks.on_prefill
 
         def note(done: int, total: int) -> None:
             watch.stop()
             self._num_rows = self._num_draft_rows = self.num_restored + done
             if done == total:
-                self._store.note_prefill(self._fingerprint, total, watch.seconds)
+                self._store.note_prefill(self.model.fingerprint, total, watch.seconds)
             if progress is not None:
                 progress(done, total)
             # At the end the cache may be a token ahead already.
             if 0 < done < total:
                 self._save_blocks(done, is_last=done == total - 1)
             if done < total and self.is_stopped():
-                raise _Stopped
+                raise Stopped
             watch.start()
 
         return note
 
     def is_stopped(self) -> bool:
         """Say whether the run is to end here."""
-        return self._should_stop is not None and self._should_stop()
+        should_stop = self._callbacks.should_stop
+        return should_stop is not None and should_stop()
 
-    def feed(
-        self, tokens: Sequence[int], total: int, step: int, progress: Progress
-    ) -> None:
+    def feed(self, tokens: Sequence[int], total: int, progress: Progress) -> None:
         """Have both models compute the rows of some tokens, a step at a time.
 
         Args:
             tokens: The next ones.
             total: How many are to be computed in all, for the callback.
-            step: Tokens at a time.
             progress: Called with (tokens computed, tokens to compute).
         """
+        step = self._prefill.step_size
         progress(0, total)
         for start in range(0, len(tokens), step):
             some = tokens[start : start + step]
-            for model, part in self.models.parts(self.prompt_cache):
+            for model, part in self.model.parts(self.prompt_cache):
                 _feed(model, some, part)
             progress(start + len(some), total)
 
@@ -349,12 +381,12 @@ class _Run:
         """
         due = is_last or done >= self._next_checkpoint
         if due:
-            self._next_checkpoint = done + self._checkpoint_every
+            self._next_checkpoint = done + self._prefill.checkpoint_every
         try:
             self._store.save_blocks(
                 self._tokens[: self._num_rows],
                 self.prompt_cache,
-                self._fingerprint,
+                self.model.fingerprint,
                 checkpoint=due,
             )
         except (OSError, StoreLockedError):
@@ -368,25 +400,17 @@ class _Run:
         """
         self._tokens.append(int(response.token))
         num_tokens = len(self._tokens)
-        is_fed = self.models.draft is None or response.from_draft
+        is_fed = self.model.draft_model is None or response.from_draft
         self._num_rows = num_tokens if is_fed else num_tokens - 1
         self._num_draft_rows = num_tokens - 2
 
-    def finish(
-        self,
-        progress: Progress | None,
-        on_saved: Callable[[Entry], None] | None,
-        *,
-        is_interrupted: bool = False,
-    ) -> None:
+    def finish(self, *, is_interrupted: bool = False) -> None:
         """Save what is whole; nothing where that is only what was held.
 
         Args:
-            progress: Called with (tokens saved, tokens in all).
-            on_saved: Called with the entry.
             is_interrupted: mlx-lm may have stopped in the middle of a step.
         """
-        if self.models.draft is not None:
+        if self.model.draft_model is not None:
             self._catch_up()
         elif is_interrupted:
             # A window or a state has forgotten what it was before the step.
@@ -394,7 +418,7 @@ class _Run:
                 return
             self._num_rows = _cut(self.prompt_cache, self._num_rows)
         if self._num_rows > self.num_restored and not self._is_half():
-            self.keep(progress, on_saved)
+            self.keep()
         else:
             self._hold()
 
@@ -409,7 +433,7 @@ class _Run:
             self._num_rows = _cut(self.prompt_cache, self._num_rows)
             return
         held = (self._num_rows, self._num_draft_rows)
-        parts = self.models.parts(self.prompt_cache)
+        parts = self.model.parts(self.prompt_cache)
         for (model, part), num_rows in zip(parts, held, strict=True):
             _feed(model, self._tokens[_cut(part, num_rows) :], part)
         self._num_rows = len(self._tokens)
@@ -420,16 +444,8 @@ class _Run:
             self._live.tokens = self._tokens[: self._num_rows]
             self._live.prompt_cache = self.prompt_cache
 
-    def keep(
-        self,
-        progress: Progress | None,
-        on_saved: Callable[[Entry], None] | None = None,
-    ) -> Entry:
+    def keep(self) -> Entry:
         """Save what is whole, and leave the prompt cache to the next run.
-
-        Args:
-            progress: Called with (tokens saved, tokens in all).
-            on_saved: Called with the entry.
 
         Raises:
             EntryExistsError: The name was taken meanwhile; there is an entry without.
@@ -437,26 +453,26 @@ class _Run:
         self._hold()
         # A name is for a conversation, not for half a question.
         name = self._name if self._num_rows >= self._num_prompt else None
-        on_saved = on_saved or _ignore
+        on_saved = self._callbacks.on_saved or _ignore
         try:
-            entry = self._save(name, progress)
+            entry = self._save(name)
         except EntryExistsError as error:
             # It was taken meanwhile, or by another kind of cache: keep what was said.
-            entry = self._save(None, progress)
+            entry = self._save(None)
             error.hint = f"it is kept as `{entry.id[:12]}`; {error.hint}"
             on_saved(entry)
             raise
         on_saved(entry)
         return entry
 
-    def _save(self, name: str | None, progress: Progress | None) -> Entry:
+    def _save(self, name: str | None) -> Entry:
         return self._store.save(
             self._tokens[: self._num_rows],
             self.prompt_cache,
-            self._fingerprint,
+            self.model.fingerprint,
             name=name,
             replace=self._replace,
-            progress=progress,
+            progress=self._callbacks.on_save,
         )
 
     def _check_name(self, like: list[Any]) -> None:
@@ -477,7 +493,7 @@ class _Run:
     def _continues(self, name: str, like: list[Any]) -> bool:
         """Say whether an entry, if there is one, is of what we start with."""
         try:
-            held = entry_tokens(self._store, name, self._fingerprint)
+            held = entry_tokens(self._store, name, self.model.fingerprint)
         except FingerprintError:
             return False
         if held is None:
@@ -486,35 +502,27 @@ class _Run:
         return is_prefix and self._store.is_like(name, like)
 
 
-def _speculate(
-    run: _Run,
-    tokenizer: Any,
-    watch: Progress,
-    *,
-    max_tokens: int,
-    sampler: Sampler | None,
-    logits_processors: list[LogitsProcessor] | None,
-    num_draft_tokens: int,
-    prefill_step_size: int,
+def speculate(
+    session: Session, watch: Progress, sampling: SamplingOptions
 ) -> Generator[GenerationResponse, None, None]:
     """Yield mlx-lm's responses with a draft model.
 
     The prompt is computed here: mlx-lm would tell nobody how far it is.
     """
     begin = time.perf_counter()
-    total, prompt_tps = len(run.rest), 0.0
-    run.feed(run.rest[:-1], total, prefill_step_size, watch)
+    total, prompt_tps = len(session.rest), 0.0
+    session.feed(session.rest[:-1], total, watch)
     responses = mlx_lm.stream_generate(
-        run.models.model,
-        tokenizer,
-        run.rest[-1:],
+        session.model.model,
+        session.model.tokenizer,
+        session.rest[-1:],
         # mlx-lm's own sign for no limit is none here.
-        sys.maxsize if max_tokens == -1 else max_tokens,
-        run.models.draft,
-        num_draft_tokens=num_draft_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-        prompt_cache=run.prompt_cache,
+        sys.maxsize if sampling.max_tokens == -1 else sampling.max_tokens,
+        session.model.draft_model,
+        num_draft_tokens=sampling.num_draft_tokens,
+        sampler=sampling.sampler,
+        logits_processors=sampling.logits_processors,
+        prompt_cache=session.prompt_cache,
     )
     with closing(responses):
         for response in responses:
@@ -579,23 +587,22 @@ def _ignore(entry: Entry) -> None:
     """Tell nobody of an entry."""
 
 
-def _quantized(
-    empty: list[Any], kv_bits: int | str | None, kv_group_size: int
-) -> list[Any]:
+def _quantized(empty: list[Any], options: CacheOptions) -> list[Any]:
     """Return empty caches that will hold codes."""
-    if kv_bits is None:
+    bits = options.kv_bits
+    if bits is None:
         return empty
-    if isinstance(kv_bits, str):
-        return quantize_prompt_cache(empty, kv_bits)
+    if isinstance(bits, str):
+        return quantize_prompt_cache(empty, bits)
     return [
-        cache.to_quantized(group_size=kv_group_size, bits=kv_bits)
+        cache.to_quantized(group_size=options.kv_group_size, bits=bits)
         if isinstance(cache, KVCache)
         else cache
         for cache in empty
     ]
 
 
-def _encode(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:
+def encode_text(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:
     """Return the tokens that ``mlx_lm.stream_generate`` makes of a prompt."""
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]

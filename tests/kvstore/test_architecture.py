@@ -245,8 +245,8 @@ PUBLIC = {
     "Chat", "CodecError", "DiskPromptCache", "Entry", "EntryExistsError",
     "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
-    "IntegrityError",
-    "KVStoreError", "Match", "Speeds", "Stats", "Store", "StoreLockedError",
+    "IntegrityError", "KVStoreError", "LoadedModel", "Match", "Speeds", "Stats",
+    "Store", "StoreLockedError",
     "StoreNotFoundError", "UnsupportedCacheError", "__version__", "codec_names",
     "get_codec", "register_kind", "save_prompt", "stream_generate",
 }  # fmt: skip

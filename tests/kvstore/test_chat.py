@@ -13,15 +13,16 @@ import sys
 import termios
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import mlx_lm
 import pytest
+from kit import open_chat as new_chat
+from kit import save_prompt
 
 import kvstore
-from kvstore.models.chat import Chat
-from kvstore.models.generate import save_prompt
 from kvstore.models.load import fingerprint_model, load_models
 from kvstore.models.session import entry_tokens
 from kvstore.models.templates import encode_prompt
@@ -45,7 +46,7 @@ def open_chat(loaded, store):
     def open_(name=None, **options):
         options = {"max_tokens": 12, "store": store, **options}
         options.setdefault("fingerprint", fingerprint)
-        return Chat(model, tokenizer, name=name, **options)
+        return new_chat(model, tokenizer, name=name, **options)
 
     return open_
 
@@ -560,9 +561,9 @@ def test_an_interrupt_in_a_step_loses_no_word(open_chat, store, loaded, monkeypa
     assert chat.tokens[-len(said) :] == said
     assert entry_tokens(store, "daily") == chat.tokens
     straight = open_chat(max_tokens=len(said))
-    straight._max_tokens = 12
+    straight._sampling = replace(straight._sampling, max_tokens=12)
     say(straight, LINES[0])
-    straight._max_tokens = len(said)
+    straight._sampling = replace(straight._sampling, max_tokens=len(said))
     assert say(straight, LINES[1]) == said
     assert say(chat, LINES[2])[: len(said)] == say(straight, LINES[2])
 
@@ -576,11 +577,11 @@ def test_a_failure_of_the_model_leaves_the_chat(open_chat, store):
     def fail(logprobs):
         raise RuntimeError("out of memory")
 
-    chat._sampler = fail
+    chat._sampling = replace(chat._sampling, sampler=fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         say(chat, LINES[1])
     assert chat.tokens == tokens
-    chat._sampler = None
+    chat._sampling = replace(chat._sampling, sampler=None)
     straight = open_chat()
     for line in LINES[:2]:
         expected = say(straight, line)
@@ -610,15 +611,15 @@ def test_what_forgets_is_stopped_resumed_and_taken_back(
 
     def open_chat(name=None, **options):
         options = {"max_tokens": 8, "max_kv_size": 24, **options}
-        return Chat(
+        return new_chat(
             forgetful[kind], loaded[1], store=store, fingerprint=caches.MODEL,
             name=name, **options,
         )  # fmt: skip
 
     straight = open_chat()
-    straight._max_tokens = 3
+    straight._sampling = replace(straight._sampling, max_tokens=3)
     say(straight, LINES[0])
-    straight._max_tokens = 8
+    straight._sampling = replace(straight._sampling, max_tokens=8)
     expected = say(straight, LINES[1])
     enough = Event()
     stopped = open_chat("daily", should_stop=enough.is_set)
@@ -641,10 +642,14 @@ def test_what_forgets_is_stopped_resumed_and_taken_back(
 def test_a_chat_with_a_draft_model(request, tiny_model, store, open_chat, kind):
     """The text is the same, is saved with both models' rows, and resumed with them."""
     draft_path = request.getfixturevalue(kind)
-    _, _, draft, fingerprint = load_models(str(tiny_model), draft_model=str(draft_path))
+    both = load_models(str(tiny_model), draft_model=str(draft_path))
     alone = open_chat()
     expected = [say(alone, line) for line in LINES]
-    both = {"draft_model": draft, "fingerprint": fingerprint, "num_draft_tokens": 3}
+    both = {
+        "draft_model": both.draft_model,
+        "fingerprint": both.fingerprint,
+        "num_draft_tokens": 3,
+    }
     chat = open_chat("daily", **both)
     assert [say(chat, line) for line in LINES[:2]] == expected[:2]
     chat = open_chat("daily", **both)
@@ -691,7 +696,7 @@ def test_a_chat_may_change_its_kind_of_cache(open_chat, store, before, after):
     say(open_chat("daily", kv_bits=before), LINES[0])
     again = open_chat("daily", kv_bits=after)
     tokens = again.tokens
-    assert again.num_restorable == (len(tokens) if after is None else 0)
+    assert again.num_restorable == 0  # codes are rows of no other kind of run
     say(again, LINES[1])
     assert again.name == "daily"
     assert entry_tokens(store, "daily") == again.tokens
@@ -804,8 +809,8 @@ def test_an_interrupted_script_ends(chat_cli, tmp_path, monkeypatch, loaded):
                 signal.raise_signal(signal.SIGINT)
             yield response
 
-    whole_say = Chat.say
-    monkeypatch.setattr(Chat, "say", say_and_interrupt)
+    whole_say = kvstore.Chat.say
+    monkeypatch.setattr(kvstore.Chat, "say", say_and_interrupt)
     code, _, err = chat_cli("one\ntwo\n", "--name", "daily")
     assert code == 130
     assert "interrupted: what was said is kept" in err
@@ -1049,15 +1054,13 @@ def test_a_terminal_may_hang_up(tiny_model, store_path):
 KILLED = """
 import os, sys
 import kvstore
-from kvstore.models.chat import Chat
-from kvstore.models.load import load_model
+from kvstore.models import Chat, SamplingOptions, load_models
 
-model, tokenizer, fingerprint = load_model(sys.argv[1])
+model = load_models(sys.argv[1])
 store = kvstore.Store(sys.argv[2], "raw")
 for line in ("one", "two"):
     chat = Chat(
-        model, tokenizer, store=store, fingerprint=fingerprint, name="daily",
-        max_tokens=20,
+        model, store=store, name="daily", sampling=SamplingOptions(max_tokens=20)
     )
     for _ in chat.say(line):
         pass
@@ -1109,17 +1112,16 @@ import json, sys
 from kvstore.blas import load_openblas
 load_openblas()
 import kvstore
-from kvstore.models.chat import Chat
-from kvstore.models.load import load_models
+from kvstore.models import Chat, SamplingOptions, load_models
 
 model, path, name, drafts, *lines = sys.argv[1:]
-loaded, tokenizer, draft, fingerprint = load_models(
+loaded = load_models(
     model, draft_model=model if drafts == "draft" else None
 )
 with kvstore.Store(path, "planes+zstd") as store:
     chat = Chat(
-        loaded, tokenizer, store=store, fingerprint=fingerprint, name=name,
-        draft_model=draft, max_tokens=12, system_prompt="You answer in one sentence.",
+        loaded, store=store, name=name, sampling=SamplingOptions(max_tokens=12),
+        system_prompt="You answer in one sentence.",
     )
     replies = ["".join(r.text for r in chat.say(line)) for line in lines]
     print(json.dumps([replies, chat.num_turns, chat.tokens]))

@@ -60,16 +60,13 @@ def two_entries(tmp_path):
 @pytest.fixture
 def saved(tiny_model, tmp_path):
     """A store with the entry `doc`, made by the tiny model."""
-    from kvstore.models.generate import save_prompt
-    from kvstore.models.load import load_model
+    from kvstore.models import load_models, save_prompt
     from kvstore.models.templates import encode_prompt
 
-    model, tokenizer, fingerprint = load_model(str(tiny_model))
-    tokens = encode_prompt(tokenizer, DOCUMENT, is_open=True)
+    model = load_models(str(tiny_model))
+    tokens = encode_prompt(model.tokenizer, DOCUMENT, is_open=True)
     with kvstore.Store(tmp_path / "store") as store:
-        entry, _ = save_prompt(
-            model, tokens, store=store, fingerprint=fingerprint, name="doc"
-        )
+        entry, _ = save_prompt(model, tokens, store=store, name="doc")
     return entry
 
 

@@ -8,10 +8,11 @@ from contextlib import closing
 import mlx.core as mx
 import mlx_lm
 import pytest
+from kit import save_prompt, stream_generate
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 import kvstore
-from kvstore.models.generate import save_prompt, stream_generate
+from kvstore.models.load import LoadedModel
 from kvstore.models.session import (
     LiveCache,
     entry_tokens,
@@ -330,11 +331,11 @@ import os, sys
 import mlx.core as mx
 from mlx_lm import load
 import kvstore
-from kvstore.models import generate
+from kvstore.models import Callbacks, LoadedModel, PrefillOptions, save_prompt
 
 folder, path, stop, signal = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-model, tokenizer = load(folder)[:2]
 fingerprint = kvstore.Fingerprint.from_path(folder)
+model = LoadedModel(*load(folder)[:2], fingerprint)
 
 def progress(done, total):
     print(done, flush=True)
@@ -345,9 +346,9 @@ def progress(done, total):
 
 with kvstore.Store(path) as store:
     prompt = [i % 90 + 3 for i in range(4000)]
-    generate.save_prompt(
-        model, prompt, store=store, fingerprint=fingerprint, name="long",
-        prefill_step_size=400, prompt_progress_callback=progress,
+    save_prompt(
+        model, prompt, store=store, name="long", prefilling=PrefillOptions(400),
+        callbacks=Callbacks(on_prefill=progress),
     )
 """
 
@@ -620,7 +621,7 @@ def test_codes_of_one_run_are_no_rows_of_another(loaded, store, tmp_path, kv_bit
     """A run without `kv_bits` says what it says where nobody used `kv_bits` before."""
     prompt = [*PROMPT, 5, 6]
     generate(loaded, store, PROMPT, max_tokens=8, kv_bits=kv_bits, kv_group_size=32)
-    empty = make_empty_cache(loaded[0])
+    empty = make_empty_cache(LoadedModel(*loaded))
     assert store.lookup(prompt, loaded[2], like=empty).num_tokens == 0
     mixed = generate(loaded, store, prompt, max_tokens=8)
     with kvstore.Store(tmp_path / "fresh", "planes+zstd") as fresh:

@@ -321,11 +321,11 @@ def chat(store_path, model_path, notes_path, number, stop_at):
     from mlx_lm.sample_utils import make_sampler
 
     import kvstore
-    from kvstore.models.generate import stream_generate
-    from kvstore.models.load import load_model
-    from kvstore.models.session import LiveCache, entry_tokens
+    from kvstore.models import LiveCache, SamplingOptions, load_models, stream_generate
+    from kvstore.models.session import entry_tokens
 
-    model, tokenizer, fingerprint = load_model(model_path)
+    loaded = load_models(model_path)
+    model, fingerprint = loaded.model, loaded.fingerprint
     notes_path, name = Path(notes_path), name_of(number)
     notes = read_notes(notes_path)
     chance = random.Random(f"{number} {len(notes)}")
@@ -352,10 +352,14 @@ def chat(store_path, model_path, notes_path, number, stop_at):
                 note(prompt, None)
             live = LiveCache()
             for _ in stream_generate(
-                model, tokenizer, prompt, store=store, fingerprint=fingerprint,
-                name=name, replace=begins, live=live, sampler=make_sampler(1.0),
-                max_tokens=chance.randint(1, 12),
-            ):  # fmt: skip
+                loaded,
+                prompt,
+                store=store,
+                name=name,
+                replace=begins,
+                live=live,
+                sampling=SamplingOptions(chance.randint(1, 12), make_sampler(1.0)),
+            ):
                 pass
             note(live.tokens, live.prompt_cache)
 
