@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvstore
-from kvstore.errors import IntegrityError
+from kvstore.errors import IndexDamagedError
 from kvstore.ops import speeds
 from kvstore.ops.speeds import MAX_AGE_S, Speeds
 from kvstore.ops.usage import LoadNotes
@@ -238,7 +238,7 @@ def test_a_damaged_table_is_damage(index, tmp_path, change):
     """What SQLite would not have stored so is found, and the index is rebuilt."""
     index.put_timing(observed([(100, 1.0)]))
     apsw.Connection(str(tmp_path / "index.sqlite")).execute(change)
-    with pytest.raises(IntegrityError):
+    with pytest.raises(IndexDamagedError):
         index.timings()
 
 

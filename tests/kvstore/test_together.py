@@ -49,7 +49,7 @@ class Size:
     kill_every_s: float
 
 
-SHORT, LONG = Size(10, 3, 2.5), Size(120, 10, 1.5)
+SHORT, LONG = Size(20, 3, 2.5), Size(120, 10, 1.5)
 
 
 @pytest.mark.parametrize(
