@@ -93,7 +93,7 @@ def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
     blocks may come from several shards.
 
     Raises:
-        ValueError: It would be too large.
+        ValueError: It would be too large, or a field spells a blank header digest.
     """
     tensors: JSON = {}
     position = 0
@@ -119,6 +119,11 @@ def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"shard header of {len(text)} bytes is too large")
+    # A reader finds the digest by its text, so no field may spell another one.
+    if text.count(_digest_field(_NO_DIGEST)) != 1:
+        raise ValueError(
+            "a field of the fingerprint or layout is a blank header digest"
+        )
     return pack("<Q", len(text)) + _seal(text)
 
 

@@ -370,6 +370,13 @@ def test_no_text_can_pass_for_the_header_digest(tmp_path, origin):
     assert origin == header.origin
 
 
+def test_a_field_that_spells_a_blank_digest_is_refused_when_written(tmp_path):
+    """What a reader could not tell from the header's own digest is not written."""
+    twice = Origin({"header_digest": "0" * 64}, [], "")
+    with pytest.raises(ValueError, match="blank header digest"):
+        write(tmp_path, origin=twice)
+
+
 def edit_row(**changes):
     """Return an edit that changes fields of the first row of the block table."""
 
