@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import chat as _chat
-from . import demo_verb as _demo
+from . import demo as _demo
 from . import entries as _entries
 from . import generate as _generate
 from . import housekeeping as _housekeeping

@@ -1,221 +1,90 @@
-"""The main job, shown on a model: keep a prompt cache, resume it in another process.
-
-A document is prefilled once and saved with several codecs, and by mlx-lm itself. Then,
-for each of them, a new process loads the model, restores the prompt cache, asks a
-question about the document and answers. The answer is compared with that of the process
-that never stopped; both feed the model the same tokens in the same steps.
-
-A store keeps one copy of a block, whatever codec it was saved with. So each codec has a
-tenant of its own here, in one store: `kvstore ls` shows them beside each other. The
-tenant also bears a digest of the rows, so that what an earlier demo left is taken up
-only where it is the same to the last bit, and a second demo writes nothing new.
-
-Run as a program, this module is that new process: a job on stdin, a run on stdout. It
-imports nothing that imports MLX before OpenBLAS has had its chance.
-"""
+"""The verb demo."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..blas import load_openblas
-from ..errors import KVStoreError
-from ..format.block import Progress
-from ..format.chain import common_run
-from ..format.documents import JSON
-from ..storage.shards import shard_path
-from .output import Column, format_bytes, format_table
+import click
+
+from ..storage.folder import default_path
+from .main import Verb, load_fast_blas, output_of, store_path
+from .options import CodecName, ModelOptions, Text, gathered, model_options
+from .output import Column, format_bytes, format_table, terminal_width
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
-    from ..store import Store
-
-CODECS = ("raw", "planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
-QUESTION = "What is this text about? Answer in one sentence."
-MAX_TOKENS = 48
-NUM_TOKENS = 2000
-NUM_TOKENS_SLOW = 256
-"""Of the document, where a long one would take more than `_PATIENCE_S`."""
-PREFILL = "prefill"
-MLX_LM = "mlx-lm's file"
-_PATIENCE_S = 60.0
-_NUM_PROBE_TOKENS = 32
-_BEGIN = "Read this text.\n\n"
-_END = "\n\n---"
-Bar = Callable[[str], Progress]
-"""Returns the progress callback of what is named."""
-Note = Callable[[str], None]
-"""Called with a sentence on what happens."""
+    from ..models.demo import DemoResult, DemoRow
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where the model comes from."""
+@click.command(cls=Verb)
+@model_options
+@click.option(
+    "--document",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text to read.  [default: a part of Python's manual]",
+)
+@click.option("--question", metavar="TEXT", type=Text(), help="What to ask about it.")
+@click.option(
+    "--num-tokens",
+    metavar="N",
+    type=click.IntRange(min=256),
+    help="How much of it to read.  [default: about 2,000 tokens, 256 where the model"
+    " is slow]",
+)
+@click.option(
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=48,
+    show_default=True,
+    help="Tokens of an answer at most.",
+)
+@click.option(
+    "--codec",
+    "codecs",
+    metavar="CODEC",
+    type=CodecName(),
+    multiple=True,
+    help="A codec to compare; may be given several times.  [default: the usual ones]",
+)
+@click.pass_context
+@gathered("model", ModelOptions)
+def demo(
+    context: click.Context,
+    model: ModelOptions,
+    document: Path | None,
+    question: str | None,
+    num_tokens: int | None,
+    max_tokens: int,
+    codecs: tuple[str, ...],
+) -> None:
+    """Show the main job on a model, with the seconds and bytes that it takes.
 
-    # Folder or repository, as mlx-lm takes it.
-    model: str
-    # Folder of an adapter.
-    adapter_path: str | None
-    # Let the model bring code of its own.
-    trust_remote_code: bool
-
-    def load(self) -> tuple[Any, Any, Fingerprint]:
-        """Return the model, its tokenizer and its fingerprint."""
-        load_openblas()  # before MLX
-        from ..models.load import load_model
-
-        return load_model(
-            self.model, self.adapter_path, trust_remote_code=self.trust_remote_code
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a new process is to do; travels as JSON."""
-
-    # The model.
-    source: Source
-    # Tokens of the document.
-    document: list[int]
-    # Tokens that follow it.
-    question: list[int]
-    # Tokens of the answer, at most.
-    max_tokens: int
-    # The store to restore from.
-    store: str = ""
-    # Whose blocks.
-    tenant: str = ""
-    # Restore from this file of mlx-lm, and from no store.
-    mlx_file: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What a process did, with the model loaded and the tokens ready."""
-
-    # Seconds to the first logits behind the document, which one token more has to be
-    # fed for.
-    first_s: float
-    # Seconds to the first token of the answer; the question is fed too.
-    answer_s: float
-    # Tokens of the answer.
-    answer: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class DemoRow:
-    """One line of the table."""
-
-    # `prefill`, mlx-lm's own file, or a codec.
-    way: str
-    # Of the entry in the store, if it is there.
-    name: str | None
-    # On disk; `None` where nothing is.
-    nbytes: int | None
-    # Seconds to the first logits behind the document.
-    first_s: float
-    # How many times faster that is than prefill.
-    speedup: float
-    # Seconds to the first token of the answer.
-    answer_s: float
-    # The answer.
-    answer: str
-    # Leading tokens of the answer that are the same as without the store.
-    num_same: int
-    # Tokens of the answer.
-    num_answer: int
-    # Whether the whole answer is.
-    is_same: bool
-
-
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """What the demo found."""
-
-    # The model's name.
-    model: str
-    # The store's folder.
-    store: str
-    # Of the document.
-    num_tokens: int
-    # What was asked.
-    question: str
-    # The table; prefill first, mlx-lm's file next, then the codecs.
-    rows: tuple[DemoRow, ...]
-
-    def to_json(self) -> JSON:
-        """Return the result as a JSON value."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A saved prompt cache: what a line is called, its size, and the job to resume."""
-
-    way: str
-    name: str | None
-    nbytes: int
-    job: Job
-
-
-def run_demo(
-    model: str,
-    *,
-    store: Path,
-    adapter_path: str | None = None,
-    trust_remote_code: bool = False,
-    document: Path | None = None,
-    question: str | None = None,
-    num_tokens: int | None = None,
-    max_tokens: int = MAX_TOKENS,
-    codecs: Sequence[str] = CODECS,
-    bar: Bar | None = None,
-    note: Note | None = None,
-) -> DemoResult:
-    """Save a document's prompt cache, and resume it in new processes.
-
-    Args:
-        model: Folder or repository that mlx-lm loads.
-        store: Where the prompt caches are kept; made where there is none. The entries
-            are called `demo-` and the codec's name.
-        adapter_path: Folder of an adapter.
-        trust_remote_code: Let the model bring code of its own.
-        document: Text to read; a part of Python's manual by default.
-        question: What to ask about it.
-        num_tokens: How much of the document to read, about; 2,000 tokens by default,
-            and 256 where the model is slow.
-        max_tokens: Tokens of an answer, at most.
-        codecs: What to save with.
-        bar: Returns the progress callback of what is named.
-        note: Called with a sentence on what happens.
-
-    Raises:
-        CodecError: No such codec.
-        UnsupportedCacheError: The model's prompt cache cannot be stored.
-        KVStoreError: The model or the document cannot be read, or a new process failed.
+    Prefills a document and saves it, with several codecs. For each of them a new
+    process resumes it, is asked a question, and answers.
     """
-    text = _read_text(document)
-    load_openblas()  # before MLX
-    from ..codecs import get_codec
+    output = output_of(context)
+    load_fast_blas()
+    from ..models.demo import CODECS, run_demo
 
-    for codec in codecs:
-        get_codec(codec)  # a wrong name is told at once
-    source = Source(model, adapter_path, trust_remote_code)
-    demo = _Demo(source, store, bar or _show_nothing, note or _say_nothing)
-    question = question or QUESTION
-    tokens = demo.make_tokens(text, question, num_tokens)
-    job = Job(source, *tokens, max_tokens)
-    rows = demo.run(job, codecs)
-    return DemoResult(model, str(store), len(job.document), question, tuple(rows))
+    with output.progress() as bars:
+        result = run_demo(
+            model.model,
+            store=store_path(context) or default_path(),
+            adapter_path=model.adapter_path,
+            trust_remote_code=model.trust_remote_code,
+            document=document,
+            question=question,
+            num_tokens=num_tokens,
+            max_tokens=max_tokens,
+            codecs=codecs or CODECS,
+            bar=bars.bar,
+            note=output.note,
+        )
+    names = [row.name for row in result.rows if row.name is not None]
+    text = format_result(result, terminal_width())
+    output.result(text, result.to_json(), names)
 
 
 def format_result(result: DemoResult, width: int | None = None) -> str:
@@ -231,309 +100,9 @@ def format_result(result: DemoResult, width: int | None = None) -> str:
     lines += [
         f"{row.way}: {' '.join(row.answer.split())}"
         for row in result.rows
-        if row.way == PREFILL or not row.is_same
+        if row.is_reference or not row.is_same
     ]
     return "\n".join(lines)
-
-
-class _Demo:
-    """The process that never stops.
-
-    Args:
-        source: The model.
-        store: The store's folder.
-        bar: Returns the progress callback of what is named.
-        note: Called with a sentence on what happens.
-    """
-
-    def __init__(self, source: Source, store: Path, bar: Bar, note: Note) -> None:
-        note(f"loading `{source.model}`")
-        self._model, self._tokenizer, self._fingerprint = source.load()
-        self._store = store
-        self._bar = bar
-        self._note = note
-        self._cache = _empty_cache(self._model)
-
-    def make_tokens(
-        self, text: str, question: str, num_tokens: int | None
-    ) -> tuple[list[int], list[int]]:
-        """Return the tokens of the document and those of the question, as a chat."""
-        from ..models.templates import encode_continuation, encode_prompt
-
-        num_tokens = num_tokens or self._choose_length(text)
-        frame = encode_prompt(self._tokenizer, _BEGIN + _END, is_open=True)
-        part = self._cut(text, max(1, num_tokens - len(frame)))
-        message = f"{_BEGIN}{self._tokenizer.decode(part)}{_END}"
-        document = encode_prompt(self._tokenizer, message, is_open=True)
-        asked = f"\n\n{question}"
-        return document, encode_continuation(self._tokenizer, asked, document)
-
-    def run(self, job: Job, codecs: Sequence[str]) -> list[DemoRow]:
-        """Prefill, save, answer; then resume everything saved in new processes."""
-        self._note(f"prefilling {len(job.document):,} tokens")
-        progress = self._bar(PREFILL)
-        start = time.perf_counter()
-        _read(self._model, self._cache, job.document, progress)
-        prefill_s = time.perf_counter() - start
-        with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
-            saved = [self._save_file(job, Path(folder))]
-            saved += [self._save(job, codec) for codec in codecs]
-            run = _answer(self._model, self._tokenizer, self._cache, job, prefill_s)
-            rows = [self._make_row(PREFILL, None, None, run, run)]
-            for one in saved:
-                self._note(f"resuming from {one.way} in a new process")
-                resumed = _start_process(one.job)
-                rows.append(self._make_row(one.way, one.name, one.nbytes, resumed, run))
-        return rows
-
-    def _save_file(self, job: Job, folder: Path) -> _Saved:
-        """Save with mlx-lm, to compare with."""
-        from mlx_lm.models.cache import save_prompt_cache
-
-        path = folder / "prompt_cache.safetensors"
-        save_prompt_cache(str(path), self._cache)
-        return _Saved(
-            MLX_LM, None, path.stat().st_size, replace(job, mlx_file=str(path))
-        )
-
-    def _save(self, job: Job, codec: str) -> _Saved:
-        from ..store import Store
-
-        name = f"demo-{codec}"
-        tenant = f"{name} {_digest_rows(self._cache)}"
-        with Store(self._store, codec, tenant=tenant) as store:
-            store.save(
-                job.document,
-                self._cache,
-                self._fingerprint,
-                name=name,
-                replace=True,
-                progress=self._bar(f"save {codec}"),
-            )
-            nbytes = _shard_bytes(store, name)
-        job = replace(job, store=str(self._store), tenant=tenant)
-        return _Saved(codec, name, nbytes, job)
-
-    def _make_row(
-        self, way: str, name: str | None, nbytes: int | None, run: Run, without: Run
-    ) -> DemoRow:
-        """Return a line of the table, compared with the run without a store."""
-        return DemoRow(
-            way,
-            name,
-            nbytes,
-            run.first_s,
-            without.first_s / run.first_s,
-            run.answer_s,
-            self._tokenizer.decode(run.answer),
-            common_run(run.answer, without.answer),
-            len(run.answer),
-            run.answer == without.answer,
-        )
-
-    def _choose_length(self, text: str) -> int:
-        """Return how long a document this machine reads in a time one can wait."""
-        probe = self._cut(text, _NUM_PROBE_TOKENS)
-        seconds = min(self._time(probe) for _ in range(2)) / len(probe)
-        if seconds * NUM_TOKENS <= _PATIENCE_S:
-            return NUM_TOKENS
-        self._note(
-            f"this machine reads {1 / seconds:.0f} tokens per second, so the document"
-            f" has {NUM_TOKENS_SLOW} tokens instead of {NUM_TOKENS:,}"
-        )
-        return NUM_TOKENS_SLOW
-
-    def _time(self, tokens: list[int]) -> float:
-        start = time.perf_counter()
-        _read(self._model, _empty_cache(self._model), tokens, _show_nothing(""))
-        return time.perf_counter() - start
-
-    def _cut(self, text: str, num_tokens: int) -> list[int]:
-        """Return the first tokens of a text."""
-        # On average, no tokenizer makes one token of more letters.
-        start = text[: 16 * num_tokens]
-        tokens = self._tokenizer.encode(start, add_special_tokens=False)
-        return list(tokens[:num_tokens])
-
-
-def _read_text(path: Path | None) -> str:
-    """Return the document; by default, of Python's manual, first what we ask about."""
-    if path is None:
-        from pydoc_data.topics import topics
-
-        names = sorted(topics, key=lambda name: (name != "try", name))
-        return "\n\n".join(topics[name] for name in names)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise KVStoreError(
-            f"cannot read the document `{path}`: {reason}",
-            hint="give a file of plain text",
-        ) from error
-    if not text.strip():
-        raise KVStoreError(
-            f"the document `{path}` is empty", hint="give a file of plain text"
-        )
-    return text
-
-
-def _empty_cache(model: Any) -> list[Any]:
-    """Return a prompt cache for a model, or say why it could not be stored."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    from ..caches.live import check_classes
-
-    prompt_cache: list[Any] = make_prompt_cache(model)
-    check_classes(prompt_cache)
-    return prompt_cache
-
-
-def _read(
-    model: Any, prompt_cache: list[Any], tokens: list[int], progress: Progress
-) -> None:
-    """Feed tokens as ``generate_step`` does: in steps, and no logits are computed."""
-    import mlx.core as mx
-
-    from ..models.session import PREFILL_STEP_SIZE
-
-    progress(0, len(tokens))
-    for begin in range(0, len(tokens), PREFILL_STEP_SIZE):
-        step = tokens[begin : begin + PREFILL_STEP_SIZE]
-        model(mx.array([step]), cache=prompt_cache)
-        mx.eval([cache.state for cache in prompt_cache])
-        mx.clear_cache()
-        progress(begin + len(step), len(tokens))
-
-
-def _digest_rows(prompt_cache: Sequence[Any]) -> str:
-    """Return a digest of the bits in a prompt cache."""
-    import blake3
-    import mlx.core as mx
-    import numpy as np
-    from mlx.utils import tree_flatten
-
-    digest = blake3.blake3()
-    states = dict(tree_flatten([cache.state for cache in prompt_cache]))
-    for name, value in states.items():
-        digest.update(name.encode())
-        if isinstance(value, mx.array):
-            octets = mx.contiguous(value).reshape(-1).view(mx.uint8)
-            digest.update(np.asarray(octets).data)
-    return str(digest.hexdigest(8))
-
-
-def _shard_bytes(store: Store, name: str) -> int:
-    """Return the size of the shards that an entry lies in."""
-    names = {place.shard for place, _ in store.chain(name)}
-    paths = (shard_path(store.path / "shards", shard) for shard in names)
-    return sum(path.stat().st_size for path in paths)
-
-
-def _answer(
-    model: Any, tokenizer: Any, prompt_cache: list[Any], job: Job, before_s: float
-) -> Run:
-    """Feed the question, its first token alone, and answer it greedily.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompt_cache: Holds the document.
-        job: The question, and how long the answer may be.
-        before_s: Seconds that it took to have the prompt cache.
-    """
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-
-    start = time.perf_counter() - before_s
-    mx.eval(model(mx.array([job.question[:1]]), cache=prompt_cache))
-    first_s = time.perf_counter() - start
-    answer: list[int] = []
-    answer_s = 0.0
-    for token, _ in generate_step(
-        mx.array(job.question[1:]),
-        model,
-        max_tokens=job.max_tokens,
-        prompt_cache=prompt_cache,
-    ):
-        answer_s = answer_s or time.perf_counter() - start
-        if token in tokenizer.eos_token_ids:
-            break
-        answer.append(int(token))
-    return Run(first_s, answer_s, answer)
-
-
-def _start_process(job: Job) -> Run:
-    """Resume and answer in a new process, which is told nothing but the job."""
-    finished = subprocess.run(
-        [sys.executable, "-m", __name__],
-        input=json.dumps(asdict(job)),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if finished.returncode:
-        raise KVStoreError(
-            f"the new process failed with exit code {finished.returncode}",
-            hint="what it printed stands above",
-        )
-    reply = json.loads(finished.stdout)
-    if "error" in reply:
-        raise KVStoreError(reply["error"], hint=reply["hint"])
-    return Run(**reply)
-
-
-def _read_job(data: JSON) -> Job:
-    return Job(Source(**data.pop("source")), **data)
-
-
-def _resume(job: Job) -> Run:
-    """Restore the prompt cache and answer; runs in the new process."""
-    model, tokenizer, fingerprint = job.source.load()
-    with _open_store(job) as store:
-        start = time.perf_counter()
-        prompt_cache = _restore(job, store, fingerprint)
-        restored_s = time.perf_counter() - start
-        return _answer(model, tokenizer, prompt_cache, job, restored_s)
-
-
-def _open_store(job: Job) -> AbstractContextManager[Store | None]:
-    """Open the store, unless mlx-lm's file is used."""
-    if job.mlx_file:
-        return nullcontext()
-    from ..store import Store
-
-    return Store(job.store, create=False, tenant=job.tenant)
-
-
-def _restore(job: Job, store: Store | None, fingerprint: Fingerprint) -> list[Any]:
-    """Return the prompt cache of the document.
-
-    Raises:
-        KVStoreError: The store has lost a part of it.
-    """
-    if store is None:
-        from mlx_lm.models.cache import load_prompt_cache
-
-        return list(load_prompt_cache(job.mlx_file))
-    prompt = job.document + job.question
-    found, rest = store.load(prompt, fingerprint)
-    if found is None or len(rest) != len(job.question):
-        match = store.lookup(prompt, fingerprint)
-        raise KVStoreError(
-            f"the store gave back {match.num_tokens:,} of {len(job.document):,}"
-            f" tokens: {match.detail}",
-            hint="`kvstore verify` looks for damage",
-        )
-    return found
-
-
-def _show_nothing(what: str) -> Progress:
-    return lambda done, total: None
-
-
-def _say_nothing(message: str) -> None:
-    pass
 
 
 def _size_cell(row: DemoRow) -> str:
@@ -546,7 +115,7 @@ def _speedup_cell(row: DemoRow) -> str:
 
 def _same_cell(row: DemoRow) -> str:
     if row.is_same:
-        return "" if row.way == PREFILL else "yes"
+        return "" if row.is_reference else "yes"
     return f"first {row.num_same} of {row.num_answer} tokens"
 
 
@@ -558,19 +127,3 @@ _COLUMNS: tuple[Column[DemoRow], ...] = (
     Column("ANSWER BEGINS", lambda row: f"{row.answer_s:.2f} s", is_number=True),
     Column("SAME ANSWER", _same_cell),
 )
-
-
-def _main() -> int:
-    """Do the job on stdin; what the model's libraries print goes to stderr."""
-    job = _read_job(json.load(sys.stdin))
-    with redirect_stdout(sys.stderr):
-        try:
-            reply = asdict(_resume(job))
-        except KVStoreError as error:
-            reply = {"error": str(error), "hint": error.hint}
-    print(json.dumps(reply))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -43,7 +43,7 @@ ALLOWED = {
     "click": {"cli"},
     "rich": {"cli"},
     "mlx_lm": {"caches", "fingerprint", "models", "server", "cli"},
-    "transformers": {"models", "server", "cli.demo"},
+    "transformers": {"models", "server"},
     "turboquant": {"codecs.turbo", "caches", "models"},
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.check"},

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 import kvstore
-from kvstore.cli import demo
+from kvstore.cli.demo import format_result
+from kvstore.models import demo
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd")
 
@@ -188,7 +189,7 @@ def test_a_process_that_dies_is_an_error(tmp_path, monkeypatch):
 
 def test_importing_the_demo_leaves_openblas_its_chance():
     """Neither this module nor what it imports brings MLX."""
-    program = "import sys, kvstore.cli.demo; sys.exit('mlx.core' in sys.modules)"
+    program = "import sys, kvstore.models.demo; sys.exit('mlx.core' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -198,7 +199,7 @@ def test_the_table_is_readable():
     differs = replace(same, way="turbo2", answer="No.", num_same=0, is_same=False)
     prefill = replace(same, way=demo.PREFILL, name=None, nbytes=None, speedup=1.0)
     result = demo.DemoResult("m", "s", 2000, "Is it?", (prefill, same, differs))
-    text = demo.format_result(result)
+    text = format_result(result)
     assert [" ".join(line.split()) for line in text.splitlines()[3:6]] == [
         "prefill 0.50 s 1.0× 1.00 s",
         "raw 5.0 MB 0.50 s 40× 1.00 s yes",
