@@ -73,7 +73,7 @@ def read_shard(path):
 
 
 def restore(store, entry):
-    """Return each layer's arrays by name, (H, T, D), BF16 as float32 (7.4 and 8)."""
+    """Return tokens, and each layer's (H, T, D) by name, BF16 as float32 (7.4, 8)."""
     paths = store.glob("shards/??/*.safetensors")
     copies = [block for path in paths for block in read_shard(path)]
     copies.sort(key=lambda copy: (copy["extras"], copy["exact"], copy["lossless"]))
@@ -97,7 +97,7 @@ def restore(store, entry):
             check(parts or spec[-1] != "state", f"{name} is missing")
             for i, number in enumerate(members if parts else ()):
                 restored[number][name] = np.concatenate([p[i] for p in parts], axis=1)
-    return restored
+    return [token for block in chain for token in block["tokens"]], restored
 
 
 def read(chain, prefix, count, params, heads, dim, dtype, begin, end, kind):
@@ -171,9 +171,8 @@ def decode(block, prefix, start, shape, dtype):
     x = x.astype("<f2" if dtype == "F16" else "<f4")
     if dtype == "BF16":
         x = ((n := x.view("<u4")) + 0x7FFF + (n >> 16 & 1) >> 16).astype("<u2")
-    if sinks:
-        x = np.concatenate([part("sinks", dtype, (*outer, sinks, dim)), x], axis=2)
-    return x
+    first = [part("sinks", dtype, (*outer, sinks, dim))] if sinks else []
+    return np.concatenate([*first, x], axis=2)
 
 
 def levels(bits):
@@ -192,9 +191,9 @@ def levels(bits):
 
 
 if __name__ == "__main__":
-    store, *wanted = map(Path, sys.argv[1:])
+    store, wanted = Path(sys.argv[1]), sys.argv[2:]
     for entry in read_entries(store):
         print(entry["id"], entry["name"], entry["num_tokens"], entry["codec"])
-        is_wanted = str(*wanted) in (entry["id"], entry["name"])
-        for number, layer in enumerate(restore(store, entry) if is_wanted else ()):
+        is_wanted = wanted and wanted[0] in (entry["id"], entry["name"])
+        for number, layer in enumerate(restore(store, entry)[1] if is_wanted else ()):
             print(number, {name: rows.shape for name, rows in layer.items()})

@@ -8,13 +8,17 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
+import tarfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from blake3 import blake3
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -124,7 +128,8 @@ def assert_same(path: Path, *, is_lossy: bool = False) -> None:
         for entry in entries:
             cache, tokens = store.load_entry(entry["id"], None)
             expected = [a for one in cache for a in arrays_of(one, len(tokens))]
-            actual = reader.restore(path, entry)
+            found_tokens, actual = reader.restore(path, entry)
+            assert found_tokens == tokens
             assert len(expected) == len(actual)
             for number, (wanted, found) in enumerate(
                 zip(expected, actual, strict=True)
@@ -188,7 +193,7 @@ def test_lossless_codecs_are_restored_to_the_bit(codec, dtype, tmp_path):
     rows = make_rows(1, DTYPES[dtype], 24, 40)
     path = save(tmp_path / "store", codec, [fill(KVCache(), rows)], 40)
     assert_same(path)
-    (found,) = reader.restore(path, next(reader.read_entries(path)))
+    _, (found,) = reader.restore(path, next(reader.read_entries(path)))
     assert found["k"].tobytes() == to_numpy(rows[0, 0]).tobytes()
 
 
@@ -215,7 +220,7 @@ def test_broken_vectors_stay_broken(tmp_path):
     rows[1, 0, 1, 11] = 0
     path = save(tmp_path / "store", "turbo4", [fill(KVCache(), rows)], 40)
     assert_same(path, is_lossy=True)
-    (found,) = reader.restore(path, next(reader.read_entries(path)))
+    _, (found,) = reader.restore(path, next(reader.read_entries(path)))
     assert np.isnan(found["v"][0, 10]).all()
     assert not found["v"][1, 11].any()
 
@@ -254,6 +259,61 @@ def test_a_conversation_of_several_saves_is_restored(tmp_path):
             store.save([*range(length)], cache, MODEL, name=name)
     assert len(list(path.glob("shards/*/*.safetensors"))) > 1
     assert_same(path, is_lossy=True)
+
+
+def tar_file(name: str, content: bytes) -> bytes:
+    """Return one file of an archive, by the table of FORMAT.md 13."""
+    front = name.encode().ljust(100, b"\0") + b"0000600\0" + b"0000000\0" * 2
+    front += b"%011o\0" % len(content) + b"0" * 11 + b"\0"
+    back = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + b"0000000\0" * 2
+    back += bytes(155 + 12)
+    checksum = b"%06o\0 " % (sum(front) + 8 * ord(" ") + sum(back))
+    return front + checksum + back + content + bytes(-len(content) % 512)
+
+
+def test_a_bundle_is_the_archive_that_format_md_describes(tmp_path):
+    """A bundle's manifest and the shards that it names give every byte of it."""
+    (bundle,) = GOLDEN.glob("*.kvbundle")
+    with tarfile.open(bundle) as archive:
+        found = [(member.name, archive.extractfile(member)) for member in archive]
+        files = {name: file.read() for name, file in found if file}
+    members = [tar_file(name, content) for name, content in files.items()]
+    assert bundle.read_bytes() == b"".join(members) + bytes(1024)
+    data = files.pop("kvstore-bundle.json")
+    manifest = json.loads(data)
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    assert data.decode() == reader.canonical(manifest)
+    assert manifest["digest"] == blake3(reader.canonical(rest).encode()).hexdigest()
+    named = [(s["sha256"], s["nbytes"]) for s in manifest["shards"]]
+    assert named == [(sha256(f).hexdigest(), len(f)) for f in files.values()]
+    assert list(files) == [f"shards/{name}.safetensors" for name, _ in named]
+    folder = make_store(tmp_path / "store") / "shards/00"
+    folder.mkdir()
+    for name, shard in files.items():
+        (folder / Path(name).name).write_bytes(shard)
+    tokens, layers = reader.restore(tmp_path / "store", manifest["entry"])
+    assert len(tokens) == manifest["entry"]["num_tokens"]
+    assert layers
+
+
+def test_the_command_lists_entries_and_what_one_holds(tmp_path):
+    """Given an entry's name, the command prints the shapes of its arrays as well."""
+    path = make_golden(tmp_path / "store")
+    outputs = [
+        subprocess.run(
+            [sys.executable, str(TOOL), str(path), *more],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for more in ([], ["golden"])
+    ]
+    (entry,) = reader.read_entries(path)
+    tokens, layers = reader.restore(path, entry)
+    line = f"{entry['id']} golden {len(tokens)} {entry['codec']}"
+    shapes = [{name: rows.shape for name, rows in layer.items()} for layer in layers]
+    held = [f"{number} {layer}" for number, layer in enumerate(shapes)]
+    assert outputs == [[line], [line, *held]]
 
 
 @pytest.mark.parametrize("part", ["entries", "shards"])
