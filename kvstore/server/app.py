@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import threading
@@ -24,6 +25,16 @@ from ..fingerprint import Fingerprint
 from ..models.load import find_model, fingerprint_model
 from .prompt_cache import DiskPromptCache, ServedModel
 
+# Architectures whose layers are a `CacheList` and that a test serves in batches: the
+# tokens, the rows and the states are those of serving alone.
+_LISTS_BATCHED_RIGHT = {
+    "baichuan_m1",
+    "deepseek_v32",
+    "falcon_h1",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "longcat_flash_ngram",
+}
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 """Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
 
@@ -95,6 +106,13 @@ def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> A
     """
 
     class Batch(server.BatchGenerator):  # type: ignore[misc]
+        def __init__(self, model: Any, **options: Any) -> None:
+            if _has_states(model):
+                # In a batch, the padding of the shorter prompts would run through
+                # their states. Tokens that are generated need no padding.
+                options["prefill_batch_size"] = 1
+            super().__init__(model, **options)
+
         def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
             # The client has left, and will ask again if the prompt took it too long.
             held = super().remove(uids, return_prompt_caches=True)
@@ -113,13 +131,29 @@ def _failures(generators: Sequence[Any]) -> list[Exception]:
 
 def _check_requests(handler_class: Any) -> None:
     """Have mlx-lm's handler refuse what would end the thread that generates."""
-    validate = handler_class.validate_model_parameters
+    validate, post = handler_class.validate_model_parameters, handler_class.do_POST
 
     def validate_all(handler: Any) -> None:
-        validate(handler)
-        check_body(handler.body)
+        try:
+            validate(handler)
+            check_body(handler.body)
+        except ValueError as error:
+            raise BadRequestError(str(error)) from error
+
+    def do_post(handler: Any) -> None:
+        try:
+            post(handler)
+        except BadRequestError as error:  # which mlx-lm 0.31 does not answer
+            handler._set_completion_headers(400)
+            handler.end_headers()
+            handler.wfile.write(json.dumps({"error": str(error)}).encode())
 
     handler_class.validate_model_parameters = validate_all
+    handler_class.do_POST = do_post
+
+
+class BadRequestError(ValueError):
+    """A request that cannot be served as it is."""
 
 
 def check_body(body: dict[str, Any]) -> None:
@@ -225,7 +259,6 @@ def _provider_class(server: Any) -> Any:
             except (KVStoreError, OSError) as error:
                 self.loaded = error  # served without the store
             super()._load(model, adapter_path, draft)
-            # In a batch of prompts of several lengths, mlx-lm computes wrong rows.
             if not _is_batched_right(self.model):
                 self.is_batchable = False
             # By which it is asked for again.
@@ -253,15 +286,28 @@ def _provider_class(server: Any) -> Any:
 
 
 def _is_batched_right(model: Any) -> bool:
-    """Say whether prompts of several lengths can share a batch.
+    """Whether mlx-lm computes the same tokens and rows in a batch as alone.
 
-    The padding of the shorter ones runs through the states of many recurrent models,
-    and through the indexers of some others.
+    Of the models with a ``CacheList``, it does not for minimax_m3_vl. One that was not
+    measured is served alone.
     """
+    from mlx_lm.models.cache import CacheList, make_prompt_cache
+
+    if not any(isinstance(cache, CacheList) for cache in make_prompt_cache(model)):
+        return True
+    return type(model).__module__.rpartition(".")[2] in _LISTS_BATCHED_RIGHT
+
+
+def _has_states(model: Any) -> bool:
+    """Whether a layer of a model keeps a state that no position can be cut from."""
     from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
-    odd = (ArraysCache, CacheList)
-    return not any(isinstance(cache, odd) for cache in make_prompt_cache(model))
+    def is_state(cache: Any) -> bool:
+        if isinstance(cache, CacheList):
+            return any(map(is_state, cache.caches))
+        return isinstance(cache, ArraysCache)
+
+    return any(map(is_state, make_prompt_cache(model)))
 
 
 def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:
@@ -295,12 +341,9 @@ def _generator_class(server: Any) -> Any:
             finally:
                 # On this thread, whose arrays they are.
                 self._disk.trim_to(n_sequences=0)
-
-        def _run_generate(self) -> None:
-            super()._run_generate()
-            if self.failure is not None:
-                # The main thread serves on, and would answer nothing but errors.
-                os.kill(os.getpid(), signal.SIGTERM)
+                if self.failure is not None:
+                    # The main thread serves on, and would answer nothing but errors.
+                    os.kill(os.getpid(), signal.SIGTERM)
 
         def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
             found = super()._tokenize(tokenizer, request, args)

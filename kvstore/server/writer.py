@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvstore")
 NICE = 10
 """By how much the writing thread gives way to others, on Linux."""
+# Two ends a turn: that of the prompt and that of the reply.
+_NUM_NEWEST = 4
 # Entries that a later one may take the place of.
 _MAX_REMEMBERED = 4096
 
@@ -188,17 +190,23 @@ class Writer:
             job.rows.nbytes / 1e6,
             time.monotonic() - begin,
         )
-        if job.snapshot.chain.has_only_rows:
-            if not job.is_shared:
-                self._remember(entry)
-            self._supersede(store, job.snapshot.chain, entry)
+        if not job.is_shared:
+            self._remember(entry)
+        self._supersede(store, job.snapshot.chain, entry)
         return True
 
     def _supersede(self, store: Store, chain: Chain, entry: Entry) -> None:
-        """Remove our entries that this one continues: it has all of their rows."""
-        for old in list(self._kept.values()):
-            if old.id == entry.id or not chain.continues(old):
-                continue
+        """Remove our entries that this one continues, as far as nobody needs them.
+
+        It has all of their rows. But windows and states can be restored only where an
+        entry ends, so of these some stay.
+        """
+        continued = [
+            old
+            for old in self._kept.values()
+            if old.id != entry.id and chain.continues(old)
+        ]
+        for old in continued if chain.has_only_rows else dispensable(continued):
             try:
                 if not store.entry(old.id).pinned:
                     store.remove(old.id)
@@ -210,6 +218,27 @@ class Writer:
             del self._kept[old.id]
 
     def _remember(self, entry: Entry) -> None:
+        self._kept.pop(entry.id, None)
         self._kept[entry.id] = entry
         if len(self._kept) > _MAX_REMEMBERED:
             del self._kept[next(iter(self._kept))]
+
+
+def dispensable(continued: Sequence[Entry]) -> list[Entry]:
+    """Return the ends of a conversation at which it need not be restored any more.
+
+    The newest stay: a client renders the last turns anew, or takes them back. Before
+    them stays one at about each half of the length, since a conversation is also
+    compacted or forked. So their number grows with the logarithm of the length.
+
+    Args:
+        continued: Entries of one conversation, in any order.
+    """
+    newest_first = sorted(continued, key=lambda entry: -entry.num_tokens)
+    limit, found = float("inf"), []
+    for number, entry in enumerate(newest_first):
+        if number < _NUM_NEWEST or entry.num_tokens <= limit:
+            limit = entry.num_tokens / 2
+        else:
+            found.append(entry)
+    return found

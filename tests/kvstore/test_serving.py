@@ -448,7 +448,8 @@ def test_states_do_not_come_out_of_batches(servers, tiny_model, tmp_path):
     fingerprint = kvstore.Fingerprint.from_path(folder)
     with kvstore.Store(tmp_path / "store", create=False) as store:
         entries = store.entries()
-        assert len(entries) == 4
+        # At the end of each prompt, and of each reply.
+        assert len(entries) == 8
         for entry in entries:
             held, tokens = store.load_entry(entry.id, fingerprint)
             fresh = make_prompt_cache(model)
