@@ -51,8 +51,15 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         ValueError: mlx-lm does not take these arguments.
     """
     server = _copy_module("mlx_lm.server")
-    provider_class = _provider_class(server)
-    generator_class = _generator_class(server)
+    batches: list[Any] = []
+
+    def give_up() -> None:
+        for batch in batches:
+            batch.give_up()
+        batches.clear()
+
+    provider_class = _provider_class(server, give_up)
+    generator_class = _generator_class(server, give_up)
     providers: list[Any] = []
     opened: list[DiskPromptCache] = []
     generators: list[Any] = []
@@ -80,7 +87,13 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         key = providers[-1].model_key
         opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
 
-    server.BatchGenerator = _batch_class(server, keep)  # type: ignore[attr-defined]
+    batch_class = _batch_class(server, keep)
+
+    def make_batch(*parts: Any, **options: Any) -> Any:
+        batches[:] = [batch_class(*parts, **options)]  # there is one at a time
+        return batches[0]
+
+    server.BatchGenerator = make_batch  # type: ignore[attr-defined]
     _check_requests(server.APIHandler)
     with _terminated_like_interrupted():
         try:
@@ -111,10 +124,21 @@ def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> A
                 # In a batch, the padding of the shorter prompts would run through
                 # their states. Tokens that are generated need no padding.
                 options["prefill_batch_size"] = 1
+            self._begun: set[Any] = set()
             super().__init__(model, **options)
+
+        def insert_segments(self, *parts: Any, **options: Any) -> Any:
+            uids = super().insert_segments(*parts, **options)
+            self._begun.update(uids)
+            return uids
+
+        def give_up(self) -> None:
+            """Keep what was computed of all requests that have not ended."""
+            self.remove(list(self._begun))
 
         def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
             # The client has left, and will ask again if the prompt took it too long.
+            self._begun.difference_update(uids)
             held = super().remove(uids, return_prompt_caches=True)
             for prompt_cache, tokens in held.values():
                 if prompt_cache and tokens:
@@ -238,11 +262,21 @@ def _check(cli_args: argparse.Namespace) -> None:
         )
 
 
-def _provider_class(server: Any) -> Any:
-    """Return mlx-lm's ``ModelProvider``, which also knows what it has loaded."""
+def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
+    """Return mlx-lm's ``ModelProvider``, which also knows what it has loaded.
+
+    Args:
+        server: The copy of mlx-lm's module.
+        give_up: Called before the model goes.
+    """
 
     class Provider(server.ModelProvider):  # type: ignore[misc]
         loaded: Fingerprint | Exception | None = None
+
+        def reset(self) -> None:
+            # mlx-lm calls this when it ends, and rows are kept by the model's key.
+            give_up()
+            super().reset()
 
         def _load(
             self,
@@ -322,8 +356,13 @@ def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:
     ]
 
 
-def _generator_class(server: Any) -> Any:
-    """Return mlx-lm's ``ResponseGenerator``, which also measures prefills."""
+def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:
+    """Return mlx-lm's ``ResponseGenerator``, which also measures prefills.
+
+    Args:
+        server: The copy of mlx-lm's module.
+        give_up: Called when it ends, with what it has begun.
+    """
 
     class Generator(server.ResponseGenerator):  # type: ignore[misc]
         def __init__(self, model_provider: Any, prompt_cache: DiskPromptCache) -> None:
@@ -335,6 +374,7 @@ def _generator_class(server: Any) -> Any:
         def _generate(self) -> None:
             try:
                 super()._generate()
+                give_up()  # for mlx-lm 0.31, which does not reset its model
             except Exception as error:
                 self.failure = error
                 raise

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,12 @@ class Server:
 
     def leave(self, path, body, until):
         """Send a request and hang up as soon as some bytes have come back."""
+        with self.begin(path, body, until):
+            pass
+
+    @contextmanager
+    def begin(self, path, body, until):
+        """Send a request and go on as soon as some bytes have come back."""
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
@@ -131,6 +138,7 @@ class Server:
             received = b""
             while until not in received:
                 received += connection.recv(4096)
+            yield
 
     def ask(self, messages, **options):
         """Return what the chat answers."""

@@ -729,3 +729,18 @@ def test_a_prefill_that_a_client_gives_up_is_kept(servers, tiny_model, tmp_path)
     assert server.stop() == 0
     server = servers.kvstore(tmp_path / "store", tiny_model, *options)
     assert beside.cached(server.ask(body["messages"])) >= 1024
+
+
+def test_a_prefill_that_a_stop_ends_is_kept(servers, tiny_model, tmp_path):
+    """SIGTERM keeps what was computed of a prompt, between two of its steps."""
+    options = ("--prefill-step-size", "64", "--codec", "raw")
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    body = {
+        "messages": [{"role": "user", "content": "lorem ipsum dolor " * 300}],
+        "max_tokens": 1,
+        "stream": True,
+    }
+    with server.begin(CHAT, body, until=b"keepalive 1024/"):
+        assert server.stop() == 0
+    server = servers.kvstore(tmp_path / "store", tiny_model, *options)
+    assert beside.cached(server.ask(body["messages"])) >= 1024
