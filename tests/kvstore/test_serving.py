@@ -282,7 +282,12 @@ CASES = (
 def test_answers_are_those_of_the_stock_server(pair, models, case):
     """Texts, usage, logprobs, calls and errors are the same but for ids and times."""
     ours, stock = ([plain(found) for found in case(one, models)] for one in pair)
-    assert ours == stock
+    for mine, other in zip(ours, stock, strict=True):
+        if other.get("status") == 0:  # where mlx-lm 0.31 hangs up, ours says why
+            assert mine["status"] == 400
+            assert mine["body"]
+        else:
+            assert mine == other
 
 
 def test_a_prompt_that_is_held_to_its_end_is_answered(pair):
