@@ -160,7 +160,7 @@ def _check_requests(handler_class: Any) -> None:
     def validate_all(handler: Any) -> None:
         try:
             validate(handler)
-            check_body(handler.body)
+            check_body(handler.path, handler.body)
         except ValueError as error:
             raise BadRequestError(str(error)) from error
 
@@ -180,13 +180,23 @@ class BadRequestError(ValueError):
     """A request that cannot be served as it is."""
 
 
-def check_body(body: dict[str, Any]) -> None:
+def check_body(path: str, body: dict[str, Any]) -> None:
     """Refuse a request whose prompt or stop words are of a kind that mlx-lm cannot use.
+
+    Args:
+        path: Where it was posted.
+        body: What was posted.
 
     Raises:
         ValueError: It says which field.
     """
-    if "messages" not in body and not isinstance(body.get("prompt", ""), str):
+    is_chat = path.endswith("chat/completions")
+    # In mlx-lm's own words, where it has some.
+    if is_chat and "messages" not in body:
+        raise ValueError("Request did not contain messages")
+    if not is_chat and "prompt" not in body:
+        raise ValueError("Request did not contain a prompt")
+    if not is_chat and not isinstance(body["prompt"], str):
         raise ValueError("prompt must be a string")
     stop = body.get("stop") or []
     words = stop if isinstance(stop, list) else [stop]
