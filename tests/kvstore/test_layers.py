@@ -17,6 +17,7 @@ from kvstore.caches import kinds as registry
 from kvstore.caches.kinds import _KINDS, register_kind
 from kvstore.caches.kinds.arrays import _shape
 from kvstore.caches.kinds.plain import PlainRows
+from kvstore.caches.mlx_files import open_cache_file, write_prompt_cache
 from turboquant.kv_cache import TurboQuantKVCache
 
 LAYERS = 2
@@ -214,8 +215,13 @@ def test_a_window_that_lacks_rows_is_refused(store_path, caches):
     assert store.entries() == []
 
 
-def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch):
-    """A registered class is stored and comes back as itself; a name is taken once."""
+def test_a_class_from_outside_can_be_registered(
+    tmp_path, store_path, caches, monkeypatch
+):
+    """One object teaches the store a class: blocks, and mlx-lm's files of it.
+
+    A name can be taken once.
+    """
 
     class Outside(KVCache):
         pass
@@ -241,6 +247,10 @@ def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch)
         restored, _ = store.load_entry("x", caches.MODEL)
     assert type(restored[0]) is Outside
     assert fetched(restored) == fetched(cache)
+    write_prompt_cache(tmp_path / "x.safetensors", cache, "a/model")
+    read = open_cache_file(tmp_path / "x.safetensors", [Outside()]).read()
+    assert type(read[0]) is Outside
+    assert fetched(read) == fetched(cache)
 
 
 class Unwalked(dict):
