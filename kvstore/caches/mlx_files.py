@@ -21,7 +21,7 @@ from ..errors import FormatError, IntegrityError, KVStoreError, UnsupportedCache
 from ..format.safetensors import MAX_HEADER_BYTES, parse_header
 from ..storage import files
 from . import live as caches
-from .kinds import kind_named, known_kinds, known_layout
+from .kinds import find_kind, kind_named, known_kinds, known_layout
 from .kinds.base import CacheKind
 from .kinds.saved import (
     BEFORE_0_32,
@@ -378,7 +378,7 @@ def _cut(state: list[Any], likes: Sequence[Any]) -> list[tuple[Any, ...]]:
     triples: list[tuple[Any, ...]] = []
     rest = state
     for cache in likes:
-        kind = next((kind for kind in known_kinds() if kind.owns(cache)), None)
+        kind = find_kind(cache)
         forms = () if kind is None else kind.forms
         # These releases wrote no numbers of the caches in a CacheList.
         is_whole = any(FROM_0_28_1 in f.releases and not f.numbers for f in forms)

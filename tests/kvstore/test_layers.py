@@ -14,6 +14,7 @@ from mlx_lm.models.cache import (
 
 import kvstore
 from kvstore.caches import kinds as registry
+from kvstore.caches import live
 from kvstore.caches.kinds import _KINDS, register_kind
 from kvstore.caches.kinds.arrays import _shape
 from kvstore.caches.kinds.plain import PlainRows
@@ -251,6 +252,21 @@ def test_a_class_from_outside_can_be_registered(
     read = open_cache_file(tmp_path / "x.safetensors", [Outside()]).read()
     assert type(read[0]) is Outside
     assert fetched(read) == fetched(cache)
+
+
+@kinds
+@pytest.mark.parametrize("cut_at", [1, 4, 5, 16, 39])
+def test_a_cut_cache_goes_on_as_one_that_never_had_the_rows(caches, kind, cut_at):
+    """Every cuttable class drops its last rows and leaves the others as they were."""
+    rows, more = caches.random_rows(40, 1), caches.random_rows(30, 2)
+    cache = filled(kind, rows)
+    if not live.is_cuttable(cache):
+        assert kind == "ConcatenateKVCache"
+        return
+    assert live.cut(cache, cut_at) == cut_at
+    shorter = filled(kind, rows[..., :cut_at, :])
+    assert fetched(cache) == fetched(shorter)
+    assert fetched(extended(cache, more)) == fetched(extended(shorter, more))
 
 
 class Unwalked(dict):

@@ -74,15 +74,20 @@ def known_layout(value: Any) -> Layout:
     return layout
 
 
+def find_kind(cache: Any) -> CacheKind | None:
+    """Return the kind of one layer's cache, if its class can be stored."""
+    return next((kind for kind in _KINDS if kind.owns(cache)), None)
+
+
 def kind_of(number: int, cache: Any) -> CacheKind:
     """Return the kind of one layer's cache.
 
     Raises:
         UnsupportedCacheError: It is of a class that cannot be stored.
     """
-    for kind in _KINDS:
-        if kind.owns(cache):
-            return kind
+    kind = find_kind(cache)
+    if kind is not None:
+        return kind
     names = ", ".join(kind.name for kind in _KINDS)
     raise UnsupportedCacheError(
         f"layer {number} is a {type(cache).__name__}, which cannot be stored",

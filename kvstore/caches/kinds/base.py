@@ -40,6 +40,9 @@ class CacheKind(Protocol):
     is_exact: bool
     """Whether it keeps what the model computed, to the bit."""
 
+    is_cuttable: bool = False
+    """Whether ``trim`` can drop the last rows at any time, and leaves the others."""
+
     forms: tuple[FileForm, ...] = ()
     """How mlx-lm's releases write it; empty where files of it are not read."""
 

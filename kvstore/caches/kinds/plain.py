@@ -27,6 +27,7 @@ class PlainRows(CacheKind):
 
     name = "KVCache"
     is_exact = True
+    is_cuttable = True
     forms: tuple[FileForm, ...] = (
         FileForm(BEFORE_0_32),
         FileForm(frozenset((IN_0_32,)), ("offset",)),
@@ -89,6 +90,7 @@ class ConcatenatedRows(PlainRows):
     """``ConcatenateKVCache``: the same without room to grow."""
 
     name = "ConcatenateKVCache"
+    is_cuttable = False  # `trim` leaves the rows in its arrays, before the next ones
     forms = ()
 
     def owns(self, cache: Any) -> bool:
