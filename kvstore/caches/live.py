@@ -147,7 +147,7 @@ def _provenance_of(number: int, cache: Any) -> Provenance:
     return replace(kept, is_exact=kept.is_exact and kind_of(number, cache).is_exact)
 
 
-def mark(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
+def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
     """Have a prompt cache remember what its rows went through."""
     for cache in flatten_caches(prompt_cache):
         setattr(cache, _PROVENANCE, provenance)

@@ -305,7 +305,7 @@ class DiskPromptCache(LRUPromptCache):
             max(kept.coded_tokens, known.coded_tokens), kept.is_exact and known.is_exact
         )
         if provenance != kept:
-            caches.mark(prompt_cache, provenance)
+            caches.set_provenance(prompt_cache, provenance)
 
 
 @contextmanager
