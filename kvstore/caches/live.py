@@ -7,6 +7,7 @@ are somebody's trimmed conversation.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from ..codecs.base import Rows
 from ..errors import UnsupportedCacheError
-from .kinds import kind_of
+from .kinds import find_kind, kind_of
 from .kinds.base import Held
 from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
 from .stored import rows_of
@@ -146,7 +147,7 @@ def _provenance_of(number: int, cache: Any) -> Provenance:
     return replace(kept, is_exact=kept.is_exact and kind_of(number, cache).is_exact)
 
 
-def mark(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
+def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:
     """Have a prompt cache remember what its rows went through."""
     for cache in flatten_caches(prompt_cache):
         setattr(cache, _PROVENANCE, provenance)
@@ -186,6 +187,81 @@ def convert(
         converted.append(decoded)
     mx.eval([cache.state for cache in converted])
     return converted
+
+
+def is_cuttable(prompt_cache: Sequence[Any]) -> bool:
+    """Whether the last rows can be dropped from all layers, at any time."""
+    kinds = map(find_kind, flatten_caches(prompt_cache))
+    return all(kind is not None and kind.is_cuttable for kind in kinds)
+
+
+def count_rows(prompt_cache: Sequence[Any], at_most: int) -> int:
+    """Return of how many tokens every layer has rows, up to a limit."""
+    offsets: list[int] = [cache.offset for cache in _used(prompt_cache)]
+    return min([at_most, *offsets])
+
+
+def cut(prompt_cache: Sequence[Any], num_rows: int) -> int:
+    """Drop rows of a cuttable prompt cache, and return how many all layers have now."""
+    num_rows = count_rows(prompt_cache, num_rows)
+    for cache in _used(prompt_cache):
+        cache.trim(cache.offset - num_rows)
+    return num_rows
+
+
+def cut_copy(prompt_cache: PromptCache, num_tokens: int) -> PromptCache | None:
+    """Return a prompt cache that ends after so many tokens; ``None`` if that cannot be.
+
+    A draft model's caches may be a token behind the model's, so each has its own end.
+    """
+    from mlx_lm.models.cache import can_trim_prompt_cache
+
+    flat = flatten_caches(prompt_cache)
+    if all(getattr(cache, "offset", 0) <= num_tokens for cache in flat):
+        return prompt_cache
+    # A copy of a CacheList would share the caches in it.
+    if len(flat) != len(prompt_cache) or not can_trim_prompt_cache(prompt_cache):
+        return None
+    copies = [copy.copy(cache) for cache in prompt_cache]
+    for cache in copies:
+        cache.trim(max(0, cache.offset - num_tokens))
+    return copies
+
+
+def _used(prompt_cache: Sequence[Any]) -> list[Any]:
+    """Return the caches that have rows; a layer that the model never uses has none."""
+    return [
+        cache
+        for cache in flatten_caches(prompt_cache)
+        if getattr(cache, "offset", None) is not None and not cache.empty()
+    ]
+
+
+def quantize(
+    empty: PromptCache, bits: int | str | None, group_size: int
+) -> PromptCache:
+    """Return empty caches that will hold codes.
+
+    Args:
+        empty: Caches as the model makes them.
+        bits: TurboQuant's name of its codes, such as ``"turbo3"``, or a number of bits
+            of mlx-lm's codes; ``None`` for no codes.
+        group_size: Numbers that share a scale, in mlx-lm's codes.
+    """
+    if bits is None:
+        return empty
+    if isinstance(bits, str):
+        from turboquant.kv_cache import quantize_prompt_cache
+
+        return quantize_prompt_cache(empty, bits)
+    from mlx_lm.models.cache import KVCache
+
+    return [
+        cache.to_quantized(group_size=group_size, bits=bits)
+        if isinstance(cache, KVCache)
+        else cache
+        for cache in empty
+    ]
 
 
 def split(held: Sequence[Held], group: Group, name: str, rows: Rows) -> Array:

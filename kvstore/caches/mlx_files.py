@@ -12,20 +12,31 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import mlx.core as mx
-import numpy as np
-
-from ..codecs.base import MLX_DTYPES
 from ..errors import FormatError, IntegrityError, KVStoreError, UnsupportedCacheError
 from ..format.safetensors import MAX_HEADER_BYTES, parse_header
 from ..storage import files
 from . import live as caches
-from .kinds import known_layout
+from .kinds import find_kind, kind_named, known_kinds, known_layout
+from .kinds.base import CacheKind
+from .kinds.saved import (
+    BEFORE_0_32,
+    FROM_0_28_1,
+    IN_0_31,
+    IN_0_32,
+    TO_0_28_0,
+    FileArrays,
+    FileForm,
+    Releases,
+    SavedCache,
+    Tensor,
+    as_counts,
+    as_list,
+)
 from .layout import layout_to_json
 
 
@@ -101,57 +112,9 @@ def _readable(prompt_cache: Sequence[Any]) -> list[Any]:
     ]
 
 
-TO_0_28_0, FROM_0_28_1, IN_0_31, IN_0_32 = (
-    "up to 0.28.0", "0.28.1 to 0.30", "0.31", "0.32",
-)  # fmt: skip
-"""The releases of mlx-lm that share a layout."""
-Layouts = frozenset[str]
-_BEFORE_0_32: Layouts = frozenset((TO_0_28_0, FROM_0_28_1, IN_0_31))
-_FLOATS = ("F32", "F16", "BF16")
 _MAX_NESTING = 8
-# Behind its arrays, 0.32 keeps these numbers of a cache, in this order.
-_NUMBERS = {
-    "KVCache": ("offset",),
-    "QuantizedKVCache": ("offset", "group_size", "bits"),
-    "RotatingKVCache": ("offset", "keep", "max_size", "_idx"),
-    "ChunkedKVCache": ("offset", "chunk_size", "start_position"),
-}
-# The releases before kept these as text in the metadata.
-_FIRST, _LATER = frozenset((TO_0_28_0,)), frozenset((FROM_0_28_1, IN_0_31))
-_INFOS: tuple[tuple[str, tuple[str, ...], Layouts], ...] = (
-    ("KVCache", (), _BEFORE_0_32),
-    ("QuantizedKVCache", ("step", "offset", "group_size", "bits"), _FIRST),
-    ("QuantizedKVCache", ("offset", "group_size", "bits"), _LATER),
-    ("RotatingKVCache", ("keep", "max_size", "step", "offset", "_idx"), _FIRST),
-    ("RotatingKVCache", ("keep", "max_size", "offset", "_idx"), _LATER),
-    ("ChunkedKVCache", ("chunk_size", "start_position"), _BEFORE_0_32),
-    ("ArraysCache", (), _BEFORE_0_32),
-    ("MambaCache", (), frozenset((TO_0_28_0, FROM_0_28_1))),
-)
-_CLASSES = (*dict.fromkeys(name for name, _, _ in _INFOS), "CacheList")
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """An array of the file, not read yet."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-
-
-@dataclass(frozen=True, slots=True)
-class SavedCache:
-    """One cache as the file has it."""
-
-    # Its class; ``ArraysCache`` for what was a ``MambaCache``.
-    name: str
-    # Its arrays, nested as mlx-lm nests them; ``None`` for one without rows.
-    arrays: Any
-    # Its other attributes, by name.
-    numbers: Mapping[str, int]
-    # Those in it, where it is a ``CacheList``.
-    caches: tuple[SavedCache, ...] = ()
+# The one class that is no kind: it holds other caches.
+_LIST = "CacheList"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +160,7 @@ class CacheFile:
         num_tokens = self.num_tokens
         try:
             with self.path.open("rb") as file:
-                data = _Data(file, self.data_begin)
+                data = FileArrays(file, self.data_begin)
                 prompt_cache = [_build(c, data, num_tokens) for c in self.caches]
             layout = caches.read_layout(prompt_cache, num_tokens)
             known_layout(layout_to_json(layout))  # what we could not read again
@@ -227,7 +190,7 @@ def open_cache_file(path: Path, like: Sequence[Any]) -> CacheFile:
                 for name, (dtype, shape, offset, _) in tensors.items()
             }
             layouts, saved, model = _recognise(
-                leaves, metadata, like, _Data(file, begin)
+                leaves, metadata, like, FileArrays(file, begin)
             )
         _check_layers(saved, like)
     except ValueError as error:
@@ -245,7 +208,7 @@ def _refusal(path: Path, reason: str) -> FormatError:
 def _flatten(saved: Sequence[SavedCache]) -> list[SavedCache]:
     found: list[SavedCache] = []
     for cache in saved:
-        found += _flatten(cache.caches) if cache.name == "CacheList" else [cache]
+        found += _flatten(cache.caches) if cache.name == _LIST else [cache]
     return found
 
 
@@ -269,7 +232,7 @@ def _recognise(
     leaves: dict[str, Any],
     metadata: Mapping[str, str],
     like: Sequence[Any],
-    data: _Data,
+    data: FileArrays,
 ) -> tuple[tuple[str, ...], tuple[SavedCache, ...], str | None]:
     """Return the possible layouts, the caches, and the model's name."""
     groups: dict[str, dict[str, str]] = {"0": {}, "1": {}, "2": {}}
@@ -295,7 +258,7 @@ def _all_of_older(
 ) -> tuple[tuple[str, ...], tuple[SavedCache, ...]]:
     """Return the possible layouts and the caches of a file from before 0.32."""
     _check_count(len(triples), like)
-    votes: list[Layouts] = [_BEFORE_0_32]
+    votes: list[Releases] = [BEFORE_0_32]
     saved = [
         _of_older(cache, votes, *triple)
         for triple, cache in zip(triples, like, strict=True)
@@ -332,7 +295,7 @@ def _zip(names: Any, *others: Any) -> list[tuple[Any, ...]]:
 
 
 def _with_scalars(
-    leaves: Mapping[str, Any], scalars: Sequence[Any], data: _Data
+    leaves: Mapping[str, Any], scalars: Sequence[Any], data: FileArrays
 ) -> dict[str, Any]:
     """Return the leaves, with numbers, texts and ``None`` in the place of arrays."""
     values = dict(leaves)
@@ -347,69 +310,67 @@ def _with_scalars(
 
 
 def _of_0_32(name: str, state: Any) -> SavedCache:
-    if name == "CacheList":
-        pairs = _lists(state, None)
-        inner = [_of_0_32(str(pair[1]), pair[0]) for pair in _pairs(pairs)]
+    if name == _LIST:
+        pairs = [as_list(pair, 2) for pair in as_list(state)]
+        inner = [_of_0_32(str(name), state) for state, name in pairs]
         return SavedCache(name, None, {}, tuple(inner))
-    if name == "ArraysCache":
-        states, padding, lengths = _lists(state, 3)
-        if padding is not None or lengths is not None:
-            raise ValueError("it holds a batch")
-        return SavedCache(name, _lists(states, None), {})
-    if name not in _NUMBERS:
-        raise _unknown(name)
-    fields = _NUMBERS[name]
-    keys, values, *numbers = _lists(state, 2 + len(fields))
-    arrays = None if keys is None and values is None else (keys, values)
-    return SavedCache(name, arrays, _counts(zip(fields, numbers, strict=True)))
+    for kind, form in _forms():
+        if IN_0_32 in form.releases and _name(kind, form) == name:
+            return kind.parse_state(state)
+    raise _unknown(name)
 
 
 def _of_older(
     like: Any,
-    votes: list[Layouts],
+    votes: list[Releases],
     name: str,
     state: Any,
     info: Any,
 ) -> SavedCache:
-    """Return one cache, and add the layouts that it may be in."""
-    texts = [] if info == "" else _lists(info, None)
-    if name == "CacheList":
+    """Return one cache, and add the releases that may have written it."""
+    texts = [] if info == "" else as_list(info)
+    if name == _LIST:
         return _list_of_older(state, texts, like, votes)
-    for known, fields, layouts in _INFOS:
-        if known == name and len(fields) == len(texts):
-            votes.append(layouts)
-            break
-    else:
-        if name not in _CLASSES:
-            raise _unknown(name)
-        raise ValueError(f"a {name} with {len(texts)} numbers is of no release")
-    if name in ("ArraysCache", "MambaCache"):
-        return SavedCache("ArraysCache", _lists(state, None), {})
-    numbers = _counts((f, _to_int(t)) for f, t in zip(fields, texts, strict=True))
-    keys, values = _lists(state, 2)
-    if name == "KVCache":
-        numbers["offset"] = _rows_shape(keys)[2]
-    return SavedCache(name, (keys, values), numbers)
+    named = [pair for pair in _forms() if _name(*pair) == name]
+    for kind, form in named:
+        releases = form.releases - {IN_0_32}
+        if releases and len(form.numbers) == len(texts):
+            votes.append(releases)
+            numbers = map(_to_int, texts)
+            return kind.parse_older(
+                state, as_counts(zip(form.numbers, numbers, strict=True))
+            )
+    if not named:
+        raise _unknown(name)
+    raise ValueError(f"a {name} with {len(texts)} numbers is of no release")
+
+
+def _forms() -> Iterator[tuple[CacheKind, FileForm]]:
+    return ((kind, form) for kind in known_kinds() for form in kind.forms)
+
+
+def _name(kind: CacheKind, form: FileForm) -> str:
+    return form.old_name or kind.name
 
 
 def _list_of_older(
-    state: Any, texts: list[Any], like: Any, votes: list[Layouts]
+    state: Any, texts: list[Any], like: Any, votes: list[Releases]
 ) -> SavedCache:
     likes = getattr(like, "caches", ())
     if texts:  # it names the classes
         votes.append(frozenset((IN_0_31,)))
-        names, infos = _lists(texts, 2)
-        triples = _zip(names, _lists(state, None), infos)
+        names, infos = as_list(texts, 2)
+        triples = _zip(names, as_list(state), infos)
     else:
         votes.append(frozenset((TO_0_28_0, FROM_0_28_1)))
-        triples = _cut(_lists(state, None), likes)
+        triples = _cut(as_list(state), likes)
     if len(triples) != len(likes):
         raise ValueError(f"a CacheList of {len(triples)} caches, not {len(likes)}")
     inner = [
         _of_older(cache, votes, *triple)
         for triple, cache in zip(triples, likes, strict=True)
     ]
-    return SavedCache("CacheList", None, {}, tuple(inner))
+    return SavedCache(_LIST, None, {}, tuple(inner))
 
 
 def _cut(state: list[Any], likes: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -417,44 +378,31 @@ def _cut(state: list[Any], likes: Sequence[Any]) -> list[tuple[Any, ...]]:
     triples: list[tuple[Any, ...]] = []
     rest = state
     for cache in likes:
-        name = type(cache).__name__
-        if name not in ("KVCache", "ArraysCache"):
+        kind = find_kind(cache)
+        forms = () if kind is None else kind.forms
+        # These releases wrote no numbers of the caches in a CacheList.
+        is_whole = any(FROM_0_28_1 in f.releases and not f.numbers for f in forms)
+        if kind is None or not is_whole:
+            name = type(cache).__name__
             raise ValueError(f"it lacks the numbers of a {name} in a CacheList")
-        size = 2 if name == "KVCache" else len(cache.cache)
-        triples.append((name, rest[:size], ""))
+        size = kind.num_arrays(cache)
+        triples.append((kind.name, rest[:size], ""))
         rest = rest[size:]
     if rest:
         raise ValueError("a CacheList has more arrays than the model's")
     return triples
 
 
-def _lists(value: Any, length: int | None) -> list[Any]:
-    if not isinstance(value, list) or length not in (None, len(value)):
-        raise ValueError("a layer has other arrays than its class has")
-    return value
-
-
-def _pairs(values: list[Any]) -> list[list[Any]]:
-    return [_lists(value, 2) for value in values]
-
-
 def _unknown(name: str) -> ValueError:
+    names = [*dict.fromkeys(_name(*pair) for pair in _forms()), _LIST]
     return ValueError(
-        f"a layer of class {name[:40]!r}, which is none of {', '.join(_CLASSES)}"
+        f"a layer of class {name[:40]!r}, which is none of {', '.join(names)}"
     )
 
 
 def _to_int(text: Any) -> Any:
     is_number = isinstance(text, str) and text.isascii() and text.isdecimal()
     return int(text) if is_number else None
-
-
-def _counts(pairs: Any) -> dict[str, int]:
-    numbers = dict(pairs)
-    for name, number in numbers.items():
-        if type(number) is not int or not 0 <= number < 2**31:
-            raise ValueError(f"a layer's `{name}` is not a count")
-    return numbers
 
 
 def _check_count(num_layers: int, like: Sequence[Any]) -> None:
@@ -467,215 +415,21 @@ def _check_layers(saved: Sequence[SavedCache], like: Sequence[Any]) -> None:
     _check_count(len(saved), like)
     for number, (cache, wanted) in enumerate(zip(saved, like, strict=True)):
         name = type(wanted).__name__
-        # `--kv-bits` and `--max-kv-size` put others in the place of a KVCache.
-        made = ("KVCache", "QuantizedKVCache", "RotatingKVCache")
-        if cache.name != name and not (name == "KVCache" and cache.name in made):
-            raise ValueError(f"layer {number} is a {cache.name}, the model's a {name}")
-        if name == "CacheList":
+        if cache.name == name == _LIST:
             _check_layers(cache.caches, wanted.caches)
-        if name == "ArraysCache" and len(cache.arrays) != len(wanted.cache):
-            raise ValueError(f"layer {number} has {len(cache.arrays)} states")
-        for field in ("max_size", "keep", "chunk_size"):
-            other = getattr(wanted, field, None)
-            if other is not None and cache.numbers.get(field) != other:
-                raise ValueError(
-                    f"layer {number} has {field} {cache.numbers.get(field)},"
-                    f" the model {other}"
-                )
-
-
-class _Data:
-    """Reads arrays of an open file."""
-
-    def __init__(self, file: BinaryIO, begin: int) -> None:
-        self._file = file
-        self._begin = begin
-
-    def read(self, tensor: Tensor) -> mx.array:
-        """Return one array.
-
-        Raises:
-            ValueError: The file has become shorter.
-        """
-        if tensor.dtype not in MLX_DTYPES:
-            raise ValueError(f"an array of {tensor.dtype}")
-        dtype = MLX_DTYPES[tensor.dtype]
-        raw = np.dtype(f"u{dtype.size}")
-        self._file.seek(self._begin + tensor.begin)
-        count = int(np.prod(tensor.shape, dtype=np.int64))
-        values = np.fromfile(self._file, raw, count)
-        return mx.array(values.reshape(tensor.shape)).view(dtype)
-
-    def scalar(self, tensor: Tensor, kind: Any) -> Any:
-        """Return what 0.32 wrote as an array: a number, a text, or ``None``."""
-        if kind == "none" and tensor.shape == (0,):
-            return None
-        if tensor.dtype in ("I32", "I64", "U32"):
-            if kind == "scalar" and tensor.shape == ():
-                return int(np.asarray(self.read(tensor)).item())
-            if kind == "string" and len(tensor.shape) == 1 and tensor.shape[0] < 64:
-                codes = np.asarray(self.read(tensor))
-                if ((codes >= 0) & (codes < 128)).all():
-                    return bytes(codes.tolist()).decode("ascii")
-        raise ValueError(f"a scalar of kind {str(kind)[:40]!r} and {tensor.dtype}")
-
-
-def _rows_shape(tensor: Any) -> tuple[int, ...]:
-    """Return the shape of rows of one sequence."""
-    if not isinstance(tensor, Tensor) or len(tensor.shape) != 4:
-        raise ValueError("an array has other dimensions than keys and values have")
-    if tensor.shape[0] != 1 or 0 in tensor.shape[:3]:
-        raise ValueError(f"an array of shape {tensor.shape} is no cache of one prompt")
-    return tensor.shape
-
-
-def _float_pair(saved: SavedCache) -> tuple[Tensor, Tensor]:
-    """Return keys and values, which agree in all but their last dimension."""
-    keys, values = saved.arrays
-    if _rows_shape(keys)[:3] != _rows_shape(values)[:3] or keys.shape[3] == 0:
-        raise ValueError(f"keys of shape {keys.shape}, values of {values.shape}")
-    if keys.dtype not in _FLOATS or values.dtype not in _FLOATS:
-        raise ValueError(f"keys of {keys.dtype}, values of {values.dtype}")
-    return keys, values
-
-
-def _build(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    """Return one cache of the installed mlx-lm's class."""
-    if saved.name not in ("CacheList", "ArraysCache"):
-        is_empty = saved.arrays is None
-        if is_empty != (saved.numbers.get("offset") == 0):
-            raise ValueError("a layer has rows and no tokens, or tokens and no rows")
-    return _BUILDERS[saved.name](saved, data, num_tokens)
-
-
-def _build_plain(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    from mlx_lm.models.cache import KVCache
-
-    cache: Any = KVCache()
-    if saved.arrays is not None:
-        keys, values = _float_pair(saved)
-        rows = _held(saved.numbers["offset"], keys.shape[2])
-        cache.keys, cache.values = (data.read(t)[:, :, rows] for t in (keys, values))
-        cache.offset = saved.numbers["offset"]
-    return cache
-
-
-def _build_quantized(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    from mlx_lm.models.cache import QuantizedKVCache
-
-    offset, group_size, bits = (
-        saved.numbers[name] for name in ("offset", "group_size", "bits")
-    )
-    if group_size not in (32, 64, 128) or bits not in (2, 3, 4, 5, 6, 8):
-        raise ValueError(f"groups of {group_size} with {bits} bits")
-    cache: Any = QuantizedKVCache(group_size, bits)
-    if saved.arrays is not None:
-        sides = [_lists(side, 3) for side in saved.arrays]
-        shapes = {_check_codes(side, group_size, bits) for side in sides}
-        if len(shapes) != 1:
-            raise ValueError(f"keys and values of shapes {sorted(shapes)}")
-        rows = _held(offset, shapes.pop()[1])
-        cache.keys, cache.values = (
-            [data.read(tensor)[:, :, rows] for tensor in side] for side in sides
-        )
-        cache.offset = offset
-    return cache
-
-
-def _check_codes(side: list[Any], group_size: int, bits: int) -> tuple[int, ...]:
-    """Return heads and rows of codes, scales and biases that belong together."""
-    codes, scales, biases = side
-    shapes = [_rows_shape(tensor) for tensor in side]
-    same = shapes[0][:3] == shapes[1][:3] and shapes[1] == shapes[2]
-    # 32 bits of codes in a number, and as many codes as the groups have.
-    if not same or shapes[0][3] * 32 != shapes[1][3] * group_size * bits:
-        raise ValueError(f"codes, scales and biases of shapes {shapes}")
-    if (
-        codes.dtype != "U32"
-        or scales.dtype not in _FLOATS
-        or biases.dtype != scales.dtype
-        or 0 in shapes[0]
-    ):
-        raise ValueError(f"codes of {codes.dtype}, scales of {scales.dtype}")
-    return shapes[0][1:3]
-
-
-def _build_rotating(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    from mlx_lm.models.cache import RotatingKVCache
-
-    numbers = saved.numbers
-    offset, keep = numbers["offset"], numbers["keep"]
-    max_size, index = numbers["max_size"], numbers["_idx"]
-    if not keep < max_size:
-        raise ValueError(f"a window of {max_size} that keeps {keep}")
-    cache: Any = RotatingKVCache(max_size, keep)
-    if saved.arrays is None:
-        return cache
-    keys, values = _float_pair(saved)
-    num_rows = keys.shape[2]
-    # Rows lie in temporal order up to the end, or have wrapped at the index.
-    is_whole = offset <= num_rows and index == offset
-    is_wrapped = num_rows < offset and max(keep, 1) <= index <= num_rows
-    if not is_whole and not (is_wrapped and num_rows >= max_size):
-        raise ValueError(f"a window of {num_rows} rows, {offset} tokens, index {index}")
-    if is_wrapped and index < num_rows and num_rows != max_size:
-        raise ValueError(f"a window of {num_rows} rows that wrapped at {max_size}")
-    cache.keys, cache.values = (data.read(t)[:, :, :offset] for t in (keys, values))
-    cache.offset, cache._idx = offset, index
-    return cache
-
-
-def _build_chunked(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    from mlx_lm.models.cache import ChunkedKVCache
-
-    start = saved.numbers["start_position"]
-    cache: Any = ChunkedKVCache(saved.numbers["chunk_size"])
-    if saved.arrays is None:
-        return cache
-    keys, values = _float_pair(saved)
-    # The releases before 0.32 forget the offset; other layers tell it.
-    offset = saved.numbers.get("offset", num_tokens)
-    if start >= offset or offset - start < min(offset, saved.numbers["chunk_size"]):
-        raise ValueError(f"rows of {offset} tokens from {start} on")
-    rows = _held(offset - start, keys.shape[2])
-    cache.keys, cache.values = (data.read(t)[:, :, rows] for t in (keys, values))
-    cache.offset, cache.start_position = offset, start
-    return cache
-
-
-def _build_states(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
-    from mlx_lm.models.cache import ArraysCache
-
-    cache: Any = ArraysCache(len(saved.arrays))
-    for number, tensor in enumerate(saved.arrays):
-        if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
-            raise ValueError("a state is not that of one prompt")
-        if 0 in tensor.shape:
-            raise ValueError(f"a state of shape {tensor.shape}")
-        cache[number] = data.read(tensor)
-    return cache
+        kind = None if cache.name == _LIST else kind_named(cache.name)
+        if kind is None or name not in (kind.name, kind.stands_for):
+            raise ValueError(f"layer {number} is a {cache.name}, the model's a {name}")
+        mismatch = kind.mismatch(cache, wanted)
+        if mismatch is not None:
+            raise ValueError(f"layer {number} {mismatch}")
 
 
-def _build_list(saved: SavedCache, data: _Data, num_tokens: int) -> Any:
+def _build(saved: SavedCache, data: FileArrays, num_tokens: int) -> Any:
+    """Return one cache of the installed mlx-lm's class."""
+    if saved.name != _LIST:
+        return kind_named(saved.name).from_file(saved, data, num_tokens)
     from mlx_lm.models.cache import CacheList
 
     return CacheList(*(_build(cache, data, num_tokens) for cache in saved.caches))
-
-
-def _held(num_rows: int, there: int) -> slice:
-    """Return which rows are held; those behind are somebody's trimmed conversation."""
-    if num_rows > there:
-        raise ValueError(f"{there} rows for {num_rows} tokens")
-    return slice(num_rows)
-
-
-_BUILDERS: dict[str, Callable[[SavedCache, _Data, int], Any]] = {
-    "KVCache": _build_plain,
-    "QuantizedKVCache": _build_quantized,
-    "RotatingKVCache": _build_rotating,
-    "ChunkedKVCache": _build_chunked,
-    "ArraysCache": _build_states,
-    "CacheList": _build_list,
-}

@@ -14,7 +14,7 @@ from ..errors import IntegrityError
 from .kinds import kind_named
 from .kinds.base import capacity
 from .layout import Group, LayerLayout, Layout, ListLayout, RowSpec, flatten
-from .live import PromptCache, Provenance, hold, mark, read_layout
+from .live import PromptCache, Provenance, hold, read_layout, set_provenance
 
 if TYPE_CHECKING:
     from ..codecs.base import Parts
@@ -236,7 +236,7 @@ def _build(
 ) -> PromptCache:
     """Return caches that own these buffers, evaluated on this thread."""
     restored = _build_layers(layout, iter(buffers), num_tokens)
-    mark(restored, provenance)
+    set_provenance(restored, provenance)
     # An empty layer has no state to evaluate.
     mx.eval([kept for held in hold(restored) for kept in held.values()])
     return restored

@@ -18,9 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
-
-from turboquant.kv_cache import TurboQuantKVCache, quantize_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..caches import live as caches
 from ..errors import (
@@ -44,8 +42,6 @@ CHECKPOINT_EVERY = 2048
 """A state may be as large as the rows of thousands of tokens."""
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-# Their rows can be taken back at any time, and what is left is as it was.
-_CUTTABLE = (KVCache, QuantizedKVCache, TurboQuantKVCache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +134,7 @@ def make_empty_cache(
         is_divided = len(empty) == len(model.model.layers)
         empty += make_prompt_cache(model.draft_model, options.max_kv_size)
         _check_draft(empty, is_divided)
-    empty = _quantized(empty, options)
+    empty = caches.quantize(empty, options.kv_bits, options.kv_group_size)
     caches.check_classes(empty)
     return empty
 
@@ -314,12 +310,12 @@ class Session:
             self._live.tokens, self._tokens[: self._num_prompt - num_left]
         )
         is_longer = num_rows < len(self._live.tokens)
-        if not num_rows or (is_longer and not _is_cuttable(held)):
+        if not num_rows or (is_longer and not caches.is_cuttable(held)):
             return False
         if caches.signature(held) != caches.signature(empty):
             return False
         if is_longer:
-            _cut(held, num_rows)
+            caches.cut(held, num_rows)
         self.prompt_cache = held
         self._start_at(num_rows)
         return True
@@ -414,9 +410,9 @@ class Session:
             self._catch_up()
         elif is_interrupted:
             # A window or a state has forgotten what it was before the step.
-            if not _is_cuttable(self.prompt_cache):
+            if not caches.is_cuttable(self.prompt_cache):
                 return
-            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+            self._num_rows = caches.cut(self.prompt_cache, self._num_rows)
         if self._num_rows > self.num_restored and not self._is_half():
             self.keep()
         else:
@@ -430,12 +426,12 @@ class Session:
         """Have both models hold the same rows: all that was said."""
         if len(self._tokens) == self._num_prompt:
             # mlx-lm, interrupted, takes back guesses that it has not made yet.
-            self._num_rows = _cut(self.prompt_cache, self._num_rows)
+            self._num_rows = caches.cut(self.prompt_cache, self._num_rows)
             return
         held = (self._num_rows, self._num_draft_rows)
         parts = self.model.parts(self.prompt_cache)
         for (model, part), num_rows in zip(parts, held, strict=True):
-            _feed(model, self._tokens[_cut(part, num_rows) :], part)
+            _feed(model, self._tokens[caches.cut(part, num_rows) :], part)
         self._num_rows = len(self._tokens)
 
     def _hold(self) -> None:
@@ -551,8 +547,8 @@ def _check_draft(empty: list[Any], is_divided: bool) -> None:
         UnsupportedCacheError: A layer's cache is of such a class.
     """
     hint = "leave out the draft model"
-    for number, cache in enumerate(_flat(empty)):
-        if not isinstance(cache, _CUTTABLE):
+    for number, cache in enumerate(caches.flatten_caches(empty)):
+        if not caches.is_cuttable([cache]):
             raise UnsupportedCacheError(
                 f"layer {number} is a {type(cache).__name__}, which cannot take back"
                 " what a draft model guessed wrong",
@@ -564,42 +560,8 @@ def _check_draft(empty: list[Any], is_divided: bool) -> None:
         )
 
 
-def _flat(prompt_cache: list[Any]) -> list[Any]:
-    return caches.flatten_caches(prompt_cache)
-
-
-def _is_cuttable(prompt_cache: list[Any]) -> bool:
-    """Say whether the last rows can be taken back from all layers."""
-    return all(isinstance(cache, _CUTTABLE) for cache in _flat(prompt_cache))
-
-
-def _cut(prompt_cache: list[Any], num_rows: int) -> int:
-    """Drop rows that may not be whole, and return how many all layers have now."""
-    # A layer that the model never uses has none.
-    used = [cache for cache in _flat(prompt_cache) if not cache.empty()]
-    num_rows = min([num_rows, *(cache.offset for cache in used)])
-    for cache in used:
-        cache.trim(cache.offset - num_rows)
-    return num_rows
-
-
 def _ignore(entry: Entry) -> None:
     """Tell nobody of an entry."""
-
-
-def _quantized(empty: list[Any], options: CacheOptions) -> list[Any]:
-    """Return empty caches that will hold codes."""
-    bits = options.kv_bits
-    if bits is None:
-        return empty
-    if isinstance(bits, str):
-        return quantize_prompt_cache(empty, bits)
-    return [
-        cache.to_quantized(group_size=options.kv_group_size, bits=bits)
-        if isinstance(cache, KVCache)
-        else cache
-        for cache in empty
-    ]
 
 
 def encode_text(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:

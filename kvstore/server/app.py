@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+from ..caches.live import quantize
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..models.load import find_model, fingerprint_model
@@ -324,7 +325,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             bits = getattr(self.cli_args, "kv_bits", None)
             if bits is None:
                 return (plain,)
-            return plain, _quantized(plain, bits, self.cli_args.kv_group_size)
+            return plain, quantize(plain, bits, self.cli_args.kv_group_size)
 
     return Provider
 
@@ -352,18 +353,6 @@ def _has_states(model: Any) -> bool:
         return isinstance(cache, ArraysCache)
 
     return any(map(is_state, make_prompt_cache(model)))
-
-
-def _quantized(empty: list[Any], bits: int, group_size: int) -> list[Any]:
-    """Return the caches that ``--kv-bits`` turns such caches into."""
-    from mlx_lm.models.cache import KVCache
-
-    return [
-        cache.to_quantized(group_size=group_size, bits=bits)
-        if isinstance(cache, KVCache)
-        else cache
-        for cache in empty
-    ]
 
 
 def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:

@@ -7,7 +7,6 @@ goes wrong with the disk costs time and is logged: the server goes on from memor
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -147,8 +146,8 @@ class DiskPromptCache(LRUPromptCache):
         # What is no cache of mlx-lm's may lack anything.
         with _harmless("not kept"):
             # For memory too: rows that differ in number are other tokens' rows.
-            tokens = tokens[: _num_whole(tokens, prompt_cache)]
-            whole = _cut(prompt_cache, len(tokens))
+            tokens = tokens[: caches.count_rows(prompt_cache, len(tokens))]
+            whole = caches.cut_copy(prompt_cache, len(tokens))
         if whole is None or not tokens:
             log.info("kvstore: not kept: no rows of exactly %d tokens", len(tokens))
             return
@@ -306,7 +305,7 @@ class DiskPromptCache(LRUPromptCache):
             max(kept.coded_tokens, known.coded_tokens), kept.is_exact and known.is_exact
         )
         if provenance != kept:
-            caches.mark(prompt_cache, provenance)
+            caches.set_provenance(prompt_cache, provenance)
 
 
 @contextmanager
@@ -361,30 +360,3 @@ def _leave_units(
         return None, tokens
     trim_prompt_cache(prompt_cache, num_held - end)
     return prompt_cache, tokens[end:]
-
-
-def _num_whole(tokens: Sequence[int], prompt_cache: list[Any]) -> int:
-    """Return of how many tokens every layer has rows."""
-    offsets: list[int] = [
-        cache.offset
-        for cache in caches.flatten_caches(prompt_cache)
-        # A layer that the model never uses stays empty.
-        if getattr(cache, "offset", None) is not None and not cache.empty()
-    ]
-    return min([len(tokens), *offsets])
-
-
-def _cut(prompt_cache: list[Any], num_tokens: int) -> list[Any] | None:
-    """Return a prompt cache that ends after so many tokens; ``None`` if that cannot be.
-
-    A draft model's may be a token behind the model's, and either behind mlx-lm's words.
-    """
-    flat = caches.flatten_caches(prompt_cache)
-    if all(getattr(cache, "offset", 0) <= num_tokens for cache in flat):
-        return prompt_cache
-    if len(flat) != len(prompt_cache) or not can_trim_prompt_cache(prompt_cache):
-        return None
-    cut = [copy.copy(cache) for cache in prompt_cache]
-    for cache in cut:
-        cache.trim(max(0, cache.offset - num_tokens))
-    return cut

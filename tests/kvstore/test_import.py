@@ -22,13 +22,8 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore.caches.mlx_files import (
-    FROM_0_28_1,
-    IN_0_31,
-    IN_0_32,
-    TO_0_28_0,
-    open_cache_file,
-)
+from kvstore.caches.kinds.saved import FROM_0_28_1, IN_0_31, IN_0_32, TO_0_28_0
+from kvstore.caches.mlx_files import open_cache_file
 from kvstore.errors import FingerprintError, FormatError, KVStoreError
 from kvstore.models.load import read_cache_file
 from kvstore.models.templates import encode_prompt

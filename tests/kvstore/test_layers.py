@@ -14,9 +14,11 @@ from mlx_lm.models.cache import (
 
 import kvstore
 from kvstore.caches import kinds as registry
+from kvstore.caches import live
 from kvstore.caches.kinds import _KINDS, register_kind
 from kvstore.caches.kinds.arrays import _shape
 from kvstore.caches.kinds.plain import PlainRows
+from kvstore.caches.mlx_files import open_cache_file, write_prompt_cache
 from turboquant.kv_cache import TurboQuantKVCache
 
 LAYERS = 2
@@ -214,8 +216,13 @@ def test_a_window_that_lacks_rows_is_refused(store_path, caches):
     assert store.entries() == []
 
 
-def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch):
-    """A registered class is stored and comes back as itself; a name is taken once."""
+def test_a_class_from_outside_can_be_registered(
+    tmp_path, store_path, caches, monkeypatch
+):
+    """One object teaches the store a class: blocks, and mlx-lm's files of it.
+
+    A name can be taken once.
+    """
 
     class Outside(KVCache):
         pass
@@ -241,6 +248,25 @@ def test_a_class_from_outside_can_be_registered(store_path, caches, monkeypatch)
         restored, _ = store.load_entry("x", caches.MODEL)
     assert type(restored[0]) is Outside
     assert fetched(restored) == fetched(cache)
+    write_prompt_cache(tmp_path / "x.safetensors", cache, "a/model")
+    read = open_cache_file(tmp_path / "x.safetensors", [Outside()]).read()
+    assert type(read[0]) is Outside
+    assert fetched(read) == fetched(cache)
+
+
+@kinds
+@pytest.mark.parametrize("cut_at", [1, 4, 5, 16, 39])
+def test_a_cut_cache_goes_on_as_one_that_never_had_the_rows(caches, kind, cut_at):
+    """Every cuttable class drops its last rows and leaves the others as they were."""
+    rows, more = caches.random_rows(40, 1), caches.random_rows(30, 2)
+    cache = filled(kind, rows)
+    if not live.is_cuttable(cache):
+        assert kind == "ConcatenateKVCache"
+        return
+    assert live.cut(cache, cut_at) == cut_at
+    shorter = filled(kind, rows[..., :cut_at, :])
+    assert fetched(cache) == fetched(shorter)
+    assert fetched(extended(cache, more)) == fetched(extended(shorter, more))
 
 
 class Unwalked(dict):

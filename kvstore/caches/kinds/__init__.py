@@ -14,9 +14,9 @@ from .rotating import RotatingRows
 from .turboquant import TurboRows
 
 if TYPE_CHECKING:
-    from .base import Kind
+    from .base import CacheKind
 
-_KINDS: list[Kind] = [
+_KINDS: list[CacheKind] = [
     PlainRows(),
     ConcatenatedRows(),
     AffineRows(),
@@ -27,7 +27,7 @@ _KINDS: list[Kind] = [
 ]
 
 
-def register_kind(kind: Kind) -> None:
+def register_kind(kind: CacheKind) -> None:
     """Have the store keep a class of cache from outside mlx-lm.
 
     Derive from the kind here that is most like it, and say in ``owns`` which class is
@@ -42,7 +42,12 @@ def register_kind(kind: Kind) -> None:
     _KINDS.append(kind)
 
 
-def kind_named(name: str) -> Kind:
+def known_kinds() -> tuple[CacheKind, ...]:
+    """Return the kinds of all classes that can be stored."""
+    return tuple(_KINDS)
+
+
+def kind_named(name: str) -> CacheKind:
     """Return the kind of a cache class.
 
     Raises:
@@ -69,15 +74,20 @@ def known_layout(value: Any) -> Layout:
     return layout
 
 
-def kind_of(number: int, cache: Any) -> Kind:
+def find_kind(cache: Any) -> CacheKind | None:
+    """Return the kind of one layer's cache, if its class can be stored."""
+    return next((kind for kind in _KINDS if kind.owns(cache)), None)
+
+
+def kind_of(number: int, cache: Any) -> CacheKind:
     """Return the kind of one layer's cache.
 
     Raises:
         UnsupportedCacheError: It is of a class that cannot be stored.
     """
-    for kind in _KINDS:
-        if kind.owns(cache):
-            return kind
+    kind = find_kind(cache)
+    if kind is not None:
+        return kind
     names = ", ".join(kind.name for kind in _KINDS)
     raise UnsupportedCacheError(
         f"layer {number} is a {type(cache).__name__}, which cannot be stored",

@@ -20,6 +20,7 @@ import mlx.core as mx
 from ...codecs.base import MLX_DTYPES
 from ...errors import UnsupportedCacheError
 from ..layout import LayerLayout, RowSpec
+from .saved import IN_0_32, FileArrays, FileForm, SavedCache, as_counts, as_list
 
 _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 # mlx-lm's caches grow by so many rows at a time.
@@ -30,14 +31,26 @@ Held = dict[str, tuple[mx.array, int]]
 """What a cache holds, by name: an array, and the position of its first row."""
 
 
-class Kind(Protocol):
-    """One class of cache."""
+class CacheKind(Protocol):
+    """All that the store knows about one class of cache. Derive each kind from it."""
 
     name: str
     """Of the class."""
 
     is_exact: bool
     """Whether it keeps what the model computed, to the bit."""
+
+    is_cuttable: bool = False
+    """Whether ``trim`` can drop the last rows at any time, and leaves the others."""
+
+    forms: tuple[FileForm, ...] = ()
+    """How mlx-lm's releases write it; empty where files of it are not read."""
+
+    stands_for: str = ""
+    """The class in whose place an option of mlx-lm's puts this one."""
+
+    fixed_by_model: tuple[str, ...] = ()
+    """The numbers of a file that must be those of the model's own cache."""
 
     def owns(self, cache: Any) -> bool:
         """Say whether a cache is of this very class; a subclass may keep more."""
@@ -53,6 +66,57 @@ class Kind(Protocol):
 
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a cache that owns these buffers; an empty one where there are none."""
+
+    def from_file(self, saved: SavedCache, data: FileArrays, num_tokens: int) -> Any:
+        """Return a cache that a file has.
+
+        Args:
+            saved: The cache as the file's header has it.
+            data: Reads its arrays.
+            num_tokens: How many tokens the file's other layers hold.
+
+        Raises:
+            ValueError: Its arrays are not what such a cache has.
+        """
+        raise ValueError(f"files of a {self.name} are not read")
+
+    def parse_state(self, state: Any) -> SavedCache:
+        """Return the cache that 0.32 wrote as this list of arrays and numbers.
+
+        Raises:
+            ValueError: It is not what such a cache has.
+        """
+        (form,) = (form for form in self.forms if IN_0_32 in form.releases)
+        keys, values, *numbers = as_list(state, 2 + len(form.numbers))
+        arrays = None if keys is None and values is None else (keys, values)
+        named = as_counts(zip(form.numbers, numbers, strict=True))
+        return SavedCache(self.name, arrays, named)
+
+    def parse_older(self, state: Any, numbers: Mapping[str, int]) -> SavedCache:
+        """Return the cache that a release before 0.32 wrote as these arrays.
+
+        Raises:
+            ValueError: They are not what such a cache has.
+        """
+        keys, values = as_list(state, 2)
+        return SavedCache(self.name, (keys, values), numbers)
+
+    def num_arrays(self, cache: Any) -> int:
+        """Return how many arrays mlx-lm writes of such a cache."""
+        return 2
+
+    def mismatch(self, saved: SavedCache, like: Any) -> str | None:
+        """Return what keeps a file's cache from being one of the model's, if anything.
+
+        Args:
+            saved: The cache as the file's header has it.
+            like: The model's empty cache in that place.
+        """
+        for name in self.fixed_by_model:
+            wanted, found = getattr(like, name, None), saved.numbers.get(name)
+            if wanted is not None and found != wanted:
+                return f"has {name} {found}, the model {wanted}"
+        return None
 
 
 def capacity(num_tokens: int) -> int:

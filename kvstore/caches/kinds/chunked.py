@@ -6,17 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedCacheError
 from ..layout import LayerLayout, RowSpec
-from .base import make_layout, row_spec
+from .base import CacheKind, make_layout, row_spec
+from .saved import (
+    BEFORE_0_32,
+    IN_0_32,
+    FileArrays,
+    FileForm,
+    SavedCache,
+    first_rows,
+    float_pair,
+)
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
 
 
-class ChunkedRows:
+class ChunkedRows(CacheKind):
     """``ChunkedKVCache``: the rows from ``start_position`` on."""
 
     name = "ChunkedKVCache"
     is_exact = True
+    fixed_by_model = ("chunk_size",)
+    forms = (
+        FileForm(BEFORE_0_32, ("chunk_size", "start_position")),
+        FileForm(frozenset((IN_0_32,)), ("offset", "chunk_size", "start_position")),
+    )
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``ChunkedKVCache``."""
@@ -69,4 +83,22 @@ class ChunkedRows:
             cache.keys, cache.values = buffers["k.window"], buffers["v.window"]
             cache.offset = num_tokens
             cache.start_position = num_tokens - cache.keys.shape[2]
+        return cache
+
+    def from_file(self, saved: SavedCache, data: FileArrays, num_tokens: int) -> Any:
+        """Return a cache of the rows between its start and its offset."""
+        from mlx_lm.models.cache import ChunkedKVCache
+
+        start = saved.numbers["start_position"]
+        cache: Any = ChunkedKVCache(saved.numbers["chunk_size"])
+        if not saved.has_rows():
+            return cache
+        keys, values = float_pair(saved)
+        # The releases before 0.32 forget the offset; other layers tell it.
+        offset = saved.numbers.get("offset", num_tokens)
+        if start >= offset or offset - start < min(offset, saved.numbers["chunk_size"]):
+            raise ValueError(f"rows of {offset} tokens from {start} on")
+        rows = first_rows(offset - start, keys.shape[2])
+        cache.keys, cache.values = (data.read(t)[:, :, rows] for t in (keys, values))
+        cache.offset, cache.start_position = offset, start
         return cache

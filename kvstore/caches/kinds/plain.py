@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..layout import LayerLayout
-from .base import make_layout, row_specs
+from .base import CacheKind, make_layout, row_specs
+from .saved import (
+    BEFORE_0_32,
+    IN_0_32,
+    FileArrays,
+    FileForm,
+    SavedCache,
+    first_rows,
+    float_pair,
+    rows_shape,
+)
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
 
 
-class PlainRows:
+class PlainRows(CacheKind):
     """``KVCache``: keys and values as they are."""
 
     name = "KVCache"
     is_exact = True
+    is_cuttable = True
+    forms: tuple[FileForm, ...] = (
+        FileForm(BEFORE_0_32),
+        FileForm(frozenset((IN_0_32,)), ("offset",)),
+    )
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``KVCache``."""
@@ -50,11 +66,32 @@ class PlainRows:
             cache.offset = num_tokens
         return cache
 
+    def parse_older(self, state: Any, numbers: Mapping[str, int]) -> SavedCache:
+        """Return a cache whose offset is the number of its rows, if it names none."""
+        saved = super().parse_older(state, numbers)
+        if "offset" in numbers:
+            return saved
+        offset = rows_shape(saved.arrays[0])[2]
+        return SavedCache(self.name, saved.arrays, {**numbers, "offset": offset})
+
+    def from_file(self, saved: SavedCache, data: FileArrays, num_tokens: int) -> Any:
+        """Return a cache of the rows up to its offset."""
+        layout = make_layout(self.name, {})
+        if not saved.has_rows():
+            return self.build(layout, {}, 0)
+        keys, values = float_pair(saved)
+        offset = saved.numbers["offset"]
+        rows = first_rows(offset, keys.shape[2])
+        sides = {"k": data.read(keys)[:, :, rows], "v": data.read(values)[:, :, rows]}
+        return self.build(layout, sides, offset)
+
 
 class ConcatenatedRows(PlainRows):
     """``ConcatenateKVCache``: the same without room to grow."""
 
     name = "ConcatenateKVCache"
+    is_cuttable = False  # `trim` leaves the rows in its arrays, before the next ones
+    forms = ()
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``ConcatenateKVCache``."""

@@ -8,13 +8,23 @@ import mlx.core as mx
 import numpy as np
 
 from ..layout import LayerLayout, RowSpec
-from .base import make_layout, row_spec
+from .base import CacheKind, make_layout, row_spec
+from .saved import (
+    FROM_0_28_1,
+    IN_0_31,
+    IN_0_32,
+    TO_0_28_0,
+    FileArrays,
+    FileForm,
+    SavedCache,
+    float_pair,
+)
 
 if TYPE_CHECKING:
     from .base import Buffers, Held
 
 
-class RotatingRows:
+class RotatingRows(CacheKind):
     """``RotatingKVCache``: the first ``keep`` rows and a window, in temporal order.
 
     Once it has wrapped in place, its write position is kept too: attention over rows
@@ -23,6 +33,17 @@ class RotatingRows:
 
     name = "RotatingKVCache"
     is_exact = True
+    stands_for = "KVCache"  # `--max-kv-size`
+    fixed_by_model = ("max_size", "keep")
+    forms = (
+        FileForm(
+            frozenset((TO_0_28_0,)), ("keep", "max_size", "step", "offset", "_idx")
+        ),
+        FileForm(
+            frozenset((FROM_0_28_1, IN_0_31)), ("keep", "max_size", "offset", "_idx")
+        ),
+        FileForm(frozenset((IN_0_32,)), ("offset", "keep", "max_size", "_idx")),
+    )
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``RotatingKVCache``."""
@@ -87,6 +108,34 @@ class RotatingRows:
             cache._idx = index
             sides = [_rolled(side, keep, cache._idx) for side in sides]
         cache.keys, cache.values = sides
+        return cache
+
+    def from_file(self, saved: SavedCache, data: FileArrays, num_tokens: int) -> Any:
+        """Return a cache with its rows in the order that they have in the file."""
+        from mlx_lm.models.cache import RotatingKVCache
+
+        numbers = saved.numbers
+        offset, keep = numbers["offset"], numbers["keep"]
+        max_size, index = numbers["max_size"], numbers["_idx"]
+        has_rows = saved.has_rows()
+        if not keep < max_size:
+            raise ValueError(f"a window of {max_size} that keeps {keep}")
+        cache: Any = RotatingKVCache(max_size, keep)
+        if not has_rows:
+            return cache
+        keys, values = float_pair(saved)
+        num_rows = keys.shape[2]
+        # Rows lie in temporal order up to the end, or have wrapped at the index.
+        is_whole = offset <= num_rows and index == offset
+        is_wrapped = num_rows < offset and max(keep, 1) <= index <= num_rows
+        if not is_whole and not (is_wrapped and num_rows >= max_size):
+            raise ValueError(
+                f"a window of {num_rows} rows, {offset} tokens, index {index}"
+            )
+        if is_wrapped and index < num_rows and num_rows != max_size:
+            raise ValueError(f"a window of {num_rows} rows that wrapped at {max_size}")
+        cache.keys, cache.values = (data.read(t)[:, :, :offset] for t in (keys, values))
+        cache.offset, cache._idx = offset, index
         return cache
 
 

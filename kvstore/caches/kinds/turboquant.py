@@ -21,6 +21,7 @@ class TurboRows(PlainRows):
 
     name = "TurboQuantKVCache"
     is_exact = False
+    forms = ()
 
     def owns(self, cache: Any) -> bool:
         """Say whether it is a ``TurboQuantKVCache``; asking imports nothing."""
