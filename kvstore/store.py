@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any
 
-from .errors import IndexDamagedError, IntegrityError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import BlockHash, Progress, StoredBlock
 from .format.entry import Entry, check_name
@@ -19,10 +18,10 @@ from .ops.check import Finding
 from .ops.speeds import Speeds
 from .ops.stats import Stats, sum_up
 from .ops.usage import LoadNotes
-from .storage.blocks import Reader, confirm_folder, open_index, replace_index
+from .storage.blocks import BlockStore
 from .storage.entries import Catalog
 from .storage.folder import create_folder, default_path, limit_folder, open_folder
-from .storage.index import Index, Place, index_identity
+from .storage.index import Place
 
 if TYPE_CHECKING:
     from .caches.snapshot import Chain, Snapshot
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
 
-T = TypeVar("T")
 # How often what another process takes away meanwhile is looked for again.
 _TRIES = 3
 
@@ -71,8 +69,7 @@ class Store:
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         self._catalog = Catalog(self._folder)
-        self._opened: Index | None = None
-        self._kept_reader: Reader | None = None
+        self._blocks = BlockStore(self._folder)
         self._notes = LoadNotes()
 
     @property
@@ -111,9 +108,7 @@ class Store:
     def close(self) -> None:
         """Close the index, having written down what was loaded."""
         self._write_notes()
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._blocks.close()
 
     def save(
         self,
@@ -177,7 +172,7 @@ class Store:
             ValueError: Tokens and rows disagree.
         """
         live = self._snapshot(tokens, prompt_cache, fingerprint)
-        missing = self._with_index(lambda: self._committer().missing(live))
+        missing = self._blocks.run(lambda: self._committer().missing(live))
         return live.take(block for block in missing if block.hash not in without)
 
     def save_snapshot(
@@ -211,7 +206,7 @@ class Store:
                 snapshot, name=name, replace=replace, progress=progress or _ignore
             )
 
-        return self._with_index(write)
+        return self._blocks.run(write)
 
     def save_blocks(
         self,
@@ -250,7 +245,7 @@ class Store:
             return 0
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
-        self._with_index(lambda: self._committer().write_blocks(live, _ignore))
+        self._blocks.run(lambda: self._committer().write_blocks(live, _ignore))
         return chain.num_tokens
 
     def load(
@@ -309,7 +304,7 @@ class Store:
             self._notes.add(None, len(token_list))
             return None, token_list
 
-        return self._with_index(restore)
+        return self._blocks.run(restore)
 
     def load_entry(
         self,
@@ -345,7 +340,7 @@ class Store:
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
-        return self._with_second_look(restore)
+        return self._blocks.run_twice(restore)
 
     def lookup(
         self,
@@ -361,7 +356,7 @@ class Store:
 
         token_list = _as_tokens(tokens)
         request = self._request(token_list, fingerprint, exact, like, spans)
-        hit = self._with_index(lambda: self._loader().find(request))
+        hit = self._blocks.run(lambda: self._loader().find(request))
         return to_match(hit, len(token_list))
 
     def explain(
@@ -384,15 +379,12 @@ class Store:
 
         def work() -> Explanation:
             loader, known = self._loader(), self._catalog.all()
-            size = self._folder.block_size
-            explainer = Explainer(
-                self._index, self._reader(), loader, known, block_size=size
-            )
+            explainer = Explainer(self._blocks, loader, known)
             damage = explainer.find_damage(request)
             match = to_match(loader.find(request), len(token_list))
             return explainer.explain(request, fingerprint, match, damage)
 
-        return self._with_index(work)
+        return self._blocks.run(work)
 
     def share_notes(self, other: Store) -> None:
         """Write down what another store on the same folder notes, at each save.
@@ -438,7 +430,7 @@ class Store:
         prefills are where :meth:`note_prefill` is called.
         """
         digest = fingerprint.digest
-        known = self._with_index(lambda: self._index.timings(digest))
+        known = self._blocks.run(lambda: self._blocks.index.timings(digest))
         mine = [t for t in self._notes.timings(known) if t.fingerprint == digest]
         return Speeds.choose(mine, self._codec.name, time.time())
 
@@ -466,7 +458,7 @@ class Store:
             IntegrityError: A part of it is missing or damaged.
         """
         entry = self.entry(ref)
-        return self._with_index(lambda: self._reader().chain(entry))
+        return self._blocks.run(lambda: self._blocks.chain(entry))
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.
@@ -476,8 +468,8 @@ class Store:
             IntegrityError: Its last block is missing or damaged.
         """
         entry = self.entry(ref)
-        return self._with_index(
-            lambda: Fingerprint(self._reader().origin(entry).fingerprint)
+        return self._blocks.run(
+            lambda: Fingerprint(self._blocks.origin(entry).fingerprint)
         )
 
     def tenant_of(self, ref: str) -> str:
@@ -488,7 +480,7 @@ class Store:
             IntegrityError: Its last block is missing or damaged.
         """
         entry = self.entry(ref)
-        return self._with_index(lambda: self._reader().origin(entry).tenant)
+        return self._blocks.run(lambda: self._blocks.origin(entry).tenant)
 
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
         """Say whether an entry is of this tenant and of such caches, empty or not.
@@ -502,7 +494,7 @@ class Store:
         from .caches.live import signature
 
         entry = self.entry(ref)
-        origin = self._with_index(lambda: self._reader().origin(entry))
+        origin = self._blocks.run(lambda: self._blocks.origin(entry))
         layout = known_layout(origin.layout)
         wanted = signature(prompt_cache)
         return origin.tenant == self._tenant and fits(layout, wanted, decoding=False)
@@ -537,12 +529,10 @@ class Store:
 
         def pack() -> tuple[Exporter, Packing]:
             self._loader().entry_hit(entry)  # what cannot be restored is no use
-            exporter = Exporter(
-                self._folder, self._reader(), entry, progress or _ignore
-            )
+            exporter = Exporter(self._blocks, entry, progress or _ignore)
             return exporter, exporter.pack()
 
-        exporter, packing = self._with_second_look(pack)
+        exporter, packing = self._blocks.run_twice(pack)
         return exporter.write(packing, file)
 
     def import_bundle(
@@ -597,16 +587,12 @@ class Store:
             def admit() -> Entry:
                 self._write_notes()
                 admission = Admission(
-                    self._folder,
-                    self._reader(),
-                    self._catalog,
-                    self._committer(),
-                    found,
+                    self._blocks, self._catalog, self._committer(), found
                 )
                 chosen = bundle.manifest.name if name is None else name
                 return admission.admit(chosen, replace=replace)
 
-            return self._with_index(admit)
+            return self._blocks.run(admit)
 
     def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it; its blocks stay until they are pruned.
@@ -667,10 +653,10 @@ class Store:
         def plan() -> PrunePlan:
             self._write_notes()
             # What is needed must not look dispensable to an index that is wrong.
-            confirm_folder(self._index, self._folder)
-            return plan_prune(self._folder, self._index, policy)
+            self._blocks.confirm()
+            return plan_prune(self._blocks, policy)
 
-        return self._with_index(plan)
+        return self._blocks.run(plan)
 
     def repair(self) -> list[Finding]:
         """Put right what :meth:`verify` finds, and return what it found.
@@ -687,7 +673,7 @@ class Store:
         Raises:
             ValueError: It is not positive.
         """
-        self._folder = limit_folder(self._folder, max_bytes)
+        self._folder = self._blocks.folder = limit_folder(self._folder, max_bytes)
 
     def stats(self) -> Stats:
         """Return sums over the store."""
@@ -695,9 +681,9 @@ class Store:
 
         def count() -> Stats:
             self._write_notes()
-            return sum_up(self._folder, self._index, known, now=time.time())
+            return sum_up(self._blocks, known, now=time.time())
 
-        return self._with_index(count)
+        return self._blocks.run(count)
 
     def verify(
         self, read_data: float = 1.0, *, progress: Progress | None = None
@@ -710,51 +696,10 @@ class Store:
         """
         return check.verify(self._folder, read_data, progress or _ignore)
 
-    @property
-    def _index(self) -> Index:
-        """The index, opened when first needed and rebuilt where it is missing."""
-        if self._opened is None:
-            self._opened = open_index(self._folder)
-        return self._opened
-
-    def _with_index(self, work: Callable[[], T]) -> T:
-        """Run ``work``; where the index turns out to be damaged, rebuild it first."""
-        # Another process may have put a new one in its place.
-        if self._opened and index_identity(self._folder.index) != self._opened.identity:
-            self._opened.close()
-            self._opened = None
-        try:
-            return work()
-        except IndexDamagedError:
-            pass  # rebuilt below, outside of the handler
-        seen = self._opened.identity if self._opened else None
-        self.close()
-        replace_index(self._folder, seen)
-        return work()
-
-    def _with_second_look(self, work: Callable[[], T]) -> T:
-        """Run ``work`` once more where it met damage."""
-        try:
-            return self._with_index(work)
-        except IntegrityError as error:
-            # Another shard may hold a good copy, or `prune` have moved a block.
-            self._with_index(lambda: confirm_folder(self._index, self._folder))
-            try:
-                return self._with_index(work)
-            except IntegrityError:
-                raise error from None  # it says what was wrong, not what is missing now
-
     def _loader(self) -> Loader:
         from .ops.load import Loader
 
-        return Loader(self._folder, self._index, self._reader())
-
-    def _reader(self) -> Reader:
-        """The reader, which knows the headers that it has read."""
-        index = self._index
-        if self._kept_reader is None or self._kept_reader.index is not index:
-            self._kept_reader = Reader(self._folder, index)
-        return self._kept_reader
+        return Loader(self._blocks)
 
     def _request(
         self,
@@ -802,15 +747,13 @@ class Store:
     def _committer(self) -> Committer:
         from .ops.commit import Committer
 
-        return Committer(
-            self._folder, self._reader(), self._index, self._catalog, self._codec
-        )
+        return Committer(self._blocks, self._catalog, self._codec)
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""
         if given is None:
             return
-        stored = Fingerprint(self._reader().origin(entry).fingerprint)
+        stored = Fingerprint(self._blocks.origin(entry).fingerprint)
         refuse_other(entry.name or entry.id, stored, given)
 
     def _note_load(
@@ -826,7 +769,7 @@ class Store:
 
     def _write_notes(self) -> None:
         if self._notes:
-            self._notes.write(self._index)
+            self._notes.write(self._blocks.index)
 
 
 def _as_tokens(tokens: Sequence[int]) -> list[int]:

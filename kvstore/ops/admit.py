@@ -6,7 +6,6 @@ computed itself are never replaced by rows that come from elsewhere.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as changed
@@ -19,10 +18,9 @@ from ..format.bundle import Manifest
 from ..format.chain import digest_fields
 from ..format.entry import MAX_LABEL, Entry, make_entry
 from ..storage import files
-from ..storage.blocks import Reader, index_shard
+from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from ..storage.folder import StoreFolder
-from ..storage.shards import StagedShard, open_shard_at, publish_shard, staged_copy
+from ..storage.shards import StagedShard, open_shard_at, staged_copy
 from .commit import Committer
 from .import_bundle import Unpacked
 
@@ -36,8 +34,7 @@ class Admission:
     """Takes one bundle into a store.
 
     Args:
-        folder: The store.
-        reader: Reads its blocks.
+        blocks: The store's blocks.
         catalog: Its entries.
         committer: Knows who may have a name, and makes room.
         found: The bundle, staged in this store and checked.
@@ -45,15 +42,14 @@ class Admission:
 
     def __init__(
         self,
-        folder: StoreFolder,
-        reader: Reader,
+        blocks: BlockStore,
         catalog: Catalog,
         committer: Committer,
         found: Unpacked,
     ) -> None:
-        self._folder = folder
-        self._reader = reader
-        self._index = reader.index
+        self._blocks = blocks
+        self._folder = blocks.folder
+        self._index = blocks.index
         self._catalog = catalog
         self._committer = committer
         self._found = found
@@ -89,7 +85,7 @@ class Admission:
             if place is None:
                 continue
             try:
-                held[block.hash] = self._reader.stored(place)
+                held[block.hash] = self._blocks.stored(place)
             except IntegrityError:
                 # A damaged copy is out of the index now; a good one may take its place.
                 continue
@@ -167,23 +163,11 @@ class Admission:
             for block in self._chain.blocks:
                 if (index.place(block.hash) is None) == (block.hash in held):
                     return False
-            for staged in prepared:
-                publish_shard(self._folder.shards, staged)
-                index.trust_shard(staged.name)
-                index_shard(index, staged.name, staged.header, time.time())
+            groups = group_layers(self._chain.layout)
+            self._blocks.add_new(prepared, sum(g.token_bytes for g in groups))
             digest = digest_fields(origin.fingerprint)
             index.add_root(self._chain.root, digest, origin.tenant, origin.layout)
-            self._count(prepared)
         return True
-
-    def _count(self, prepared: Sequence[StagedShard]) -> None:
-        """Count what was written."""
-        tokens = (b.block.tokens for s in prepared for b in s.header.blocks)
-        groups = group_layers(self._chain.layout)
-        self._index.count(
-            written_bytes=sum(staged.header.nbytes for staged in prepared),
-            raw_bytes=sum(map(len, tokens)) * sum(g.token_bytes for g in groups),
-        )
 
 
 def _described(entry: Entry, old: Entry | None, manifest: Manifest) -> Entry:

@@ -14,10 +14,8 @@ from ..errors import EntryExistsError, FormatError, IntegrityError
 from ..format.block import Block, BlockHash, Progress
 from ..format.entry import Entry, make_entry
 from ..storage import files
-from ..storage.blocks import Reader, confirm_folder
+from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from ..storage.folder import StoreFolder
-from ..storage.index import Index
 from .prune import Policy, plan_prune
 from .save import Saver
 
@@ -29,24 +27,19 @@ class Committer:
     """Saves prompt caches into one store.
 
     Args:
-        folder: The store.
-        reader: Reads its blocks.
-        index: Its index.
+        blocks: The store's blocks.
         catalog: Its entries.
         codec: For full blocks.
     """
 
     def __init__(
         self,
-        folder: StoreFolder,
-        reader: Reader,
-        index: Index,
+        blocks: BlockStore,
         catalog: Catalog,
         codec: Codec,
     ) -> None:
-        self._folder = folder
-        self._reader = reader
-        self._index = index
+        self._blocks = blocks
+        self._folder = blocks.folder
         self._catalog = catalog
         self._codec = codec
 
@@ -93,7 +86,7 @@ class Committer:
         return self._saver(snapshot).missing()
 
     def _saver(self, snapshot: Snapshot) -> Saver:
-        return Saver(self._folder, self._reader, self._index, self._codec, snapshot)
+        return Saver(self._blocks, self._codec, snapshot)
 
     def replaceable(
         self, name: str | None, chain: Chain, replace: bool | Entry
@@ -116,7 +109,7 @@ class Committer:
         # Another process may have taken the name meanwhile.
         old = self.replaceable(name, chain, replace)
         hashes = [block.hash for block in chain.blocks]
-        places = self._index.longest_prefix(hashes)
+        places = self._blocks.index.longest_prefix(hashes)
         if len(places) < len(hashes):
             return None
         entry = make_entry(
@@ -139,14 +132,14 @@ class Committer:
             needed: The blocks of which they are a part, which stay.
         """
         limit = self._folder.max_bytes
-        if nbytes <= limit < sum(self._index.shards().values()) + nbytes:
+        if nbytes <= limit < sum(self._blocks.index.shards().values()) + nbytes:
             # A little more than needed, or every save would have to.
             max_bytes = max(0, limit - limit // 20 - nbytes)
             policy = Policy(max_bytes=max_bytes, needed=needed)
             with suppress(FormatError):  # a later release's entries stay as they are
-                if plan_prune(self._folder, self._index, policy).entries:
-                    confirm_folder(self._index, self._folder)
-                    plan_prune(self._folder, self._index, policy).execute()
+                if plan_prune(self._blocks, policy).entries:
+                    self._blocks.confirm()
+                    plan_prune(self._blocks, policy).execute()
 
 
 def _make_no_room(_: int) -> None:

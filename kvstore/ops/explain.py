@@ -18,8 +18,8 @@ from ..fingerprint import Fingerprint
 from ..format.block import Block, BlockHash, StoredBlock
 from ..format.chain import hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
-from ..storage.blocks import Reader
-from ..storage.index import Index, Link, Place
+from ..storage.blocks import BlockStore
+from ..storage.index import Link, Place
 from .load import Child, Hit, Loader, Match, Request
 
 
@@ -114,27 +114,22 @@ class Explainer:
     """Explains what one store holds of prompts.
 
     Args:
-        index: Its index.
-        reader: Reads its blocks.
+        blocks: The store's blocks.
         loader: Finds prefixes in it.
         entries: Its entries, latest first.
-        block_size: Tokens in a full block.
     """
 
     def __init__(
         self,
-        index: Index,
-        reader: Reader,
+        blocks: BlockStore,
         loader: Loader,
         entries: Sequence[Entry],
-        *,
-        block_size: int,
     ) -> None:
-        self._index = index
-        self._reader = reader
+        self._blocks = blocks
+        self._index = blocks.index
         self._loader = loader
         self._entries = entries
-        self._block_size = block_size
+        self._block_size = blocks.folder.block_size
 
     def find_damage(self, request: Request) -> str | None:
         """Return which of the blocks that would be restored is damaged, if one is.
@@ -145,7 +140,7 @@ class Explainer:
         hit = self._loader.find(request)
         for place in hit.places if isinstance(hit, Hit) else ():
             try:
-                self._reader.stored(place)
+                self._blocks.stored(place)
             except (IntegrityError, FormatError) as error:
                 return f"block {place.hash.hex()[:12]}: {error}"
         return None
@@ -241,7 +236,7 @@ class Explainer:
         """Return the first field in which two fingerprints differ, with both values."""
         place = trace.place or next(iter(self._index.followers(trace.root)), None)
         try:
-            fields = self._reader.origin_at(place).fingerprint if place else None
+            fields = self._blocks.origin_at(place).fingerprint if place else None
         except (IntegrityError, FormatError):
             fields = None
         found = Fingerprint(fields).difference(given) if fields else None
@@ -282,7 +277,7 @@ class Explainer:
         found = self._index.followers(trace.tip)
         for place in sorted(found, key=lambda place: place.hash not in owners):
             try:
-                return self._reader.stored(place), 0
+                return self._blocks.stored(place), 0
             except (IntegrityError, FormatError):
                 continue
         return None, 0
@@ -294,7 +289,7 @@ class Explainer:
             if place is None:
                 return
             try:
-                yield from self._reader.stored(place).block.tokens
+                yield from self._blocks.stored(place).block.tokens
             except (IntegrityError, FormatError):
                 return
 

@@ -17,8 +17,7 @@ from ..format import shard as shards
 from ..format.block import BlockHash, Origin, Progress, StoredBlock
 from ..format.bundle import Manifest, write_bundle
 from ..format.entry import Entry
-from ..storage.blocks import Reader
-from ..storage.folder import StoreFolder
+from ..storage.blocks import BlockStore
 from ..storage.index import Place
 
 # How often blocks that `prune` moves meanwhile are looked for again.
@@ -39,17 +38,14 @@ class Exporter:
     """Writes one entry as a bundle.
 
     Args:
-        folder: The store.
-        reader: Reads its blocks.
+        blocks: The store's blocks.
         entry: The entry.
         progress: Called with (tokens written, tokens in all); read is half written.
     """
 
-    def __init__(
-        self, folder: StoreFolder, reader: Reader, entry: Entry, progress: Progress
-    ) -> None:
-        self._folder = folder
-        self._reader = reader
+    def __init__(self, blocks: BlockStore, entry: Entry, progress: Progress) -> None:
+        self._folder = blocks.folder
+        self._blocks = blocks
         self._entry = entry
         self._progress = progress
         self._root = BlockHash(bytes.fromhex(entry.root))
@@ -62,9 +58,9 @@ class Exporter:
             IntegrityError: A part of it is missing or damaged.
         """
         self._done = 0
-        blocks = [stored for _, stored in self._reader.chain(self._entry)]
+        blocks = [stored for _, stored in self._blocks.chain(self._entry)]
         groups = tuple(map(tuple, shards.group_blocks(blocks)))
-        origin = self._reader.origin(self._entry)
+        origin = self._blocks.origin(self._entry)
         found = tuple(self._digest(origin, group) for group in groups)
         return Packing(self._manifest(origin, found), groups)
 
@@ -134,7 +130,7 @@ class Exporter:
         """
         places = [self._place(stored) for stored in group]
         found = chain.from_iterable(
-            self._reader.read(shard, list(run), self._root)
+            self._blocks.read(shard, list(run), self._root)
             for shard, run in groupby(places, key=lambda place: place.shard)
         )
         for stored, (copy, data) in zip(group, found, strict=True):
@@ -143,7 +139,7 @@ class Exporter:
             yield stored, data
 
     def _place(self, stored: StoredBlock) -> Place:
-        place = self._reader.index.place(stored.block.hash)
+        place = self._blocks.index.place(stored.block.hash)
         if place is None:
             raise _gone(stored, "is missing")
         return place

@@ -25,9 +25,8 @@ from ..format.block import Block, BlockHash, Progress, StoredBlock
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..format.spans import Span, last_end
-from ..storage.blocks import Reader
-from ..storage.folder import StoreFolder
-from ..storage.index import MAX_CHILDREN, Index, Place
+from ..storage.blocks import BlockStore
+from ..storage.index import MAX_CHILDREN, Place
 
 Reason = Literal[
     "whole",
@@ -120,15 +119,13 @@ class Loader:
     """Finds and restores prefixes in one store.
 
     Args:
-        folder: The store.
-        index: Its index.
-        reader: Reads its blocks.
+        blocks: The store's blocks.
     """
 
-    def __init__(self, folder: StoreFolder, index: Index, reader: Reader) -> None:
-        self._folder = folder
-        self._index = index
-        self._reader = reader
+    def __init__(self, blocks: BlockStore) -> None:
+        self._folder = blocks.folder
+        self._index = blocks.index
+        self._blocks = blocks
 
     def find(self, request: Request) -> Hit | str:
         """Return the longest stored prefix, or why there is none of this model."""
@@ -151,8 +148,8 @@ class Loader:
         Raises:
             IntegrityError: One is missing or damaged.
         """
-        chain = self._reader.chain(entry)
-        layout = known_layout(self._reader.origin(entry).layout)
+        chain = self._blocks.chain(entry)
+        layout = known_layout(self._blocks.origin(entry).layout)
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
         tokens = [token for _, stored in chain for token in stored.block.tokens]
@@ -184,7 +181,7 @@ class Loader:
         codecs: Counter[str] = Counter()
         try:
             for shard, places in groupby(hit.places, key=lambda place: place.shard):
-                for stored, data in self._reader.read(shard, list(places), hit.root):
+                for stored, data in self._blocks.read(shard, list(places), hit.root):
                     if stored.block.start != done:
                         name = stored.block.hash.hex()
                         raise IntegrityError(
@@ -260,7 +257,7 @@ class Loader:
         if has_only_rows(hit.layout) or not hit.places:
             return hit
         try:
-            blocks = [self._reader.stored(place) for place in hit.places]
+            blocks = [self._blocks.stored(place) for place in hit.places]
         except (IntegrityError, FormatError) as error:
             return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
         found = next(
@@ -330,7 +327,7 @@ class Loader:
     def _stored(self, place: Place) -> StoredBlock | None:
         """Return a block's row in its shard; ``None`` where that is damaged."""
         try:
-            return self._reader.stored(place)
+            return self._blocks.stored(place)
         except (IntegrityError, FormatError):
             return None  # the reader has dropped it, or a later release wrote it
 

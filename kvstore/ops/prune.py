@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,16 +18,14 @@ from ..errors import FormatError, IntegrityError
 from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage import files
-from ..storage.blocks import index_shard
+from ..storage.blocks import BlockStore
 from ..storage.entries import list_ids, read_entry, remove_entry
 from ..storage.folder import StoreFolder
 from ..storage.index import Index, Place
 from ..storage.shards import (
     list_shards,
     open_shard,
-    publish_shard,
     shard_path,
-    staged_copy,
 )
 
 GRACE_S = 3600.0
@@ -82,13 +80,13 @@ class PrunePlan:
         return self._pruner.execute(self)
 
 
-def plan_prune(folder: StoreFolder, index: Index, policy: Policy) -> PrunePlan:
+def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
     """Return what a policy lets go. Never writes.
 
     Raises:
         FormatError: A later release wrote entries into the store.
     """
-    return Pruner(folder, index, policy).plan()
+    return Pruner(blocks, policy).plan()
 
 
 class _Survey:
@@ -135,14 +133,14 @@ class Pruner:
     """Makes and executes one plan.
 
     Args:
-        folder: The store.
-        index: Its index.
+        blocks: The store's blocks.
         policy: What may go.
     """
 
-    def __init__(self, folder: StoreFolder, index: Index, policy: Policy) -> None:
-        self._folder = folder
-        self._index = index
+    def __init__(self, blocks: BlockStore, policy: Policy) -> None:
+        self._blocks = blocks
+        self._folder = blocks.folder
+        self._index = blocks.index
         self._policy = policy
 
     def plan(self) -> PrunePlan:
@@ -180,13 +178,14 @@ class Pruner:
         survey = _Survey(self._folder, self._index, self._policy.needed)
         before = sum(self._index.shards().values())
         for name in plan.repacked:
-            self._repack(name, survey, gone)
+            kept = {place.hash for place in self._kept(name, survey, gone)}
+            self._blocks.repack(name, kept)
         with files.locked(self._folder.lock, exclusive=True):
             # The second look: entries committed since then keep their blocks.
             survey = _Survey(self._folder, self._index, self._policy.needed)
             for name in (*plan.removed, *plan.repacked):
                 if not self._kept(name, survey, gone):
-                    self._remove_shard(name)
+                    self._blocks.drop_shard(name)
         for path in plan.leftovers:
             self._remove_leftover(path)
         return before - sum(self._index.shards().values())
@@ -252,7 +251,7 @@ class Pruner:
             with suppress(FileNotFoundError):
                 files.remove(path)
         else:
-            self._remove_unknown(path.stem)
+            self._blocks.remove_unknown(path.stem)
 
     def _is_readable(self, name: str) -> bool:
         """Say whether a shard is one of this release; others are not ours to remove."""
@@ -268,41 +267,6 @@ class Pruner:
             return False
         remove_entry(self._folder.entries, entry.id)
         return True
-
-    def _remove_shard(self, name: str) -> None:
-        """Drop a shard's rows, then its file."""
-        with self._index.transaction():
-            self._index.drop_shard(name)
-        self._remove_unknown(name)
-
-    def _remove_unknown(self, name: str) -> None:
-        """Remove the file of a shard, unless somebody has just published it again."""
-        # Who publishes holds the same write lock of the index.
-        with self._index.transaction():
-            if name not in self._index.shards():
-                with suppress(FileNotFoundError):
-                    files.remove(shard_path(self._folder.shards, name))
-
-    def _repack(self, name: str, survey: _Survey, gone: set[BlockHash]) -> None:
-        """Write the blocks of a shard that stay into another, and point there."""
-        kept = {place.hash for place in self._kept(name, survey, gone)}
-        folder = self._folder
-        with ExitStack() as stack:
-            try:
-                opened = stack.enter_context(open_shard(folder.shards, name))
-                stored = [b for b in opened.header.blocks if b.block.hash in kept]
-                if not stored:
-                    return
-                copy = staged_copy(folder.staging, opened, stored)
-                staged = stack.enter_context(copy)
-            except (IntegrityError, FormatError, FileNotFoundError):
-                return  # it stays as it is, for `verify` to report
-            with self._index.transaction():
-                publish_shard(folder.shards, staged)
-                added_at = self._index.added_at(name)
-                index_shard(self._index, staged.name, staged.header, added_at)
-                for block in kept:
-                    self._index.move_block(block, name, staged.name)
 
 
 def _is_older(path: Path, age_s: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,14 +12,11 @@ from ..caches.layout import group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras
 from ..codecs import Codec, lossless_twin
-from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
 from ..format.block import Block, EncodedBlock, Part, Progress
-from ..format.chain import digest_fields
-from ..storage.blocks import Reader, index_shard
-from ..storage.folder import StoreFolder
-from ..storage.index import Index, Place, is_better
-from ..storage.shards import publish_shard, staged_shard
+from ..storage.blocks import BlockStore
+from ..storage.index import is_better
+from ..storage.shards import staged_shard
 
 # With two cores, the model has both of them.
 NUM_ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -30,24 +26,19 @@ class Saver:
     """Writes the blocks of one prompt cache.
 
     Args:
-        folder: The store.
-        reader: Reads its blocks.
-        index: Its index.
+        blocks: The store's blocks.
         codec: For full blocks; a tail is stored lossless.
         snapshot: What is to be saved.
     """
 
     def __init__(
         self,
-        folder: StoreFolder,
-        reader: Reader,
-        index: Index,
+        blocks: BlockStore,
         codec: Codec,
         snapshot: Snapshot,
     ) -> None:
-        self._folder = folder
-        self._reader = reader
-        self._index = index
+        self._blocks = blocks
+        self._folder = blocks.folder
         self._snapshot = snapshot
         self._chain = snapshot.chain
         self._rows = snapshot.rows
@@ -77,33 +68,16 @@ class Saver:
             self._write(batch, make_room)
             last = batch[-1].block
             progress(last.start + len(last.tokens), total)
-        self._remember_root()
+        self._blocks.add_root(self._chain.root, self._chain.origin)
         progress(total, total)
 
     def _is_wanted(self, block: Block) -> bool:
         """Say whether the store lacks a block, or an exact copy that we have."""
-        place = self._index.place_of(block)
-        if place is None or not self._is_there(place):
+        place = self._blocks.index.place_of(block)
+        if place is None or not self._blocks.has(place):
             return True
         mine = self._num_extras(block), self._is_exact(block)
         return is_better(mine, (place.num_extras, place.is_exact))
-
-    def _is_there(self, place: Place) -> bool:
-        """Say whether a block's shard is there and can be read, as the index says."""
-        try:
-            self._reader.stored(place)
-        except (FormatError, IntegrityError):
-            return False
-        return True
-
-    def _remember_root(self) -> None:
-        """Tell the index what the blocks descend from, should it not know."""
-        origin = self._chain.origin
-        digest = digest_fields(origin.fingerprint)
-        root = (self._chain.root, origin.layout)
-        if root not in self._index.roots(digest, origin.tenant):
-            with self._index.transaction():
-                self._index.add_root(root[0], digest, origin.tenant, root[1])
 
     def _num_extras(self, block: Block) -> int:
         return count_extras(self._rows.pieces(block))
@@ -173,12 +147,6 @@ class Saver:
         origin = self._chain.origin
         with staged_shard(self._folder.staging, origin, batch) as staged:
             make_room(staged.header.nbytes)
-            with self._index.transaction():
-                publish_shard(self._folder.shards, staged)
-                self._index.trust_shard(staged.name)
-                index_shard(self._index, staged.name, staged.header, time.time())
-                self._index.count(
-                    written_bytes=staged.header.nbytes,
-                    raw_bytes=sum(len(encoded.block.tokens) for encoded in batch)
-                    * sum(group.token_bytes for group in self._groups),
-                )
+            with self._blocks.index.transaction():
+                token_bytes = sum(group.token_bytes for group in self._groups)
+                self._blocks.add_new([staged], token_bytes)

@@ -14,8 +14,9 @@ from typing import Any
 from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..format.safetensors import ITEM_SIZES
+from ..storage.blocks import BlockStore
 from ..storage.folder import StoreFolder
-from ..storage.index import Index, Link, Timing
+from ..storage.index import Link, Timing
 from .speeds import ModelSpeeds, Speeds, is_current, is_sound
 
 
@@ -64,17 +65,15 @@ class Stats:
 _MAX_NESTING = 8
 
 
-def sum_up(
-    folder: StoreFolder, index: Index, entries: Sequence[Entry], *, now: float
-) -> Stats:
+def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats:
     """Return sums over a store.
 
     Args:
-        folder: The store.
-        index: Its index.
+        blocks: The store's blocks.
         entries: Its entries.
         now: Unix seconds, by which speeds are current or not.
     """
+    folder, index = blocks.folder, blocks.index
     sizes, counters = index.shards(), index.counters()
     layouts = {root: layout for root, _, _, layout in index.all_roots()}
     reach = _Reach(index.links(), layouts)

@@ -1,16 +1,17 @@
-"""Blocks from shards, with what the index says checked against the shard itself.
+"""The blocks of a store: shards, and the index that says what lies in which.
 
-What turns out to be missing or damaged is dropped from the index, so that it is
-missed at once the next time and written anew by the next save.
+The index is never believed: what it says is compared with the shard itself.
 """
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
@@ -19,7 +20,17 @@ from ..format.entry import Entry
 from . import files
 from .folder import StoreFolder
 from .index import Index, Place, index_identity
-from .shards import list_shards, open_shard, quarantine_shard, shard_path
+from .shards import (
+    StagedShard,
+    list_shards,
+    open_shard,
+    publish_shard,
+    quarantine_shard,
+    shard_path,
+    staged_copy,
+)
+
+T = TypeVar("T")
 
 
 def open_index(folder: StoreFolder) -> Index:
@@ -89,21 +100,150 @@ Stamp = tuple[int, int, int, int]
 """Device, inode, size and time of change of a file."""
 
 
-class Reader:
-    """Reads the blocks of one store.
+class BlockStore:
+    """The blocks of one store: finds, reads, adds and drops them.
+
+    It alone knows how a shard and its rows in the index become visible together, and it
+    heals the index: what turns out to be missing or damaged is dropped, so that the
+    next save writes it anew, and an index that is wrong is rebuilt from the shards.
+
+    Use it from one thread.
 
     Args:
         folder: The store.
-        index: Its index.
 
     Attributes:
-        index: The same.
+        folder: The same; a new size limit takes the place of the old one here.
     """
 
-    def __init__(self, folder: StoreFolder, index: Index) -> None:
-        self.index = index
-        self._folder = folder
+    def __init__(self, folder: StoreFolder) -> None:
+        self.folder = folder
+        self._opened: Index | None = None
         self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
+
+    @property
+    def index(self) -> Index:
+        """The index, opened when first needed and rebuilt where it is missing."""
+        if self._opened is None:
+            self._opened = open_index(self.folder)
+        return self._opened
+
+    def close(self) -> None:
+        """Close the index; it is opened again where it is needed."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run ``work``; where the index turns out to be damaged, rebuild it first."""
+        # Another process may have put a new one in its place.
+        if self._opened and index_identity(self.folder.index) != self._opened.identity:
+            self.close()
+        try:
+            return work()
+        except IndexDamagedError:
+            pass  # rebuilt below, outside of the handler
+        seen = self._opened.identity if self._opened else None
+        self.close()
+        replace_index(self.folder, seen)
+        return work()
+
+    def run_twice(self, work: Callable[[], T]) -> T:
+        """Run ``work`` once more where it met damage."""
+        try:
+            return self.run(work)
+        except IntegrityError as error:
+            # Another shard may hold a good copy, or `prune` have moved a block.
+            self.run(self.confirm)
+            try:
+                return self.run(work)
+            except IntegrityError:
+                raise error from None  # it says what was wrong, not what is missing now
+
+    def confirm(self) -> None:
+        """Compare the index with all shards; whoever removes shards does this first.
+
+        Raises:
+            IndexDamagedError: The index says something else.
+        """
+        confirm_folder(self.index, self.folder)
+
+    def has(self, place: Place) -> bool:
+        """Whether a block's shard is there and can be read, as the index says."""
+        try:
+            self.stored(place)
+        except (FormatError, IntegrityError):
+            return False
+        return True
+
+    def add(self, staged: StagedShard, added_at: float) -> None:
+        """Publish a shard and index it, inside a transaction of the index.
+
+        Args:
+            staged: The shard, synced.
+            added_at: Since when its blocks are in the store, Unix seconds.
+        """
+        publish_shard(self.folder.shards, staged)
+        index_shard(self.index, staged.name, staged.header, added_at)
+
+    def add_new(self, staged: Sequence[StagedShard], token_bytes: int) -> None:
+        """Publish shards of new blocks, as :meth:`add` does, and count them.
+
+        Args:
+            staged: The shards, synced.
+            token_bytes: What one token's rows take in memory.
+        """
+        num_tokens = 0
+        for shard in staged:
+            self.index.trust_shard(shard.name)
+            self.add(shard, time.time())
+            num_tokens += sum(len(b.block.tokens) for b in shard.header.blocks)
+        self.index.count(
+            written_bytes=sum(shard.header.nbytes for shard in staged),
+            raw_bytes=num_tokens * token_bytes,
+        )
+
+    def add_root(self, root: BlockHash, origin: Origin) -> None:
+        """Tell the index what blocks descend from, should it not know."""
+        digest = digest_fields(origin.fingerprint)
+        if (root, origin.layout) not in self.index.roots(digest, origin.tenant):
+            with self.index.transaction():
+                self.index.add_root(root, digest, origin.tenant, origin.layout)
+
+    def drop_shard(self, name: str) -> None:
+        """Drop a shard's rows, then its file."""
+        with self.index.transaction():
+            self.index.drop_shard(name)
+        self.remove_unknown(name)
+
+    def remove_unknown(self, name: str) -> None:
+        """Remove the file of a shard, unless somebody has just published it again."""
+        # Who publishes holds the same write lock of the index.
+        with self.index.transaction():
+            if name not in self.index.shards():
+                with suppress(FileNotFoundError):
+                    files.remove(shard_path(self.folder.shards, name))
+
+    def repack(self, name: str, kept: set[BlockHash]) -> None:
+        """Write some blocks of a shard into another, and point there.
+
+        Their bytes are copied, never decoded.
+        """
+        folder = self.folder
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(open_shard(folder.shards, name))
+                stored = [b for b in opened.header.blocks if b.block.hash in kept]
+                if not stored:
+                    return
+                copy = staged_copy(folder.staging, opened, stored)
+                staged = stack.enter_context(copy)
+            except (IntegrityError, FormatError, FileNotFoundError):
+                return  # it stays as it is, for `verify` to report
+            with self.index.transaction():
+                self.add(staged, self.index.added_at(name))
+                for block in kept:
+                    self.index.move_block(block, name, staged.name)
 
     def stored(self, place: Place) -> StoredBlock:
         """Return what a shard's header says of a block.
@@ -175,7 +315,7 @@ class Reader:
         """
         with (
             self._healing(shard),
-            open_shard(self._folder.shards, shard) as opened,
+            open_shard(self.folder.shards, shard) as opened,
         ):
             # First, since an index that lies is no reason to distrust a shard.
             blocks = [self._find(opened.header, place) for place in places]
@@ -188,12 +328,12 @@ class Reader:
 
     def _header(self, shard: str) -> ShardHeader:
         """Return a shard's header, read once for as long as nobody touches the file."""
-        status = shard_path(self._folder.shards, shard).stat()
+        status = shard_path(self.folder.shards, shard).stat()
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
         kept = self._headers.get(shard)
         if kept is not None and kept[0] == stamp:
             return kept[1]
-        with open_shard(self._folder.shards, shard) as opened:
+        with open_shard(self.folder.shards, shard) as opened:
             self._headers[shard] = (stamp, opened.header)
         if len(self._headers) > _MAX_HEADERS:
             self._headers.popitem(last=False)
@@ -212,7 +352,7 @@ class Reader:
         raise IndexDamagedError(
             f"shard {place.shard[:12]} does not hold block"
             f" {place.hash.hex()[:12]} as it says",
-            self._folder.index,
+            self.folder.index,
         )
 
     @contextmanager
@@ -225,12 +365,12 @@ class Reader:
         try:
             yield
         except ValueError as error:
-            raise IndexDamagedError(str(error), self._folder.index) from error
+            raise IndexDamagedError(str(error), self.folder.index) from error
         except FileNotFoundError as error:
             self._forget(shard, None)
             raise IntegrityError(
                 f"shard {shard[:12]} is missing",
-                path=self._folder.shards / shard[:2] / f"{shard}.safetensors",
+                path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
                 hint="save the prompt again",
             ) from error
         except IntegrityError as error:
@@ -253,7 +393,7 @@ class Reader:
 
     def _quarantine(self, shard: str) -> None:
         try:
-            quarantine_shard(self._folder.shards, shard, self._folder.quarantine)
+            quarantine_shard(self.folder.shards, shard, self.folder.quarantine)
         except (OSError, ValueError):
             return  # it stays, unread: the index no longer names it
 

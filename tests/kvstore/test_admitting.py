@@ -170,7 +170,7 @@ def test_what_all_descends_from_is_told_to_an_index_that_lost_it(stores, tiny, c
     """Where nothing is missing but the root, prompts find it again."""
     take(stores[0], tiny)
     with kvstore.Store(stores[0]) as store:
-        store._index._query("DELETE FROM roots")
+        store._blocks.index._query("DELETE FROM roots")
         assert store.lookup([*range(17), 1], caches.MODEL).num_tokens == 0
         store.import_bundle(io.BytesIO(tiny))
         assert store.lookup([*range(17), 1], caches.MODEL).num_tokens == 17
@@ -315,7 +315,7 @@ def test_an_export_follows_blocks_that_move_under_its_eyes(stores, caches, monke
 
     def move_later():
         # Between finding where blocks lie and opening the file.
-        meanwhile(monkeypatch, reading.Reader, "read", move)
+        meanwhile(monkeypatch, reading.BlockStore, "read", move)
 
     meanwhile(monkeypatch, exporting.Exporter, "write", move_later)
     assert export(stores[0]) == expected

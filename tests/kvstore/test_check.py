@@ -124,7 +124,7 @@ def test_a_good_copy_elsewhere_is_enough(folder, caches):
     """An entry whose block lies damaged in one shard and good in another is whole."""
     before = set(shard_files(folder))
     with kvstore.Store(folder.path, codec="planes") as store:
-        index = store._index
+        index = store._blocks.index
         with index.transaction():
             for path in before:
                 index.drop_shard(path.stem)

@@ -18,7 +18,7 @@ def disk_bytes(path):
 
 def age(store):
     """Make all shards of a store look three hours old."""
-    store._index._query("UPDATE shards SET added_at = ?", (HOURS_AGO,))
+    store._blocks.index._query("UPDATE shards SET added_at = ?", (HOURS_AGO,))
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_a_lost_index_row_does_not_make_blocks_dispensable(store_path, caches, s
     """Blocks that only their shard knows are found again before anything is freed."""
     with kvstore.Store(store_path, codec="raw") as store:
         _, cache = save(store, 3, 1, name="x")
-        store._index._query("DELETE FROM blocks WHERE num_tokens = 16")
+        store._blocks.index._query("DELETE FROM blocks WHERE num_tokens = 16")
         store.plan_prune(now=True).execute()
         restored, _ = store.load_entry("x", caches.MODEL)
     assert caches.rows_of(restored) == caches.rows_of(cache)
@@ -279,7 +279,7 @@ def test_a_shard_published_again_while_it_is_pruned_stays(
         tokens, cache = save(store, 2, 1, name="x")
         store.remove("x")
         plan = store.plan_prune(now=True)
-        remove = prune.Pruner._remove_unknown
+        remove = prune.BlockStore.remove_unknown
 
         def saved_before(self, name):
             with kvstore.Store(store_path, codec="raw") as other:
@@ -287,7 +287,7 @@ def test_a_shard_published_again_while_it_is_pruned_stays(
                 other.save(tokens, cache, caches.MODEL, name="again")
             remove(self, name)
 
-        monkeypatch.setattr(prune.Pruner, "_remove_unknown", saved_before)
+        monkeypatch.setattr(prune.BlockStore, "remove_unknown", saved_before)
         plan.execute()
         restored, _ = store.load_entry("again", caches.MODEL)
     assert caches.rows_of(restored) == caches.rows_of(cache)

@@ -8,7 +8,7 @@ import kvstore
 from kvstore.errors import IndexDamagedError, IntegrityError
 from kvstore.format import shard as shards
 from kvstore.storage import blocks as reading
-from kvstore.storage.blocks import Reader, header_root, index_shard
+from kvstore.storage.blocks import BlockStore, header_root, index_shard
 from kvstore.storage.folder import open_folder
 from kvstore.storage.index import Index
 from kvstore.storage.shards import (
@@ -41,7 +41,7 @@ def index(folder):
 @pytest.fixture
 def reader(folder, index):
     """What reads it."""
-    return Reader(folder, index)
+    return BlockStore(folder)
 
 
 def name_of(folder):

@@ -145,6 +145,7 @@ class Together:
                 cwd=ROOT,
             )
         child.log, child.number = log, number
+        child.num_turns = self._num_turns(number)
         self._children.append(child)
         return child
 
@@ -162,6 +163,11 @@ class Together:
         while time.monotonic() < self._deadline - 3:
             time.sleep(self.size.kill_every_s * chance.uniform(0.5, 1.5))
             chat = chance.choice(chats)
+            # On a slow machine, a chat would be killed before it has said anything.
+            while self._num_turns(chat.number) <= chat.num_turns:
+                if time.monotonic() > self._deadline or chat.poll() is not None:
+                    return
+                time.sleep(0.1)
             if chat.poll() is not None:
                 break  # it has failed, or the time is up
             chat.send_signal(signal.SIGKILL)
@@ -191,6 +197,10 @@ class Together:
     def notes(self, number):
         """Return where a chat notes what was kept."""
         return self.folder / f"notes-{number}"
+
+    def _num_turns(self, number):
+        """Return how many turns a chat has noted."""
+        return sum(bool(note["rows"]) for note in read_notes(self.notes(number)))
 
     def counts(self):
         """Return how much has gone on."""
