@@ -483,7 +483,7 @@ class Store:
         return self._blocks.run(lambda: self._blocks.origin(entry).tenant)
 
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
-        """Say whether an entry is of this tenant and of such caches, empty or not.
+        """Whether an entry is of this tenant and of such caches, empty or not.
 
         Raises:
             EntryNotFoundError: There is no such entry.

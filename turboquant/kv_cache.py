@@ -229,7 +229,7 @@ class TurboQuantKVCache:
         return self.offset
 
     def empty(self) -> bool:
-        """Say whether there never was a row."""
+        """Whether there never was a row."""
         return self.coded_keys.sinks is None
 
     def is_trimmable(self) -> bool:

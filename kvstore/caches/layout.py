@@ -18,7 +18,7 @@ Signature = tuple[str, tuple[tuple[str, int], ...]]
 
 
 def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool:
-    """Say whether caches of these classes and parameters can be had from a layout.
+    """Whether caches of these classes and parameters can be had from a layout.
 
     Args:
         layout: How the stored cache is built.
@@ -129,7 +129,7 @@ def flatten(layout: Sequence[LayerLayout | ListLayout]) -> list[LayerLayout]:
 
 
 def has_only_rows(layout: Layout) -> bool:
-    """Say whether a prompt cache can be rebuilt wherever its rows are stored."""
+    """Whether a prompt cache can be rebuilt wherever its rows are stored."""
     specs = (spec for layer in flatten(layout) for _, spec in layer.rows)
     return all(spec.kind == "rows" for spec in specs)
 

@@ -62,7 +62,7 @@ class Chain:
         return replace(self, blocks=full) if full else None
 
     def continues(self, entry: Entry) -> bool:
-        """Say whether an entry's tokens and model are those that this starts with."""
+        """Whether an entry's tokens and model are those that this starts with."""
         if entry.root != self.root.hex() or entry.num_tokens > self.num_tokens:
             return False
         size = len(self.blocks[0].tokens)
@@ -170,7 +170,7 @@ class TakenRows:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A prompt cache at one moment, as far as it is to be saved."""
+    """The blocks one save will write, copied so that another thread can write them."""
 
     chain: Chain
     # What it has of them, or of those that the store lacks.

@@ -103,7 +103,7 @@ def rows_of(group: Group, name: str, first: int, last: int) -> Rows:
 def is_restorable(
     layout: Layout, blocks: Sequence[StoredBlock], num_tokens: int
 ) -> bool:
-    """Say whether every layer can be rebuilt at a position inside the last block.
+    """Whether every layer can be rebuilt at a position inside the last block.
 
     Args:
         layout: How the prompt cache is built.

@@ -160,7 +160,7 @@ def open_store(
 
 
 def is_utf8(text: str) -> bool:
-    """Say whether text from the command line, or from stdin, is UTF-8."""
+    """Whether text from the command line, or from stdin, is UTF-8."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

@@ -226,7 +226,7 @@ def print_failure(message: str, hint: str) -> None:
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Say whether a stream is a terminal that may show colour."""
+    """Whether a stream is a terminal that may show colour."""
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return not is_plain and stream.isatty()
 

@@ -82,7 +82,7 @@ def _finite(text: str) -> float:
 
 
 def is_count(value: Any, limit: int = 2**63) -> bool:
-    """Say whether ``value`` is an integer from 0 to below ``limit``."""
+    """Whether ``value`` is an integer from 0 to below ``limit``."""
     return type(value) is int and 0 <= value < limit
 
 

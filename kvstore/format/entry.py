@@ -164,7 +164,7 @@ def _build(path: Path, body: JSON) -> Entry:
 
 
 def _fits(name: str, value: Any) -> bool:
-    """Say whether ``value`` is of the type that the field ``name`` has."""
+    """Whether ``value`` is of the type that the field ``name`` has."""
     if name == "name":
         return value is None or isinstance(value, str)
     if name == "pinned":

@@ -61,7 +61,7 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
 
 
 def is_full(blocks: Sequence[EncodedBlock]) -> bool:
-    """Say whether a shard of these blocks takes no further one like the last."""
+    """Whether a shard of these blocks takes no further one like the last."""
     return _is_full(
         [(sum(len(p.data) for p in block.parts), len(block.parts)) for block in blocks]
     )
@@ -80,7 +80,7 @@ def group_blocks(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
 
 
 def _is_full(sizes: Sequence[tuple[int, int]]) -> bool:
-    """Say whether blocks of so many bytes and tensors fill a shard."""
+    """Whether blocks of so many bytes and tensors fill a shard."""
     nbytes = sum(size for size, _ in sizes)
     parts = sum(count for _, count in sizes) + sizes[-1][1]
     return len(sizes) >= MAX_BLOCKS or nbytes >= MAX_BYTES or parts > MAX_PARTS

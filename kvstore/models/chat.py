@@ -332,7 +332,7 @@ class Chat:
         self._cut(tokens, num_turns)
 
     def begins_with(self, system_prompt: str) -> bool:
-        """Say whether the conversation was begun with this system prompt."""
+        """Whether the conversation was begun with this system prompt."""
         if self._is_plain:
             return False
         return begins_with(
@@ -417,7 +417,7 @@ class Chat:
         return len(self._tokens)
 
     def _is_empty(self, tokens: Sequence[int]) -> bool:
-        """Say whether nothing is left but what every conversation begins with."""
+        """Whether nothing is left but what every conversation begins with."""
         if self._is_plain or not tokens:
             return not tokens
         with suppress(KVStoreError):
@@ -527,7 +527,7 @@ class Chat:
         try:
             return self._store.entry(name).name == name
         except (EntryNotFoundError, IntegrityError):
-            return False  # what nobody can read stands in nobody's way
+            return False  # a damaged entry does not reserve its name
 
 
 def _taken(name: str) -> EntryExistsError:

@@ -246,7 +246,7 @@ def read_cache_file(
 
 
 def _is_called(label: str, other: str) -> bool:
-    """Say whether two names mean one model; nothing is downloaded for it."""
+    """Whether two names mean one model; nothing is downloaded for it."""
     if label == other:
         return True
     folder = find_model(label).resolve()

@@ -349,7 +349,7 @@ class Session:
         return note
 
     def is_stopped(self) -> bool:
-        """Say whether the run is to end here."""
+        """Whether the run is to end here."""
         should_stop = self._callbacks.should_stop
         return should_stop is not None and should_stop()
 
@@ -419,7 +419,7 @@ class Session:
             self._hold()
 
     def _is_half(self) -> bool:
-        """Say whether this is half a question, of a conversation that is held."""
+        """Whether this is half a question, of a conversation that is held."""
         return self._live is not None and self._num_rows < self._num_prompt
 
     def _catch_up(self) -> None:
@@ -487,7 +487,7 @@ class Session:
                 )
 
     def _continues(self, name: str, like: list[Any]) -> bool:
-        """Say whether an entry, if there is one, is of what we start with."""
+        """Whether an entry, if there is one, is of what we start with."""
         try:
             held = entry_tokens(self._store, name, self.model.fingerprint)
         except FingerprintError:

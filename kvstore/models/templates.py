@@ -115,7 +115,7 @@ def has_reply(
     *,
     chat_template_config: JSON | None = None,
 ) -> bool:
-    """Say whether there is a reply in a conversation, or an open message at most.
+    """Whether there is a reply in a conversation, or an open message at most.
 
     Args:
         tokenizer: The model's, from mlx-lm, with a chat template.
@@ -371,7 +371,7 @@ def begins_with(
     *,
     chat_template_config: JSON | None = None,
 ) -> bool:
-    """Say whether a conversation was begun with this system prompt.
+    """Whether a conversation was begun with this system prompt.
 
     Args:
         tokenizer: The model's, from mlx-lm, with a chat template.
@@ -433,7 +433,7 @@ def _derive(tokenizer: Any, config: JSON | None) -> TurnMarks:
 
 
 def _is_marked(marks: TurnMarks, tokenizer: Any) -> bool:
-    """Say whether a special token is in the marks, which no plain text makes."""
+    """Whether a special token is in the marks, which no plain text makes."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token for token in added if added[token].special}
     return bool(marks.header) and not special.isdisjoint(marks.boundary)

@@ -108,7 +108,7 @@ def repair(folder: StoreFolder) -> list[Finding]:
 
 
 def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
-    """Say whether an entry still cannot be read; it may have been saved again."""
+    """Whether an entry still cannot be read; it may have been saved again."""
     try:
         read_entry(folder.entries, entry_id)
     except IntegrityError:

@@ -1,7 +1,7 @@
-"""Why the store holds of a prompt what it holds: all that is stored, looked through.
+"""Explain a lookup: how far any model stored these tokens, and what blocks the rest.
 
-Where `loading` asks how far rows can be restored, this asks how far the tokens go,
-whatever became of their rows and whoever computed them.
+`ops.load` asks how far rows can be restored. This asks how far the tokens are stored,
+for any model and any kind of cache.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Exporter:
 
 
 def _is_same(origin: Origin, left: StoredBlock, right: StoredBlock) -> bool:
-    """Say whether two copies of a block are the same, wherever they lie."""
+    """Whether two copies of a block are the same, wherever they lie."""
     if left == right:
         return True
     header = shards.shard_header

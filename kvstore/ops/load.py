@@ -276,7 +276,7 @@ class Loader:
     ) -> Iterator[tuple[int, tuple[Place, ...], list[StoredBlock]]]:
         """Yield where a hit may end and with which blocks, the whole of it first.
 
-        An older tail beside a full block may hold a checkpoint.
+        Also try shorter sibling blocks: an older save may have left a checkpoint there.
         """
         yield hit.num_tokens, hit.places, list(blocks)
         for number, stored in reversed(list(enumerate(blocks))):

@@ -102,13 +102,14 @@ class _Survey:
         )
         self._references.update(needed)
         self._uses = index.uses()
-        # Of an entry that lacks a block, nobody can say which others it needs.
+        # A broken chain hides the blocks before the gap, so nothing unreachable is
+        # freed while one exists.
         self.is_whole = all(
             _first_parent(index, entry) == entry.root for entry in self.entries
         )
 
     def is_live(self, block: BlockHash) -> bool:
-        """Say whether an entry needs a block."""
+        """Whether an entry needs a block."""
         return self._references[block] > 0
 
     def used_at(self, entry: Entry) -> float:
@@ -254,7 +255,7 @@ class Pruner:
             self._blocks.remove_unknown(path.stem)
 
     def _is_readable(self, name: str) -> bool:
-        """Say whether a shard is one of this release; others are not ours to remove."""
+        """Whether a shard is one of this release; others are not ours to remove."""
         try:
             with open_shard(self._folder.shards, name):
                 return True

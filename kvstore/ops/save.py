@@ -72,7 +72,7 @@ class Saver:
         progress(total, total)
 
     def _is_wanted(self, block: Block) -> bool:
-        """Say whether the store lacks a block, or an exact copy that we have."""
+        """Whether the store lacks a block, or an exact copy that we have."""
         place = self._blocks.index.place_of(block)
         if place is None or not self._blocks.has(place):
             return True

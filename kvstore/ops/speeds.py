@@ -18,7 +18,7 @@ Verdict = Literal["pays", "never", "unknown"]
 
 
 def is_current(timing: Timing, now: float) -> bool:
-    """Say whether sums were last added to within a day; clocks may be set back."""
+    """Whether sums were last added to within a day; clocks may be set back."""
     return abs(timing.measured_at - now) <= MAX_AGE_S
 
 
@@ -105,7 +105,7 @@ def add(known: Timing | None, new: Timing) -> Timing:
 
 
 def is_sound(timing: Timing) -> bool:
-    """Say whether sums could be those of observations; a file may hold anything."""
+    """Whether sums could be those of observations; a file may hold anything."""
     limits = (
         (timing.num, _MAX_NUM),
         (timing.tokens, _MAX_NUM * _MAX_TOKENS),
@@ -197,7 +197,7 @@ class Speeds:
         return fixed_s + token_s * num_tokens
 
     def pays(self, num_tokens: int, *, held: int = 0) -> bool:
-        """Say whether restoring is expected to be faster than computing.
+        """Whether restoring is expected to be faster than computing.
 
         True where that is not known: what is never tried is never measured.
 

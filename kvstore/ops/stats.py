@@ -144,7 +144,7 @@ class _Reach:
 
 
 def _is_kept(entry: Entry) -> bool:
-    """Say whether no save evicts an entry."""
+    """Whether no save evicts an entry."""
     return entry.name is not None or entry.pinned
 
 

@@ -439,7 +439,7 @@ class _Alone:
             return self._num_entered if self._num_active == 1 else None
 
     def was(self, ticket: int | None) -> bool:
-        """Say whether no request was served beside that one so far."""
+        """Whether no request was served beside that one so far."""
         with self._lock:
             return ticket == self._num_entered
 

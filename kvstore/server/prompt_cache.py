@@ -145,7 +145,8 @@ class DiskPromptCache(LRUPromptCache):
         whole = None
         # What is no cache of mlx-lm's may lack anything.
         with _harmless("not kept"):
-            # For memory too: rows that differ in number are other tokens' rows.
+            # Cut tokens to the rows that every layer has, for memory too: a surplus
+            # row belongs to some other token.
             tokens = tokens[: caches.count_rows(prompt_cache, len(tokens))]
             whole = caches.cut_copy(prompt_cache, len(tokens))
         if whole is None or not tokens:

@@ -162,7 +162,10 @@ class Writer:
             self._changed.notify_all()
 
     def _hand_on(self, job: Job) -> None:
-        """Give what was not saved to the first job that was copied without it."""
+        """Give the blocks of a failed job to the next one.
+
+        Later jobs skipped these blocks because this job was to write them.
+        """
         for number, later in enumerate(self._jobs):
             joined = later.joined(job)
             if joined.rows is not later.rows:

@@ -406,7 +406,7 @@ def header_root(header: ShardHeader) -> BlockHash:
 
 
 def is_sound(stored: StoredBlock) -> bool:
-    """Say whether a block's hash is that of its parent and tokens."""
+    """Whether a block's hash is that of its parent and tokens."""
     block = stored.block
     return hash_block_tokens(block.parent, block.tokens) == block.hash
 
@@ -472,7 +472,7 @@ def _is_there(folder: StoreFolder, place: Place) -> bool:
 
 
 def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
-    """Say whether a place is right after all: others save and prune meanwhile."""
+    """Whether a place is right after all: others save and prune meanwhile."""
     if found is None:
         return False
     place, parent = found

@@ -65,7 +65,7 @@ def remove_entry(folder: Path, entry: str) -> None:
 
 
 MIN_ID = 4
-"""As few digits of an id are taken for it; fewer are a slip of the hand."""
+"""Shortest id prefix accepted. Shorter ones would match by accident."""
 
 
 class Catalog:
@@ -127,7 +127,7 @@ class Catalog:
         try:
             return read_entry(self._folder.entries, key)
         except IntegrityError:
-            return None  # what nobody can read stands in nobody's way
+            return None  # a damaged entry does not reserve its name
 
     def commit(self, entry: Entry) -> Entry:
         """Write an entry, which makes a save count; the lock is held.

@@ -284,7 +284,7 @@ class Index:
         return [_to_place(row) for row in rows]
 
     def has_children(self, parent: BlockHash) -> bool:
-        """Say whether any block follows ``parent``."""
+        """Whether any block follows ``parent``."""
         query = "SELECT 1 FROM blocks WHERE parent = ? LIMIT 1"
         return bool(self._query(query, (parent,)))
 
@@ -478,7 +478,7 @@ class Index:
         )
 
     def is_damaged(self, block: BlockHash, shard: str) -> bool:
-        """Say whether a copy of a block was found to be damaged."""
+        """Whether a copy of a block was found to be damaged."""
         query = "SELECT 1 FROM damaged WHERE hash = ? AND shard = ?"
         return bool(self._query(query, (block, shard)))
 
@@ -596,7 +596,7 @@ class Index:
 
 
 def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
-    """Say whether a copy of a block replaces another.
+    """Whether a copy of a block replaces another.
 
     It must be the better in one respect and the worse in none; but a checkpoint, which
     an entry cannot be restored without, counts above all.

@@ -39,7 +39,7 @@ class States(CacheKind):
     )
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is an ``ArraysCache``."""
+        """Whether it is an ``ArraysCache``."""
         from mlx_lm.models.cache import ArraysCache
 
         return type(cache) is ArraysCache

@@ -53,7 +53,7 @@ class CacheKind(Protocol):
     """The numbers of a file that must be those of the model's own cache."""
 
     def owns(self, cache: Any) -> bool:
-        """Say whether a cache is of this very class; a subclass may keep more."""
+        """Whether a cache is of this very class; a subclass may keep more."""
 
     def read(self, cache: Any) -> LayerLayout:
         """Return the layout of a cache, without rows where it is empty."""

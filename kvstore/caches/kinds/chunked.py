@@ -33,7 +33,7 @@ class ChunkedRows(CacheKind):
     )
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``ChunkedKVCache``."""
+        """Whether it is a ``ChunkedKVCache``."""
         from mlx_lm.models.cache import ChunkedKVCache
 
         return type(cache) is ChunkedKVCache

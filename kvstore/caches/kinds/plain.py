@@ -34,7 +34,7 @@ class PlainRows(CacheKind):
     )
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``KVCache``."""
+        """Whether it is a ``KVCache``."""
         from mlx_lm.models.cache import KVCache
 
         return type(cache) is KVCache
@@ -94,7 +94,7 @@ class ConcatenatedRows(PlainRows):
     forms = ()
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``ConcatenateKVCache``."""
+        """Whether it is a ``ConcatenateKVCache``."""
         from mlx_lm.models.cache import ConcatenateKVCache
 
         return type(cache) is ConcatenateKVCache

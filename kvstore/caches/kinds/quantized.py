@@ -40,7 +40,7 @@ class AffineRows(PlainRows):
     _names = tuple(f"{s}.{p}" for s in "kv" for p in ("codes", "scales", "biases"))
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``QuantizedKVCache``."""
+        """Whether it is a ``QuantizedKVCache``."""
         from mlx_lm.models.cache import QuantizedKVCache
 
         return type(cache) is QuantizedKVCache

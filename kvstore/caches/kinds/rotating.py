@@ -46,7 +46,7 @@ class RotatingRows(CacheKind):
     )
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``RotatingKVCache``."""
+        """Whether it is a ``RotatingKVCache``."""
         from mlx_lm.models.cache import RotatingKVCache
 
         return type(cache) is RotatingKVCache

@@ -24,7 +24,7 @@ class TurboRows(PlainRows):
     forms = ()
 
     def owns(self, cache: Any) -> bool:
-        """Say whether it is a ``TurboQuantKVCache``; asking imports nothing."""
+        """Whether it is a ``TurboQuantKVCache``; asking imports nothing."""
         return type(cache).__module__ == "turboquant.kv_cache"
 
     def read(self, cache: Any) -> LayerLayout:
