@@ -124,6 +124,18 @@ class Fingerprint:
         }
         return cls(fields, label=label or type(model).__module__)
 
+    def with_salt(self, salt: str) -> Fingerprint:
+        """Return a fingerprint whose rows are shared with nobody of another salt.
+
+        Who does not know the salt finds none of the blocks. It is stored in the clear,
+        so it keeps apart and does not protect.
+
+        Args:
+            salt: Any text; empty for none.
+        """
+        fields = {name: field for name, field in self.fields.items() if name != "salt"}
+        return replace(self, fields={**fields, "salt": salt} if salt else fields)
+
     def with_draft(self, draft: Fingerprint) -> Fingerprint:
         """Return the fingerprint of a model and a draft model, whose caches follow."""
         parts = {name: draft.fields.get(name) for name in ("weights", "config", "code")}
@@ -330,6 +342,8 @@ def _first_difference(name: str, stored: Any, given: Any) -> str | None:
         return None
     if stored == given and type(stored) is type(given):
         return None
+    if name == "salt":
+        return "salt: another one"  # which nobody is told
     return f"{name}: stored {_show(stored)}, given {_show(given)}"
 
 

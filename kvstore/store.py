@@ -46,7 +46,6 @@ class Store:
         path: The folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
         codec: What full blocks are saved with; ``turbo4+zstd`` by default.
         create: Make the store where there is none.
-        tenant: Keeps apart what must not be shared within one store.
 
     Raises:
         StoreNotFoundError: There is no store, or the folder is something else.
@@ -60,12 +59,10 @@ class Store:
         codec: str | None = None,
         *,
         create: bool = True,
-        tenant: str = "",
     ) -> None:
         self._codec_name = codec
         if codec is not None:
             _ = self._codec  # refuses a wrong name now
-        self._tenant = tenant
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         self._catalog = Catalog(self._folder)
@@ -81,11 +78,6 @@ class Store:
     def codec(self) -> str:
         """Name of the codec that full blocks are saved with."""
         return self._codec.name
-
-    @property
-    def tenant(self) -> str:
-        """What keeps its blocks apart from others in the folder."""
-        return self._tenant
 
     @property
     def _codec(self) -> Codec:
@@ -472,18 +464,8 @@ class Store:
             lambda: Fingerprint(self._blocks.origin(entry).fingerprint)
         )
 
-    def tenant_of(self, ref: str) -> str:
-        """Return whose an entry is: the tenant of the store that saved it.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: Its last block is missing or damaged.
-        """
-        entry = self.entry(ref)
-        return self._blocks.run(lambda: self._blocks.origin(entry).tenant)
-
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
-        """Whether an entry is of this tenant and of such caches, empty or not.
+        """Whether an entry is of such caches, empty or not.
 
         Raises:
             EntryNotFoundError: There is no such entry.
@@ -497,7 +479,7 @@ class Store:
         origin = self._blocks.run(lambda: self._blocks.origin(entry))
         layout = known_layout(origin.layout)
         wanted = signature(prompt_cache)
-        return origin.tenant == self._tenant and fits(layout, wanted, decoding=False)
+        return fits(layout, wanted, decoding=False)
 
     def export_bundle(
         self, ref: str, file: IO[bytes], *, progress: Progress | None = None
@@ -571,7 +553,7 @@ class Store:
             IntegrityError: It is not, to the byte, what a store would have written.
             FingerprintError: Another model made it.
             EntryExistsError: The name is taken.
-            KVStoreError: It is of another tenant, its blocks are of another size, or
+            KVStoreError: Its blocks are of another size, or
                 the store's own blocks lack states or windows that it needs.
             ValueError: The name is not one.
             OSError: The disk is full or fails.
@@ -581,7 +563,7 @@ class Store:
 
         check_name(name)
         bundle = open_bundle(file, fingerprint)
-        check_fits(bundle.manifest, self._folder, self._tenant)
+        check_fits(bundle.manifest, self._folder)
         with unpacked(self._folder, bundle, progress or _ignore) as found:
 
             def admit() -> Entry:
@@ -720,7 +702,6 @@ class Store:
         return Request(
             tokens,
             fingerprint.digest,
-            self._tenant,
             exact=exact,
             classes=classes,
             spans=spans,
@@ -734,7 +715,7 @@ class Store:
         from .caches.snapshot import make_chain
 
         size = self._folder.block_size
-        return make_chain(model.fields, prompt_cache, self._tenant, tokens, size)
+        return make_chain(model.fields, prompt_cache, tokens, size)
 
     def _snapshot(
         self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint

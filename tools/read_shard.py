@@ -60,7 +60,7 @@ def read_shard(path):
         position = end
     check(position == len(data), "something follows the last tensor")
     digest = sha256(canonical(about["fingerprint"]).encode()).hexdigest()
-    origin = ["kvstore root 1", digest, about["layout"], about["tenant"]]
+    origin = ["kvstore root 1", digest, about["layout"]]
     root = sha256(canonical(origin).encode()).hexdigest()
     for block, mine in zip(blocks, owned.values(), strict=True):
         digest = blake3(b"".join(part for _, _, part in mine.values())).hexdigest()

@@ -208,7 +208,6 @@ def take_live(
 def make_chain(
     fingerprint: JSON,
     prompt_cache: Sequence[Any],
-    tenant: str,
     tokens: Sequence[int],
     block_size: int,
 ) -> Chain:
@@ -219,6 +218,6 @@ def make_chain(
         ValueError: It is empty, a batch, or holds other than ``tokens``.
     """
     layout = caches.read_layout(prompt_cache, len(tokens))
-    origin = Origin(fingerprint, layout_to_json(layout), tenant)
-    root = hash_root(digest_fields(fingerprint), origin.layout, tenant)
+    origin = Origin(fingerprint, layout_to_json(layout))
+    root = hash_root(digest_fields(fingerprint), origin.layout)
     return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

@@ -73,8 +73,6 @@ class Origin:
     fingerprint: JSON
     # JSON value that describes the layers.
     layout: Any
-    # Keeps apart what must not be shared.
-    tenant: str
 
 
 @dataclass(frozen=True, slots=True)

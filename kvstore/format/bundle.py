@@ -247,7 +247,6 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         "block_size": manifest.block_size,
         "fingerprint": manifest.origin.fingerprint,
         "layout": manifest.origin.layout,
-        "tenant": manifest.origin.tenant,
         "shards": [{"sha256": n, "nbytes": size} for n, size in manifest.shards],
     }
     data = canonical_json({"digest": _digest(body), **body})
@@ -317,7 +316,7 @@ def _build(body: JSON) -> Manifest:
     return Manifest(
         **body["entry"],
         block_size=body["block_size"],
-        origin=Origin(body["fingerprint"], body["layout"], body["tenant"]),
+        origin=Origin(body["fingerprint"], body["layout"]),
         shards=tuple((shard["sha256"], shard["nbytes"]) for shard in body["shards"]),
     )
 
@@ -329,7 +328,7 @@ def _check(manifest: Manifest) -> None:
         ValueError: One is not as it should be.
     """
     texts: list[Any] = [manifest.tip, manifest.root, manifest.codec, manifest.model]
-    texts += [manifest.origin.tenant, *manifest.made_with.values()]
+    texts += manifest.made_with.values()
     texts += [name for name, _ in manifest.shards]
     if not all(type(text) is str for text in texts):
         raise ValueError("a field is no text")
@@ -349,7 +348,7 @@ def _check(manifest: Manifest) -> None:
     if type(origin.fingerprint) is not dict or type(origin.layout) is not list:
         raise ValueError("fingerprint or layout is missing")
     fingerprint = digest_fields(origin.fingerprint)
-    root = hash_root(fingerprint, origin.layout, origin.tenant)
+    root = hash_root(fingerprint, origin.layout)
     if root.hex() != manifest.root:
         raise ValueError("its root is not that of its fingerprint and layout")
 

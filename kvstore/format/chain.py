@@ -19,15 +19,14 @@ def digest_fields(fingerprint: JSON) -> str:
     return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
 
 
-def hash_root(fingerprint: str, layout: Any, tenant: str) -> BlockHash:
+def hash_root(fingerprint: str, layout: Any) -> BlockHash:
     """Return the hash that stands as parent of the first block.
 
     Args:
         fingerprint: Digest of what computed the rows, in hex.
         layout: JSON value that describes the layers.
-        tenant: Keeps apart what must not be shared; empty for one user.
     """
-    data = canonical_json(["kvstore root 1", fingerprint, layout, tenant])
+    data = canonical_json(["kvstore root 1", fingerprint, layout])
     return BlockHash(hashlib.sha256(data).digest())
 
 

@@ -111,7 +111,6 @@ def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
         "header_digest": _NO_DIGEST,
         "fingerprint": origin.fingerprint,
         "layout": origin.layout,
-        "tenant": origin.tenant,
         "blocks": [_row(stored) for stored in blocks],
     }
     about = {"__metadata__": {"kvstore": canonical_json(meta).decode()}}
@@ -205,7 +204,6 @@ def _parse(header: bytes, size: int) -> ShardHeader:
     origin = Origin(
         _field(meta, "fingerprint", dict),
         _field(meta, "layout", list),
-        _field(meta, "tenant", str),
     )
     blocks = _parse_blocks(_field(meta, "blocks", list), tensors)
     return ShardHeader(origin, blocks, data_begin, size)

@@ -93,7 +93,6 @@ class Chat:
         callbacks: What is told, and asked, meanwhile.
 
     Raises:
-        EntryExistsError: The name is taken by another tenant of the store.
         FingerprintError: Another model made the entry.
         IntegrityError: A part of the entry is missing or damaged.
         UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
@@ -359,8 +358,6 @@ class Chat:
         tokens = entry_tokens(self._store, name, self._fingerprint)
         if tokens is None:
             return
-        if self._store.tenant_of(name) != self._store.tenant:
-            raise _taken(name)
         self._entry = self._store.entry(name)
         self._tokens = tokens
         self._num_saved = len(tokens)

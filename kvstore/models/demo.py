@@ -6,8 +6,8 @@ question about the document and answers. The answer is compared with that of the
 that never stopped; both feed the model the same tokens in the same steps.
 
 A store keeps one copy of a block, whatever codec it was saved with. So each codec has a
-tenant of its own here, in one store: `kvstore ls` shows them beside each other. The
-tenant also bears a digest of the rows, so that what an earlier demo left is taken up
+salt of its own here, in one store: `kvstore ls` shows them beside each other. The
+salt also bears a digest of the rows, so that what an earlier demo left is taken up
 only where it is the same to the last bit, and a second demo writes nothing new.
 
 Run as a program, this module is that new process: a job on stdin, a run on stdout. It
@@ -91,8 +91,8 @@ class Job:
     max_tokens: int
     # The store to restore from.
     store: str = ""
-    # Whose blocks.
-    tenant: str = ""
+    # What keeps its blocks apart from those of other codecs.
+    salt: str = ""
     # Restore from this file of mlx-lm, and from no store.
     mlx_file: str = ""
 
@@ -286,18 +286,18 @@ class _Demo:
         from ..store import Store
 
         name = f"demo-{codec}"
-        tenant = f"{name} {_digest_rows(self._cache)}"
-        with Store(self._store, codec, tenant=tenant) as store:
+        salt = f"{name} {_digest_rows(self._cache)}"
+        with Store(self._store, codec) as store:
             store.save(
                 job.document,
                 self._cache,
-                self._fingerprint,
+                self._fingerprint.with_salt(salt),
                 name=name,
                 replace=True,
                 progress=self._bar(f"save {codec}"),
             )
             nbytes = _shard_bytes(store, name)
-        job = replace(job, store=str(self._store), tenant=tenant)
+        job = replace(job, store=str(self._store), salt=salt)
         return _Saved(codec, name, nbytes, job)
 
     def _make_row(
@@ -478,7 +478,7 @@ def _resume(job: Job) -> Run:
     model, tokenizer, fingerprint = job.source.load()
     with _open_store(job) as store:
         start = time.perf_counter()
-        prompt_cache = _restore(job, store, fingerprint)
+        prompt_cache = _restore(job, store, fingerprint.with_salt(job.salt))
         restored_s = time.perf_counter() - start
         return _answer(model, tokenizer, prompt_cache, job, restored_s)
 
@@ -489,7 +489,7 @@ def _open_store(job: Job) -> AbstractContextManager[Store | None]:
         return nullcontext()
     from ..store import Store
 
-    return Store(job.store, create=False, tenant=job.tenant)
+    return Store(job.store, create=False)
 
 
 def _restore(job: Job, store: Store | None, fingerprint: Fingerprint) -> list[Any]:

@@ -166,7 +166,7 @@ class Admission:
             groups = group_layers(self._chain.layout)
             self._blocks.add_new(prepared, sum(g.token_bytes for g in groups))
             digest = digest_fields(origin.fingerprint)
-            index.add_root(self._chain.root, digest, origin.tenant, origin.layout)
+            index.add_root(self._chain.root, digest, origin.layout)
         return True
 
 

@@ -85,7 +85,6 @@ class _Trace:
     # Digest of the model's fingerprint.
     fingerprint: str
     # Whose it is.
-    tenant: str
     # JSON value that describes the layers.
     layout: Any
     # The prompt's full blocks by hash, stored or not.
@@ -174,8 +173,8 @@ class Explainer:
     def _traces(self, request: Request) -> Iterator[_Trace]:
         """Yield how far the prompt is stored under every root that there is."""
         size = self._block_size
-        for root, fingerprint, tenant, layout in self._index.all_roots():
-            if hash_root(fingerprint, layout, tenant) != root:
+        for root, fingerprint, layout in self._index.all_roots():
+            if hash_root(fingerprint, layout) != root:
                 continue  # a damaged row of the index
             blocks = {
                 block.hash: block
@@ -189,7 +188,7 @@ class Explainer:
             # One that goes on says more than one that ends there.
             child = max(children, key=_run_and_length, default=None)
             done += child[0] if child else 0
-            yield _Trace(root, fingerprint, tenant, layout, blocks, places, done, child)
+            yield _Trace(root, fingerprint, layout, blocks, places, done, child)
 
     def _is_usable(self, trace: _Trace, request: Request) -> bool:
         is_of_model = trace.fingerprint == request.fingerprint
@@ -396,8 +395,6 @@ def _label(entry: Entry | None) -> str | None:
 
 def _kind_difference(trace: _Trace, request: Request) -> str | None:
     """Return why rows of the model that is asked for cannot be used, or ``None``."""
-    if trace.tenant != request.tenant:
-        return f"tenant: stored {trace.tenant!r}, given {request.tenant!r}"
     try:
         layout = known_layout(trace.layout)
     except IntegrityError as error:

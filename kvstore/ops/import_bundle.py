@@ -84,23 +84,16 @@ def open_bundle(
     return bundle
 
 
-def check_fits(manifest: Manifest, folder: StoreFolder, tenant: str) -> None:
+def check_fits(manifest: Manifest, folder: StoreFolder) -> None:
     """Refuse a bundle that cannot go into this store.
 
     Args:
         manifest: What it says of itself.
         folder: The store.
-        tenant: Whose blocks are wanted.
 
     Raises:
-        KVStoreError: It is of another tenant, or its blocks of another size.
+        KVStoreError: Its blocks are of another size.
     """
-    if manifest.origin.tenant != tenant:
-        raise KVStoreError(
-            f"the bundle is of the tenant {manifest.origin.tenant!r}, and the store was"
-            f" opened for {tenant!r}",
-            hint="open the store with `tenant=`",
-        )
     if manifest.block_size != folder.block_size:
         raise KVStoreError(
             f"the bundle has blocks of {manifest.block_size} tokens, and the store of"

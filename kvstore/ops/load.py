@@ -71,7 +71,6 @@ class Request:
     # Digest of the model's fingerprint.
     fingerprint: str
     # Whose blocks.
-    tenant: str
     # Take exact blocks only.
     exact: bool = False
     # Class and parameters of each cache, or ``None`` for any.
@@ -135,7 +134,7 @@ class Loader:
         """Return the longest stored prefix, wherever it ends."""
         hits = [
             hit
-            for root, layout in self._index.roots(request.fingerprint, request.tenant)
+            for root, layout in self._index.roots(request.fingerprint)
             if (hit := self._follow(request, root, layout)) is not None
         ]
         if not hits:
@@ -228,7 +227,7 @@ class Loader:
         self, request: Request, root: BlockHash, layout_json: object
     ) -> Hit | None:
         """Return the longest prefix under one root, or ``None`` for another layout."""
-        if hash_root(request.fingerprint, layout_json, request.tenant) != root:
+        if hash_root(request.fingerprint, layout_json) != root:
             return None  # a damaged row of the index: it names no root of ours
         try:
             layout = known_layout(layout_json)

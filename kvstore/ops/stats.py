@@ -75,7 +75,7 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
     """
     folder, index = blocks.folder, blocks.index
     sizes, counters = index.shards(), index.counters()
-    layouts = {root: layout for root, _, _, layout in index.all_roots()}
+    layouts = {root: layout for root, _, layout in index.all_roots()}
     reach = _Reach(index.links(), layouts)
     for entry in filter(_is_kept, entries):
         reach.add(entry)

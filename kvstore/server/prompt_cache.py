@@ -273,7 +273,7 @@ class DiskPromptCache(LRUPromptCache):
     def _open_again(self) -> Store:
         """Return the store of the writing thread."""
         mine = self._store
-        other = Store(mine.path, mine.codec, tenant=mine.tenant)
+        other = Store(mine.path, mine.codec)
         other.share_notes(mine)
         return other
 

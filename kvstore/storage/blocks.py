@@ -206,9 +206,9 @@ class BlockStore:
     def add_root(self, root: BlockHash, origin: Origin) -> None:
         """Tell the index what blocks descend from, should it not know."""
         digest = digest_fields(origin.fingerprint)
-        if (root, origin.layout) not in self.index.roots(digest, origin.tenant):
+        if (root, origin.layout) not in self.index.roots(digest):
             with self.index.transaction():
-                self.index.add_root(root, digest, origin.tenant, origin.layout)
+                self.index.add_root(root, digest, origin.layout)
 
     def drop_shard(self, name: str) -> None:
         """Drop a shard's rows, then its file."""
@@ -402,7 +402,7 @@ def header_root(header: ShardHeader) -> BlockHash:
     """Return the root hash that all blocks of a shard descend from."""
     origin = header.origin
     fingerprint = digest_fields(origin.fingerprint)
-    return hash_root(fingerprint, origin.layout, origin.tenant)
+    return hash_root(fingerprint, origin.layout)
 
 
 def is_sound(stored: StoredBlock) -> bool:
@@ -416,7 +416,7 @@ def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -
     origin = header.origin
     fingerprint = digest_fields(origin.fingerprint)
     root = header_root(header)
-    index.add_root(root, fingerprint, origin.tenant, origin.layout)
+    index.add_root(root, fingerprint, origin.layout)
     index.add_shard(name, header.nbytes, added_at)
     for stored in filter(is_sound, header.blocks):
         index.add_block(stored.block, place_in(name, stored))

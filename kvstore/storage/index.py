@@ -95,10 +95,9 @@ CREATE TABLE shards (
 CREATE TABLE roots (
     hash BLOB PRIMARY KEY,
     fingerprint TEXT NOT NULL,
-    tenant TEXT NOT NULL,
     layout TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX roots_by_fingerprint ON roots (fingerprint, tenant);
+CREATE INDEX roots_by_fingerprint ON roots (fingerprint);
 CREATE TABLE blocks (
     hash BLOB PRIMARY KEY,
     parent BLOB NOT NULL,
@@ -300,22 +299,22 @@ class Index:
         rows = self._select(query, (), (bytes,))
         return [BlockHash(block) for (block,) in rows]
 
-    def roots(self, fingerprint: str, tenant: str) -> list[tuple[BlockHash, JSON]]:
+    def roots(self, fingerprint: str) -> list[tuple[BlockHash, JSON]]:
         """Return the root hash and layout of everything one model has stored."""
-        query = "SELECT hash, layout FROM roots WHERE fingerprint = ? AND tenant = ?"
-        values = (fingerprint, tenant)
+        query = "SELECT hash, layout FROM roots WHERE fingerprint = ?"
+        values = (fingerprint,)
         rows = self._select(query + " ORDER BY hash", values, (bytes, str))
         with self._translated():
             return [(BlockHash(root), json.loads(layout)) for root, layout in rows]
 
-    def all_roots(self) -> list[tuple[BlockHash, str, str, Any]]:
-        """Return root hash, fingerprint's digest, tenant and layout of everything."""
-        query = "SELECT hash, fingerprint, tenant, layout FROM roots ORDER BY hash"
-        rows = self._select(query, (), (bytes, str, str, str))
+    def all_roots(self) -> list[tuple[BlockHash, str, Any]]:
+        """Return root hash, fingerprint's digest and layout of everything."""
+        query = "SELECT hash, fingerprint, layout FROM roots ORDER BY hash"
+        rows = self._select(query, (), (bytes, str, str))
         with self._translated():
             return [
-                (BlockHash(root), fingerprint, tenant, json.loads(layout))
-                for root, fingerprint, tenant, layout in rows
+                (BlockHash(root), fingerprint, json.loads(layout))
+                for root, fingerprint, layout in rows
             ]
 
     def shards(self) -> dict[str, int]:
@@ -419,13 +418,11 @@ class Index:
         """Return how many blocks there are."""
         return int(self._query("SELECT count(*) FROM blocks")[0][0])
 
-    def add_root(
-        self, root: BlockHash, fingerprint: str, tenant: str, layout: Any
-    ) -> None:
+    def add_root(self, root: BlockHash, fingerprint: str, layout: Any) -> None:
         """Remember what a root hash stands for."""
         self._query(
-            "INSERT OR REPLACE INTO roots VALUES (?, ?, ?, ?)",
-            (root, fingerprint, tenant, json.dumps(layout)),
+            "INSERT OR REPLACE INTO roots VALUES (?, ?, ?)",
+            (root, fingerprint, json.dumps(layout)),
         )
 
     def add_shard(self, name: str, nbytes: int, added_at: float) -> None:

@@ -462,11 +462,11 @@ def relocated(change, *, tokens=None, keep_shard=False):
     def lie(manifest, contents):
         change(manifest)
         digest = kvstore.Fingerprint(manifest["fingerprint"]).digest
-        root = hash_root(digest, manifest["layout"], manifest["tenant"])
+        root = hash_root(digest, manifest["layout"])
         manifest["entry"]["root"] = root.hex()
         if keep_shard:
             return pack(manifest, contents)
-        origin = Origin(manifest["fingerprint"], manifest["layout"], manifest["tenant"])
+        origin = Origin(manifest["fingerprint"], manifest["layout"])
         blocks = rehash(decode(contents[0])[1], root, tokens and list(tokens))
         manifest["entry"]["tip"] = blocks[-1].block.hash.hex()
         stop = blocks[-1].block.start + len(blocks[-1].block.tokens)
@@ -712,7 +712,7 @@ def test_a_manifest_spelled_otherwise_is_refused(stores, tiny):
         good + b" ",
         good[:-1] + b',"format":1}',
         good.replace(b'"doc"', b'"\\u0064oc"'),
-        good.replace(b'"tenant":""', b'"tenant":NaN'),
+        good.replace(b'"format":1', b'"format":NaN'),
         b"[" * 100_000,
         b"null",
         b"\xff",
@@ -752,7 +752,7 @@ def test_what_is_too_large_is_not_read(untouched, tiny):
         parts = (frame, replace(frame, name="0.v.rows"))
         _, blocks = decode(contents[0])
         blocks = [replace(b, codec="raw+zstd", parts=parts) for b in blocks]
-        origin = Origin(manifest["fingerprint"], manifest["layout"], "")
+        origin = Origin(manifest["fingerprint"], manifest["layout"])
         contents[0] = encode(origin, blocks)
         return relocated(lambda m: None)(manifest, contents)
 
@@ -855,16 +855,19 @@ def test_what_another_model_made_is_found_by_that_model_only(stores, tiny, cache
             store.load_entry("doc", caches.OTHER_WEIGHTS)
 
 
-def test_tenants_are_kept_apart(stores, caches):
-    """A bundle goes only where its tenant's blocks are looked for."""
+def test_salts_are_kept_apart(stores, caches):
+    """A salt travels in a bundle, and who lacks it finds nothing."""
     tokens, cache = caches.make_conversation(2, 3)
-    with kvstore.Store(stores[0], "raw", tenant="ann") as store:
-        store.save(tokens, cache, caches.MODEL, name="doc")
+    salted = caches.MODEL.with_salt("ann")
+    with kvstore.Store(stores[0], "raw") as store:
+        store.save(tokens, cache, salted, name="doc")
     data = export(stores[0])
-    assert_refused(stores[1], data, match="tenant 'ann'")
-    with kvstore.Store(stores[1], tenant="ann") as store:
-        store.import_bundle(io.BytesIO(data))
-        assert store.lookup([*tokens, 1], caches.MODEL).num_tokens == len(tokens)
+    with kvstore.Store(stores[1]) as store:
+        with pytest.raises(kvstore.FingerprintError, match="salt"):
+            store.import_bundle(io.BytesIO(data), fingerprint=caches.MODEL)
+        store.import_bundle(io.BytesIO(data), fingerprint=salted)
+        assert store.lookup([*tokens, 1], salted).num_tokens == len(tokens)
+        assert store.lookup([*tokens, 1], caches.MODEL).num_tokens == 0
 
 
 def test_blocks_of_another_size_are_refused(tmp_path, tiny):

@@ -415,14 +415,12 @@ def test_the_name_of_another_model_is_refused(open_chat, other_model):
         open_chat("daily", fingerprint=fingerprint_model(str(other_model)))
 
 
-def test_the_name_of_another_tenant_is_refused(open_chat, store_path):
-    """Nobody reads what another tenant has said by guessing its name."""
-    say(open_chat("daily"), LINES[0])
-    with (
-        kvstore.Store(store_path, "raw", tenant="other") as other,
-        pytest.raises(kvstore.EntryExistsError),
-    ):
-        open_chat("daily", store=other)
+def test_the_name_of_another_salt_is_refused(open_chat, loaded):
+    """Nobody reads what was said under another salt by guessing its name."""
+    say(open_chat("daily", fingerprint=loaded[2].with_salt("ann")), LINES[0])
+    with pytest.raises(kvstore.FingerprintError, match="salt") as caught:
+        open_chat("daily")
+    assert "ann" not in str(caught.value)
 
 
 # What cannot be saved, and what is stopped.

@@ -269,4 +269,4 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
         publish_shard(folder.shards, staged)
     assert ["damaged-block"] == [f.kind for f in find(folder)]
     assert "not named by its tokens" in find(folder)[0].detail
-    assert hash_root(caches.MODEL.digest, origin.layout, "") == blocks[0].block.parent
+    assert hash_root(caches.MODEL.digest, origin.layout) == blocks[0].block.parent

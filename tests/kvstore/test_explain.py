@@ -162,11 +162,10 @@ def test_another_model_counts_only_where_it_has_more(make_store, caches, model):
     assert store.explain(leave_at(2 * BLOCK), model).other is None
 
 
-def test_another_tenant_is_told_of(make_store, model):
-    """What is kept apart on purpose is not usable, and the reason is the tenant."""
-    make_store({"theirs": TOKENS}, tenant="theirs")
-    found = make_store({}).explain(TOKENS, model)
-    assert found.other.difference == "tenant: stored 'theirs', given ''"
+def test_another_salt_is_told_of_and_not_told(make_store, model):
+    """What is kept apart on purpose is not usable, and the salt stays unknown."""
+    found = make_store({"mine": TOKENS}).explain(TOKENS, model.with_salt("other"))
+    assert found.other.difference == "salt: another one"
 
 
 def test_another_kind_of_cache_is_told_of(make_store, caches, model):

@@ -474,7 +474,6 @@ LIES = {
     "every second block": "DELETE FROM blocks WHERE num_tokens = 16 AND hash > x'80'",
     "no roots": "DELETE FROM roots",
     "roots of others": "UPDATE roots SET fingerprint = 'x'",
-    "roots of tenants": "UPDATE roots SET tenant = 'x'",
     "a layout that is no JSON": "UPDATE roots SET layout = '[{'",
     "a layout of other layers": "UPDATE roots SET layout = '[]'",
     "shards of other names": "UPDATE shards SET name = 'x' || id",

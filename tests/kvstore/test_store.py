@@ -326,13 +326,15 @@ def test_another_model_gets_nothing(path):
             store.load_entry("x", OTHER)
 
 
-def test_tenants_share_nothing(path):
-    """What one tenant saved is no hit for another."""
+def test_salts_share_nothing(path):
+    """What was saved under one salt is no hit under another, nor under none."""
     tokens = list(range(BLOCK))
-    with kvstore.Store(path, codec="raw", tenant="a") as store:
-        store.save(tokens, make_cache(BLOCK), MODEL)
-    with kvstore.Store(path, codec="raw", tenant="b") as store:
+    with kvstore.Store(path, codec="raw") as store:
+        store.save(tokens, make_cache(BLOCK), MODEL.with_salt("a"))
+        assert store.lookup([*tokens, 1], MODEL.with_salt("b")).num_tokens == 0
         assert store.lookup([*tokens, 1], MODEL).num_tokens == 0
+        assert store.lookup([*tokens, 1], MODEL.with_salt("a")).num_tokens == BLOCK
+    assert MODEL.with_salt("a").with_salt("") == MODEL
 
 
 def test_several_layouts_live_under_one_fingerprint(path):
@@ -385,14 +387,6 @@ def test_a_name_is_taken_from_the_entry_that_is_meant(path):
         fourth = store.rename(third, "y")
         assert store.remove(fourth).num_tokens == 2
         assert store.entries() == []
-
-
-def test_an_entry_says_whose_it_is(path):
-    """The tenant that saved an entry is known, in whichever store it is looked at."""
-    with kvstore.Store(path, "raw", tenant="a") as store:
-        store.save([9, 9], make_cache(2), MODEL, name="x")
-    with kvstore.Store(path, "raw") as store:
-        assert store.tenant_of("x") == "a"
 
 
 def test_entries_are_found_by_name_and_by_the_start_of_their_id(path, monkeypatch):
