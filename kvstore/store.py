@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from .caches.snapshot import Chain, Snapshot
     from .codecs import Codec
     from .format.bundle import BundleReader
-    from .ops.commit import Committer
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
@@ -163,8 +162,12 @@ class Store:
             UnsupportedCacheError: A layer is of a class that cannot be stored.
             ValueError: Tokens and rows disagree.
         """
+        from .ops.save import missing_blocks
+
         live = self._snapshot(tokens, prompt_cache, fingerprint)
-        missing = self._blocks.run(lambda: self._committer().missing(live))
+        missing = self._blocks.run(
+            lambda: missing_blocks(self._blocks, self._codec, live)
+        )
         return live.take(block for block in missing if block.hash not in without)
 
     def save_snapshot(
@@ -190,12 +193,20 @@ class Store:
             ValueError: The name is not one.
             OSError: The disk is full or fails; nothing acknowledged is lost.
         """
+        from .ops.save import save_entry
+
         check_name(name)
 
         def write() -> Entry:
             self._write_notes()
-            return self._committer().save(
-                snapshot, name=name, replace=replace, progress=progress or _ignore
+            return save_entry(
+                self._blocks,
+                self._catalog,
+                self._codec,
+                snapshot,
+                name=name,
+                replace=replace,
+                progress=progress or _ignore,
             )
 
         return self._blocks.run(write)
@@ -229,6 +240,7 @@ class Store:
             OSError: The disk is full or fails.
         """
         from .caches.snapshot import take_live
+        from .ops.save import save_blocks
 
         whole = self._make_chain(_as_tokens(tokens), prompt_cache, fingerprint)
         keeps_tail = checkpoint and whole.has_states
@@ -237,7 +249,7 @@ class Store:
             return 0
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
-        self._blocks.run(lambda: self._committer().write_blocks(live, _ignore))
+        self._blocks.run(lambda: save_blocks(self._blocks, self._codec, live, _ignore))
         return chain.num_tokens
 
     def load(
@@ -505,17 +517,9 @@ class Store:
                 written is no bundle.
             OSError: The disk fails, or nobody reads any more.
         """
-        from .ops.export_bundle import Exporter, Packing
+        from .ops.export_bundle import export_entry
 
-        entry = self.entry(ref)
-
-        def pack() -> tuple[Exporter, Packing]:
-            self._loader().entry_hit(entry)  # what cannot be restored is no use
-            exporter = Exporter(self._blocks, entry, progress or _ignore)
-            return exporter, exporter.pack()
-
-        exporter, packing = self._blocks.run_twice(pack)
-        return exporter.write(packing, file)
+        return export_entry(self._blocks, self.entry(ref), file, progress or _ignore)
 
     def import_bundle(
         self,
@@ -535,9 +539,9 @@ class Store:
 
         Args:
             file: Opened for reading bytes, at the start of the bundle; need not be
-                seekable. It is read to its end. Or what
-                :func:`~kvstore.unpacking.open_bundle` has made of one, which is asked
-                first where a refused bundle is to leave no store.
+                seekable. It is read to its end. Or the reader that
+                :func:`~kvstore.ops.import_bundle.open_bundle` returns, which refuses
+                what it can before a store is made.
             fingerprint: The model's; ``None`` takes what any model made, which only
                 that model will find.
             name: A name for the entry, in place of its own. It moves from an entry that
@@ -558,23 +562,19 @@ class Store:
             ValueError: The name is not one.
             OSError: The disk is full or fails.
         """
-        from .ops.admit import Admission
-        from .ops.import_bundle import check_fits, open_bundle, unpacked
+        from .ops.import_bundle import import_entry, open_bundle
 
         check_name(name)
         bundle = open_bundle(file, fingerprint)
-        check_fits(bundle.manifest, self._folder)
-        with unpacked(self._folder, bundle, progress or _ignore) as found:
-
-            def admit() -> Entry:
-                self._write_notes()
-                admission = Admission(
-                    self._blocks, self._catalog, self._committer(), found
-                )
-                chosen = bundle.manifest.name if name is None else name
-                return admission.admit(chosen, replace=replace)
-
-            return self._blocks.run(admit)
+        self._write_notes()
+        return import_entry(
+            self._blocks,
+            self._catalog,
+            bundle,
+            name,
+            replace=replace,
+            progress=progress or _ignore,
+        )
 
     def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it; its blocks stay until they are pruned.
@@ -724,11 +724,6 @@ class Store:
 
         chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
         return take_live(chain, prompt_cache, chain.num_tokens, model.label)
-
-    def _committer(self) -> Committer:
-        from .ops.commit import Committer
-
-        return Committer(self._blocks, self._catalog, self._codec)
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""

@@ -1,13 +1,13 @@
 """The registry: a codec's name to the codec.
 
-A name is an array codec, ``raw``, ``planes``, ``turboN`` or ``turboNvM``, and behind
+A name is that of an array codec, such as ``raw``, ``planes`` or ``turbo4``, and behind
 it ``+zstd`` or nothing.
 """
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
+from typing import Protocol
 
 from ..errors import CodecError
 from .base import MLX_DTYPES, ArrayCodec, Codec, Rows
@@ -17,10 +17,42 @@ from .turbo import Turbo
 from .zstd import Zstd
 
 DEFAULT_CODEC = "turbo4+zstd"
-_TURBO = re.compile(r"turbo([1-8])(?:v([1-8]))?")
 
 
-@lru_cache(maxsize=128)
+class CodecFamily(Protocol):
+    """Array codecs that differ in numbers which are part of their names."""
+
+    @property
+    def usual_names(self) -> tuple[str, ...]:
+        """The names that are offered to users; others may work."""
+
+    def from_name(self, name: str) -> ArrayCodec | None:
+        """Return the array codec of this name, or ``None`` if it is of another family.
+
+        Raises:
+            CodecError: The name is one of this family's with impossible numbers.
+        """
+
+
+_FAMILIES: list[CodecFamily] = [Raw, Planes, Turbo]
+
+
+def register_codec(family: CodecFamily) -> None:
+    """Add array codecs, which every process that loads their blocks must do too.
+
+    Args:
+        family: The codecs; the class of a codec may be its own family.
+
+    Raises:
+        ValueError: A codec of one of these names exists.
+    """
+    for name in family.usual_names:
+        if _array_codec(name) is not None:
+            raise ValueError(f"there is a codec `{name}` already")
+    _FAMILIES.append(family)
+    _array_codec.cache_clear()
+
+
 def get_codec(name: str) -> Codec:
     """Return the codec with this name.
 
@@ -49,20 +81,15 @@ def lossless_twin(codec: Codec) -> Codec:
 
 def codec_names() -> list[str]:
     """Return the names of the usual codecs; `turbo1` to `turbo8v8` all work."""
-    bases = ("raw", "planes", "turbo2", "turbo3", "turbo4", "turbo5v3", "turbo8")
-    return [f"{base}{suffix}" for base in bases for suffix in ("", "+zstd")]
+    names = [name for family in _FAMILIES for name in family.usual_names]
+    return [f"{name}{suffix}" for name in names for suffix in ("", "+zstd")]
 
 
+@lru_cache(maxsize=128)
 def _array_codec(name: str) -> ArrayCodec | None:
     """Return the array codec with this name, or ``None``."""
-    if name == "raw":
-        return Raw()
-    if name == "planes":
-        return Planes()
-    if match := _TURBO.fullmatch(name):
-        keys, values = match.groups()
-        return Turbo(int(keys), int(values or keys))
-    return None
+    found = (family.from_name(name) for family in _FAMILIES)
+    return next((codec for codec in found if codec is not None), None)
 
 
 __all__ = [
@@ -73,4 +100,5 @@ __all__ = [
     "codec_names",
     "get_codec",
     "lossless_twin",
+    "register_codec",
 ]

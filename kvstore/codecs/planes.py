@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -45,8 +46,14 @@ def join_planes(planes: Array, out: Array) -> None:
 class Planes:
     """Stores every bit, in one part ``planes`` of shape ``(itemsize, L, H, T, D)``."""
 
+    usual_names: ClassVar[tuple[str, ...]] = ("planes",)
     name: str = "planes"
     is_lossless: bool = True
+
+    @classmethod
+    def from_name(cls, name: str) -> Planes | None:
+        """Return this codec if it is the one named."""
+        return cls() if name == "planes" else None
 
     def parts(self, rows: Rows) -> PartSpecs:
         """Return the one part."""

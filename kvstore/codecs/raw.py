@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -14,8 +15,14 @@ from .base import MLX_DTYPES, Array, PartSpecs, Rows
 class Raw:
     """Stores every bit, in one part ``rows``."""
 
+    usual_names: ClassVar[tuple[str, ...]] = ("raw",)
     name: str = "raw"
     is_lossless: bool = True
+
+    @classmethod
+    def from_name(cls, name: str) -> Raw | None:
+        """Return this codec if it is the one named."""
+        return cls() if name == "raw" else None
 
     def parts(self, rows: Rows) -> PartSpecs:
         """Return the one part."""

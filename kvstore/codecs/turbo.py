@@ -9,8 +9,10 @@ References:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +29,7 @@ from .planes import join_planes, split_planes
 NUM_SINKS = 4
 SEED = 0
 """Of the rotation; frozen, since it is part of what `turboN` means."""
+_NAME = re.compile(r"turbo([1-8])(?:v([1-8]))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,13 @@ class Turbo:
     first block ``sinks``, ``(L, H, 4, D)`` in the dtype of the rows.
     """
 
+    usual_names: ClassVar[tuple[str, ...]] = (
+        "turbo2",
+        "turbo3",
+        "turbo4",
+        "turbo5v3",
+        "turbo8",
+    )
     key_bits: int
     value_bits: int
     is_lossless: bool = False
@@ -51,6 +61,15 @@ class Turbo:
                 f" {self.value_bits}",
                 hint="`turbo4`, `turbo3` and `turbo2` are the usual ones",
             )
+
+    @classmethod
+    def from_name(cls, name: str) -> Turbo | None:
+        """Return the codec that a name such as ``turbo4`` or ``turbo5v3`` means."""
+        match = _NAME.fullmatch(name)
+        if not match:
+            return None
+        keys, values = match.groups()
+        return cls(int(keys), int(values or keys))
 
     @property
     def name(self) -> str:

@@ -1,9 +1,10 @@
-"""Bundles: an entry and its blocks in one file, to hand over. Knows no store.
+"""Bundles: a store of one entry in one tar file, to hand over.
 
-A bundle is a POSIX archive (ustar): a manifest, then the shards that it names. There is
-one right sequence of bytes for a manifest, and the reader takes no other: every header
-is compared with the one that we would have written, padding and end included. So there
-are no links, no paths, no duplicates and nothing between or behind to be understood.
+A bundle is a POSIX archive (ustar) of `config.json`, one entry and its shards, all as
+they lie in a store's folder: `tar xf` gives a folder that ``Store`` opens. One entry
+has exactly one bundle. The reader compares every header, all padding and the end with
+the bytes that the writer would have written, and the parsers of the store read the
+files. So links, paths, duplicates and extensions are refused without being understood.
 """
 
 from __future__ import annotations
@@ -11,55 +12,92 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from struct import pack
 from typing import IO, Any
 
-import blake3
-
 from ..errors import FormatError, IntegrityError
 from .block import Origin
-from .chain import digest_fields, hash_root
-from .documents import JSON, canonical_json, is_count, strict_json
-from .entry import check_name
+from .chain import origin_root
+from .config import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    StoreConfig,
+    config_to_bytes,
+    parse_config,
+)
+from .entry import MAX_BYTES, Entry, check_name, entry_id, entry_to_bytes, parse_entry
+from .safetensors import MAX_HEADER_BYTES
+from .shard import parse_shard_header
 
-MANIFEST = "kvstore-bundle.json"
+# The largest size that the eleven octal digits of a header can spell.
+MAX_SHARD_BYTES = 8**11 - 1
 _RECORD = 512
 _END = bytes(2 * _RECORD)
-_SIZE = slice(124, 135)
+_NAME, _SIZE = slice(0, 100), slice(124, 135)
 _PART_BYTES = 1024 * 1024
+_MAX_TIME = 2.0**33
+_ENTRY = re.compile(r"entries/([0-9a-f]{32})\.json")
+_SHARD = re.compile(r"shards/(..)/(\1[0-9a-f]{62})\.safetensors")
+
+Shard = tuple[str, int, Iterable[bytes | memoryview]]
+"""SHA-256 in hex, size and bytes of a shard."""
 
 
 def is_bundle(start: bytes) -> bool:
     """Say by its first 512 bytes whether a file calls itself a bundle."""
-    return start.startswith(MANIFEST.encode() + b"\0")
+    return start.startswith(CONFIG.encode() + b"\0")
+
+
+def entry_member(entry: str) -> str:
+    """Return the path of an entry's file in a bundle, as in a store."""
+    return f"entries/{entry}.json"
 
 
 def shard_member(name: str) -> str:
-    """Return what a shard is called in a bundle."""
-    return f"shards/{name}.safetensors"
+    """Return the path of a shard in a bundle, as in a store."""
+    return f"shards/{name[:2]}/{name}.safetensors"
+
+
+def bundled_entry(entry: Entry, nbytes: int) -> Entry:
+    """Return an entry as its bundle holds it: without what only its store knows.
+
+    Args:
+        entry: The entry in its store.
+        nbytes: Bytes of its blocks in the bundle.
+    """
+    return replace(
+        entry,
+        # A path may have bytes that are not text.
+        model=entry.model.encode(errors="replace").decode(),
+        nbytes=nbytes,
+        updated_at=entry.created_at,
+        pinned=False,
+    )
 
 
 def write_bundle(
-    file: IO[bytes],
-    manifest: Manifest,
-    contents: Iterable[Iterable[bytes | memoryview]],
+    file: IO[bytes], entry: Entry, block_size: int, shards: Iterable[Shard]
 ) -> int:
     """Write a bundle and return its size in bytes.
 
     Args:
-        file: Where it goes; need not be seekable.
-        manifest: What it says of itself.
-        contents: The bytes of each shard that the manifest names.
+        file: Opened for writing bytes; need not be seekable.
+        entry: From :func:`bundled_entry`.
+        block_size: Tokens in a full block.
+        shards: The shards of the entry's blocks, first to last.
 
     Raises:
-        IntegrityError: A reader would refuse such a manifest.
-        ValueError: The manifest would be too large.
+        IntegrityError: A reader would refuse such an entry.
     """
-    data = manifest_to_bytes(manifest)
-    parse_manifest(data)  # what nobody could read is not to be handed over
-    nbytes = _write_member(file, MANIFEST, len(data), [data])
-    for (name, size), parts in zip(manifest.shards, contents, strict=True):
+    _check_entry(entry)
+    config = config_to_bytes(StoreConfig(entry.id, block_size))
+    data = entry_to_bytes(entry)
+    nbytes = _write_member(file, CONFIG, len(config), [config])
+    nbytes += _write_member(file, entry_member(entry.id), len(data), [data])
+    for name, size, parts in shards:
         nbytes += _write_member(file, shard_member(name), size, parts)
     return nbytes + _write(file, _END)
 
@@ -67,45 +105,104 @@ def write_bundle(
 class BundleReader:
     """Reads a bundle from its beginning; it need not be seekable.
 
-    Nothing that it says is believed before it is compared with what it must be.
-
     Args:
         file: Opened for reading bytes.
 
     Attributes:
-        manifest: What the bundle says of itself.
+        entry: The entry.
+        block_size: Tokens in a full block.
+        origin: What computed the rows, as the first shard says. The entry's root is
+            that of this fingerprint and layout.
 
     Raises:
         FormatError: It is no bundle, or one of a newer release.
-        IntegrityError: It is not one that we would have written.
+        IntegrityError: It is not one that this format's writer would have written.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        header = self._read(_RECORD, is_start=True)
-        digits = header[_SIZE]
-        size = int(digits, 8) if re.fullmatch(rb"[0-7]{11}", digits) else 0
-        if not 0 < size <= MAX_MANIFEST_BYTES or header != _header(MANIFEST, size):
-            raise refused("its first header is not one of ours")
-        data = self._read(size)
-        self._skip_padding(size)
-        self.manifest = parse_manifest(data)
+        self.block_size, store = self._read_config()
+        self.entry = self._read_entry(store)
+        self._first = self._next_shard()
+        if self._first is None:
+            raise refused("it has no shard")
+        self._start, self.origin = self._read_origin(*self._first)
+        if origin_root(self.origin).hex() != self.entry.root:
+            raise refused("its root is not that of its fingerprint and layout")
 
-    def shards(self) -> Iterator[tuple[str, Iterator[bytes]]]:
-        """Yield the name of each shard with its bytes, all of which are to be taken.
+    def shards(self) -> Iterator[tuple[str, int, Iterator[bytes]]]:
+        """Yield name, size and bytes of each shard; the bytes are to be read in full.
 
         Raises:
-            IntegrityError: It does not go on as the manifest says, or goes on behind.
+            IntegrityError: Something else than a shard or the end follows.
         """
-        for name, size in self.manifest.shards:
-            if self._read(_RECORD) != _header(shard_member(name), size):
-                raise refused(f"the header of shard {name[:12]} is not one of ours")
-            yield name, self._parts(size)
+        shard, start = self._first, self._start
+        while shard is not None:
+            name, size = shard
+            yield name, size, chain([start], self._parts(size - len(start)))
             self._skip_padding(size)
-        if self._read(len(_END)) != _END:
-            raise refused("it does not end as it should")
-        if self._file.read(1):
-            raise refused("something follows its end")
+            shard, start = self._next_shard(), b""
+
+    def _read_config(self) -> tuple[int, str]:
+        """Return the block size, and the store's id, which is the entry's."""
+        header = self._read(_RECORD, is_start=True)
+        size = _member_size(header)
+        if not 0 < size <= MAX_CONFIG_BYTES or header != _header(CONFIG, size):
+            raise refused("its first header is not one of a bundle")
+        data = self._read(size)
+        self._skip_padding(size)
+        try:
+            config = parse_config(Path(CONFIG), data)
+        except IntegrityError as error:
+            raise refused(str(error)) from error
+        # JSON can be spelled in several ways; a bundle has one.
+        if data != config_to_bytes(StoreConfig(config.id, config.block_size)):
+            raise refused(f"its {CONFIG} has other fields, or another spelling")
+        return config.block_size, config.id
+
+    def _read_entry(self, store: str) -> Entry:
+        header = self._read(_RECORD)
+        size = _member_size(header)
+        match = _ENTRY.fullmatch(_member_name(header))
+        if not match or size > MAX_BYTES or header != _header(match[0], size):
+            raise refused("its second header is not that of an entry")
+        data = self._read(size)
+        self._skip_padding(size)
+        try:
+            entry = parse_entry(Path(match[0]), data)
+        except IntegrityError as error:
+            raise refused(str(error)) from error
+        if entry.id != store:
+            raise refused("its id is not its entry's")
+        _check_entry(entry)
+        return entry
+
+    def _next_shard(self) -> tuple[str, int] | None:
+        """Return name and size of the shard that follows; ``None`` at the end."""
+        header = self._read(_RECORD)
+        if not any(header):
+            if any(self._read(_RECORD)) or self._file.read(1):
+                raise refused("something follows its end")
+            return None
+        size = _member_size(header)
+        match = _SHARD.fullmatch(_member_name(header))
+        if not match or header != _header(match[0], size):
+            raise refused("a header is not that of a shard")
+        return match[2], size
+
+    def _read_origin(self, name: str, size: int) -> tuple[bytes, Origin]:
+        """Return the first bytes of a shard, and what they say computed it."""
+        start = self._read(min(8, size))
+        length = int.from_bytes(start, "little")
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise refused(f"shard {name[:12]}: header of {length} bytes")
+        header = self._read(length)
+        try:
+            origin = parse_shard_header(header, size).origin
+            _refuse_half_characters([origin.fingerprint, origin.layout])
+        except (ValueError, KeyError, TypeError) as error:
+            raise refused(f"shard {name[:12]}: {error}") from error
+        return start + header, origin
 
     def _parts(self, size: int) -> Iterator[bytes]:
         left = size
@@ -136,14 +233,64 @@ class BundleReader:
             raise refused("its padding is not empty")
 
 
+def refused(why: str) -> IntegrityError:
+    """Return the error that a bundle is not what it should be."""
+    return IntegrityError(
+        f"the bundle is refused: {why}", hint="export it again, or copy it again"
+    )
+
+
 def _cut_off() -> IntegrityError:
     return refused("it is cut off")
+
+
+def _check_entry(entry: Entry) -> None:
+    """Check what a bundle's entry must be beyond a well-formed one.
+
+    Raises:
+        IntegrityError: It is not.
+    """
+    try:
+        check_name(entry.name)
+        _refuse_half_characters([entry.model, entry.made_with, entry.codec])
+    except ValueError as error:
+        raise refused(f"its entry: {error}") from error
+    if entry.id != entry_id(entry.name, entry.tip):
+        raise refused("its entry has the id of another name")
+    if not 0 <= entry.created_at < _MAX_TIME:
+        raise refused("its entry: a time is out of range")
+    if entry.pinned or entry.updated_at != entry.created_at:
+        raise refused("its entry is pinned or was updated")
+
+
+def _refuse_half_characters(value: Any) -> None:
+    """Refuse what JSON can spell and nobody can print or write to a file.
+
+    Raises:
+        ValueError: A text has half a surrogate pair.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text has half a character") from error
+
+
+def _member_name(header: bytes) -> str:
+    return header[_NAME].rstrip(b"\0").decode("ascii", "replace")
+
+
+def _member_size(header: bytes) -> int:
+    """Return the size that a header states, or -1 where it states none."""
+    digits = header[_SIZE]
+    return int(digits, 8) if re.fullmatch(rb"[0-7]{11}", digits) else -1
 
 
 def _write_member(
     file: IO[bytes], name: str, size: int, parts: Iterable[bytes | memoryview]
 ) -> int:
-    """Write one file of the archive and return what it takes there."""
+    """Write one file of the archive and return the bytes that it takes there."""
+    if size > MAX_SHARD_BYTES:
+        raise ValueError(f"{size} bytes do not fit into a bundle: {name}")
     nbytes = _write(file, _header(name, size))
     written = sum(_write(file, part) for part in parts)
     assert written == size, (name, written, size)
@@ -161,8 +308,10 @@ def _write(file: IO[bytes], data: bytes | memoryview) -> int:
 def _header(name: str, size: int) -> bytes:
     """Return the ustar header of a private file of this name and size.
 
-    Frozen: `tarfile` has changed its bytes from release to release.
+    Written by hand, since `tarfile` has changed its bytes from release to release.
     """
+    if not 0 <= size <= MAX_SHARD_BYTES:
+        return b""  # equal to no header that can be read
     number = "{:07o}\0".format
     fields = pack(
         "100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x",
@@ -184,180 +333,3 @@ def _header(name: str, size: int) -> bytes:
         b"",
     )
     return fields[:148] + f"{sum(fields):06o}\0 ".encode() + fields[156:]
-
-
-FORMAT = 1
-MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-# What the eleven octal digits of an archive's header can say.
-MAX_SHARD_BYTES = 8**11 - 1
-_MAX_ENTRY_BYTES = 32_768
-_MAX_TIME = 2.0**33
-_HEX = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a bundle says of itself; most is as in :class:`Entry`."""
-
-    # The entry's name, or ``None``.
-    name: str | None
-    # Hash of the last block in hex.
-    tip: str
-    # Hash that the first block has as parent, in hex.
-    root: str
-    # Tokens held.
-    num_tokens: int
-    # The codec asked for when the entry was saved.
-    codec: str
-    # What the model was called; advisory.
-    model: str
-    # Versions of kvstore, mlx and mlx-lm; advisory.
-    made_with: dict[str, str]
-    # When the name was first saved, Unix seconds.
-    created_at: float
-    # Tokens in a full block.
-    block_size: int
-    # What computed the rows.
-    origin: Origin
-    # SHA-256 in hex, and bytes, of each shard in the order of their tokens.
-    shards: tuple[tuple[str, int], ...]
-
-    @property
-    def label(self) -> str:
-        """What to call the entry: its name, or the start of its last block's hash."""
-        return self.name or self.tip[:12]
-
-
-def refused(why: str) -> IntegrityError:
-    """Return the error that a bundle is not what it should be."""
-    return IntegrityError(
-        f"the bundle is refused: {why}", hint="export it again, or copy it again"
-    )
-
-
-def manifest_to_bytes(manifest: Manifest) -> bytes:
-    """Return a manifest with a digest of itself, as canonical JSON.
-
-    Raises:
-        ValueError: It is too large.
-    """
-    body: JSON = {
-        "format": FORMAT,
-        "entry": _entry(manifest),
-        "block_size": manifest.block_size,
-        "fingerprint": manifest.origin.fingerprint,
-        "layout": manifest.origin.layout,
-        "shards": [{"sha256": n, "nbytes": size} for n, size in manifest.shards],
-    }
-    data = canonical_json({"digest": _digest(body), **body})
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"a manifest of {len(data)} bytes is too large")
-    return data
-
-
-def _entry(manifest: Manifest) -> JSON:
-    return {
-        "name": manifest.name,
-        "tip": manifest.tip,
-        "root": manifest.root,
-        "num_tokens": manifest.num_tokens,
-        "codec": manifest.codec,
-        "model": manifest.model,
-        "made_with": manifest.made_with,
-        "created_at": manifest.created_at,
-    }
-
-
-def _digest(body: JSON) -> str:
-    return str(blake3.blake3(canonical_json(body)).hexdigest())
-
-
-def parse_manifest(data: bytes) -> Manifest:
-    """Return what a manifest says, having checked all of it that needs no shard.
-
-    Raises:
-        FormatError: A newer release wrote it.
-        IntegrityError: It is not as we would have written it.
-    """
-    try:
-        body = strict_json(data, allow_floats=True)
-        _refuse_half_characters(body)
-        if body.pop("digest") != _digest(body):
-            raise ValueError("it does not match its digest")
-        form = body["format"]
-        if type(form) is int and form != FORMAT:
-            raise FormatError(
-                f"the bundle has format {form}, this release reads {FORMAT}",
-                hint="upgrade mlx-kvstore",
-            )
-        manifest = _build(body)
-        if data != manifest_to_bytes(manifest):  # JSON can be spelled in several ways
-            raise ValueError("it has other fields than it should, or is spelled so")
-        _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refused(f"its manifest: {error}") from error
-    return manifest
-
-
-def _refuse_half_characters(body: Any) -> None:
-    """Refuse what JSON can spell and nobody can print or write to a file.
-
-    Raises:
-        ValueError: There is some.
-    """
-    try:
-        json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("a text has half a character") from error
-
-
-def _build(body: JSON) -> Manifest:
-    """Return the fields of a manifest, of whatever type they are."""
-    return Manifest(
-        **body["entry"],
-        block_size=body["block_size"],
-        origin=Origin(body["fingerprint"], body["layout"]),
-        shards=tuple((shard["sha256"], shard["nbytes"]) for shard in body["shards"]),
-    )
-
-
-def _check(manifest: Manifest) -> None:
-    """Check types and values of all fields.
-
-    Raises:
-        ValueError: One is not as it should be.
-    """
-    texts: list[Any] = [manifest.tip, manifest.root, manifest.codec, manifest.model]
-    texts += manifest.made_with.values()
-    texts += [name for name, _ in manifest.shards]
-    if not all(type(text) is str for text in texts):
-        raise ValueError("a field is no text")
-    if manifest.name is not None and type(manifest.name) is not str:
-        raise ValueError("its name is no text")
-    check_name(manifest.name)
-    if len(canonical_json(_entry(manifest))) > _MAX_ENTRY_BYTES:
-        raise ValueError("its entry is too large")
-    hashes = [manifest.tip, manifest.root, *(name for name, _ in manifest.shards)]
-    if not all(_HEX.fullmatch(digits) for digits in hashes):
-        raise ValueError("a hash is not 64 hex digits")
-    time = manifest.created_at
-    if type(time) not in (int, float) or not 0 <= time < _MAX_TIME:
-        raise ValueError("a time is out of range")
-    _check_sizes(manifest)
-    origin = manifest.origin
-    if type(origin.fingerprint) is not dict or type(origin.layout) is not list:
-        raise ValueError("fingerprint or layout is missing")
-    fingerprint = digest_fields(origin.fingerprint)
-    root = hash_root(fingerprint, origin.layout)
-    if root.hex() != manifest.root:
-        raise ValueError("its root is not that of its fingerprint and layout")
-
-
-def _check_sizes(manifest: Manifest) -> None:
-    sizes = [size for _, size in manifest.shards]
-    counts = [manifest.num_tokens, manifest.block_size, *sizes]
-    if not all(is_count(count) and count for count in counts):
-        raise ValueError("a size is no count")
-    num_blocks = -(-manifest.num_tokens // manifest.block_size)
-    if not 0 < len(sizes) <= num_blocks or max(sizes) > MAX_SHARD_BYTES:
-        raise ValueError("its shards are too many or too large")

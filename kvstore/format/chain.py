@@ -8,7 +8,7 @@ from struct import error as struct_error
 from struct import pack
 from typing import Any
 
-from .block import Block, BlockHash
+from .block import Block, BlockHash, Origin
 from .documents import JSON, canonical_json
 
 BLOCK_SIZE = 256
@@ -28,6 +28,11 @@ def hash_root(fingerprint: str, layout: Any) -> BlockHash:
     """
     data = canonical_json(["kvstore root 1", fingerprint, layout])
     return BlockHash(hashlib.sha256(data).digest())
+
+
+def origin_root(origin: Origin) -> BlockHash:
+    """Return the root hash that all blocks of an origin descend from."""
+    return hash_root(digest_fields(origin.fingerprint), origin.layout)
 
 
 def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:

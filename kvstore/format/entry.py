@@ -6,7 +6,7 @@ import hashlib
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ def _digest(body: JSON) -> str:
     return str(blake3.blake3(canonical_json(body)).hexdigest())
 
 
-def _damaged(path: Path, why: str) -> IntegrityError:
+def damaged_entry(path: Path, why: str) -> IntegrityError:
+    """Return the error for an entry that cannot be read."""
     return IntegrityError(
         f"entry file is damaged: {path}: {why}",
         path=path,
@@ -131,8 +132,23 @@ def _damaged(path: Path, why: str) -> IntegrityError:
     )
 
 
-def _parse(path: Path, data: bytes) -> Entry:
-    """Return the entry that ``data`` spells, having checked its digest."""
+def entry_to_bytes(entry: Entry) -> bytes:
+    """Return an entry as canonical JSON with a digest of itself."""
+    body: JSON = {"format": FORMAT, **asdict(entry)}
+    return canonical_json({"digest": _digest(body), **body})
+
+
+def parse_entry(path: Path, data: bytes) -> Entry:
+    """Return the entry that ``data`` spells, having checked its digest.
+
+    Args:
+        path: The file that it was read from; its stem must be the entry's id.
+        data: Its bytes.
+
+    Raises:
+        IntegrityError: It is damaged.
+        FormatError: It has a format we do not read.
+    """
     try:
         body = strict_json(data, allow_floats=True)
         digest, form = body.pop("digest"), body.pop("format")
@@ -141,9 +157,9 @@ def _parse(path: Path, data: bytes) -> Entry:
         is_whole = data == canonical_json({"digest": digest, **rest})
         is_right = digest == _digest(rest)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, "not an entry") from error
+        raise damaged_entry(path, "not an entry") from error
     if not (is_whole and is_right) or type(form) is not int:
-        raise _damaged(path, "digest mismatch")
+        raise damaged_entry(path, "digest mismatch")
     if form != FORMAT:
         raise FormatError(
             f"entry has format {form}, this release reads {FORMAT}: {path}",
@@ -155,11 +171,11 @@ def _parse(path: Path, data: bytes) -> Entry:
 def _build(path: Path, body: JSON) -> Entry:
     """Return an :class:`Entry`, having checked names and types of all fields."""
     if set(body) != {field.name for field in fields(Entry)}:
-        raise _damaged(path, "unexpected fields")
+        raise damaged_entry(path, "unexpected fields")
     if not all(_fits(name, value) for name, value in body.items()):
-        raise _damaged(path, "a field has the wrong type")
+        raise damaged_entry(path, "a field has the wrong type")
     if body["id"] != path.stem:
-        raise _damaged(path, f"holds the entry {body['id']}")
+        raise damaged_entry(path, f"holds the entry {body['id']}")
     return Entry(**body)
 
 

@@ -181,7 +181,7 @@ def _seal(text: bytes) -> bytes:
     return text.replace(_digest_field(_NO_DIGEST), _digest_field(digest), 1)
 
 
-def _parse(header: bytes, size: int) -> ShardHeader:
+def parse_shard_header(header: bytes, size: int) -> ShardHeader:
     """Return what a header says, having checked all of it.
 
     Raises:

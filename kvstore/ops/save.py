@@ -1,4 +1,4 @@
-"""A prompt cache to blocks in shards: what is missing is encoded, once, and written."""
+"""A prompt cache to blocks in shards, each encoded once, and an entry over them."""
 
 from __future__ import annotations
 
@@ -12,114 +12,203 @@ from ..caches.layout import group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras
 from ..codecs import Codec, lossless_twin
+from ..errors import IntegrityError
 from ..format import shard as shards
 from ..format.block import Block, EncodedBlock, Part, Progress
+from ..format.entry import Entry
+from ..storage import files
 from ..storage.blocks import BlockStore
+from ..storage.entries import Catalog
 from ..storage.index import is_better
 from ..storage.shards import staged_shard
+from .commit import commit, make_room, replaceable
 
 # With two cores, the model has both of them.
 NUM_ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+# How often blocks that `prune` takes away meanwhile are written again.
+_TRIES = 3
+
+MakeRoom = Callable[[int], None]
+"""Called with the bytes of a shard that is about to be added."""
 
 
-class Saver:
-    """Writes the blocks of one prompt cache.
+def save_entry(
+    blocks: BlockStore,
+    catalog: Catalog,
+    codec: Codec,
+    snapshot: Snapshot,
+    *,
+    name: str | None,
+    replace: bool | Entry,
+    progress: Progress,
+) -> Entry:
+    """Write what the store lacks of a prompt cache, and its entry.
 
     Args:
         blocks: The store's blocks.
+        catalog: Its entries.
         codec: For full blocks; a tail is stored lossless.
         snapshot: What is to be saved.
+        name: The entry's name.
+        replace: Take the name from any entry, or from this one.
+        progress: Called with (tokens saved, tokens in all).
+
+    Raises:
+        EntryExistsError: The name belongs to something else.
     """
 
-    def __init__(
-        self,
-        blocks: BlockStore,
-        codec: Codec,
-        snapshot: Snapshot,
-    ) -> None:
-        self._blocks = blocks
-        self._folder = blocks.folder
-        self._snapshot = snapshot
-        self._chain = snapshot.chain
+    def committed() -> Entry | None:
+        # Another process may have taken the name meanwhile.
+        old = replaceable(catalog, name, snapshot.chain, replace)
+        return commit(
+            blocks,
+            catalog,
+            snapshot.chain,
+            old,
+            name=name,
+            codec=codec.name,
+            model=snapshot.model,
+        )
+
+    replaceable(catalog, name, snapshot.chain, replace)
+    for _ in range(_TRIES):
+        save_blocks(blocks, codec, snapshot, progress)
+        with files.locked(blocks.folder.lock, exclusive=True):
+            entry = committed()
+        if entry is not None:
+            return entry
+    # While this holds the lock nothing is freed, by itself neither: the store is over
+    # its limit until the next save.
+    with files.locked(blocks.folder.lock, exclusive=True):
+        _write_missing(
+            blocks, _Encoder(blocks, codec, snapshot), lambda _: None, progress
+        )
+        entry = committed()
+    if entry is not None:
+        return entry
+    raise IntegrityError(
+        "blocks vanish from the store while they are saved",
+        hint="is something else removing files from it?",
+    )
+
+
+def save_blocks(
+    blocks: BlockStore, codec: Codec, snapshot: Snapshot, progress: Progress
+) -> None:
+    """Write what the store lacks of a prompt cache."""
+    needed = frozenset(block.hash for block in snapshot.chain.blocks)
+    _write_missing(
+        blocks,
+        _Encoder(blocks, codec, snapshot),
+        lambda nbytes: make_room(blocks, nbytes, needed),
+        progress,
+    )
+
+
+def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list[Block]:
+    """Return the blocks that the store lacks, or has no copy of as good as these."""
+    encoder = _Encoder(blocks, codec, snapshot)
+    return [b for b in snapshot.blocks if _is_wanted(blocks, encoder, b)]
+
+
+def _is_wanted(blocks: BlockStore, encoder: _Encoder, block: Block) -> bool:
+    """Whether the store lacks a block, or a copy as good as this one."""
+    place = blocks.index.place_of(block)
+    if place is None or not blocks.has(place):
+        return True
+    own = encoder.num_extras(block), encoder.is_exact(block)
+    return is_better(own, (place.num_extras, place.is_exact))
+
+
+def _write_missing(
+    blocks: BlockStore, encoder: _Encoder, make_room: MakeRoom, progress: Progress
+) -> None:
+    """Encode and write every block that the store lacks.
+
+    No lock is held while a codec works.
+    """
+    chain = encoder.snapshot.chain
+    wanted = [b for b in encoder.snapshot.blocks if _is_wanted(blocks, encoder, b)]
+    progress(0, chain.num_tokens)
+    for batch in _batches(encoder.encode(wanted)):
+        with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
+            make_room(staged.header.nbytes)
+            with blocks.index.transaction():
+                blocks.add_new([staged], encoder.token_bytes)
+        last = batch[-1].block
+        progress(last.start + len(last.tokens), chain.num_tokens)
+    blocks.add_root(chain.root, chain.origin)
+    progress(chain.num_tokens, chain.num_tokens)
+
+
+def _batches(blocks: Iterable[EncodedBlock]) -> Iterator[list[EncodedBlock]]:
+    """Group blocks to shards."""
+    batch: list[EncodedBlock] = []
+    for encoded in blocks:
+        batch.append(encoded)
+        if shards.is_full(batch):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+class _Encoder:
+    """Encodes the blocks of one prompt cache.
+
+    Args:
+        blocks: The store that they are for.
+        codec: For full blocks; a tail is stored lossless.
+        snapshot: The rows.
+
+    Attributes:
+        snapshot: The same.
+        token_bytes: What one token's rows take in memory.
+    """
+
+    def __init__(self, blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
         self._rows = snapshot.rows
-        self._groups = group_layers(snapshot.chain.layout)
-        names = {name for group in self._groups for name, _ in group.layout.rows}
+        self._block_size = blocks.folder.block_size
+        groups = group_layers(snapshot.chain.layout)
+        self.token_bytes = sum(group.token_bytes for group in groups)
+        names = {name for group in groups for name, _ in group.layout.rows}
         is_codable = not names.isdisjoint(CODABLE)
         self._codec = codec if is_codable else lossless_twin(codec)
 
-    def missing(self) -> list[Block]:
-        """Return the blocks that the store lacks, or has no copy of as good as ours."""
-        return [block for block in self._snapshot.blocks if self._is_wanted(block)]
-
-    def write_missing(
-        self, make_room: Callable[[int], None], progress: Progress
-    ) -> None:
-        """Encode and write every block that the store lacks.
-
-        No lock is held while a codec works.
-
-        Args:
-            make_room: Called with the bytes of a shard that is about to be added.
-            progress: Called with (tokens saved, tokens in all).
-        """
-        total = sum(len(block.tokens) for block in self._chain.blocks)
-        progress(0, total)
-        for batch in self._batches(self.missing()):
-            self._write(batch, make_room)
-            last = batch[-1].block
-            progress(last.start + len(last.tokens), total)
-        self._blocks.add_root(self._chain.root, self._chain.origin)
-        progress(total, total)
-
-    def _is_wanted(self, block: Block) -> bool:
-        """Whether the store lacks a block, or an exact copy that we have."""
-        place = self._blocks.index.place_of(block)
-        if place is None or not self._blocks.has(place):
-            return True
-        mine = self._num_extras(block), self._is_exact(block)
-        return is_better(mine, (place.num_extras, place.is_exact))
-
-    def _num_extras(self, block: Block) -> int:
+    def num_extras(self, block: Block) -> int:
+        """Return how many rows of windows and states a block brings."""
         return count_extras(self._rows.pieces(block))
+
+    def is_exact(self, block: Block) -> bool:
+        """Whether a block will hold exactly what the model computes without a store."""
+        return self._rows.provenance.is_exact and self._codec_of(block).is_lossless
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
-        is_tail = len(block.tokens) < self._folder.block_size
+        is_tail = len(block.tokens) < self._block_size
         if is_tail or block.start < self._rows.provenance.coded_tokens:
             return lossless_twin(self._codec)
         return self._codec
 
-    def _is_exact(self, block: Block) -> bool:
-        return self._rows.provenance.is_exact and self._codec_of(block).is_lossless
-
-    def _batches(self, blocks: Sequence[Block]) -> Iterator[list[EncodedBlock]]:
-        """Encode blocks and group them to shards."""
-        batch: list[EncodedBlock] = []
-        for encoded in self._encode_all(blocks):
-            batch.append(encoded)
-            if shards.is_full(batch):
-                yield batch
-                batch = []
-        if batch:
-            yield batch
-
-    def _encode_all(self, blocks: Iterable[Block]) -> Iterator[EncodedBlock]:
+    def encode(self, blocks: Sequence[Block]) -> Iterator[EncodedBlock]:
         """Encode blocks in order, some at a time where there are cores for it."""
         if NUM_ENCODERS == 1:
-            yield from (self._encode(block, self._rows.read(block)) for block in blocks)
+            for block in blocks:
+                yield self._encode_one(block, self._rows.read(block))
             return
         with ThreadPoolExecutor(NUM_ENCODERS, "kvstore-encoder") as pool:
             waiting: deque[tuple[Future[EncodedBlock], object]] = deque()
             for block in blocks:
                 # Read, and let go of, here: MLX's arrays belong to this thread.
                 pieces = list(self._rows.read(block))
-                waiting.append((pool.submit(self._encode, block, pieces), pieces))
+                waiting.append((pool.submit(self._encode_one, block, pieces), pieces))
                 if len(waiting) > NUM_ENCODERS:
                     yield waiting.popleft()[0].result()
             while waiting:
                 yield waiting.popleft()[0].result()
 
-    def _encode(
+    def _encode_one(
         self, block: Block, pieces: Iterable[tuple[Piece, caches.Array]]
     ) -> EncodedBlock:
         codec = self._codec_of(block)
@@ -135,18 +224,7 @@ class Saver:
             block,
             codec.name,
             codec.is_lossless,
-            self._is_exact(block),
+            self.is_exact(block),
             tuple(parts),
-            self._num_extras(block),
+            self.num_extras(block),
         )
-
-    def _write(
-        self, batch: Sequence[EncodedBlock], make_room: Callable[[int], None]
-    ) -> None:
-        """Stage a shard, then publish and index it in one transaction."""
-        origin = self._chain.origin
-        with staged_shard(self._folder.staging, origin, batch) as staged:
-            make_room(staged.header.nbytes)
-            with self._blocks.index.transaction():
-                token_bytes = sum(group.token_bytes for group in self._groups)
-                self._blocks.add_new([staged], token_bytes)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
-from ..format.chain import digest_fields, hash_block_tokens, hash_root
+from ..format.chain import digest_fields, hash_block_tokens, origin_root
 from ..format.entry import Entry
 from . import files
 from .folder import StoreFolder
@@ -319,7 +319,7 @@ class BlockStore:
         ):
             # First, since an index that lies is no reason to distrust a shard.
             blocks = [self._find(opened.header, place) for place in places]
-            if header_root(opened.header) != root:
+            if origin_root(opened.header.origin) != root:
                 raise IntegrityError(
                     f"shard belongs to another model or layout: {opened.path}",
                     path=opened.path,
@@ -398,13 +398,6 @@ class BlockStore:
             return  # it stays, unread: the index no longer names it
 
 
-def header_root(header: ShardHeader) -> BlockHash:
-    """Return the root hash that all blocks of a shard descend from."""
-    origin = header.origin
-    fingerprint = digest_fields(origin.fingerprint)
-    return hash_root(fingerprint, origin.layout)
-
-
 def is_sound(stored: StoredBlock) -> bool:
     """Whether a block's hash is that of its parent and tokens."""
     block = stored.block
@@ -415,7 +408,7 @@ def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -
     """Tell the index what lies in a shard, and since when, in Unix seconds."""
     origin = header.origin
     fingerprint = digest_fields(origin.fingerprint)
-    root = header_root(header)
+    root = origin_root(origin)
     index.add_root(root, fingerprint, origin.layout)
     index.add_shard(name, header.nbytes, added_at)
     for stored in filter(is_sound, header.blocks):

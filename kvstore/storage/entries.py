@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import secrets
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import EntryExistsError, EntryNotFoundError, FormatError, IntegrityError
 from ..format import entry as entries
-from ..format.documents import JSON, canonical_json
 from ..format.entry import (
     _ID,
-    FORMAT,
     MAX_BYTES,
     Entry,
-    _damaged,
-    _digest,
-    _parse,
     check_name,
+    damaged_entry,
+    entry_to_bytes,
+    parse_entry,
 )
 from . import files
 from .folder import StoreFolder
@@ -31,9 +29,7 @@ def entry_path(folder: Path, entry: str) -> Path:
 
 def write_entry(folder: Path, entry: Entry, staging: Path) -> None:
     """Commit an entry durably."""
-    body: JSON = {"format": FORMAT, **asdict(entry)}
-    body["digest"] = _digest(body)
-    files.write_atomic(entry_path(folder, entry.id), canonical_json(body), staging)
+    files.write_atomic(entry_path(folder, entry.id), entry_to_bytes(entry), staging)
 
 
 def read_entry(folder: Path, entry: str) -> Entry | None:
@@ -49,8 +45,8 @@ def read_entry(folder: Path, entry: str) -> Entry | None:
     except FileNotFoundError:
         return None
     except (ValueError, EOFError) as error:
-        raise _damaged(path, str(error)) from error
-    return _parse(path, data)
+        raise damaged_entry(path, str(error)) from error
+    return parse_entry(path, data)
 
 
 def list_ids(folder: Path) -> list[str]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import FormatError, IntegrityError, StoreNotFoundError
+from ..errors import StoreNotFoundError
 from ..format.chain import BLOCK_SIZE
-from ..format.documents import canonical_json, strict_json
+from ..format.config import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    StoreConfig,
+    config_to_bytes,
+    damaged_config,
+    parse_config,
+)
 from . import files
 
-FORMAT = 1
-CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 65_536
 _MAX_DEFAULT_BYTES = 50_000_000_000
 _FOLDERS = ("entries", "shards", "quarantine", "tmp")
 
@@ -86,12 +91,14 @@ def open_folder(path: Path) -> StoreFolder:
     """
     config = path / CONFIG
     try:
-        data = files.read_small(config, _MAX_CONFIG_BYTES)
+        data = files.read_small(config, MAX_CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _not_a_store(path) from error
     except (ValueError, EOFError) as error:
-        raise _damaged(config) from error
-    return _parse(path, config, data)
+        raise damaged_config(config) from error
+    values = parse_config(config, data)
+    _make_missing(path)
+    return StoreFolder(path, values.id, values.block_size, values.max_bytes)
 
 
 def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
@@ -121,13 +128,8 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """
     if max_bytes <= 0:
         raise ValueError(f"a size limit is positive: {max_bytes}")
-    config = {
-        "format": FORMAT,
-        "id": folder.id,
-        "block_size": folder.block_size,
-        "max_bytes": max_bytes,
-    }
-    files.write_atomic(folder.path / CONFIG, canonical_json(config), folder.staging)
+    config = StoreConfig(folder.id, folder.block_size, max_bytes)
+    files.write_atomic(folder.path / CONFIG, config_to_bytes(config), folder.staging)
     return replace(folder, chosen_bytes=max_bytes)
 
 
@@ -149,35 +151,19 @@ def _fill(path: Path, block_size: int) -> None:
         files.make_private_dir(path / "shards" / f"{number:02x}")
     files.sync_dir(path / "shards")
     files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
-    config = {
-        "format": FORMAT,
-        "id": secrets.token_hex(16),
-        "block_size": block_size,
-    }
-    files.write_atomic(path / CONFIG, canonical_json(config), path / "tmp")
+    config = StoreConfig(secrets.token_hex(16), block_size)
+    files.write_atomic(path / CONFIG, config_to_bytes(config), path / "tmp")
 
 
-def _parse(path: Path, config: Path, data: bytes) -> StoreFolder:
-    try:
-        values = strict_json(data, allow_floats=True)
-        form = values["format"]
-        # First of all, since the rest may be other in another format.
-        if type(form) is int and form != FORMAT:
-            raise FormatError(
-                f"store has format {form}, this release reads {FORMAT}: {path}",
-                hint="upgrade mlx-kvstore",
-            )
-        store_id, block_size = values["id"], values["block_size"]
-        max_bytes = values.get("max_bytes")
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(config) from error
-    if type(form) is not int:
-        raise _damaged(config)
-    if not isinstance(store_id, str) or type(block_size) is not int or block_size < 8:
-        raise _damaged(config)
-    if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):
-        raise _damaged(config)
-    return StoreFolder(path, store_id, block_size, max_bytes)
+def _make_missing(path: Path) -> None:
+    """Make the folders that a copy has left out since they were empty.
+
+    A bundle that was unpacked by `tar` is such a copy.
+    """
+    for name in _FOLDERS:
+        if not (path / name).is_dir():
+            with suppress(OSError):  # on a read-only disk nothing is written anyway
+                files.make_private_dir(path / name)
 
 
 def _not_a_store(path: Path) -> StoreNotFoundError:
@@ -191,12 +177,4 @@ def _not_a_store(path: Path) -> StoreNotFoundError:
     return StoreNotFoundError(
         f"no store at {path}",
         hint="`kvstore save` makes one; `--store DIR` chooses another",
-    )
-
-
-def _damaged(config: Path) -> IntegrityError:
-    return IntegrityError(
-        f"the store's configuration is damaged: {config}",
-        path=config,
-        hint='put back {"format": 1, "id": "…", "block_size": 256}',
     )

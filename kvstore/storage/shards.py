@@ -14,7 +14,7 @@ from ..errors import IntegrityError
 from ..format.block import EncodedBlock, Origin, ShardHeader, StoredBlock
 from ..format.documents import _blake3
 from ..format.safetensors import MAX_HEADER_BYTES
-from ..format.shard import _HEX, _describe, _parse, as_written, shard_header
+from ..format.shard import _HEX, _describe, as_written, parse_shard_header, shard_header
 from . import files
 
 _READ_BYTES = 8 * 1024 * 1024
@@ -67,7 +67,7 @@ def staged_shard(
         files.sync(descriptor)
         size = os.fstat(descriptor).st_size
         # What we cannot read back must not be acknowledged.
-        parsed = _parse(header[8:], size)
+        parsed = parse_shard_header(header[8:], size)
         yield StagedShard(path, sha256.hexdigest(), parsed)
 
 
@@ -202,7 +202,7 @@ def _read_header(descriptor: int, path: Path, size: int) -> ShardHeader:
             raise ValueError(f"header of {length} bytes in a file of {size}")
         header = bytearray(length)
         files.read_into(descriptor, memoryview(header), 8)
-        return _parse(bytes(header), size)
+        return parse_shard_header(bytes(header), size)
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise _damaged(path, str(error)) from error
 

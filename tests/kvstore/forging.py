@@ -24,6 +24,8 @@ from kvstore.format import bundle as bundles
 from kvstore.format import shard as shards
 from kvstore.format.chain import hash_block_tokens
 from kvstore.format.documents import canonical_json
+from kvstore.format.entry import entry_id
+from kvstore.storage import shards as stored_shards
 from kvstore.storage.shards import open_shard_at, staged_shard
 
 BLOCK = 16
@@ -90,15 +92,35 @@ def tiny(tmp_path_factory, empty_store, caches):
 
 
 def unpack(data):
-    """Return the manifest of a bundle, and its shards."""
+    """Return what a bundle says of itself, as one object, and its shards."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        contents = [archive.extractfile(m).read() for m in archive.getmembers()]
-    return json.loads(contents[0]), contents[1:]
+        members = archive.getmembers()
+        config, entry, *contents = [archive.extractfile(m).read() for m in members]
+    origin = json.loads(shard_metadata(contents[0]))
+    entry = json.loads(entry)
+    del entry["digest"]
+    names = [Path(m.name).stem for m in members[2:]]
+    return {
+        **json.loads(config),
+        "entry": entry,
+        "fingerprint": origin["fingerprint"],
+        "layout": origin["layout"],
+        "shards": [
+            {"sha256": name, "nbytes": len(data)}
+            for name, data in zip(names, contents, strict=True)
+        ],
+    }, contents
 
 
-def seal(manifest):
-    """Return a manifest as bytes, with its digest put right."""
-    body = {key: value for key, value in manifest.items() if key != "digest"}
+def shard_metadata(shard):
+    """Return the text that a shard has about itself in its header."""
+    size = int.from_bytes(shard[:8], "little")
+    return json.loads(shard[8 : 8 + size])["__metadata__"]["kvstore"]
+
+
+def seal(entry):
+    """Return an entry as bytes, with its digest put right."""
+    body = {key: value for key, value in entry.items() if key != "digest"}
     digest = blake3.blake3(canonical_json(body)).hexdigest()
     return canonical_json({**body, "digest": digest})
 
@@ -109,17 +131,34 @@ def member(name, data, size=None):
     return header + data + bytes(-len(data) % 512)
 
 
-def pack(manifest, contents):
-    """Return a bundle of a manifest and shards, their names and digests put right."""
-    names = [hashlib.sha256(data).hexdigest() for data in contents]
-    manifest = manifest | {
-        "shards": [
-            {"sha256": name, "nbytes": len(data)}
-            for name, data in zip(names, contents, strict=True)
-        ]
-    }
-    found = [member(bundles.MANIFEST, seal(manifest))]
-    for name, data in zip(names, contents, strict=True):
+def heads(manifest):
+    """Return the first two files of a bundle."""
+    rest = ("entry", "fingerprint", "layout", "shards")
+    config = {k: v for k, v in manifest.items() if k not in rest}
+    name = bundles.entry_member(manifest["entry"].get("id"))
+    return [
+        member(bundles.CONFIG, canonical_json(config)),
+        member(name, seal(manifest["entry"])),
+    ]
+
+
+def settled(manifest, contents):
+    """Return what a bundle says, with what follows from other fields put right."""
+    entry = manifest["entry"]
+    data_bytes = [len(d) - 8 - int.from_bytes(d[:8], "little") for d in contents]
+    name = entry.get("name")
+    is_text = isinstance(name, str) and name.isprintable()
+    own = entry_id(name if is_text else None, str(entry.get("tip")))
+    entry = entry | {"id": own, "nbytes": sum(data_bytes)}
+    entry["updated_at"] = entry.get("created_at")
+    return manifest | {"id": own, "entry": entry}
+
+
+def pack(manifest, contents, *, settle=settled):
+    """Return a bundle of an entry and shards, their names and digests put right."""
+    found = heads(settle(manifest, contents))
+    for data in contents:
+        name = hashlib.sha256(data).hexdigest()
         found.append(member(bundles.shard_member(name), data))
     return b"".join(found) + bytes(1024)
 
@@ -140,7 +179,7 @@ def encode(origin, blocks):
     with (
         tempfile.TemporaryDirectory() as folder,
         # Who forges does not look whether it can be read back.
-        patch.object(shards, "_parse"),
+        patch.object(stored_shards, "parse_shard_header"),
         staged_shard(Path(folder), origin, blocks) as staged,
     ):
         return staged.path.read_bytes()

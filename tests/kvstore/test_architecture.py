@@ -30,9 +30,10 @@ ORDER = [
     {"__main__"},
 ]
 OPS = {  # and inside of ops
-    "commit": {"prune", "save"},
+    "save": {"commit"},
+    "commit": {"prune"},
     "explain": {"load"},
-    "admit": {"commit", "import_bundle"},
+    "import_bundle": {"commit"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},
 }

@@ -277,17 +277,15 @@ def test_a_maker_without_a_name_is_told_so(sent, run_cli, tmp_path):
     assert "made by a model without a name, fingerprint " in out
 
 
-def test_a_manifest_that_is_refused_leaves_no_store(
-    sent, other_model, tmp_path, run_cli
-):
+def test_a_bundle_that_is_refused_leaves_no_store(sent, other_model, tmp_path, run_cli):
     """Damaged, cut off, another model's: one line, and no store."""
     good = sent[1].read_bytes()
     cut, changed = tmp_path / "cut", tmp_path / "changed"
     cut.write_bytes(good[:600])
-    changed.write_bytes(good[:600] + b"?" + good[601:])
+    changed.write_bytes(good[:1600] + b"?" + good[1601:])
     for expected, options, text in (
         (1, (cut,), "cut off"),
-        (1, (changed,), "its manifest"),
+        (1, (changed,), "entry file is damaged"),
         (1, (sent[1], "--model", other_model), "made by another model: weights"),
         (2, (sent[1], "--name", "-x"), "a name has 1 to"),
     ):

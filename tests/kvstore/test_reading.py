@@ -7,8 +7,9 @@ import pytest
 import kvstore
 from kvstore.errors import IndexDamagedError, IntegrityError
 from kvstore.format import shard as shards
+from kvstore.format.chain import origin_root
 from kvstore.storage import blocks as reading
-from kvstore.storage.blocks import BlockStore, header_root, index_shard
+from kvstore.storage.blocks import BlockStore, index_shard
 from kvstore.storage.folder import open_folder
 from kvstore.storage.index import Index
 from kvstore.storage.shards import (
@@ -80,7 +81,7 @@ def read(folder, index, reader):
     """Read all blocks of the only shard."""
     name = name_of(folder)
     with open_shard(folder.shards, name) as opened:
-        root = header_root(opened.header)
+        root = origin_root(opened.header.origin)
     return list(reader.read(name, index.places_in(name), root))
 
 
@@ -171,7 +172,7 @@ def test_a_shard_of_another_model_is_not_taken(folder, index, reader, caches):
     """Right tokens under a wrong fingerprint are refused, digests or no."""
     with open_shard(folder.shards, name_of(folder)) as opened:
         origin = opened.header.origin
-        root = header_root(opened.header)
+        root = origin_root(opened.header.origin)
     foreign = replace(origin, fingerprint=caches.OTHER_WEIGHTS.fields)
     name = rewrite(folder, index, lambda block: block, foreign)
     with pytest.raises(IntegrityError, match="another model or layout"):

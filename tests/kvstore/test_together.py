@@ -80,16 +80,16 @@ def test_all_at_once_is_all_right(store_path, tiny_model, tmp_path, size):
 def test_a_save_gets_through_however_often_prune_comes(store_path, caches, monkeypatch):
     """Blocks that are freed before the entry is there are written under the lock."""
     import kvstore
-    from kvstore.ops.commit import Committer
+    from kvstore.ops import save
 
-    write = Committer.write_blocks
+    write = save.save_blocks
 
-    def write_and_prune(self, *arguments):
-        write(self, *arguments)
+    def write_and_prune(*arguments):
+        write(*arguments)
         with kvstore.Store(store_path) as other:
             assert other.plan_prune(now=True).execute() > 0
 
-    monkeypatch.setattr(Committer, "write_blocks", write_and_prune)
+    monkeypatch.setattr(save, "save_blocks", write_and_prune)
     tokens, prompt_cache = caches.make_conversation(3, 1)
     with kvstore.Store(store_path, "raw") as store:
         store.save(tokens, prompt_cache, caches.MODEL, name="chat")

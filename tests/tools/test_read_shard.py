@@ -272,27 +272,25 @@ def tar_file(name: str, content: bytes) -> bytes:
 
 
 def test_a_bundle_is_the_archive_that_format_md_describes(tmp_path):
-    """A bundle's manifest and the shards that it names give every byte of it."""
+    """Its files give every byte of it, and unpacked they are a store."""
     (bundle,) = GOLDEN.glob("*.kvbundle")
     with tarfile.open(bundle) as archive:
         found = [(member.name, archive.extractfile(member)) for member in archive]
         files = {name: file.read() for name, file in found if file}
+        archive.extractall(tmp_path / "store", filter="data")
     members = [tar_file(name, content) for name, content in files.items()]
     assert bundle.read_bytes() == b"".join(members) + bytes(1024)
-    data = files.pop("kvstore-bundle.json")
-    manifest = json.loads(data)
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
-    assert data.decode() == reader.canonical(manifest)
-    assert manifest["digest"] == blake3(reader.canonical(rest).encode()).hexdigest()
-    named = [(s["sha256"], s["nbytes"]) for s in manifest["shards"]]
-    assert named == [(sha256(f).hexdigest(), len(f)) for f in files.values()]
-    assert list(files) == [f"shards/{name}.safetensors" for name, _ in named]
-    folder = make_store(tmp_path / "store") / "shards/00"
-    folder.mkdir()
-    for name, shard in files.items():
-        (folder / Path(name).name).write_bytes(shard)
-    tokens, layers = reader.restore(tmp_path / "store", manifest["entry"])
-    assert len(tokens) == manifest["entry"]["num_tokens"]
+    config, entry, *shards = files
+    assert entry == f"entries/{json.loads(files[config])['id']}.json"
+    names = [sha256(files[name]).hexdigest() for name in shards]
+    assert shards == [f"shards/{n[:2]}/{n}.safetensors" for n in names]
+    for name in (config, entry):
+        body = json.loads(files[name])
+        assert files[name].decode() == reader.canonical(body)
+    digest = body.pop("digest")
+    assert digest == blake3(reader.canonical(body).encode()).hexdigest()
+    tokens, layers = reader.restore(tmp_path / "store", body)
+    assert len(tokens) == body["num_tokens"]
     assert layers
 
 

@@ -15,10 +15,11 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
-from kvstore.ops import admit as admitting
 from kvstore.ops import export_bundle as exporting
-from kvstore.ops import import_bundle as unpacking
+from kvstore.ops import import_bundle as importing
 from kvstore.storage import blocks as reading
+from kvstore.storage.entries import write_entry
+from kvstore.storage.folder import open_folder
 
 HERE = Path(__file__).parent
 BLOCK = 16
@@ -240,7 +241,7 @@ def test_a_name_that_is_taken_meanwhile_is_refused(stores, tiny, caches, monkeyp
         with kvstore.Store(stores[0], "raw") as store:
             store.save(tokens, cache, caches.MODEL, name="doc")
 
-    meanwhile(monkeypatch, admitting.Admission, "_commit", save)
+    meanwhile(monkeypatch, importing, "make_room", save)
     with pytest.raises(kvstore.EntryExistsError, match="`doc` is taken"):
         take(stores[0], tiny)
     with kvstore.Store(stores[0]) as store:
@@ -260,7 +261,7 @@ def test_a_wrong_name_is_refused_before_anything_is_read(stores, tiny):
 
 
 def meanwhile(monkeypatch, owner, name, work):
-    """Have something happen once, just before a method runs."""
+    """Have something happen once, just before a function runs."""
     original = getattr(owner, name)
     waiting = [work]
 
@@ -294,7 +295,7 @@ def test_an_export_follows_blocks_that_prune_moves(stores, caches, monkeypatch):
         with kvstore.Store(stores[0]) as store:
             assert store.plan_prune(now=True).execute() > 0
 
-    meanwhile(monkeypatch, exporting.Exporter, "write", move)
+    meanwhile(monkeypatch, exporting, "write_bundle", move)
     assert export(stores[0]) == expected
     assert {shard.name for shard in stores[0].glob("shards/*/*")} != names
 
@@ -317,7 +318,7 @@ def test_an_export_follows_blocks_that_move_under_its_eyes(stores, caches, monke
         # Between finding where blocks lie and opening the file.
         meanwhile(monkeypatch, reading.BlockStore, "read", move)
 
-    meanwhile(monkeypatch, exporting.Exporter, "write", move_later)
+    meanwhile(monkeypatch, exporting, "write_bundle", move_later)
     assert export(stores[0]) == expected
 
 
@@ -330,7 +331,7 @@ def test_an_export_of_what_prune_removes_is_no_bundle(stores, caches, monkeypatc
             store.remove("doc")
             store.plan_prune(now=True).execute()
 
-    meanwhile(monkeypatch, exporting.Exporter, "write", remove)
+    meanwhile(monkeypatch, exporting, "write_bundle", remove)
     file = io.BytesIO()
     with (
         kvstore.Store(stores[0]) as store,
@@ -350,7 +351,7 @@ def test_an_export_of_another_copy_is_no_bundle(stores, caches, monkeypatch):
         with kvstore.Store(stores[0], "raw") as store:
             store.save(tokens, cache, caches.MODEL, name="doc")
 
-    meanwhile(monkeypatch, exporting.Exporter, "write", improve)
+    meanwhile(monkeypatch, exporting, "write_bundle", improve)
     file = io.BytesIO()
     with (
         kvstore.Store(stores[0]) as store,
@@ -361,7 +362,7 @@ def test_an_export_of_another_copy_is_no_bundle(stores, caches, monkeypatch):
     assert_refused(stores[1], file.getvalue(), kvstore.IntegrityError)
 
 
-@pytest.mark.parametrize("when", ["_prepared", "_commit"])
+@pytest.mark.parametrize("when", ["_prepared", "make_room"])
 def test_an_import_writes_what_prune_takes_away(
     stores, small, caches, monkeypatch, when
 ):
@@ -375,7 +376,7 @@ def test_an_import_writes_what_prune_takes_away(
             store.remove("mine")
             assert store.plan_prune(now=True).execute() > 0
 
-    meanwhile(monkeypatch, admitting.Admission, when, remove)
+    meanwhile(monkeypatch, importing, when, remove)
     take(stores[0], small.data)
     with kvstore.Store(stores[0]) as store:
         assert store.verify() == []
@@ -390,7 +391,7 @@ def test_an_import_keeps_what_a_save_is_faster_with(stores, small, caches, monke
         with kvstore.Store(stores[0], "turbo8") as store:
             store.save(small.tokens[:160], own, caches.MODEL, name="mine")
 
-    meanwhile(monkeypatch, admitting.Admission, "_commit", save)
+    meanwhile(monkeypatch, importing, "make_room", save)
     take(stores[0], small.data)
     with kvstore.Store(stores[0]) as store:
         assert store.verify() == []
@@ -443,7 +444,7 @@ def test_a_refused_import_evicts_nothing(stores, small, caches):
 
 def test_a_long_import_keeps_its_staged_files(stores, small, monkeypatch):
     """`prune` takes staged files for forgotten after an hour, so they are touched."""
-    monkeypatch.setattr(unpacking, "_TOUCH_EVERY_S", -1.0)
+    monkeypatch.setattr(importing, "_TOUCH_EVERY_S", -1.0)
     touched = []
     monkeypatch.setattr(os, "utime", lambda path: touched.append(path.exists()))
     take(stores[0], small.data)
@@ -469,15 +470,16 @@ def test_damage_is_found_before_anything_is_written(stores, caches, flip_bit):
     assert file.getvalue() == b""
 
 
-def test_what_nobody_could_read_is_not_exported(stores, caches, monkeypatch):
+def test_what_nobody_could_read_is_not_exported(stores, caches):
     """A bundle that a reader would refuse is not begun."""
-    monkeypatch.setattr("kvstore.format.entry.MAX_LABEL", 50_000)
     tokens, cache = caches.make_conversation(1, 3)
-    model = replace(caches.MODEL, label="x" * 40_000)
     file = io.BytesIO()
     with kvstore.Store(stores[0], "raw") as store:
-        store.save(tokens, cache, model, name="doc")
-        with pytest.raises(kvstore.IntegrityError, match="entry is too large"):
+        entry = store.save(tokens, cache, caches.MODEL, name="doc")
+        folder = open_folder(stores[0])
+        strange = replace(entry, created_at=1e18)
+        write_entry(folder.entries, strange, folder.staging)
+        with pytest.raises(kvstore.IntegrityError, match="time is out of range"):
             store.export_bundle("doc", file)
     assert file.getvalue() == b""
 
@@ -486,7 +488,7 @@ def test_a_full_disk_is_told_before_anything_is_staged(stores, tiny, monkeypatch
     """What cannot fit is not begun."""
     disk = os.statvfs(stores[0])
     fake = SimpleNamespace(f_bavail=3, f_frsize=512, f_blocks=disk.f_blocks)
-    monkeypatch.setattr(unpacking.os, "statvfs", lambda path: fake)
+    monkeypatch.setattr(importing.os, "statvfs", lambda path: fake)
     with kvstore.Store(stores[0]) as store, pytest.raises(OSError, match="No space"):
         store.import_bundle(io.BytesIO(tiny))
     assert os.listdir(stores[0] / "tmp") == []
@@ -526,7 +528,7 @@ def test_a_limit_on_the_size_of_files_loses_nothing(
 KILLED = """
 import io, os, shutil, signal, sys
 import caches, kvstore, mlx_lm.models.cache
-from kvstore.ops import admit, commit, import_bundle
+from kvstore.ops import commit, import_bundle
 from pathlib import Path
 
 template, bundle, folder, calls = sys.argv[1:]
@@ -664,7 +666,7 @@ def test_memory_does_not_grow_with_the_bundle(stores, caches, run_python, tmp_pa
     """A bundle is read a block at a time."""
     program = """
 import resource, sys, tracemalloc, io, kvstore, mlx_lm.models.cache
-from kvstore.ops import admit
+from kvstore.ops import import_bundle
 with kvstore.Store(sys.argv[1]) as store, open(sys.argv[2], "rb") as file:
     tracemalloc.start()
     store.import_bundle(file)

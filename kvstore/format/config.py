@@ -1,0 +1,83 @@
+"""The file `config.json`, which makes a folder a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FormatError, IntegrityError
+from .documents import canonical_json, strict_json
+
+FORMAT = 1
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What a store's `config.json` says."""
+
+    # 32 hex digits, drawn when the store was created.
+    id: str
+    # Tokens in a full block.
+    block_size: int
+    # The size limit that was set, in bytes of shards, or ``None``.
+    max_bytes: int | None = None
+
+
+def config_to_bytes(config: StoreConfig) -> bytes:
+    """Return the JSON of a configuration."""
+    values = {"format": FORMAT, "id": config.id, "block_size": config.block_size}
+    if config.max_bytes is not None:
+        values["max_bytes"] = config.max_bytes
+    return canonical_json(values)
+
+
+def parse_config(path: Path, data: bytes) -> StoreConfig:
+    """Return the configuration that ``data`` spells.
+
+    Args:
+        path: The file that it was read from, for messages.
+        data: Its bytes.
+
+    Raises:
+        FormatError: A newer release wrote it.
+        IntegrityError: It is damaged.
+    """
+    try:
+        values = strict_json(data, allow_floats=True)
+        form = values["format"]
+        # Checked first, since the rest may differ in another format.
+        if type(form) is int and form != FORMAT:
+            raise FormatError(
+                f"store has format {form}, this release reads {FORMAT}: {path}",
+                hint="upgrade mlx-kvstore",
+            )
+        config = StoreConfig(
+            values["id"], values["block_size"], values.get("max_bytes")
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged_config(path) from error
+    if type(form) is not int or not _is_valid(config):
+        raise damaged_config(path)
+    return config
+
+
+def _is_valid(config: StoreConfig) -> bool:
+    """Whether all fields have the right types and ranges."""
+    limit = config.max_bytes
+    return (
+        isinstance(config.id, str)
+        and type(config.block_size) is int
+        and config.block_size >= 8
+        and (limit is None or (type(limit) is int and limit > 0))
+    )
+
+
+def damaged_config(path: Path) -> IntegrityError:
+    """Return the error for a configuration that cannot be read."""
+    return IntegrityError(
+        f"the store's configuration is damaged: {path}",
+        path=path,
+        hint='put back {"format": 1, "id": "…", "block_size": 256}',
+    )
