@@ -50,9 +50,10 @@ def register_codec(family: CodecFamily) -> None:
         if _array_codec(name) is not None:
             raise ValueError(f"there is a codec `{name}` already")
     _FAMILIES.append(family)
-    _array_codec.cache_clear()
+    get_codec.cache_clear()
 
 
+@lru_cache(maxsize=128)
 def get_codec(name: str) -> Codec:
     """Return the codec with this name.
 
@@ -85,7 +86,6 @@ def codec_names() -> list[str]:
     return [f"{name}{suffix}" for name in names for suffix in ("", "+zstd")]
 
 
-@lru_cache(maxsize=128)
 def _array_codec(name: str) -> ArrayCodec | None:
     """Return the array codec with this name, or ``None``."""
     found = (family.from_name(name) for family in _FAMILIES)

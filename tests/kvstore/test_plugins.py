@@ -71,7 +71,7 @@ def registered(monkeypatch):
     register_codec(Inverted)
     kvstore.register_kind(ToyRows())
     yield
-    codecs._array_codec.cache_clear()
+    codecs.get_codec.cache_clear()
 
 
 @pytest.mark.parametrize("codec", ["inverted", "inverted+zstd"])
@@ -114,13 +114,13 @@ def test_blocks_of_an_unknown_codec_are_not_loaded(tmp_path, caches, monkeypatch
     with kvstore.Store(tmp_path / "a", codec="inverted") as store:
         store.save(tokens, cache, caches.MODEL, name="toy")
     monkeypatch.undo()
-    codecs._array_codec.cache_clear()
+    codecs.get_codec.cache_clear()
     with kvstore.Store(tmp_path / "a") as store:
         restored, rest = store.load([*tokens, 1], caches.MODEL)
         assert restored is None
         assert len(rest) == 301
-    codecs._array_codec.cache_clear()
+    codecs.get_codec.cache_clear()
     monkeypatch.setattr(codecs, "_FAMILIES", [*codecs._FAMILIES, Inverted])
     with kvstore.Store(tmp_path / "a") as store:
         assert store.load([*tokens, 1], caches.MODEL)[1] == [1]
-    codecs._array_codec.cache_clear()
+    codecs.get_codec.cache_clear()
