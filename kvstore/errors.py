@@ -12,7 +12,8 @@
     ├── CodecError                       unknown name or bad configuration
     ├── UnsupportedCacheError            a cache class we cannot store
     ├── IntegrityError                   bytes disagree with their digest or header
-    └── IndexDamagedError                the index is wrong, and could not be rebuilt
+    ├── IndexDamagedError                the index is wrong, and could not be rebuilt
+    └── RemoteError                      an object store fails, or refuses a request
 
 A caller writes::
 
@@ -123,3 +124,15 @@ class IndexDamagedError(KVStoreError):
             hint="`kvstore verify --repair` builds it anew",
         )
         self.path = path
+
+
+class RemoteError(KVStoreError):
+    """An object store cannot be reached, fails, or refuses a request.
+
+    Attributes:
+        may_pass: Whether the same request may succeed later.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", may_pass: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.may_pass = may_pass

@@ -120,6 +120,10 @@ class OpenShard:
                 self._check(stored, part)
                 yield part
 
+    def read_header(self) -> memoryview:
+        """Return the bytes before the data: the header with its length."""
+        return self._read(0, self.header.data_begin)
+
     def sha256(self) -> str:
         """Return the SHA-256 of the whole file, which is to be its name."""
         digest = hashlib.sha256()

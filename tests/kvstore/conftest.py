@@ -40,6 +40,16 @@ def caches():
     return load_beside("caches")
 
 
+@pytest.fixture
+def s3_server(monkeypatch):
+    """An S3 server in memory that can be told to behave badly."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    server = load_beside("s3server").S3Server()
+    yield server
+    server.close()
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory):
     """A store of small blocks, to be copied: making one syncs hundreds of folders."""

@@ -23,6 +23,7 @@ ORDER = [
     {"caches"},
     {"fingerprint"},
     {"ops"},
+    {"remote"},
     {"store"},
     {"models"},
     {"server"},
@@ -48,9 +49,11 @@ ALLOWED = {
     "turboquant": {"codecs.turbo", "caches", "models"},
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.check"},
+    "obstore": {"remote.client"},
 }
 ALLOWED_AT_TOP = {
     "mlx_lm": {"models.session", "models.generate", "server.prompt_cache"},
+    "obstore": set(),
     "rich": set(),
     "transformers": set(),
 }
@@ -246,7 +249,8 @@ PUBLIC = {
     "Chat", "CodecError", "DiskPromptCache", "Entry", "EntryExistsError",
     "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
-    "IntegrityError", "KVStoreError", "LoadedModel", "Match", "Speeds", "Stats",
+    "IntegrityError", "KVStoreError", "LoadedModel", "Match", "RemoteError",
+    "Speeds", "Stats",
     "Store", "StoreLockedError",
     "StoreNotFoundError", "UnsupportedCacheError", "__version__", "codec_names",
     "get_codec", "register_kind", "save_prompt", "stream_generate",

@@ -1,0 +1,288 @@
+"""Requests to an object store: retried, bounded in time, errors in one sentence.
+
+The only module that knows obstore. It creates and reads objects; it has no way to
+overwrite or delete one on purpose.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from ..errors import KVStoreError, RemoteError
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+T = TypeVar("T")
+SCHEMES = ("file", "s3", "gs", "az", "http", "https")
+PART_BYTES = 8 * 1024 * 1024
+"""How much one request moves. A connection that is cut costs no more."""
+
+# Requests are tried again by obstore, and what fails in the middle of a body by us.
+_TRIES = 3
+_PAUSE_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Where an object store is; no credentials."""
+
+    # What the user calls it.
+    name: str
+    url: str
+    # Settings of obstore's for this provider, `endpoint` and `region` say.
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long requests may take."""
+
+    # A whole request, and the silence within one.
+    timeout_s: float = 120.0
+    silence_s: float = 60.0
+    connect_s: float = 5.0
+    # How often obstore repeats one that fails, and for how long in all.
+    retries: int = 4
+    retry_s: float = 60.0
+
+
+class Client:
+    """One object store.
+
+    Several threads may use it.
+
+    Args:
+        remote: Where it is.
+        limits: How long requests may take.
+        create: Make the folder of a ``file://`` remote where it is missing.
+
+    Raises:
+        KVStoreError: obstore is not installed.
+        RemoteError: The URL or an option is not one.
+    """
+
+    def __init__(
+        self, remote: Remote, limits: Limits | None = None, *, create: bool = False
+    ) -> None:
+        self.remote = remote
+        _check_installed()
+        self._store = self._translated(
+            lambda: _open_store(remote, limits or Limits(), create)
+        )
+
+    def size(self, key: str) -> int | None:
+        """Return the size of an object in bytes, or ``None`` where there is none."""
+        try:
+            return int(self._retried(lambda: self._store.head(key))["size"])
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Create an object that was not there just now.
+
+        Its key is named by its content: another client that creates it meanwhile
+        sends the same bytes.
+
+        Raises:
+            FileNotFoundError: There is no such file to send.
+            RemoteError: The server fails, or has an object of another size by now.
+        """
+        nbytes = len(data) if isinstance(data, bytes) else data.stat().st_size
+
+        def send() -> None:
+            try:
+                self._store.put(key, data, chunk_size=PART_BYTES, max_concurrency=4)
+            except FileNotFoundError as error:
+                raise self._failed(error, "there is no such bucket") from error
+
+        try:
+            self._translated(send)
+        except RemoteError as error:
+            # The server may have done it, and the reply may be lost.
+            if not error.may_pass or not self.is_there(key, nbytes):
+                self._retried(send)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Create an object by a conditional request.
+
+        Returns:
+            Whether the server says that there was none.
+
+        Raises:
+            RemoteError: The server fails, or knows no such request.
+        """
+        from obstore.exceptions import AlreadyExistsError
+
+        def send() -> bool:
+            try:
+                self._store.put(key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
+        return self._translated(send)
+
+    def read(self, key: str, begin: int, end: int) -> memoryview:
+        """Return a range of an object.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            RemoteError: The server fails, or sends something else.
+        """
+
+        def receive() -> memoryview:
+            data = memoryview(self._store.get_range(key, start=begin, end=end))
+            if len(data) != end - begin:
+                raise RemoteError(
+                    f"remote `{self.remote.name}` sent {len(data)} of {end - begin}"
+                    f" bytes of {key}"
+                )
+            return data
+
+        return self._retried(receive)
+
+    def read_whole(self, key: str, limit: int) -> bytes:
+        """Return an object of at most ``limit`` bytes.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            RemoteError: It is larger, or the server fails.
+        """
+
+        def receive() -> bytes:
+            found = self._store.get(key)
+            if found.meta["size"] > limit:
+                raise RemoteError(f"object is larger than {limit} bytes: {key}")
+            return bytes(found.bytes())
+
+        return self._retried(receive)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return all keys in a folder and the folders in it.
+
+        Raises:
+            RemoteError: The server fails, or cannot list.
+        """
+
+        def receive() -> list[str]:
+            pages = self._store.list(prefix, chunk_size=1000)
+            return [found["path"] for page in pages for found in page]
+
+        return self._retried(receive)
+
+    def is_there(self, key: str, nbytes: int) -> bool:
+        """Whether there is an object of this size.
+
+        Raises:
+            RemoteError: There is one of another size, or the server fails.
+        """
+        found = self.size(key)
+        if found not in (None, nbytes):
+            raise RemoteError(
+                f"remote `{self.remote.name}` has {found} bytes where {nbytes} belong:"
+                f" {key}",
+                hint="whoever owns the remote can remove the object",
+            )
+        return found is not None
+
+    def _retried(self, work: Callable[[], T]) -> T:
+        """Run a request again where it failed in a way that may pass."""
+        for tries in range(_TRIES - 1):
+            try:
+                return self._translated(work)
+            except RemoteError as error:
+                if not error.may_pass:
+                    raise
+                time.sleep(_PAUSE_S * 2**tries)
+        return self._translated(work)
+
+    def _translated(self, work: Callable[[], T]) -> T:
+        """Run a request, and say what failed in one sentence."""
+        from obstore import exceptions
+
+        try:
+            return work()
+        except (
+            exceptions.PermissionDeniedError,
+            exceptions.UnauthenticatedError,
+        ) as error:
+            hint = "are the provider's credentials set?"
+            raise self._failed(error, "access is denied", hint=hint) from error
+        except (
+            exceptions.InvalidPathError,
+            exceptions.NotSupportedError,
+            exceptions.UnknownConfigurationKeyError,
+        ) as error:
+            raise self._failed(error) from error
+        except exceptions.BaseError as error:
+            raise self._failed(error, may_pass=True) from error
+        except ValueError as error:
+            raise self._failed(error) from error
+
+    def _failed(
+        self,
+        error: Exception,
+        why: str | None = None,
+        *,
+        hint: str = "",
+        may_pass: bool = False,
+    ) -> RemoteError:
+        # The first line says it; the rest is for whoever debugs obstore.
+        why = why or str(error).partition("\n")[0].strip().rstrip(":. ")
+        return RemoteError(
+            f"remote `{self.remote.name}`: {why}", hint=hint, may_pass=may_pass
+        )
+
+
+def _check_installed() -> None:
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise KVStoreError(
+            "remotes need the package obstore, which is not installed",
+            hint="`pip install 'mlx-kvstore[remote]'`",
+        ) from error
+
+
+def _open_store(remote: Remote, limits: Limits, create: bool) -> ObjectStore:
+    from obstore.store import LocalStore, from_url
+
+    parts = urlsplit(remote.url)
+    if parts.scheme == "file":
+        return LocalStore(url2pathname(parts.path), mkdir=create)
+    # obstore's type has one overload for each provider.
+    config: Any = dict(remote.options)
+    places = (remote.url, remote.options.get("endpoint", ""))
+    return from_url(
+        remote.url,
+        config=config or None,
+        client_options={
+            "allow_http": any(place.startswith("http://") for place in places),
+            "timeout": timedelta(seconds=limits.timeout_s),
+            "read_timeout": timedelta(seconds=limits.silence_s),
+            "connect_timeout": timedelta(seconds=limits.connect_s),
+        },
+        retry_config={
+            "max_retries": limits.retries,
+            "retry_timeout": timedelta(seconds=limits.retry_s),
+            "backoff": {
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=5),
+                "base": 2,
+            },
+        },
+    )
+
+
+def ranges(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges in which so many bytes are read."""
+    for start in range(begin, end, PART_BYTES):
+        yield start, min(start + PART_BYTES, end)

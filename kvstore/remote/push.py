@@ -1,0 +1,190 @@
+"""An entry into a remote: its shards first, the document that names them last.
+
+Whatever interrupts a push, the next one skips what has arrived. What is sent reveals
+no more than the entry: a shard that also holds other tokens is sent as a copy without
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import IntegrityError
+from ..format.block import Progress, ShardHeader, StoredBlock
+from ..format.chain import digest_fields
+from ..format.entry import Entry
+from ..ops.load import Loader
+from ..storage.blocks import BlockStore, is_sound
+from ..storage.index import Place
+from ..storage.shards import OpenShard, open_shard, open_shard_at, staged_copy
+from .client import Client
+from .layout import EntryKey, RemoteEntry, RemoteShard, document_of, shard_key
+
+# Each holds at most four parts of a shard in memory.
+_UPLOADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push has done."""
+
+    entry: Entry
+    key: EntryKey
+    # Objects sent, and those that were there already.
+    num_sent: int
+    num_there: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """A shard that is to be in the remote, and the file that has its bytes."""
+
+    shard: RemoteShard
+    path: Path
+
+
+Chain = Sequence[tuple[Place, StoredBlock]]
+"""The blocks of an entry, first to last, and where they lie."""
+
+
+def push_entry(
+    blocks: BlockStore, entry: Entry, client: Client, progress: Progress
+) -> Pushed:
+    """Put an entry into a remote.
+
+    Args:
+        blocks: The store's blocks.
+        entry: The entry.
+        client: The remote.
+        progress: Called with (bytes that are there, bytes in all).
+
+    Raises:
+        IntegrityError: A part of the entry is missing or damaged. The remote has no
+            such entry then.
+        RemoteError: The remote fails. Pushing again goes on from there.
+    """
+    return blocks.run_twice(lambda: _push(blocks, entry, client, progress))
+
+
+def _push(
+    blocks: BlockStore, entry: Entry, client: Client, progress: Progress
+) -> Pushed:
+    Loader(blocks).entry_hit(entry)  # what cannot be restored is no use
+    chain = blocks.chain(entry)
+    with ExitStack() as stack:
+        uploads = _prepare(blocks, chain, stack)
+        sent = _send_all(client, list(uploads.values()), progress)
+    numbers = {name: number for number, name in enumerate(uploads)}
+    fingerprint = digest_fields(blocks.origin(entry).fingerprint)
+    key, document = document_of(
+        RemoteEntry(
+            replace(entry, nbytes=sum(b.end - b.begin for _, b in chain)),
+            fingerprint,
+            blocks.folder.block_size,
+            tuple(upload.shard for upload in uploads.values()),
+            tuple((p.hash.hex(), numbers[p.shard]) for p, _ in chain),
+        )
+    )
+    # Only now may anybody see the entry.
+    if not client.is_there(str(key), len(document)):
+        client.put(str(key), document)
+        sent.append(len(document))
+    num_there = len(uploads) + 1 - len(sent)
+    return Pushed(entry, key, len(sent), num_there, sum(sent))
+
+
+def _prepare(blocks: BlockStore, chain: Chain, stack: ExitStack) -> dict[str, _Upload]:
+    """Return what to send for each shard of a chain, by its name in the store."""
+    tokens = [token for _, stored in chain for token in stored.block.tokens]
+    wanted: dict[str, list[StoredBlock]] = {}
+    for place, stored in chain:
+        wanted.setdefault(place.shard, []).append(stored)
+    uploads = {}
+    for name, of_entry in wanted.items():
+        with _opened(blocks, name) as opened:
+            if _reveals_more(opened.header, tokens):
+                copy = staged_copy(blocks.folder.staging, opened, of_entry)
+                staged = stack.enter_context(copy)
+                with open_shard_at(staged.path) as copied:
+                    uploads[name] = _upload(copied, staged.name)
+            else:
+                uploads[name] = _upload(opened, name)
+    return uploads
+
+
+@contextmanager
+def _opened(blocks: BlockStore, name: str) -> Iterator[OpenShard]:
+    """Open a shard of the store, which `prune` may have taken meanwhile."""
+    try:
+        with open_shard(blocks.folder.shards, name) as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"shard {name[:12]} is missing", hint="push the entry again"
+        ) from error
+
+
+def _reveals_more(header: ShardHeader, tokens: Sequence[int]) -> bool:
+    """Whether a shard has tokens that the entry does not have at their position.
+
+    Short tails that the entry has outgrown are its own tokens.
+    """
+    return any(
+        list(tokens[stored.block.start :][: len(stored.block.tokens)])
+        != list(stored.block.tokens)
+        or not is_sound(stored)
+        for stored in header.blocks
+    )
+
+
+def _upload(opened: OpenShard, name: str) -> _Upload:
+    header = hashlib.sha256(opened.read_header()).hexdigest()
+    size = opened.header
+    return _Upload(RemoteShard(name, size.nbytes, size.data_begin, header), opened.path)
+
+
+def _send_all(
+    client: Client, uploads: Sequence[_Upload], progress: Progress
+) -> list[int]:
+    """Send the shards that are not there, and return their sizes."""
+    total = sum(upload.shard.nbytes for upload in uploads)
+    done, sent = 0, []
+    with ThreadPoolExecutor(_UPLOADS) as pool:
+        running = {pool.submit(_send, client, upload): upload for upload in uploads}
+        try:
+            for future in as_completed(running):
+                nbytes = running[future].shard.nbytes
+                sent += [nbytes] if future.result() else []
+                done += nbytes
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return sent
+
+
+def _send(client: Client, upload: _Upload) -> bool:
+    """Send a shard unless it is there; its bytes are checked before."""
+    name = upload.shard.name
+    if client.is_there(shard_key(name), upload.shard.nbytes):
+        return False
+    try:
+        with open_shard_at(upload.path) as opened:
+            if opened.sha256() != name:
+                raise IntegrityError(
+                    f"shard has other bytes than its name says: {upload.path}",
+                    path=upload.path,
+                    hint="`kvstore verify --read-data` finds more",
+                )
+        client.put(shard_key(name), upload.path)
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"shard {name[:12]} is missing", hint="push the entry again"
+        ) from error
+    return True
