@@ -436,7 +436,7 @@ def insert(model: str, codec: str, trials: str) -> None:
     from kvstore import Store
     from kvstore.models.load import load_model
     from kvstore.models.session import prefill
-    from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
+    from kvstore.server import DiskPromptCache, ServedModel
 
     loaded, tokenizer, fingerprint = load_model(model)
     tokens = tokenizer.encode(sys.stdin.read())[:STALL_TOKENS]

@@ -13,7 +13,8 @@ from .housekeeping import Size
 from .main import Verb, load_fast_blas, log, open_store
 
 if TYPE_CHECKING:
-    from ..server.prompt_cache import DiskPromptCache, ServedModel
+    from ..server.disk import ServedModel
+    from ..server.prompt_cache import DiskPromptCache
 
 _MIN_FREE_BYTES = 5_000_000_000
 

@@ -24,7 +24,8 @@ from ..caches.live import quantize
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..models.load import find_model, fingerprint_model
-from .prompt_cache import DiskPromptCache, ServedModel
+from .disk import ServedModel
+from .prompt_cache import DiskPromptCache
 
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
 # tokens, the rows and the states are those of serving alone.

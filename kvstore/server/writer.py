@@ -103,10 +103,12 @@ class Writer:
             return frozenset(block for job in self._jobs for block in job.rows.hashes)
 
     def put(self, job: Job) -> bool:
-        """Have something saved soon; ``False`` where too much is waiting already."""
+        """Have something saved soon; ``False`` if too much waits, or it has closed."""
         with self._changed:
             queued = self._queued_bytes + job.rows.nbytes
-            if self._jobs and queued > self._max_queued_bytes:
+            if self._is_closing or (self._jobs and queued > self._max_queued_bytes):
+                why = "it is closed" if self._is_closing else "too much is waiting"
+                log.warning("kvstore: not kept: %s for the disk", why)
                 return False
             self._queued_bytes = queued
             self._jobs.append(job)

@@ -13,7 +13,7 @@ from kvstore.caches import live as caches_module
 from kvstore.caches.live import Provenance
 from kvstore.errors import StoreLockedError
 from kvstore.fingerprint import Fingerprint
-from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
+from kvstore.server import DiskPromptCache, ServedModel
 from turboquant.kv_cache import TurboQuantKVCache
 
 KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
@@ -213,7 +213,7 @@ def test_a_window_that_is_ahead_is_not_kept(open_tier, caches, log):
     assert any("no rows of exactly 19 tokens" in line for line in log())
     assert tier.fetch_nearest_cache(KEY, list(range(25)))[0] is None
     tier.close()
-    assert not tier._store.entries()
+    assert not tier.store.entries()
 
 
 @pytest.mark.parametrize("num_ahead", [-1, 1])
@@ -355,10 +355,10 @@ def test_what_is_on_its_way_is_not_copied_again(open_tier, caches, slow_disk):
     tokens, held = caches.make_conversation(4, 1)
     tier = open_tier()
     tier.insert_cache(KEY, tokens, held)
-    waiting = tier._writer._queued_bytes
+    waiting = tier._disk._writer._queued_bytes
     longer = caches.grow(held, caches.random_rows(caches.BLOCK, 2))
     tier.insert_cache(KEY, [*tokens, *range(16)], longer)
-    assert tier._writer._queued_bytes - waiting == waiting // 4
+    assert tier._disk._writer._queued_bytes - waiting == waiting // 4
 
 
 def test_only_so_much_may_wait(open_tier, caches, slow_disk, log):
@@ -369,7 +369,7 @@ def test_only_so_much_may_wait(open_tier, caches, slow_disk, log):
     assert sum("too much is waiting" in line for line in log()) == 2
     slow_disk.set()
     tier.flush()
-    assert len(tier._store.entries()) == 1
+    assert len(tier.store.entries()) == 1
 
 
 def test_what_is_computed_sooner_is_not_read(open_tier, caches, log):
@@ -396,7 +396,7 @@ def test_a_disk_slower_than_the_model_is_given_up(open_tier, caches, monkeypatch
     tier = open_tier()
     tier.insert_cache(KEY, tokens, held)
     tier = restart(tier, open_tier)
-    monkeypatch.setattr("kvstore.server.prompt_cache._MIN_READ_S", -1.0)
+    monkeypatch.setattr("kvstore.server.disk._MIN_READ_S", -1.0)
     tier.store.note_prefill(caches.MODEL, 1_000_000, 1e-6)
     assert tier.fetch_nearest_cache(KEY, tokens) == (None, tokens)
     assert "slower than the model: 16 of 63 tokens" in log()[-1]
@@ -423,8 +423,8 @@ def test_few_tokens_are_neither_kept_nor_read(open_tier, caches, log):
     tier = open_tier(min_tokens=len(tokens) + 1)
     tier.insert_cache(KEY, tokens, held)
     tier.flush()
-    assert not tier._store.entries()
-    with Store(tier._store.path) as store:
+    assert not tier.store.entries()
+    with Store(tier.store.path) as store:
         store.save(tokens, held, caches.MODEL)
     again = restart(tier, open_tier, min_tokens=len(tokens) + 1)
     assert again.fetch_nearest_cache(KEY, [*tokens, 1]) == (None, [*tokens, 1])
@@ -435,7 +435,7 @@ def test_the_disk_keeps_its_reserve(open_tier, caches, log):
     tier = open_tier(min_free_bytes=1 << 62)
     tier.insert_cache(KEY, *caches.make_conversation(2, 1))
     tier.flush()
-    assert not tier._store.entries()
+    assert not tier.store.entries()
     assert any("are reserved" in line for line in log())
 
 
@@ -449,7 +449,7 @@ def test_a_conversation_is_one_entry(open_tier, caches):
         held = caches.grow(held, caches.random_rows(7, turn + 5))
         tier.insert_cache(KEY, tokens, held)
         tier.flush()
-    assert sorted(e.num_tokens for e in tier._store.entries()) == [32, 32 + 21]
+    assert sorted(e.num_tokens for e in tier.store.entries()) == [32, 32 + 21]
 
 
 def test_a_pinned_turn_stays(open_tier, caches):
@@ -458,12 +458,12 @@ def test_a_pinned_turn_stays(open_tier, caches):
     tier = open_tier()
     tier.insert_cache(KEY, tokens, held)
     tier.flush()
-    (entry,) = tier._store.entries()
-    tier._store.pin(entry.id)
+    (entry,) = tier.store.entries()
+    tier.store.pin(entry.id)
     caches.grow(held, caches.random_rows(1, 3))
     tier.insert_cache(KEY, [*tokens, 1], held)
     tier.flush()
-    assert len(tier._store.entries()) == 2
+    assert len(tier.store.entries()) == 2
 
 
 def test_damage_is_computed_anew(open_tier, caches, flip_bit, log):
@@ -472,7 +472,7 @@ def test_damage_is_computed_anew(open_tier, caches, flip_bit, log):
     tier = open_tier()
     tier.insert_cache(KEY, tokens, held)
     tier.close()
-    (shard,) = (tier._store.path / "shards").glob("??/*.safetensors")
+    (shard,) = (tier.store.path / "shards").glob("??/*.safetensors")
     flip_bit(shard, 8 * (shard.stat().st_size - 3))
     again = open_tier()
     found, rest = again.fetch_nearest_cache(KEY, [*tokens, 1])
@@ -547,3 +547,27 @@ def test_a_malformed_fingerprint_is_refused_at_once():
     """Not by the thread that writes, when it is too late."""
     with pytest.raises(TypeError, match="dict of fields, not a str"):
         Fingerprint("ab" * 32)
+
+
+def test_what_comes_after_the_end_is_not_kept(open_tier, caches, log):
+    """The writing thread has gone: nothing may wait for it."""
+    tier = open_tier()
+    tier.close()
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    assert any("it is closed" in line for line in log())
+    assert tier.flush(timeout_s=5)
+
+
+def test_an_insertion_does_not_wait_for_a_read(open_tier, caches):
+    """Another thread may be reading from a slow disk."""
+    tier = open_tier()
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    with tier._disk._reading:
+        work = caches.make_conversation(2, 2)
+        mx.eval([cache.state for cache in work[1]])
+        other = threading.Thread(target=tier.insert_cache, args=(KEY, *work))
+        other.start()
+        other.join(10)
+        assert not other.is_alive()
+    tier.flush()
+    assert len(tier.store.entries()) == 2

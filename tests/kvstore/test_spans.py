@@ -8,7 +8,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from kvstore import Store
 from kvstore.format.spans import last_end
-from kvstore.server.prompt_cache import DiskPromptCache, ServedModel
+from kvstore.server import DiskPromptCache, ServedModel
 
 BLOCK = 16
 CODECS = "raw", "turbo4+zstd"

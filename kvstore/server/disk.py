@@ -1,0 +1,264 @@
+"""What a server keeps on disk of its prompt caches: reads, and has written.
+
+Any thread may call it. Rows are read, and copied for writing, on the thread that asks;
+another one writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..caches import live as caches
+from ..caches.live import Provenance
+from ..errors import KVStoreError
+from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.spans import Span
+from ..ops.load import Match
+from ..store import Store
+from .lineage import Lineage
+from .writer import Job, Writer
+
+log = logging.getLogger("kvstore")
+MIN_TOKENS = 64
+"""Fewer are computed sooner than a file is opened."""
+# How long a read may take at least, since the first of a process may compile kernels,
+# and where nobody knows what computing takes; and how long a disk that was slower is
+# left alone.
+_MIN_READ_S, _MAX_READ_S, _PAUSE_S = 10.0, 30.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a server's key for a model stands for."""
+
+    # Of the model as it is loaded, adapter and draft model included.
+    fingerprint: Fingerprint
+    # Prompt caches as the server makes them, one of each kind that it can go on from.
+    empty_caches: tuple[list[Any], ...]
+
+
+class Disk:
+    """A store that several threads read, and one of its own writes.
+
+    Args:
+        store: Where prompts are looked up. Each lookup and each load locks it, so it is
+            this object's from now on.
+        min_tokens: Fewer tokens are neither kept nor read for.
+        min_free_bytes: What the disk keeps free.
+        max_queued_bytes: Rows that may wait to be written; more are not kept.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        min_tokens: int = MIN_TOKENS,
+        min_free_bytes: int = 0,
+        max_queued_bytes: int = 4_000_000_000,
+    ) -> None:
+        self.store = store
+        self._reading = threading.Lock()
+        # Of its own, so that no insertion waits for a read.
+        self._taker: Store | None = None
+        self._taking = threading.Lock()
+        self._min_tokens = min_tokens
+        self._lineage = Lineage()
+        self._read_again_at = 0.0
+        self._writer = Writer(
+            self._open_again,
+            min_free_bytes=min_free_bytes,
+            max_queued_bytes=max_queued_bytes,
+        )
+
+    def read(
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        num_held: int,
+        spans: Sequence[Span] = (),
+    ) -> tuple[list[Any], list[int]] | None:
+        """Return more of a prompt than memory holds, or ``None``.
+
+        Args:
+            served: The model.
+            tokens: The prompt.
+            num_held: How many of its tokens memory holds.
+            spans: Parts of the prompt that are fed whole.
+
+        Returns:
+            A prompt cache, evaluated, and the tokens still to be fed.
+        """
+        with self._reading:
+            return self._read(served, tokens, num_held, spans)
+
+    def keep(
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        prompt_cache: list[Any],
+        *,
+        is_shared: bool,
+    ) -> bool:
+        """Copy what the store lacks, and have it written; say whether it will be.
+
+        Args:
+            served: The model.
+            tokens: Exactly those whose rows the prompt cache has.
+            prompt_cache: Its arrays are evaluated on this thread.
+            is_shared: Others go on from here, so that what continues it does not take
+                its place.
+        """
+        with self._taking:
+            return self._keep(served, tokens, prompt_cache, is_shared=is_shared)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until all that was kept is on disk or given up; say whether it is."""
+        return self._writer.flush(timeout_s)
+
+    def close(self) -> None:
+        """Write what waits, and close the stores; nothing more is kept then."""
+        self._writer.close()
+        with self._taking, self._reading:
+            for store in (self._taker, self.store):
+                if store is not None:
+                    store.close()
+
+    def _read(
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        num_held: int,
+        spans: Sequence[Span],
+    ) -> tuple[list[Any], list[int]] | None:
+        about = f"{len(tokens)} tokens, {num_held} in memory"
+        if len(tokens) - 1 - num_held < self._min_tokens:
+            log.info("kvstore: %s: no need of the disk", about)
+            return None
+        like, match = self._longest(served, tokens, spans)
+        reason = self._why_not(served, match, num_held)
+        if reason is not None:
+            log.info("kvstore: %s: %s", about, reason)
+            return None
+        begin = time.monotonic()
+        limit = self._limit(served, match.num_tokens - num_held)
+        prompt_cache, rest = self.store.load(
+            tokens, served.fingerprint, like=like, spans=spans, progress=limit
+        )
+        if prompt_cache is None:
+            log.info("kvstore: %s: what is on disk turned out to be damaged", about)
+            return None
+        num_read, seconds = len(tokens) - len(rest), time.monotonic() - begin
+        log.info("kvstore: %s: %d read from disk in %.3f s", about, num_read, seconds)
+        provenance = caches.read_provenance(prompt_cache)
+        self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
+        return prompt_cache, rest
+
+    def _limit(self, served: ServedModel, num_gained: int) -> Progress:
+        """Return a callback that ends a load which takes longer than computing.
+
+        Args:
+            served: The model.
+            num_gained: Tokens that need not be computed.
+        """
+        computed_s = self.store.speeds(served.fingerprint).prefill_s(num_gained)
+        begin = time.monotonic()
+        limit_s = max(_MIN_READ_S, computed_s or _MAX_READ_S)
+
+        def progress(done: int, total: int) -> None:
+            now = time.monotonic()
+            if done < total and now > begin + limit_s:
+                self._read_again_at = now + _PAUSE_S
+                self.store.note_load(served.fingerprint, done, now - begin)
+                raise KVStoreError(
+                    f"the disk is slower than the model: {done} of {total} tokens"
+                    f" read, and none are for {_PAUSE_S:.0f} s"
+                )
+
+        return progress
+
+    def _longest(
+        self, served: ServedModel, tokens: list[int], spans: Sequence[Span]
+    ) -> tuple[list[Any], Match]:
+        """Return the kind of prompt cache of which most is stored."""
+        found = [
+            (
+                like,
+                self.store.lookup(tokens, served.fingerprint, like=like, spans=spans),
+            )
+            for like in served.empty_caches
+        ]
+        return max(found, key=lambda pair: pair[1].num_tokens)
+
+    def _why_not(self, served: ServedModel, match: Match, num_held: int) -> str | None:
+        """Return why the disk is not read, or ``None`` where it is."""
+        about = f"{match.num_tokens} on disk"
+        gain = match.num_tokens - num_held
+        if gain <= 0:
+            return f"{about}: {match.detail}"
+        if gain < self._min_tokens:
+            return f"{about}: too few more to read them"
+        if time.monotonic() < self._read_again_at:
+            return f"{about}: declined: the disk was too slow just now"
+        speeds = self.store.speeds(served.fingerprint)
+        if not speeds.pays(match.num_tokens, held=num_held):
+            return (
+                f"{about}: declined: read in {speeds.load_s(match.num_tokens):.3f} s,"
+                f" computed in {speeds.prefill_s(gain):.3f} s"
+            )
+        return None
+
+    def _open_again(self) -> Store:
+        """Return another store on the same folder, for another thread."""
+        mine = self.store
+        other = Store(mine.path, mine.codec)
+        other.share_notes(mine)
+        return other
+
+    def _keep(
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        prompt_cache: list[Any],
+        *,
+        is_shared: bool,
+    ) -> bool:
+        if len(tokens) < self._min_tokens:
+            log.info("kvstore: not kept: %d tokens are too few", len(tokens))
+            return False
+        self._mark(served.fingerprint, tokens, prompt_cache)
+        self._taker = self._taker or self._open_again()
+        snapshot = self._taker.snapshot(
+            tokens, prompt_cache, served.fingerprint, without=self._writer.pending
+        )
+        return self._writer.put(Job(snapshot, is_shared))
+
+    def _mark(
+        self, fingerprint: Fingerprint, tokens: Sequence[int], prompt_cache: list[Any]
+    ) -> None:
+        """Give a prompt cache back what a batch has made it forget."""
+        kept = caches.read_provenance(prompt_cache)
+        known = self._lineage.of(fingerprint.digest, tokens)
+        provenance = Provenance(
+            max(kept.coded_tokens, known.coded_tokens), kept.is_exact and known.is_exact
+        )
+        if provenance != kept:
+            caches.set_provenance(prompt_cache, provenance)
+
+
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Log whatever goes wrong with the disk: a server lives on without it."""
+    try:
+        yield
+    except (KVStoreError, OSError) as error:
+        log.warning("kvstore: %s: %s", what, error)
+    except Exception:
+        # Raised on the generating thread, it would end the server.
+        log.exception("kvstore: %s", what)
