@@ -1,9 +1,9 @@
-"""The quantizer on the CPU, in NumPy, without a compiler.
+"""The kernels in NumPy, without a compiler: what the others are held against.
 
-Encoding does nothing but elementwise IEEE arithmetic in a fixed order, on columns of
-vectors: a vector gives the same bytes on every machine and among any neighbours.
-Decoding is a table look-up and a matrix product, whose last place may differ between
-machines. Both work in pieces that stay in a core's cache.
+All of it is elementwise IEEE arithmetic in a fixed order, on columns of vectors: a
+vector gives the same bytes on every machine and among any neighbours, and codes decode
+to the same numbers. No BLAS is called, whose threads spin beside a busy core. The work
+is done in pieces that stay in a core's cache.
 
 Knows planes and buffers; knows nothing of caches, files or blocks of tokens.
 """
@@ -11,6 +11,7 @@ Knows planes and buffers; knows nothing of caches, files or blocks of tokens.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,11 @@ from turboquant.packing import (
     indices_to_symbols,
     plane_fields,
     plane_widths,
+    split_planes,
     symbols_to_indices,
 )
 from turboquant.quantizer import LARGE, RESCALE, SMALL, TINY
-from turboquant.rotation import Rotation, rotation_matrix, rotation_signs
+from turboquant.rotation import Rotation, rotation_signs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,8 +36,6 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 _PIECE_FLOATS = 49152
-_MAX_PRODUCT = 2**18
-_MIN_ROWS = 8
 # Up to so many bits, comparing with every boundary is faster than a look-up.
 _MAX_COMPARED_BITS = 4
 # Cells of the look-up table of boundaries: each is narrower than two of those at 8 bits
@@ -44,12 +44,76 @@ _NUM_CELLS = 2048
 _CELLS_PER_UNIT = 128
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 # By dtype of a decoding buffer; uint16 holds bfloat16 bits.
 _LARGEST = {
     np.dtype(np.float32): _FLOAT32_MAX,
-    np.dtype(np.float16): float(np.finfo(np.float16).max),
+    np.dtype(np.float16): _FLOAT16_MAX,
     np.dtype(np.uint16): 3.3895313892515355e38,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCodes:
+    """What `encode_block` makes of rows."""
+
+    # Widest first, each of shape (L, H, T, D * width // 8).
+    planes: list[Bytes]
+    # Shape (L, H, T).
+    norms: Floats
+    # What was taken off the rows, shape (L, H, D), or None.
+    mean: NDArray[np.float16] | None
+
+
+class NumpyKernels:
+    """The kernels that work everywhere."""
+
+    name = "numpy"
+
+    def encode_block(
+        self,
+        layers: Sequence[NDArray[Any]],
+        bits: int,
+        rotation: Rotation,
+        *,
+        is_centred: bool,
+    ) -> BlockCodes:
+        """Quantize the rows of some layers."""
+        check_encode(layers, bits, rotation)
+        shape = (len(layers), *layers[0].shape[:2])
+        codes = np.empty((*shape, rotation.dim * bits // 8), np.uint8)
+        norms = np.empty(shape, np.float32)
+        mean = np.empty((*shape[:2], rotation.dim), np.float16) if is_centred else None
+        for number, layer in enumerate(layers):
+            wide = _to_float32(layer)
+            if mean is not None:
+                mean[number] = _mean(wide)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    wide -= mean[number][:, None].astype(np.float32)
+            codes[number], norms[number] = encode(wide, bits, rotation)
+        return BlockCodes(list(split_planes(codes, bits)), norms, mean)
+
+    def decode_block(
+        self,
+        planes: Sequence[Bytes],
+        norms: Floats,
+        layers: Sequence[NDArray[Any]],
+        bits: int,
+        rotation: Rotation,
+        *,
+        mean: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Decode rows into one buffer for each layer."""
+        check_decode(planes, norms, layers, bits, rotation, mean)
+        for number, layer in enumerate(layers):
+            decode_into(
+                [plane[number] for plane in planes],
+                norms[number],
+                layer,
+                bits,
+                rotation,
+                mean=None if mean is None else mean[number],
+            )
 
 
 def encode(x: NDArray[Any], bits: int, rotation: Rotation) -> tuple[Bytes, Floats]:
@@ -112,26 +176,105 @@ def decode_into(
         ValueError: ``bits`` is not 1 to 8, or a shape, a dtype or ``rotation`` does not
             fit.
     """
-    _check_decode(planes, norms, out, bits, rotation, mean)
+    check_decode(
+        [plane[None] for plane in planes], norms[None], [out], bits, rotation,
+        None if mean is None else mean[None],
+    )  # fmt: skip
     limit = _LARGEST[out.dtype]
-    norms = _finite_or_nan(norms)[..., None]
-    mean = None if mean is None else _finite_or_nan(mean)[:, None, :]
+    norms = finite_or_nan(norms)
+    mean = None if mean is None else finite_or_nan(mean)
     if _bound(norms, mean, bits) < limit:
         limit = math.inf
     with np.errstate(over="ignore", invalid="ignore"):
-        for heads, tokens in _head_pieces(*out.shape):
-            target = out[heads, tokens]
-            directions = _directions(
-                [plane[heads, tokens] for plane in planes], bits, rotation
+        for head, tokens in _head_pieces(*out.shape):
+            columns = _decode_columns(
+                [plane[head, tokens] for plane in planes], bits, rotation
             )
-            sums = target if target.dtype == np.float32 else directions
-            np.multiply(directions, norms[heads, tokens], out=sums)
+            columns *= norms[head, tokens]
             if mean is not None:
-                sums += mean[heads]
+                columns += mean[head][:, None]
             if limit < math.inf:
-                np.clip(sums, -limit, limit, out=sums)
-            if sums is not target:
-                _convert(sums, target)
+                np.clip(columns, -limit, limit, out=columns)
+            _convert(columns, out[head, tokens].T)
+
+
+def check_encode(layers: Sequence[NDArray[Any]], bits: int, rotation: Rotation) -> None:
+    """Refuse rows that `encode_block` cannot take.
+
+    Raises:
+        ValueError: ``bits`` is not 1 to 8, or a shape, a dtype or ``rotation`` does not
+            fit.
+    """
+    plane_widths(bits)
+    _check_layers(layers, rotation)
+
+
+def check_decode(
+    planes: Sequence[Bytes],
+    norms: Floats,
+    layers: Sequence[NDArray[Any]],
+    bits: int,
+    rotation: Rotation,
+    mean: NDArray[np.floating] | None,
+) -> None:
+    """Refuse what `decode_block` cannot decode.
+
+    Raises:
+        ValueError: ``bits`` is not 1 to 8, or a shape, a dtype or ``rotation`` does not
+            fit.
+    """
+    widths = plane_widths(bits)
+    shape = _check_layers(layers, rotation)
+    shapes = [(*shape, rotation.dim * width // 8) for width in widths]
+    if [plane.shape for plane in planes] != shapes:
+        raise ValueError(f"planes of {bits} bits must have the shapes {shapes}")
+    if any(plane.dtype != np.uint8 for plane in planes):
+        raise ValueError("planes must be of dtype uint8")
+    if norms.shape != shape:
+        raise ValueError(f"norms must have the shape {shape}: {norms.shape}")
+    if mean is not None and mean.shape != (*shape[:2], rotation.dim):
+        raise ValueError(f"mean of {mean.shape} does not fit {shape}")
+
+
+def _check_layers(
+    layers: Sequence[NDArray[Any]], rotation: Rotation
+) -> tuple[int, int, int]:
+    """Return how many layers, heads and tokens there are."""
+    kinds = {(layer.dtype, layer.shape) for layer in layers}
+    if len(kinds) != 1:
+        raise ValueError("layers must be of one dtype and one shape, and not none")
+    dtype, shape = kinds.pop()
+    if len(shape) != 3 or shape[2] != rotation.dim or dtype not in _LARGEST:
+        raise ValueError(
+            f"cannot encode or decode rows of {dtype} and shape {shape} with a rotation"
+            f" of dim {rotation.dim}"
+        )
+    return len(layers), shape[0], shape[1]
+
+
+def _to_float32(x: NDArray[Any]) -> Floats:
+    """Return numbers, or the bits of bfloat16 in uint16, as a new array."""
+    if x.dtype != np.uint16:
+        return np.array(x, np.float32, order="C")
+    wide = np.array(x, np.uint32, order="C")
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
+
+
+def _mean(x: Floats) -> NDArray[np.float16]:
+    """Return each head's mean over the tokens: ``(H, T, D)`` to ``(H, D)``."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Row by row, since rows are contiguous.
+        return round_mean(np.add.reduce(x, axis=1), x.shape[1])
+
+
+def round_mean(sums: Floats, num_tokens: int) -> NDArray[np.float16]:
+    """Return as float16 the means that have these sums."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = (sums.astype(np.float64) / max(1, num_tokens)).astype(np.float32)
+    # A coordinate with NaN or an infinity in it is not centred.
+    mean = np.where(np.isfinite(mean), mean, np.float32(0))
+    return np.clip(mean, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
 
 
 def _pieces(length: int, step: int) -> Iterator[slice]:
@@ -165,7 +308,7 @@ def _quantize_columns(
     length[length == 0] = 1
     stretch: Floats = np.divide(root, length)
     indices = _nearest_indices(rotated * stretch, bits)
-    rounded = np.take(_levels(bits), indices, mode="wrap")
+    rounded = np.take(index_table(bits), indices, mode="wrap")
     norms = _sum_rows(rotated * rounded)
     np.multiply(rounded, rounded, out=rounded)
     return indices, norms / _sum_rows(rounded) * root
@@ -173,9 +316,14 @@ def _quantize_columns(
 
 def _rotate_columns(columns: Floats, rotation: Rotation) -> Floats:
     columns *= rotation_signs(rotation)[:, None]
+    rotated = _transform_columns(columns, rotation)
+    rotated *= scale_table(rotation)[:, None]
+    return rotated
+
+
+def _transform_columns(columns: Floats, rotation: Rotation) -> Floats:
+    """Transform each block, not yet orthonormal; ``columns`` is overwritten."""
     blocks = [_hadamard_columns(columns[block]) for block in rotation.block_slices]
-    for block, size in zip(blocks, rotation.block_sizes, strict=True):
-        block *= np.float32(1 / math.sqrt(size))
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
@@ -246,31 +394,10 @@ def _pack_plane(fields: Bytes, width: int) -> Bytes:
     return plane
 
 
-def _check_decode(
-    planes: Sequence[Bytes],
-    norms: Floats,
-    out: NDArray[Any],
-    bits: int,
-    rotation: Rotation,
-    mean: NDArray[np.floating] | None,
-) -> None:
-    widths = plane_widths(bits)
-    if out.ndim != 3 or out.shape[-1] != rotation.dim or out.dtype not in _LARGEST:
-        raise ValueError(f"cannot decode into {out.dtype} of shape {out.shape}")
-    shapes = [(*out.shape[:2], rotation.dim * width // 8) for width in widths]
-    if [plane.shape for plane in planes] != shapes:
-        raise ValueError(f"planes of {bits} bits must have the shapes {shapes}")
-    if any(plane.dtype != np.uint8 for plane in planes):
-        raise ValueError("planes must be of dtype uint8")
-    if norms.shape != out.shape[:2]:
-        raise ValueError(f"norms must have the shape {out.shape[:2]}: {norms.shape}")
-    if mean is not None and mean.shape != (out.shape[0], rotation.dim):
-        raise ValueError(f"mean of {mean.shape} does not fit {out.shape}")
-
-
-def _finite_or_nan(x: NDArray[np.floating]) -> Floats:
-    # One NaN for all: the rounding to bfloat16 would carry another's payload over.
-    return np.where(np.isfinite(x), x, np.nan).astype(np.float32)
+def finite_or_nan(x: NDArray[np.floating]) -> Floats:
+    """Return a float32 copy, with one NaN for all that is not finite."""
+    # One for all: the rounding to bfloat16 would carry another's payload over.
+    return np.where(np.isfinite(x), x, np.nan).astype(np.float32, order="C")
 
 
 def _bound(norms: Floats, mean: Floats | None, bits: int) -> float:
@@ -287,48 +414,25 @@ def _peak(x: Floats) -> float:
 
 def _head_pieces(
     num_heads: int, num_tokens: int, dim: int
-) -> Iterator[tuple[slice, slice]]:
-    num_vectors = max(1, _PIECE_FLOATS // dim)
-    for heads in _pieces(num_heads, num_vectors // max(1, num_tokens)):
-        for tokens in _pieces(num_tokens, num_vectors):
-            yield heads, tokens
+) -> Iterator[tuple[int, slice]]:
+    for head in range(num_heads):
+        for tokens in _pieces(num_tokens, _PIECE_FLOATS // dim):
+            yield head, tokens
 
 
-def _directions(planes: Sequence[Bytes], bits: int, rotation: Rotation) -> Floats:
-    """Return decoded vectors of norm about 1, shape ``(H, T, D)``."""
-    table = _level_table(bits)
-    levels = np.take(table, _table_indices(planes, bits), axis=0, mode="wrap")
-    num_vectors = planes[0].shape[0] * planes[0].shape[1]
-    rows = _rows_per_product(num_vectors, rotation.dim)
-    directions: Floats = np.matmul(
-        levels.reshape(-1, rows, rotation.dim),
-        _unrotation(rotation, plane_widths(bits)[0]),
-    )
-    return directions.reshape(*planes[0].shape[:2], rotation.dim)
-
-
-def _rows_per_product(num_vectors: int, dim: int) -> int:
-    """Return how many vectors to multiply at once: a divisor of ``num_vectors``."""
-    # OpenBLAS starts its threads at 2**18 multiplications, and they spin: beside busy
-    # cores a call was seen to take 50 times longer. Too few rows are slow as well.
-    most = max(1, (_MAX_PRODUCT - 1) // dim**2)
-    rows = math.gcd(num_vectors, 1 << (most.bit_length() - 1))
-    return rows if rows >= _MIN_ROWS else num_vectors
-
-
-def _table_indices(planes: Sequence[Bytes], bits: int) -> NDArray[Any]:
-    """Join each byte of the widest plane with the other planes' fields beside it."""
-    widest, *others = planes
-    if not others:
-        return widest
-    indices = widest.astype(np.uint16)
-    shift = 8
-    for plane, width in zip(others, plane_widths(bits)[1:], strict=True):
-        runs = indices.reshape(*plane.shape[:2], -1, plane.shape[2])
-        for run, beside in enumerate(_fields_beside(plane_widths(bits)[0], width)):
-            runs[:, :, run] |= np.take(beside << shift, plane, mode="wrap")
-        shift += 8 // plane_widths(bits)[0] * width
-    return indices
+def _decode_columns(planes: Sequence[Bytes], bits: int, rotation: Rotation) -> Floats:
+    """Return vectors of norm about 1, shape ``(D, T)``, from planes of ``(T, …)``."""
+    symbols = np.zeros((rotation.dim, len(planes[0])), np.uint8)
+    for plane, (width, shift) in zip(planes, plane_fields(bits), strict=True):
+        columns = np.ascontiguousarray(plane.T)
+        runs = symbols.reshape(8 // width, *columns.shape)
+        for place, run in enumerate(runs):
+            field = (columns >> np.uint8(place * width)) & np.uint8(2**width - 1)
+            run |= field << np.uint8(shift)
+    levels = np.take(symbol_table(bits), symbols, mode="clip")
+    directions = _transform_columns(levels, rotation)
+    directions *= unscale_table(rotation)[:, None]
+    return directions
 
 
 def _convert(sums: Floats, target: NDArray[Any]) -> None:
@@ -346,7 +450,8 @@ def _convert(sums: Floats, target: NDArray[Any]) -> None:
 
 
 @lru_cache
-def _levels(bits: int) -> Floats:
+def index_table(bits: int) -> Floats:
+    """Return the level of each index, shape ``(2**bits,)``."""
     return np.array(lloyd_max_centroids(bits), np.float32)
 
 
@@ -366,42 +471,25 @@ def _cell_tables(bits: int) -> tuple[Bytes, Floats]:
 
 
 @lru_cache
-def _unrotation(rotation: Rotation, width: int) -> Floats:
-    """Return the inverse rotation for coordinates in the order of a plane's fields."""
-    order = np.arange(rotation.dim).reshape(8 // width, -1).T.ravel()
-    inverse = rotation_matrix(rotation).T[order].astype(np.float64)
-    return (inverse / math.sqrt(rotation.dim)).astype(np.float32)
+def scale_table(rotation: Rotation) -> Floats:
+    """Return what makes each coordinate of a transform orthonormal, shape ``(D,)``."""
+    sizes = [np.full(size, size) for size in rotation.block_sizes]
+    return (1 / np.sqrt(np.concatenate(sizes))).astype(np.float32)
 
 
 @lru_cache
-def _level_table(bits: int) -> Floats:
-    """Return the levels of the coordinates of each value of `_table_indices`."""
-    widths = plane_widths(bits)
-    num_fields = 8 // widths[0]
-    keys = np.arange(2 ** (num_fields * bits))
-    symbols = np.zeros((len(keys), num_fields), np.int64)
-    for width in widths:
-        for field in range(num_fields):
-            value = (keys >> (field * width)) & (2**width - 1)
-            symbols[:, field] = symbols[:, field] << width | value
-        keys = keys >> (num_fields * width)
-    indices = symbols_to_indices(symbols.astype(np.uint8), bits)
-    table: Floats = _levels(bits)[indices]
-    return table
+def unscale_table(rotation: Rotation) -> Floats:
+    """Return what each coordinate of transformed levels is multiplied by, ``(D,)``.
 
-
-@lru_cache
-def _fields_beside(widest: int, width: int) -> NDArray[np.uint16]:
-    """Return, by run of the widest plane and byte of another, the fields they share.
-
-    A byte of the other plane covers as many bytes of the widest as it is narrower, one
-    in each run; their coordinates are every so-many-th of its own.
+    It undoes the signs, makes the transform orthonormal and the levels of length 1.
     """
-    num_runs = widest // width
-    values = np.arange(256)
-    beside = np.zeros((num_runs, 256), np.uint16)
-    for run in range(num_runs):
-        for field in range(8 // widest):
-            value = (values >> ((run + field * num_runs) * width)) & (2**width - 1)
-            beside[run] |= (value << (field * width)).astype(np.uint16)
-    return beside
+    sizes = [np.full(size, size) for size in rotation.block_sizes]
+    factors = 1 / np.sqrt(np.concatenate(sizes) * rotation.dim)
+    return (factors * rotation_signs(rotation)).astype(np.float32)
+
+
+@lru_cache
+def symbol_table(bits: int) -> Floats:
+    """Return the level of each symbol, shape ``(2**bits,)``."""
+    symbols = np.arange(2**bits, dtype=np.uint8)
+    return index_table(bits)[symbols_to_indices(symbols, bits)]

@@ -1,0 +1,697 @@
+// Rows to codes and back for one instruction set: compiled once for each, with ISA as
+// its name and VW as the floats of one of its vectors.
+//
+// 16 rows are worked on at a time, as columns: a row of the working buffers has one
+// coordinate of all 16, so that nothing is ever added across the lanes of a vector.
+// Every sum is added in the order of turboquant/kernels/numpy.py, and the compiler may
+// not contract a product and a sum into one rounding (-ffp-contract=off): codes and
+// norms are the same bytes there and here, and decoded rows the same on any machine.
+//
+// Knows planes and buffers, as numpy.py does, and believes its caller, native.py.
+
+#include "kernel.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+
+// GCC has the first from version 12 on.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(vi, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(vi, a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+namespace {
+
+constexpr int LANES = 16;  // rows of a group
+constexpr float FLOAT_MAX = 3.40282346638528859812e38f;
+constexpr uint32_t INF_BITS = 0x7f800000, NAN_BITS = 0x7fc00000;
+
+typedef float vf __attribute__((vector_size(4 * VW)));
+typedef int32_t vi __attribute__((vector_size(4 * VW)));
+typedef uint32_t vu __attribute__((vector_size(4 * VW)));
+typedef uint16_t vh __attribute__((vector_size(2 * VW)));
+typedef uint8_t vb __attribute__((vector_size(VW)));
+// For moving things, every instruction set has vectors of 16 bytes.
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+
+template <class V> INLINE V load(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class V> INLINE void store(void* to, V v) { memcpy(to, &v, sizeof v); }
+INLINE vf splat(float x) { return x - (vf){}; }
+INLINE vf choose(vi mask, vf yes, vf no) {
+  return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+// --- Transposition: rows to columns and back, on 16 bytes at a time ---
+
+INLINE u8x16 low(u8x16 a, u8x16 b) {
+  return SHUFFLE(u8x16, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE u8x16 high(u8x16 a, u8x16 b) {
+  return SHUFFLE(u8x16, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                 31);
+}
+INLINE u16x8 low(u16x8 a, u16x8 b) {
+  return SHUFFLE(u16x8, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+INLINE u16x8 high(u16x8 a, u16x8 b) {
+  return SHUFFLE(u16x8, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+INLINE u32x4 low(u32x4 a, u32x4 b) { return SHUFFLE(u32x4, a, b, 0, 4, 1, 5); }
+INLINE u32x4 high(u32x4 a, u32x4 b) { return SHUFFLE(u32x4, a, b, 2, 6, 3, 7); }
+
+// Number the elements of all vectors: a pass rotates the bits of each number left by
+// one. As many passes as a row's number has bits turn rows into columns.
+template <int PASSES, int N, class V> INLINE void rotate(V* v) {
+#pragma GCC unroll 4
+  for (int pass = 0; pass < PASSES; pass++) {
+    V w[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; i++) {
+      w[2 * i] = low(v[i], v[i + N / 2]);
+      w[2 * i + 1] = high(v[i], v[i + N / 2]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i++) v[i] = w[i];
+  }
+}
+
+template <class E> struct Tile;
+template <> struct Tile<uint16_t> {
+  typedef u16x8 V;
+  static constexpr int SIDE = 8, PASSES = 3;
+};
+template <> struct Tile<uint32_t> {
+  typedef u32x4 V;
+  static constexpr int SIDE = 4, PASSES = 2;
+};
+
+// columns: (dim, 16)
+template <class E> void rows_to_columns(char* const* rows, int dim, E* columns) {
+  constexpr int S = Tile<E>::SIDE;
+  for (int r = 0; r < LANES; r += S)
+    for (int d = 0; d < dim; d += S) {
+      typename Tile<E>::V v[S];
+#pragma GCC unroll 8
+      for (int i = 0; i < S; i++)
+        v[i] = load<typename Tile<E>::V>(rows[r + i] + d * sizeof(E));
+      rotate<Tile<E>::PASSES, S>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < S; i++) store(columns + (d + i) * LANES + r, v[i]);
+    }
+}
+
+template <class E> void columns_to_rows(const E* columns, int dim, char* const* rows) {
+  constexpr int S = Tile<E>::SIDE;
+  for (int r = 0; r < LANES; r += S)
+    for (int d = 0; d < dim; d += S) {
+      typename Tile<E>::V v[S];
+#pragma GCC unroll 8
+      for (int i = 0; i < S; i++)
+        v[i] = load<typename Tile<E>::V>(columns + (d + i) * LANES + r);
+      rotate<Tile<E>::PASSES, S>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < S; i++) store(rows[r + i] + d * sizeof(E), v[i]);
+    }
+}
+
+// rows: 16 of so many bytes; columns: (nbytes, 16)
+void bytes_to_columns(const uint8_t* const* rows, int nbytes, uint8_t* columns) {
+  int j = 0;
+  for (; j + 8 <= nbytes; j += 8) {
+    u8x16 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      memcpy((char*)&v[i], rows[2 * i] + j, 8);
+      memcpy((char*)&v[i] + 8, rows[2 * i + 1] + j, 8);
+    }
+    rotate<4, 8>(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) store(columns + (j + i) * LANES, v[i]);
+  }
+  for (; j < nbytes; j++)
+    for (int r = 0; r < LANES; r++) columns[j * LANES + r] = rows[r][j];
+}
+
+void columns_to_bytes(const uint8_t* columns, int nbytes, uint8_t* const* rows) {
+  int j = 0;
+  for (; j + 8 <= nbytes; j += 8) {
+    u8x16 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) v[i] = load<u8x16>(columns + (j + i) * LANES);
+    rotate<3, 8>(v);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      memcpy(rows[2 * i] + j, (const char*)&v[i], 8);
+      memcpy(rows[2 * i + 1] + j, (const char*)&v[i] + 8, 8);
+    }
+  }
+  for (; j < nbytes; j++)
+    for (int r = 0; r < LANES; r++) rows[r][j] = columns[j * LANES + r];
+}
+
+// --- Floats of 16 and 32 bits ---
+
+template <int TYPE> struct Element { typedef uint16_t E; };
+template <> struct Element<F32> { typedef uint32_t E; };
+
+template <int TYPE> INLINE vf widen(const void* from) {
+  if constexpr (TYPE == F32) return load<vf>(from);
+  vh h = load<vh>(from);
+  if constexpr (TYPE == BF16) return (vf)(__builtin_convertvector(h, vu) << 16);
+#if defined(__AVX512F__) && VW == 16
+  return (vf)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && VW == 8
+  return (vf)_mm256_cvtph_ps((__m128i)h);
+#elif defined(__aarch64__) && VW == 4
+  return (vf)vcvt_f32_f16((float16x4_t)h);
+#else
+  vu u = __builtin_convertvector(h, vu), magnitude = u & 0x7fff;
+  vf finite = (vf)(magnitude << 13) * splat(0x1p112f);
+  vf broken = (vf)(magnitude << 13 | INF_BITS);
+  vf x = choose((vi)(magnitude >= 0x7c00), broken, finite);
+  return (vf)((vu)x | (u & 0x8000) << 16);
+#endif
+}
+
+// A finite number within float16, or NaN, to the nearest, ties to even.
+INLINE uint16_t narrow_to_half(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  uint32_t sign = u >> 16 & 0x8000;
+  u &= 0x7fffffff;
+  if (u > INF_BITS) return sign | 0x7e00;
+  if (u >= 0x38800000) return sign | (u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13;
+  // Below the normal numbers the addition rounds at the right place.
+  memcpy(&x, &u, 4);
+  x += 0.5f;
+  memcpy(&u, &x, 4);
+  return sign | (u - 0x3f000000);
+}
+
+template <int TYPE> INLINE void narrow(void* to, vf x) {
+  if constexpr (TYPE == F32) {
+    store(to, x);
+  } else if constexpr (TYPE == BF16) {
+    vu u = (vu)x;
+    u += 0x7fff + (u >> 16 & 1);
+    store(to, __builtin_convertvector(u >> 16, vh));
+  } else {
+#if defined(__AVX512F__) && VW == 16
+    store(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && VW == 8
+    store(to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__) && VW == 4
+    store(to, vcvt_f16_f32((float32x4_t)x));
+#else
+    vh h;
+    for (int i = 0; i < VW; i++) h[i] = narrow_to_half(x[i]);
+    store(to, h);
+#endif
+  }
+}
+
+// --- Tables of 2**BITS floats, 16 at least ---
+
+template <int BITS> INLINE vf look_up(const float* table, vi index) {
+  if constexpr (BITS == 0) return splat(table[0]);
+#if defined(__AVX512F__) && VW == 16
+  __m512i at = (__m512i)index;
+  if constexpr (BITS <= 4)
+    return (vf)_mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
+  else if constexpr (BITS == 5)
+    return (vf)_mm512_permutex2var_ps(_mm512_loadu_ps(table), at,
+                                      _mm512_loadu_ps(table + 16));
+  else
+    return (vf)_mm512_i32gather_ps(at, table, 4);
+#elif defined(__AVX2__) && VW == 8
+  __m256i at = (__m256i)index;
+  if constexpr (BITS > 4) return (vf)_mm256_i32gather_ps(table, at, 4);
+  __m256 lower = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), at);
+  if constexpr (BITS <= 3) return (vf)lower;
+  __m256 upper = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), at);
+  return (vf)_mm256_blendv_ps(lower, upper, (__m256)(index << 28));
+#else
+#if defined(__aarch64__) && VW == 4
+  if constexpr (BITS <= 4) {
+    const uint8_t* t = (const uint8_t*)table;
+    uint8x16x4_t bytes = {vld1q_u8(t), vld1q_u8(t + 16), vld1q_u8(t + 32),
+                          vld1q_u8(t + 48)};
+    return (vf)vqtbl4q_u8(bytes, (uint8x16_t)(index * 0x04040404 + 0x03020100));
+  }
+#endif
+  vf x;
+  for (int i = 0; i < VW; i++) x[i] = table[index[i]];
+  return x;
+#endif
+}
+
+// --- The Walsh-Hadamard transform ---
+
+template <int R> INLINE void butterflies(vf* x) {
+#pragma GCC unroll 4
+  for (int half = R / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++)
+      if (!(i & half)) {
+        vf a = x[i], b = x[i + half];
+        x[i] = a + b;
+        x[i + half] = a - b;
+      }
+}
+
+// The stages block / 2 to block / R of a transform of so many columns.
+template <int R> INLINE void stages(float* columns, int size, int block) {
+  const int step = block / R * LANES;
+  for (float* x = columns; x < columns + size * LANES; x += block * LANES)
+    for (int j = 0; j < step; j += VW) {
+      vf v[R];
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) v[i] = load<vf>(x + i * step + j);
+      butterflies<R>(v);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; i++) store(x + i * step + j, v[i]);
+    }
+}
+
+void transform_block(float* columns, int size) {
+  int block = size;
+  for (; block >= 8; block /= 8) stages<8>(columns, size, block);
+  if (block == 4) stages<4>(columns, size, block);
+  if (block == 2) stages<2>(columns, size, block);
+}
+
+// Each power of two in dim is a block of its own, the largest first.
+void transform(float* columns, int dim) {
+  for (int size = 1 << 30; size; size >>= 1)
+    if (dim & size) {
+      transform_block(columns, size);
+      columns += size * LANES;
+    }
+}
+
+// --- Sums over all coordinates, in the order of numpy.py ---
+
+struct Pair {
+  vf a, b;
+};
+INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+
+// The first three foldings of what `term` gives for 0 to 7.
+template <class F> INLINE auto fold_8(F term) {
+  return ((term(0) + term(4)) + (term(2) + term(6))) +
+         ((term(1) + term(5)) + (term(3) + term(7)));
+}
+
+// The others, in place; the sums are then the first row.
+void fold(float* rows, int num_rows) {
+  while (num_rows > 1) {
+    int half = num_rows / 2;
+    const float* last = rows + (num_rows - half) * LANES;
+    for (int i = 0; i < half * LANES; i += VW)
+      store(rows + i, load<vf>(rows + i) + load<vf>(last + i));
+    num_rows -= half;
+  }
+}
+
+// --- The buffers of one group of rows ---
+
+struct Buffers {
+  char* memory;
+  float* columns;    // (dim, 16)
+  char* typed;       // (dim, 16) of up to 4 bytes
+  float *sum, *sum2; // (dim / 8, 16)
+  uint8_t* symbols;  // (dim, 16)
+  uint8_t* bytes;    // (dim, 16)
+  char* spare;       // a row that nobody wants
+
+  explicit Buffers(int dim) {
+    size_t floats = (size_t)dim * LANES * 4;
+    memory = (char*)aligned_alloc(64, 4 * floats);
+    columns = (float*)memory;
+    typed = memory + floats;
+    sum = (float*)(typed + floats);
+    sum2 = sum + dim / 8 * LANES;
+    symbols = (uint8_t*)(sum2 + dim / 8 * LANES);
+    bytes = symbols + dim * LANES;
+    spare = (char*)(bytes + dim * LANES);
+  }
+  ~Buffers() { free(memory); }
+};
+
+// Pointers to 16 rows, of which the first `count` exist.
+template <class P> INLINE void point(P* rows, P first, int64_t stride, int count) {
+  for (int r = 0; r < LANES; r++) rows[r] = first + stride * (r < count ? r : count - 1);
+}
+
+constexpr int WIDTHS[] = {8, 4, 2, 1};
+constexpr uint8_t ONES[] = {0, 1, 3, 0, 15, 0, 0, 0, 255};
+
+INLINE u8x16 splat_byte(uint8_t x) { return x - (u8x16){}; }
+// Of bytes two at a time: what comes in from the neighbour is masked away.
+INLINE u8x16 shift_right(u8x16 x, int n) { return (u8x16)((u16x8)x >> n); }
+INLINE u8x16 shift_left(u8x16 x, int n) { return (u8x16)((u16x8)x << n); }
+
+// --- Decoding ---
+
+// The fields of one plane, (D * width / 8, 16), into symbols of (D, 16).
+void unpack_plane(const uint8_t* bytes, int dim, int width, int shift, bool is_first,
+                  uint8_t* symbols) {
+  const int len = dim * width / 8;
+  const u8x16 mask = splat_byte(ONES[width]);
+  for (int place = 0; place < 8 / width; place++)
+    for (int j = 0; j < len; j++) {
+      u8x16 x = load<u8x16>(bytes + j * LANES);
+      x = shift_left(shift_right(x, place * width) & mask, shift);
+      uint8_t* to = symbols + (place * len + j) * LANES;
+      store(to, is_first ? x : x | load<u8x16>(to));
+    }
+}
+
+template <int BITS>
+void look_up_levels(const uint8_t* symbols, const float* levels, int dim, float* out) {
+  for (int i = 0; i < dim * LANES; i += VW) {
+    vi at = __builtin_convertvector(load<vb>(symbols + i), vi);
+    store(out + i, look_up<BITS>(levels, at));
+  }
+}
+
+template <int TYPE> constexpr float largest() {
+  return TYPE == F32 ? FLOAT_MAX : TYPE == F16 ? 65504.0f : 3.3895313892515355e38f;
+}
+
+template <int TYPE>
+void scale_columns(const float* columns, const Job& job, const float* mean,
+                   const float* norms, char* out) {
+  constexpr int SIZE = sizeof(typename Element<TYPE>::E);
+  const vf most = splat(largest<TYPE>());
+  for (int d = 0; d < job.dim; d++) {
+    const vf factor = splat(job.factors[d]);
+    const vf offset = splat(mean ? mean[d] : 0);
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += VW) {
+      vf x = load<vf>(columns + d * LANES + i) * factor * load<vf>(norms + i);
+      if (mean) x = x + offset;
+      x = choose(x > most, most, x);  // a NaN compares false and stays
+      x = choose(x < -most, -most, x);
+      narrow<TYPE>(out + (d * LANES + i) * SIZE, x);
+    }
+  }
+}
+
+float read_norm(const Job& job, int64_t row) {
+  uint32_t u = 0;
+  for (int k = 0; k < 4; k++)
+    u |= (uint32_t)job.norms[k * job.norm_byte_stride + row * job.norm_row_stride]
+         << (8 * k);
+  // One NaN for all: the rounding to bfloat16 would carry another's payload over.
+  if ((u & INF_BITS) == INF_BITS) u = NAN_BITS;
+  float norm;
+  memcpy(&norm, &u, 4);
+  return norm;
+}
+
+template <int TYPE>
+void decode_group(const Job& job, int head, int64_t first, int count, Buffers& use) {
+  typedef typename Element<TYPE>::E E;
+  const int64_t row = head * job.num_rows + first;
+  int shift = job.bits, plane = 0;
+  for (int width : WIDTHS)
+    if (job.bits & width) {
+      shift -= width;
+      const int len = job.dim * width / 8;
+      const uint8_t* rows[LANES];
+      point(rows, (const uint8_t*)job.planes[plane] + row * len, len, count);
+      bytes_to_columns(rows, len, use.bytes);
+      unpack_plane(use.bytes, job.dim, width, shift, plane++ == 0, use.symbols);
+    }
+  switch (job.bits) {
+#define CASE(BITS) \
+  case BITS: look_up_levels<BITS>(use.symbols, job.levels, job.dim, use.columns); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+  }
+  transform(use.columns, job.dim);
+  alignas(64) float norms[LANES] = {};
+  for (int r = 0; r < count; r++) norms[r] = read_norm(job, row + r);
+  const float* mean = job.mean ? job.mean + (int64_t)head * job.dim : nullptr;
+  scale_columns<TYPE>(use.columns, job, mean, norms, use.typed);
+  char* rows[LANES];
+  point(rows, job.heads[head] + first * job.row_stride, job.row_stride, count);
+  for (int r = count; r < LANES; r++) rows[r] = use.spare;
+  columns_to_rows<E>((const E*)use.typed, job.dim, rows);
+}
+
+// --- Encoding ---
+
+template <int TYPE>
+void add_rows(const Job& job, int head, float* sums) {
+  constexpr int SIZE = sizeof(typename Element<TYPE>::E);
+  const char* row = job.heads[head];
+  for (int64_t t = 0; t < job.num_rows; t++, row += job.row_stride)
+    for (int d = 0; d < job.dim; d += VW) {
+      vf x;
+      if (job.dim - d >= VW) {
+        x = widen<TYPE>(row + d * SIZE);
+      } else {
+        char part[VW * SIZE] = {};
+        memcpy(part, row + d * SIZE, (job.dim - d) * SIZE);
+        x = widen<TYPE>(part);
+      }
+      store(sums + d, t ? load<vf>(sums + d) + x : x);
+    }
+}
+
+// What is added to a head's peak: the largest magnitude, whose bits order as integers.
+template <int TYPE>
+void centre_columns(const char* typed, const Job& job, const float* mean, float* columns,
+                    int32_t* peaks) {
+  constexpr int SIZE = sizeof(typename Element<TYPE>::E);
+  vi peak[LANES / VW] = {};
+  for (int d = 0; d < job.dim; d++) {
+    const vf offset = splat(mean ? mean[d] : 0), sign = splat(job.signs[d]);
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += VW) {
+      vf x = widen<TYPE>(typed + (d * LANES + i) * SIZE);
+      if (mean) x = x - offset;
+      vi magnitude = (vi)x & 0x7fffffff, before = peak[i / VW];
+      vi is_more = magnitude > before;
+      peak[i / VW] = (magnitude & is_more) | (before & ~is_more);
+      store(columns + d * LANES + i, x * sign);
+    }
+  }
+  memcpy(peaks, peak, sizeof peak);
+}
+
+// Makes columns safe to square, and returns by what each row was multiplied.
+void scale_to_middle(const int32_t* peaks, const Job& job, float* columns,
+                     float* scales) {
+  alignas(64) int32_t masks[LANES];
+  bool is_plain = true;
+  for (int r = 0; r < LANES; r++) {
+    float peak;
+    memcpy(&peak, &peaks[r], 4);
+    bool is_finite = peaks[r] < (int32_t)INF_BITS;
+    scales[r] = peak < 0x1p-40f ? 0x1p84f : peak < 0x1p40f ? 1 : 0x1p-84f;
+    masks[r] = is_finite && peak >= 0x1p-126f ? -1 : 0;
+    is_plain &= masks[r] && scales[r] == 1;
+  }
+  if (is_plain) return;
+  for (int d = 0; d < job.dim; d++)
+    for (int i = 0; i < LANES; i += VW) {
+      float* at = columns + d * LANES + i;
+      vf x = load<vf>(at) * load<vf>(scales + i);
+      store(at, choose(load<vi>(masks + i), x, splat(0 * job.signs[d])));
+    }
+}
+
+// Makes the transform orthonormal, and returns each row's factor to length sqrt(dim).
+void stretch_columns(const Job& job, float* columns, float* sum, float* stretch) {
+  const int eighth = job.dim / 8;
+  for (int j = 0; j < eighth; j++)
+    for (int i = 0; i < LANES; i += VW)
+      store(sum + j * LANES + i, fold_8([&](int k) __attribute__((always_inline)) {
+              const int d = j + k * eighth;
+              float* at = columns + d * LANES + i;
+              vf x = load<vf>(at) * splat(job.factors[d]);
+              store(at, x);
+              return x * x;
+            }));
+  fold(sum, eighth);
+  const float root = (float)sqrt((double)job.dim);
+  for (int r = 0; r < LANES; r++) {
+    float length = sqrtf(sum[r]);
+    stretch[r] = root / (length == 0 ? 1 : length);
+  }
+}
+
+// How many boundaries are not above x, by bisection: tables[s] has those of step s.
+template <int BITS, int STEP> INLINE vi bisect(vf x, vi index, const float (*tables)[128]) {
+  if constexpr (STEP == BITS) {
+    return index;
+  } else {
+    vi is_above = x >= look_up<STEP>(tables[STEP], index);
+    return bisect<BITS, STEP + 1>(x, index + index - is_above, tables);
+  }
+}
+
+template <int BITS> INLINE vi nearest(vf x, const float (*tables)[128],
+                                      [[maybe_unused]] const float* bounds) {
+#if !defined(__AVX2__) && !defined(__aarch64__)
+  // Without a look-up instruction, comparing with each is faster.
+  if constexpr (BITS <= 4) {
+    vi index = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < (1 << BITS) - 1; i++) index -= x >= splat(bounds[i]);
+    return index;
+  }
+#endif
+  return bisect<BITS, 0>(x, (vi){}, tables);
+}
+
+template <int BITS> INLINE vi to_symbol(vi index) {
+  if constexpr (BITS % 2 == 0 || BITS == 1) return index;
+  constexpr int MASK = (1 << (BITS - 1)) - 1;
+  vi is_negative = 1 - (index >> (BITS - 1));
+  return ((index ^ (is_negative * MASK)) & MASK) << 1 | is_negative;
+}
+
+template <int BITS>
+void quantize_columns(const Job& job, const float* stretch, Buffers& use) {
+  const int eighth = job.dim / 8;
+  alignas(64) float tables[8][128] = {};
+  for (int step = 0; step < BITS; step++)
+    for (int i = 0; i < 1 << step; i++)
+      tables[step][i] = job.boundaries[(2 * i + 1) * (1 << (BITS - 1 - step)) - 1];
+  for (int j = 0; j < eighth; j++)
+    for (int i = 0; i < LANES; i += VW) {
+      const vf factor = load<vf>(stretch + i);
+      Pair sums = fold_8([&](int k) __attribute__((always_inline)) {
+        const int at = (j + k * eighth) * LANES + i;
+        vf x = load<vf>(use.columns + at);
+        vi index = nearest<BITS>(x * factor, tables, job.boundaries);
+        store(use.symbols + at, __builtin_convertvector(to_symbol<BITS>(index), vb));
+        vf level = look_up<BITS>(job.levels, index);
+        return Pair{x * level, level * level};
+      });
+      store(use.sum + j * LANES + i, sums.a);
+      store(use.sum2 + j * LANES + i, sums.b);
+    }
+  fold(use.sum, eighth);
+  fold(use.sum2, eighth);
+}
+
+void pack_plane(const uint8_t* symbols, int dim, int width, int shift, uint8_t* bytes) {
+  const int len = dim * width / 8;
+  const u8x16 mask = splat_byte(ONES[width]);
+  for (int j = 0; j < len; j++) {
+    u8x16 x = {};
+    for (int place = 0; place < 8 / width; place++) {
+      u8x16 field = load<u8x16>(symbols + (place * len + j) * LANES);
+      x |= shift_left(shift_right(field, shift) & mask, place * width);
+    }
+    store(bytes + j * LANES, x);
+  }
+}
+
+void write_norm(const Job& job, int64_t row, int32_t peak, float norm) {
+  uint32_t u = NAN_BITS;
+  if (norm > FLOAT_MAX) norm = FLOAT_MAX;
+  if (peak < (int32_t)INF_BITS) memcpy(&u, &norm, 4);
+  for (int k = 0; k < 4; k++)
+    job.norms[k * job.norm_byte_stride + row * job.norm_row_stride] = u >> (8 * k);
+}
+
+template <int TYPE>
+void encode_group(const Job& job, int head, int64_t first, int count, Buffers& use) {
+  typedef typename Element<TYPE>::E E;
+  char* rows[LANES];
+  point(rows, job.heads[head] + first * job.row_stride, job.row_stride, count);
+  rows_to_columns<E>(rows, job.dim, (E*)use.typed);
+  const float* mean = job.mean ? job.mean + (int64_t)head * job.dim : nullptr;
+  alignas(64) int32_t peaks[LANES];
+  alignas(64) float scales[LANES], stretch[LANES];
+  centre_columns<TYPE>(use.typed, job, mean, use.columns, peaks);
+  scale_to_middle(peaks, job, use.columns, scales);
+  transform(use.columns, job.dim);
+  stretch_columns(job, use.columns, use.sum, stretch);
+  switch (job.bits) {
+#define CASE(BITS) case BITS: quantize_columns<BITS>(job, stretch, use); break;
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+  }
+  const int64_t row = head * job.num_rows + first;
+  const float root = (float)sqrt((double)job.dim);
+  for (int r = 0; r < count; r++)
+    write_norm(job, row + r, peaks[r], use.sum[r] / use.sum2[r] * root / scales[r]);
+  int shift = job.bits, plane = 0;
+  for (int width : WIDTHS)
+    if (job.bits & width) {
+      shift -= width;
+      const int len = job.dim * width / 8;
+      uint8_t* to[LANES];
+      point(to, job.planes[plane++] + row * len, len, count);
+      for (int r = count; r < LANES; r++) to[r] = (uint8_t*)use.spare;
+      pack_plane(use.symbols, job.dim, width, shift, use.bytes);
+      columns_to_bytes(use.bytes, len, to);
+    }
+}
+
+template <class F> int for_each_group(const Job& job, F run) {
+  Buffers use(job.dim);
+  if (!use.memory) return 1;
+  for (int head = 0; head < job.num_heads; head++)
+    for (int64_t first = 0; first < job.num_rows; first += LANES) {
+      int64_t left = job.num_rows - first;
+      run(head, first, left < LANES ? (int)left : LANES, use);
+    }
+  return 0;
+}
+
+template <int TYPE> void add_all(const Job& job, float* sums) {
+  // Rows of the sums are a whole number of vectors apart.
+  const int64_t stride = (job.dim + 15) / 16 * 16;
+  for (int head = 0; head < job.num_heads; head++)
+    add_rows<TYPE>(job, head, sums + head * stride);
+}
+
+}  // namespace
+
+#define BY_TYPE(call) \
+  (job->dtype == F32 ? call<F32> : job->dtype == F16 ? call<F16> : call<BF16>)
+
+EXPORT int JOIN(turboquant_decode_, ISA)(const Job* job) {
+  auto decode = BY_TYPE(decode_group);
+  return for_each_group(*job, [&](int head, int64_t first, int count, Buffers& use) {
+    decode(*job, head, first, count, use);
+  });
+}
+
+EXPORT int JOIN(turboquant_encode_, ISA)(const Job* job) {
+  auto encode = BY_TYPE(encode_group);
+  return for_each_group(*job, [&](int head, int64_t first, int count, Buffers& use) {
+    encode(*job, head, first, count, use);
+  });
+}
+
+EXPORT int JOIN(turboquant_sum_, ISA)(const Job* job, float* sums) {
+  BY_TYPE(add_all)(*job, sums);
+  return 0;
+}

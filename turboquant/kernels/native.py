@@ -1,0 +1,284 @@
+"""The kernels in C++, one set for each instruction set of this processor.
+
+A plain shared library called through ctypes, which lets go of the interpreter's lock.
+Codes and norms are the bytes of `turboquant.kernels.numpy`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turboquant.codebook import decision_boundaries
+from turboquant.kernels.numpy import (
+    BlockCodes,
+    NumpyKernels,
+    check_decode,
+    check_encode,
+    finite_or_nan,
+    index_table,
+    round_mean,
+    scale_table,
+    symbol_table,
+    unscale_table,
+)
+from turboquant.packing import plane_widths
+from turboquant.rotation import Rotation, make_wh_rotation, rotation_signs
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+LIBRARY = Path(__file__).with_name("_native.so")
+_ABI = 1
+# Best first.
+_INSTRUCTION_SETS = ("avx512", "avx2", "neon", "sse2")
+# As in kernel.h; uint16 holds bfloat16 bits.
+_DTYPES = {
+    np.dtype(np.float32): 0,
+    np.dtype(np.float16): 1,
+    np.dtype(np.uint16): 2,
+}
+# The least that the kernels read of a table.
+_TABLE_FLOATS = 16
+
+
+class _Job(ctypes.Structure):
+    """`Job` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("dim", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_rows", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("heads", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p),
+        ("norm_byte_stride", ctypes.c_int64),
+        ("norm_row_stride", ctypes.c_int64),
+        ("mean", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("boundaries", ctypes.c_void_p),
+        ("signs", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """What depends on bits and rotation alone."""
+
+    levels: Floats
+    boundaries: Floats
+    signs: Floats
+    factors: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class NativeKernels:
+    """The kernels of one instruction set."""
+
+    name: str
+    _encode: Callable[..., int]
+    _decode: Callable[..., int]
+    _sum: Callable[..., int]
+
+    def encode_block(
+        self,
+        layers: Sequence[NDArray[Any]],
+        bits: int,
+        rotation: Rotation,
+        *,
+        is_centred: bool,
+    ) -> BlockCodes:
+        """Quantize the rows of some layers."""
+        check_encode(layers, bits, rotation)
+        layers = _with_one_stride(layers)
+        shape = (len(layers), *layers[0].shape[:2])
+        planes = [
+            np.empty((*shape, rotation.dim * width // 8), np.uint8)
+            for width in plane_widths(bits)
+        ]
+        norms = np.empty(shape, np.float32)
+        mean = self._mean(layers, rotation) if is_centred else None
+        call = _Call(layers, planes, norms, mean, _encoding_tables(bits, rotation))
+        call.run(self._encode, bits)
+        return BlockCodes(planes, norms, mean)
+
+    def decode_block(
+        self,
+        planes: Sequence[Bytes],
+        norms: Floats,
+        layers: Sequence[NDArray[Any]],
+        bits: int,
+        rotation: Rotation,
+        *,
+        mean: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Decode rows into one buffer for each layer."""
+        check_decode(planes, norms, layers, bits, rotation, mean)
+        buffers = [_writable(layer) for layer in layers]
+        targets = _with_one_stride(buffers)
+        planes = [np.ascontiguousarray(plane) for plane in planes]
+        norms = np.ascontiguousarray(norms, np.float32)
+        call = _Call(targets, planes, norms, mean, _decoding_tables(bits, rotation))
+        call.run(self._decode, bits)
+        for target, buffer in zip(targets, buffers, strict=True):
+            if target is not buffer:
+                buffer[...] = target
+
+    def _mean(
+        self, layers: Sequence[NDArray[Any]], rotation: Rotation
+    ) -> NDArray[np.float16]:
+        """Return each head's mean row, shape ``(L, H, D)``."""
+        num_heads, num_rows, dim = layers[0].shape
+        # The kernels write whole vectors.
+        sums = np.zeros((len(layers), num_heads, -(-dim // 16) * 16), np.float32)
+        call = _Call(layers, [], sums, None, _encoding_tables(1, rotation))
+        call.run(lambda job: self._sum(job, ctypes.c_void_p(sums.ctypes.data)), 1)
+        return round_mean(sums[:, :, :dim], num_rows)
+
+
+class _Call:
+    """One call of a kernel: its arguments, which it keeps alive."""
+
+    def __init__(
+        self,
+        layers: Sequence[NDArray[Any]],
+        planes: Sequence[Bytes],
+        norms: Floats,
+        mean: NDArray[np.floating] | None,
+        tables: _Tables,
+    ) -> None:
+        self._layers = layers
+        self._planes = planes
+        self._norms = norms
+        self._mean = None if mean is None else finite_or_nan(mean)
+        self._tables = tables
+
+    def run(self, function: Callable[..., int], bits: int) -> None:
+        """Call a kernel where there are rows.
+
+        Raises:
+            MemoryError: Its working memory cannot be had.
+        """
+        first, mean, tables = self._layers[0], self._mean, self._tables
+        num_heads, num_rows, dim = first.shape
+        if not num_heads or not num_rows:
+            return
+        heads = np.concatenate([_head_addresses(layer) for layer in self._layers])
+        planes = np.array([plane.ctypes.data for plane in self._planes], np.uintp)
+        job = _Job(
+            dim=dim,
+            bits=bits,
+            dtype=_DTYPES[first.dtype],
+            num_heads=len(heads),
+            num_rows=num_rows,
+            row_stride=first.strides[1],
+            heads=heads.ctypes.data,
+            planes=planes.ctypes.data,
+            norms=self._norms.ctypes.data,
+            norm_byte_stride=1,
+            norm_row_stride=4,
+            mean=None if mean is None else mean.ctypes.data,
+            levels=tables.levels.ctypes.data,
+            boundaries=tables.boundaries.ctypes.data,
+            signs=tables.signs.ctypes.data,
+            factors=tables.factors.ctypes.data,
+        )
+        if function(ctypes.byref(job)):
+            raise MemoryError("the kernels found no memory to work in")
+
+
+def load_all(library: Path = LIBRARY) -> list[NativeKernels]:
+    """Return the kernels that this processor can run, fastest first.
+
+    None where there is no library, or one that was compiled from other sources.
+    """
+    try:
+        loaded = ctypes.CDLL(str(library))
+        if loaded.turboquant_abi() != _ABI:
+            return []
+    except (OSError, AttributeError):
+        return []
+    return [
+        NativeKernels(name, *_functions(loaded, name))
+        for name in _INSTRUCTION_SETS
+        if loaded.turboquant_supports(name.encode())
+        and hasattr(loaded, f"turboquant_encode_{name}")
+    ]
+
+
+def agrees(kernels: NativeKernels) -> bool:
+    """Whether a few rows get the codes, and decode to the rows, that NumPy gives."""
+    rotation = make_wh_rotation(80)
+    numbers = np.arange(17 * 80, dtype=np.float32).reshape(1, 1, 17, 80)
+    rows = (numbers * 7919) % 251 - 120
+    ours, theirs = (
+        each.encode_block(rows, 3, rotation, is_centred=True)
+        for each in (kernels, NumpyKernels())
+    )
+    return _bytes_of(kernels, ours, rows) == _bytes_of(NumpyKernels(), theirs, rows)
+
+
+def _bytes_of(
+    kernels: NativeKernels | NumpyKernels, codes: BlockCodes, rows: Floats
+) -> list[bytes]:
+    rotation = make_wh_rotation(rows.shape[-1])
+    out = np.empty_like(rows)
+    kernels.decode_block(codes.planes, codes.norms, out, 3, rotation, mean=codes.mean)
+    assert codes.mean is not None
+    return [a.tobytes() for a in (*codes.planes, codes.norms, codes.mean, out)]
+
+
+def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:
+    return [
+        getattr(library, f"turboquant_{verb}_{name}")
+        for verb in ("encode", "decode", "sum")
+    ]
+
+
+def _with_one_stride(layers: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
+    """Return layers whose rows are contiguous and equally far apart, copied or not."""
+    strides = {(layer.strides[1], layer.strides[2]) for layer in layers}
+    if len(strides) == 1 and strides.pop()[1] == layers[0].itemsize:
+        return layers
+    return [np.array(layer, order="C") for layer in layers]
+
+
+def _writable(layer: NDArray[Any]) -> NDArray[Any]:
+    if not layer.flags.writeable:
+        raise ValueError("a buffer to decode into is read-only")
+    return layer
+
+
+def _head_addresses(layer: NDArray[Any]) -> NDArray[np.int64]:
+    steps = np.arange(layer.shape[0], dtype=np.int64) * layer.strides[0]
+    return steps + layer.ctypes.data
+
+
+@lru_cache
+def _encoding_tables(bits: int, rotation: Rotation) -> _Tables:
+    boundaries = np.array(decision_boundaries(bits), np.float32)
+    signs = np.ascontiguousarray(rotation_signs(rotation))
+    return _Tables(
+        _padded(index_table(bits)), _padded(boundaries), signs, scale_table(rotation)
+    )
+
+
+@lru_cache
+def _decoding_tables(bits: int, rotation: Rotation) -> _Tables:
+    levels, factors = _padded(symbol_table(bits)), unscale_table(rotation)
+    return _Tables(levels, levels, factors, factors)
+
+
+def _padded(table: Floats) -> Floats:
+    return np.append(table, np.zeros(_TABLE_FLOATS, np.float32))
