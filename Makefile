@@ -57,9 +57,12 @@ docs: $(STAMP)
 	$(BIN)/python tools/cli_docs.py
 
 clean:
-	rm -rf $(VENV) $(VENV_031) .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_031) .cache .mypy_cache .pytest_cache .ruff_cache \
+		turboquant/kernels/_native.so
 
-$(STAMP): pyproject.toml
+KERNELS := hatch_build.py $(wildcard turboquant/kernels/*.cpp turboquant/kernels/*.h)
+
+$(STAMP): pyproject.toml $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with pip and venv"; \
 	echo "hint: install one, or set PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -67,7 +70,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
-$(STAMP_031): pyproject.toml
+$(STAMP_031): pyproject.toml $(KERNELS)
 	$(PYTHON) -m venv $(VENV_031)
 	$(VENV_031)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV_031)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]" "mlx-lm==0.31.*"

@@ -52,16 +52,25 @@ class CustomBuildHook(BuildHookInterface):
         """Compile, and name the platform in the wheel's tag."""
         if self.target_name != "wheel":
             return
-        in_place = version == "editable"
-        folder = KERNELS if in_place else Path(self.directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        library = folder / LIBRARY
-        if not compile_library(library) or in_place:
+        if version == "editable":
+            compile_library(KERNELS / LIBRARY)
+            return
+        # Not in the checkout, from where it would get into a pure wheel.
+        self._folder = tempfile.TemporaryDirectory()
+        library = Path(self._folder.name, LIBRARY)
+        if not compile_library(library):
             return
         tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{tag}"
         build_data["force_include"][str(library)] = f"turboquant/kernels/{LIBRARY}"
+
+    def finalize(
+        self, version: str, build_data: dict[str, Any], artifact_path: str
+    ) -> None:
+        """Remove what was compiled, once it is in the wheel."""
+        if self.target_name == "wheel" and version != "editable":
+            self._folder.cleanup()
 
 
 def compile_library(library: Path) -> bool:

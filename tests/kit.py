@@ -125,9 +125,8 @@ class Encoded:
         # A prompt cache has room behind the rows, which stays as it is.
         room = np.full((layers, heads, tokens + 5, dim), 77)
         room = room.astype(NUMPY_DTYPES[self.rows.dtype])
-        for layer in range(layers):
-            out = room[layer][:, :tokens]
-            self.codec.array.decode_into(opened, self.rows, layer, out)
+        buffers = [layer[:, :tokens] for layer in room]
+        self.codec.array.decode_into(opened, self.rows, buffers)
         assert (room[:, :, tokens:] == 77).all()
         return np.ascontiguousarray(room[:, :, :tokens])
 

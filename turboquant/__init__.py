@@ -1,8 +1,8 @@
 """TurboQuant: vectors to a few bits per coordinate, and back, without calibration.
 
-Pure mathematics on arrays. Knows nothing of files or the store. The fast paths for the
-CPU are in `turboquant.kernels.numpy`, which is imported by name. `TurboQuantKVCache`, a
-live cache of codes, needs mlx-lm, which is imported when that class is first used.
+Pure mathematics on arrays. Knows nothing of files or the store. The fast path for the
+CPU is in `turboquant.kernels`, which is imported by name. `TurboQuantKVCache`, a live
+cache of codes, needs mlx-lm, which is imported when that class is first used.
 """
 
 from typing import TYPE_CHECKING

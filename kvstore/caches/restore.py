@@ -116,17 +116,17 @@ class HostRestoring:
     ) -> None:
         """Decode into the buffers."""
         where, which = self._target.cut(group, rows, stop)
-        for i, layer in enumerate(group.layers):
-            if rows.side not in self._views[layer]:
-                self._add(layer, rows.side, group.spec(rows.side))
-            view = self._views[layer][rows.side]
-            out = view[:, where : where + which.stop - which.start]
-            if which.start == 0:
-                codec.array.decode_into(parts, rows, i, out)
-            else:
-                whole = np.empty(rows.shape[1:], view.dtype)
-                codec.array.decode_into(parts, rows, i, whole)
-                out[...] = whole[:, which]
+        end = where + which.stop - which.start
+        buffers = [
+            self._view(layer, group, rows.side)[:, where:end] for layer in group.layers
+        ]
+        if which.start == 0:
+            codec.array.decode_into(parts, rows, buffers)
+            return
+        whole = np.empty(rows.shape, buffers[0].dtype)
+        codec.array.decode_into(parts, rows, list(whole))
+        for buffer, decoded in zip(buffers, whole, strict=True):
+            buffer[...] = decoded[:, which]
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Hand the buffers over."""
@@ -142,12 +142,15 @@ class HostRestoring:
         ]
         return _build(self._layout, typed, num_tokens, provenance)
 
-    def _add(self, layer: int, name: str, spec: RowSpec) -> None:
-        """Allocate a buffer for what not every block has."""
-        array = _allocate(spec, 1)
-        mx.eval(array)
-        self._arrays[layer][name] = array
-        self._views[layer][name] = np.asarray(array)[0]
+    def _view(self, layer: int, group: Group, name: str) -> Array:
+        """Return a layer's buffer, allocated here for what not every block has."""
+        views = self._views[layer]
+        if name not in views:
+            array = _allocate(group.spec(name), 1)
+            mx.eval(array)
+            self._arrays[layer][name] = array
+            views[name] = np.asarray(array)[0]
+        return views[name]
 
 
 class DeviceRestoring:

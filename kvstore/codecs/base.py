@@ -7,7 +7,7 @@ they are stored in; bfloat16, which NumPy lacks, travels as its bits in ``uint16
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,11 +83,11 @@ class ArrayCodec(Protocol):
         """Encode rows of shape ``(L, H, T, D)``."""
 
     def decode_into(
-        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
-        """Write one layer's rows into ``out``, shape ``(H, T, D)``, strided or not.
+        """Write each layer's rows into its buffer, shape ``(H, T, D)``, strided or not.
 
-        ``out`` of a lossless codec may have fewer tokens: the first ones then.
+        Buffers of a lossless codec may have fewer tokens: the first ones then.
         """
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:

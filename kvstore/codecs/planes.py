@@ -6,7 +6,7 @@ compress to a fraction, which between two mantissas they do not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,10 +65,11 @@ class Planes:
         return {"planes": split_planes(np.ascontiguousarray(x))}
 
     def decode_into(
-        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
-        """Join one layer's planes."""
-        join_planes(parts["planes"][:, layer, :, : out.shape[1]], out)
+        """Join the planes of each layer."""
+        for number, layer in enumerate(layers):
+            join_planes(parts["planes"][:, number, :, : layer.shape[1]], layer)
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Join the planes on the device."""

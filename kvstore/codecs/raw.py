@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,10 +33,11 @@ class Raw:
         return {"rows": x}
 
     def decode_into(
-        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
-        """Copy one layer."""
-        out[...] = parts["rows"][layer, :, : out.shape[1]]
+        """Copy the rows."""
+        for layer, stored in zip(layers, parts["rows"], strict=True):
+            layer[...] = stored[:, : layer.shape[1]]
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Move the rows to the device."""

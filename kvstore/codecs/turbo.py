@@ -10,16 +10,15 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from turboquant import dequantize_polar, make_wh_rotation
-from turboquant.kernels import numpy as kernels
+from turboquant.kernels import best_kernels
 from turboquant.packing import plane_widths
 
 from ..errors import CodecError
@@ -103,42 +102,38 @@ class Turbo:
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
         sinks = _num_sinks(rows)
-        parts: dict[str, Array] = {}
-        # Of a broken vector NaN is made, which is nothing to warn of.
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide = to_float32(x[:, :, sinks:], rows.dtype)
-            if rows.side == "k":
-                mean = _mean(wide)
-                wide = wide - mean[:, :, None].astype(np.float32)
-                parts["mean"] = mean
-        rotation = make_wh_rotation(rows.shape[3], SEED)
-        codes, norms = kernels.encode(wide, self._bits(rows), rotation)
-        parts["norms"] = split_planes(norms)
-        begin = 0
-        for name, width in self._planes(rows):
-            end = begin + rows.shape[3] * width // 8
-            parts[name] = codes[..., begin:end]
-            begin = end
+        codes = best_kernels().encode_block(
+            list(x[:, :, sinks:]),
+            self._bits(rows),
+            make_wh_rotation(rows.shape[3], SEED),
+            is_centred=rows.side == "k",
+        )
+        names = [name for name, _ in self._planes(rows)]
+        parts: dict[str, Array] = dict(zip(names, codes.planes, strict=True))
+        parts["norms"] = split_planes(codes.norms)
+        if codes.mean is not None:
+            parts["mean"] = codes.mean
         if sinks:
             parts["sinks"] = x[:, :, :sinks]
         return parts
 
     def decode_into(
-        self, parts: Mapping[str, Array], rows: Rows, layer: int, out: Array
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
-        """Decode one layer."""
+        """Decode all layers in one call."""
         sinks = _num_sinks(rows)
         if sinks:
-            out[:, :sinks] = parts["sinks"][layer]
-        norms = np.empty(parts["norms"].shape[2:], np.float32)
-        join_planes(parts["norms"][:, layer], norms)
-        kernels.decode_into(
-            [parts[name][layer] for name, _ in self._planes(rows)],
+            for layer, exact in zip(layers, parts["sinks"], strict=True):
+                layer[:, :sinks] = exact
+        norms = np.empty(parts["norms"].shape[1:], np.float32)
+        join_planes(parts["norms"], norms)
+        best_kernels().decode_block(
+            [parts[name] for name, _ in self._planes(rows)],
             norms,
-            out[:, sinks:],
+            [layer[:, sinks:] for layer in layers],
             self._bits(rows),
             make_wh_rotation(rows.shape[3], SEED),
-            mean=parts["mean"][layer] if rows.side == "k" else None,
+            mean=parts["mean"] if rows.side == "k" else None,
         )
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
@@ -171,22 +166,3 @@ class Turbo:
 def _num_sinks(rows: Rows) -> int:
     """Return how many of these rows are attention sinks."""
     return max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
-
-
-def to_float32(x: Array, dtype: str) -> npt.NDArray[np.float32]:
-    """Return ``x``, held as ``dtype`` is held in NumPy, as float32."""
-    if dtype != "BF16":
-        return x.astype(np.float32)
-    return (x.astype(np.uint32) << 16).view(np.float32)
-
-
-def _mean(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """Return each head's mean over the tokens: ``(L, H, T, D)`` to ``(L, H, D)``."""
-    if not x.shape[2]:
-        return np.zeros((*x.shape[:2], x.shape[3]), np.float16)
-    mean = x.mean(axis=2)
-    limit = float(np.finfo(np.float16).max)
-    # A coordinate with NaN or an infinity in it is not centred.
-    return np.where(np.isfinite(mean), np.clip(mean, -limit, limit), 0).astype(
-        np.float16
-    )

@@ -238,12 +238,13 @@ def test_what_does_not_fit_is_refused(kernels, change) -> None:
         "rotation": make_wh_rotation(64),
         "mean": None,
     }
+    message = "rows|layers|planes|norms|mean|bits"
     kernels.decode_block(**arguments)
     changed = {**arguments, **REFUSED[change]}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         kernels.decode_block(**changed)
     if REFUSED[change].keys() & {"layers", "bits"}:
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             kernels.encode_block(
                 changed["layers"], changed["bits"], changed["rotation"], is_centred=True
             )

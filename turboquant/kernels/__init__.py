@@ -53,13 +53,13 @@ class Kernels(Protocol):
 
     def decode_block(
         self,
-        planes: Sequence[NDArray[np.uint8]],
+        planes: Sequence[NDArray[Any]],
         norms: NDArray[np.float32],
         layers: Sequence[NDArray[Any]],
         bits: int,
         rotation: Rotation,
         *,
-        mean: NDArray[np.floating] | None = None,
+        mean: NDArray[Any] | None = None,
     ) -> None:
         """Decode rows into one buffer for each layer.
 

@@ -115,13 +115,13 @@ class NativeKernels:
 
     def decode_block(
         self,
-        planes: Sequence[Bytes],
+        planes: Sequence[NDArray[Any]],
         norms: Floats,
         layers: Sequence[NDArray[Any]],
         bits: int,
         rotation: Rotation,
         *,
-        mean: NDArray[np.floating] | None = None,
+        mean: NDArray[Any] | None = None,
     ) -> None:
         """Decode rows into one buffer for each layer."""
         check_decode(planes, norms, layers, bits, rotation, mean)
@@ -153,9 +153,9 @@ class _Call:
     def __init__(
         self,
         layers: Sequence[NDArray[Any]],
-        planes: Sequence[Bytes],
+        planes: Sequence[NDArray[Any]],
         norms: Floats,
-        mean: NDArray[np.floating] | None,
+        mean: NDArray[Any] | None,
         tables: _Tables,
     ) -> None:
         self._layers = layers
@@ -221,22 +221,22 @@ def agrees(kernels: NativeKernels) -> bool:
     """Whether a few rows get the codes, and decode to the rows, that NumPy gives."""
     rotation = make_wh_rotation(80)
     numbers = np.arange(17 * 80, dtype=np.float32).reshape(1, 1, 17, 80)
-    rows = (numbers * 7919) % 251 - 120
-    ours, theirs = (
-        each.encode_block(rows, 3, rotation, is_centred=True)
-        for each in (kernels, NumpyKernels())
-    )
-    return _bytes_of(kernels, ours, rows) == _bytes_of(NumpyKernels(), theirs, rows)
+    rows = list((numbers * 7919) % 251 - 120)
+    ours, theirs = (_trial(each, rows, rotation) for each in (kernels, NumpyKernels()))
+    return ours == theirs
 
 
-def _bytes_of(
-    kernels: NativeKernels | NumpyKernels, codes: BlockCodes, rows: Floats
+def _trial(
+    kernels: NativeKernels | NumpyKernels,
+    rows: Sequence[NDArray[Any]],
+    rotation: Rotation,
 ) -> list[bytes]:
-    rotation = make_wh_rotation(rows.shape[-1])
-    out = np.empty_like(rows)
+    """Return all that kernels make of rows, there and back, as bytes."""
+    codes = kernels.encode_block(rows, 3, rotation, is_centred=True)
+    out = [np.empty_like(layer) for layer in rows]
     kernels.decode_block(codes.planes, codes.norms, out, 3, rotation, mean=codes.mean)
-    assert codes.mean is not None
-    return [a.tobytes() for a in (*codes.planes, codes.norms, codes.mean, out)]
+    made: list[NDArray[Any]] = [*codes.planes, codes.norms, *out]
+    return [array.tobytes() for array in made]
 
 
 def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:

@@ -95,13 +95,13 @@ class NumpyKernels:
 
     def decode_block(
         self,
-        planes: Sequence[Bytes],
+        planes: Sequence[NDArray[Any]],
         norms: Floats,
         layers: Sequence[NDArray[Any]],
         bits: int,
         rotation: Rotation,
         *,
-        mean: NDArray[np.floating] | None = None,
+        mean: NDArray[Any] | None = None,
     ) -> None:
         """Decode rows into one buffer for each layer."""
         check_decode(planes, norms, layers, bits, rotation, mean)
@@ -151,13 +151,13 @@ def encode(x: NDArray[Any], bits: int, rotation: Rotation) -> tuple[Bytes, Float
 
 
 def decode_into(
-    planes: Sequence[Bytes],
+    planes: Sequence[NDArray[Any]],
     norms: Floats,
     out: NDArray[Any],
     bits: int,
     rotation: Rotation,
     *,
-    mean: NDArray[np.floating] | None = None,
+    mean: NDArray[Any] | None = None,
 ) -> None:
     """Decode vectors of several heads into a buffer, as `dequantize_polar` does.
 
@@ -210,12 +210,12 @@ def check_encode(layers: Sequence[NDArray[Any]], bits: int, rotation: Rotation) 
 
 
 def check_decode(
-    planes: Sequence[Bytes],
+    planes: Sequence[NDArray[Any]],
     norms: Floats,
     layers: Sequence[NDArray[Any]],
     bits: int,
     rotation: Rotation,
-    mean: NDArray[np.floating] | None,
+    mean: NDArray[Any] | None,
 ) -> None:
     """Refuse what `decode_block` cannot decode.
 
@@ -420,7 +420,9 @@ def _head_pieces(
             yield head, tokens
 
 
-def _decode_columns(planes: Sequence[Bytes], bits: int, rotation: Rotation) -> Floats:
+def _decode_columns(
+    planes: Sequence[NDArray[Any]], bits: int, rotation: Rotation
+) -> Floats:
     """Return vectors of norm about 1, shape ``(D, T)``, from planes of ``(T, …)``."""
     symbols = np.zeros((rotation.dim, len(planes[0])), np.uint8)
     for plane, (width, shift) in zip(planes, plane_fields(bits), strict=True):
@@ -473,8 +475,8 @@ def _cell_tables(bits: int) -> tuple[Bytes, Floats]:
 @lru_cache
 def scale_table(rotation: Rotation) -> Floats:
     """Return what makes each coordinate of a transform orthonormal, shape ``(D,)``."""
-    sizes = [np.full(size, size) for size in rotation.block_sizes]
-    return (1 / np.sqrt(np.concatenate(sizes))).astype(np.float32)
+    scales: Floats = (1 / np.sqrt(_sizes(rotation))).astype(np.float32)
+    return scales
 
 
 @lru_cache
@@ -483,13 +485,19 @@ def unscale_table(rotation: Rotation) -> Floats:
 
     It undoes the signs, makes the transform orthonormal and the levels of length 1.
     """
-    sizes = [np.full(size, size) for size in rotation.block_sizes]
-    factors = 1 / np.sqrt(np.concatenate(sizes) * rotation.dim)
-    return (factors * rotation_signs(rotation)).astype(np.float32)
+    factors = 1 / np.sqrt(_sizes(rotation) * rotation.dim)
+    signed: Floats = (factors * rotation_signs(rotation)).astype(np.float32)
+    return signed
+
+
+def _sizes(rotation: Rotation) -> NDArray[np.int64]:
+    """Return the size of the block that each coordinate is in."""
+    return np.repeat(rotation.block_sizes, rotation.block_sizes)
 
 
 @lru_cache
 def symbol_table(bits: int) -> Floats:
     """Return the level of each symbol, shape ``(2**bits,)``."""
     symbols = np.arange(2**bits, dtype=np.uint8)
-    return index_table(bits)[symbols_to_indices(symbols, bits)]
+    levels: Floats = index_table(bits)[symbols_to_indices(symbols, bits)]
+    return levels
