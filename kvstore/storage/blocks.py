@@ -84,15 +84,19 @@ def _build_index(folder: StoreFolder) -> None:
     What was there before goes to quarantine, a write-ahead log that is all that is
     left of it too: SQLite would replay it over the new one.
     """
-    path = folder.staging / f"{secrets.token_hex(16)}.sqlite"
-    index = Index(path, create=True)
-    try:
-        index_folder(index, folder)
-    finally:
-        index.close()  # which folds the write-ahead log into the file
-    files.sync_file(path)
-    _set_index_aside(folder)
-    files.publish(path, folder.index)
+    with files.staged_path(folder.staging) as path:
+        try:
+            index = Index(path, create=True)
+            try:
+                index_folder(index, folder)
+            finally:
+                index.close()  # which folds the write-ahead log into the file
+            files.sync_file(path)
+            _set_index_aside(folder)
+            files.publish(path, folder.index)
+        finally:
+            for suffix in ("-wal", "-shm"):
+                _beside(path, suffix).unlink(missing_ok=True)
 
 
 _MAX_HEADERS = 256
