@@ -31,7 +31,7 @@ from .output import (
 
 if TYPE_CHECKING:
     from ..format.block import Progress
-    from ..models.chat import Chat
+    from ..models.chat import Chat, ChatStats
 
 _HELP = """\
 /fork NAME   go on under NAME from here; the old name stays where it was
@@ -49,6 +49,7 @@ _LONG = 512
 
 @click.command(cls=Verb)
 @model_options
+@options.base
 @options.name
 @options.template_options
 @options.codec
@@ -75,6 +76,7 @@ def chat(
     template: options.TemplateOptions,
     sampling: options.SamplingOptions,
     live: options.LiveOptions,
+    base: str | None,
     name: str | None,
     codec: str | None,
     max_tokens: int,
@@ -84,9 +86,10 @@ def chat(
     """Chat, and go on tomorrow.
 
     Each turn is kept as it ends, under the name if there is one. The same name takes
-    the chat up again at its last token. Ctrl-C ends a reply and keeps what was said;
-    Ctrl-D, or Ctrl-C where nothing is typed, ends the chat. In it, `/help` lists the
-    commands. From a pipe, each line is a message.
+    the chat up again at its last token. `--from` begins with what an entry holds and
+    leaves that as it is: nothing is kept until there is a name. Ctrl-C ends a reply and
+    keeps what was said; Ctrl-D, or Ctrl-C where nothing is typed, ends the chat. In it,
+    `/help` lists the commands. From a pipe, each line is a message.
     """
     output = output_of(context)
     if output.mode == "json":
@@ -95,6 +98,7 @@ def chat(
             "`kvstore generate --json` says one thing",
         )
     live.check()
+    options.check_base(base, name)
     store, loaded = open_models(context, model, codec, live.draft_model)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.chat import Chat
@@ -105,6 +109,7 @@ def chat(
             loaded,
             store=store,
             name=name,
+            base=base,
             system_prompt=template.system_prompt,
             chat_template_config=template.chat_template_config,
             ignore_chat_template=template.ignore_chat_template,
@@ -170,8 +175,7 @@ class _Session:
     def _greet(self) -> None:
         chat, entry = self._chat, self._chat.entry
         if entry is None:
-            kind = f"a new chat, `{chat.name}`" if chat.name else "a new chat, no name"
-            self._note(f"{kind}; `/help` lists the commands")
+            self._note(f"{_describe_new(chat)}; `/help` lists the commands")
             return
         num_tokens, num_held = len(chat.tokens), chat.num_restorable
         self._note(
@@ -202,6 +206,8 @@ class _Session:
     def _end(self) -> None:
         """Save what could not be saved before, and say how to go on."""
         entry = self._chat.save()
+        if not self._chat.is_kept:
+            self._note(f"`{self._chat.base}` stays as it was, and nothing is kept")
         if entry is None:
             return
         kept = f"kept {format_count(entry.num_tokens, 'token')} as"
@@ -299,7 +305,8 @@ class _Session:
         if last is None:
             self._note("interrupted before the reply: the message is taken back")
         elif last.finish_reason is None and self._chat.is_saved:
-            self._note("interrupted: what was said is kept")
+            where = "kept" if self._chat.is_kept else "in this chat"
+            self._note(f"interrupted: what was said is {where}")
         if not self._is_person and self._interrupts.ending is None:
             raise KeyboardInterrupt  # it is the script that is to end
 
@@ -347,7 +354,7 @@ class _Session:
         fields = [
             ("name", stats.name or "none"),
             ("entry", stats.entry_id[:12] if stats.entry_id else "none"),
-            ("saved", "all" if stats.is_saved else "not all: the last save failed"),
+            ("saved", _describe_saved(stats)),
             ("turns", "unknown" if stats.num_turns is None else f"{stats.num_turns:,}"),
             ("tokens", f"{stats.num_tokens:,}"),
             (
@@ -393,13 +400,29 @@ class _Session:
         self._output.note(click.style(text, dim=True) if is_dim else text)
 
 
+def _describe_new(chat: Chat) -> str:
+    """Return what a chat begins with, and under which name it is kept."""
+    begun = f" with what `{chat.base}` holds" if chat.base else ""
+    if chat.name:
+        return f"a new chat{begun}, `{chat.name}`"
+    if begun:
+        return f"a new chat{begun}; nothing is kept until `/name NAME`"
+    return "a new chat, no name"
+
+
+def _describe_saved(stats: ChatStats) -> str:
+    if not stats.is_kept:
+        return "nothing is kept until `/name NAME`"
+    return "all" if stats.is_saved else "not all: the last save failed"
+
+
 def _check_system_prompt(chat: Chat, system_prompt: str | None) -> None:
     """Refuse another system prompt than the one that a chat was begun with."""
     if system_prompt is None or not chat.tokens or chat.begins_with(system_prompt):
         return
     raise _usage(
-        f"`--system-prompt` comes too late: `{chat.name}` was begun with another, or"
-        " with none",
+        f"`--system-prompt` comes too late: `{chat.name or chat.base}` was begun with"
+        " another, or with none",
         "leave it out, or begin a chat of another name",
     )
 

@@ -85,6 +85,11 @@ def demo(
     names = [row.name for row in result.rows if row.name is not None]
     text = format_result(result, terminal_width())
     output.result(text, result.to_json(), names)
+    output.hint(
+        f"`kvstore save --model {model.model} --prompt - --name NAME < FILE` keeps a"
+        f" text of yours, `kvstore generate --model {model.model} --from NAME --prompt"
+        " QUESTION` asks it"
+    )
 
 
 def format_result(result: DemoResult, width: int | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import EntryNotFoundError
 from . import options
 from .entries import entry_data, entry_label
 from .interrupts import Interrupts
@@ -53,8 +54,8 @@ def save(
     """Compute the prompt cache of a prompt and keep it.
 
     What the store already holds of the prompt is restored and not computed again. The
-    message is left open, as with `mlx_lm.cache_prompt`: what `generate --name` is given
-    later is added to it. Ctrl-C keeps what is computed.
+    message is left open, as with `mlx_lm.cache_prompt`: what `generate --from` or
+    `chat --from` is given later is added to it. Ctrl-C keeps what is computed.
     """
     output = output_of(context)
     text = prompt.read()
@@ -84,6 +85,7 @@ def save(
 @click.command(cls=Verb)
 @model_options
 @prompt_options
+@options.base
 @options.name
 @options.codec
 @options.replace
@@ -110,6 +112,7 @@ def generate(
     prompt: PromptOptions,
     sampling: options.SamplingOptions,
     live: options.LiveOptions,
+    base: str | None,
     name: str | None,
     codec: str | None,
     replace: bool,
@@ -119,19 +122,24 @@ def generate(
 ) -> None:
     """Go on from what is kept, generate text, and keep the result.
 
-    With the name of an entry, the prompt continues that conversation. Else the whole
-    prompt is looked up, and what the store holds of it is not computed again. Ctrl-C
-    ends the text and keeps what was said so far, and so does SIGTERM.
+    `--from` asks what is kept and leaves it as it is. With `--name` of an entry, the
+    prompt continues that conversation, and the entry grows. Else the whole prompt is
+    looked up, and what the store holds of it is not computed again. Ctrl-C ends the
+    text and keeps what was said so far, and so does SIGTERM.
     """
     output = output_of(context)
     live.check()
+    options.check_base(base, name)
     text = prompt.read()
     store, loaded = open_models(context, model, codec, live.draft_model)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.generate import stream_generate
     from ..models.session import Callbacks, PrefillOptions
 
-    tokens = _conversation(store, loaded, prompt, text, name, replace)
+    # With a base, the name is a new one.
+    begun = name if base is None and not replace else None
+    tokens = _conversation(store, loaded, prompt, text, base, begun)
+    is_kept = base is None or name is not None
     saved: list[Entry] = []
     with output.progress() as bars, Interrupts() as interrupts, interrupts.deferred():
         responses = stream_generate(
@@ -140,6 +148,7 @@ def generate(
             store=store,
             name=name,
             replace=replace,
+            keep=is_kept,
             sampling=sampling.make(max_tokens, live.num_draft_tokens),
             cache=live.make_cache_options(),
             prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
@@ -161,6 +170,8 @@ def generate(
         finally:
             bars.clear()
             _print_said(output, said, len(tokens), next(iter(saved), None))
+            if not is_kept:
+                output.note(f"`{base}` stays as it was, and nothing is kept")
     end_if_asked(context, interrupts)
     is_finished = bool(said) and said[-1].finish_reason is not None
     if interrupts.is_pending and not is_finished:
@@ -221,29 +232,44 @@ def _conversation(
     model: LoadedModel,
     prompt: PromptOptions,
     text: str,
+    base: str | None,
     name: str | None,
-    replace: bool,
 ) -> list[int]:
-    """Return the tokens of the conversation that a prompt begins or continues."""
-    from ..models.session import entry_tokens
-    from ..models.templates import encode_next
+    """Return the tokens of the conversation that a prompt begins or continues.
 
-    held = None
-    if name is not None and not replace:
-        held = entry_tokens(store, name, model.fingerprint)
-    if held is None:
+    Args:
+        store: Where it is kept.
+        model: The model.
+        prompt: How the prompt is rendered.
+        text: What it says.
+        base: An entry that must be there, or ``None``.
+        name: The name of an entry that may be there, or ``None``.
+    """
+    from ..models.conversation import continue_entry
+
+    ref = base if base is not None else _entry_named(store, name)
+    if ref is None:
         return _encode(model.tokenizer, text, prompt)
     if prompt.system_prompt is not None:
         raise click.UsageError(
-            f"`--system-prompt` comes too late: `{name}` has begun without it"
+            f"`--system-prompt` comes too late: `{ref}` has begun without it"
         )
-    return held + encode_next(
-        model.tokenizer,
+    return continue_entry(
+        model,
+        store,
+        ref,
         text,
-        held,
         chat_template_config=prompt.chat_template_config,
         ignore_chat_template=prompt.ignore_chat_template,
     )
+
+
+def _entry_named(store: Store, name: str | None) -> str | None:
+    """Return the name if there is an entry of it; an id is no name."""
+    try:
+        return name if name is not None and store.entry(name).name == name else None
+    except EntryNotFoundError:
+        return None
 
 
 def _print_saved(

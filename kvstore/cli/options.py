@@ -174,6 +174,30 @@ name = click.option(
 )
 
 
+base = click.option(
+    "--from",
+    "base",
+    metavar="REF",
+    shell_complete=lambda *args: complete_entries(*args),
+    help="Begin with what this entry holds, and leave it as it is; nothing is kept"
+    " unless `--name` says under which new name.",
+)
+
+
+def check_base(base: str | None, name: str | None) -> None:
+    """Refuse to leave an entry as it is and to go on with it at once.
+
+    Raises:
+        click.UsageError: The base is what the name means.
+    """
+    if base is not None and base == name:
+        error = click.UsageError(f"`--from` and `--name` are both `{name}`")
+        error.hint = (  # type: ignore[attr-defined]
+            "`--name` alone goes on with it; `--from` alone leaves it as it is"
+        )
+        raise error
+
+
 class Text(click.ParamType[str]):
     """Text that is UTF-8.
 

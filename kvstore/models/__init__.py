@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .conversation import continue_entry
     from .generate import save_prompt, stream_generate
     from .load import LoadedModel, load_models
     from .session import (
@@ -25,6 +26,7 @@ __all__ = [
     "LoadedModel",
     "PrefillOptions",
     "SamplingOptions",
+    "continue_entry",
     "load_models",
     "save_prompt",
     "stream_generate",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "chat": ("Chat",),
+    "conversation": ("continue_entry",),
     "generate": ("save_prompt", "stream_generate"),
     "load": ("LoadedModel", "load_models"),
     "session": (

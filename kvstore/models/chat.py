@@ -29,6 +29,7 @@ from .session import (
     LiveCache,
     PrefillOptions,
     SamplingOptions,
+    base_tokens,
     entry_tokens,
     make_empty_cache,
 )
@@ -56,7 +57,9 @@ class ChatStats:
     name: str | None
     # Id of its entry, or ``None`` before the first turn.
     entry_id: str | None
-    # All that was said is on disk.
+    # Turns are saved as they end.
+    is_kept: bool
+    # Nothing that is to be kept waits to be saved.
     is_saved: bool
     # Turns, or ``None`` where they cannot be told apart.
     num_turns: int | None
@@ -84,6 +87,9 @@ class Chat:
         model: The model, with its tokenizer and fingerprint.
         store: Where the conversation is kept.
         name: Goes on with the entry of this name, or gives it to a new one.
+        base: Name or id of an entry that the chat begins with, and leaves as it is.
+            Nothing is kept then, unless there is a name, or :meth:`fork` or
+            :meth:`rename` gives one.
         system_prompt: What the system says first; not used where there is an entry.
         chat_template_config: More variables for the chat template.
         ignore_chat_template: Take what is said as plain text.
@@ -93,8 +99,10 @@ class Chat:
         callbacks: What is told, and asked, meanwhile.
 
     Raises:
-        FingerprintError: Another model made the entry.
-        IntegrityError: A part of the entry is missing or damaged.
+        EntryExistsError: The name has an entry that does not begin with the base.
+        EntryNotFoundError: There is no such base.
+        FingerprintError: Another model made the entry, or the base.
+        IntegrityError: A part of the entry, or of the base, is missing or damaged.
         UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
             that a draft model can be used with.
         ValueError: The name is not one, or a system prompt has no chat template.
@@ -106,6 +114,7 @@ class Chat:
         *,
         store: Store,
         name: str | None = None,
+        base: str | None = None,
         system_prompt: str | None = None,
         chat_template_config: JSON | None = None,
         ignore_chat_template: bool = False,
@@ -120,6 +129,8 @@ class Chat:
         self._store = store
         self._fingerprint = model.fingerprint
         self._name = name
+        self._base = base
+        self._is_kept = base is None or name is not None
         self._system_prompt = system_prompt
         self._config = chat_template_config
         self._is_plain = ignore_chat_template or not self._tokenizer.has_chat_template
@@ -140,6 +151,8 @@ class Chat:
         self._num_loaded = 0
         if name is not None:
             self._resume(name)
+        if base is not None:
+            self._begin_with(base)
         # Where each turn begins that is known of; those before, if any, are not.
         self._begins: list[int] = []
         self._num_unknown = len(self._tokens)
@@ -150,6 +163,16 @@ class Chat:
     def name(self) -> str | None:
         """The name under which each turn is saved, or ``None``."""
         return self._name
+
+    @property
+    def base(self) -> str | None:
+        """The entry that the chat began with and leaves as it is, or ``None``."""
+        return self._base
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether each turn is saved as it ends."""
+        return self._is_kept
 
     @property
     def entry(self) -> Entry | None:
@@ -177,14 +200,15 @@ class Chat:
 
     @property
     def is_saved(self) -> bool:
-        """Whether all that was said is on disk."""
-        return self._num_saved == len(self._tokens)
+        """Whether nothing that is to be kept waits to be saved."""
+        return not self._is_kept or self._num_saved == len(self._tokens)
 
     def stats(self) -> ChatStats:
         """Return where the chat stands."""
         return ChatStats(
             name=self._name,
             entry_id=self._entry.id if self._entry else None,
+            is_kept=self._is_kept,
             is_saved=self.is_saved,
             num_turns=self.num_turns,
             num_tokens=len(self._tokens),
@@ -197,6 +221,8 @@ class Chat:
 
     def say(self, text: str) -> Generator[GenerationResponse, None, None]:
         """Say something and generate the reply; both are saved when it ends.
+
+        Where the chat began with a base and has no name, nothing is saved.
 
         Where it ends early, because ``should_stop`` says so, the generator is closed or
         Ctrl-C comes, what was said so far is kept. Where not even a first token was
@@ -224,6 +250,7 @@ class Chat:
             store=self._store,
             name=self._name,
             replace=self._replaced(),
+            keep=self._is_kept,
             sampling=self._sampling,
             cache=self._cache_options,
             prefilling=self._prefilling,
@@ -272,7 +299,7 @@ class Chat:
         if self._tokens:
             self._entry = self._save_prompt(self._tokens, name, may_lose=False)
             self._num_saved = len(self._tokens)
-        self._name = name
+        self._name, self._is_kept = name, True
 
     def rename(self, name: str) -> None:
         """Give the chat another name, or its first.
@@ -289,7 +316,7 @@ class Chat:
             except EntryNotFoundError:
                 # It was moved on, or removed: there is no entry of ours.
                 self._entry, self._num_saved = None, 0
-        self._name = name
+        self._name, self._is_kept = name, True
         self.save()
 
     def rewind(self, num_turns: int = 1) -> None:
@@ -321,9 +348,9 @@ class Chat:
         if self._is_empty(tokens):
             tokens = []
         try:
-            if tokens:
+            if tokens and self._is_kept:
                 self._keep(tokens)
-            else:
+            elif not tokens:
                 self._remove_entry()
         except EntryExistsError:
             self._cut(tokens, num_turns)
@@ -361,6 +388,21 @@ class Chat:
         self._entry = self._store.entry(name)
         self._tokens = tokens
         self._num_saved = len(tokens)
+
+    def _begin_with(self, base: str) -> None:
+        """Begin with the tokens of an entry that stays as it is.
+
+        Raises:
+            EntryExistsError: What the name holds was not begun with it.
+        """
+        tokens = base_tokens(self._store, base, self._fingerprint)
+        if self._entry is None:
+            self._tokens = tokens
+        elif self._tokens[: len(tokens)] != tokens:
+            raise EntryExistsError(
+                f"`{self._name}` was not begun with `{base}`",
+                hint="choose another name, or leave out the base to go on with it",
+            )
 
     def _find_turns(self) -> None:
         """Find the turns of a conversation that was begun in another session."""

@@ -35,6 +35,7 @@ def stream_generate(
     store: Store,
     name: str | None = None,
     replace: bool | Entry = False,
+    keep: bool = True,
     sampling: SamplingOptions = SamplingOptions(),
     cache: CacheOptions = CacheOptions(),
     prefilling: PrefillOptions = PrefillOptions(),
@@ -55,6 +56,8 @@ def stream_generate(
         name: A name for the entry. It moves from an entry that this continues.
         replace: Take the name from an entry that this does not continue; from that
             one only, as it was, where one is given.
+        keep: Save prompt and reply. Without, the store is only read: no entry and no
+            block is written.
         sampling: How the reply is drawn.
         cache: How the prompt cache is made.
         prefilling: How the prompt is computed.
@@ -70,13 +73,17 @@ def stream_generate(
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored, or is none
             that a draft model can be used with.
+        ValueError: The name is not one, or there is one although nothing is kept.
     """
+    if name is not None and not keep:
+        raise ValueError(f"nothing is kept, so there is no use for the name {name!r}")
     session = Session(
         model,
         encode_text(model.tokenizer, prompt),
         store,
         name=name,
         replace=replace,
+        is_kept=keep,
         prefill=prefilling,
         live=live,
         callbacks=callbacks,

@@ -195,14 +195,33 @@ def entry_tokens(
             return None
     except EntryNotFoundError:
         return None
+    return base_tokens(store, name, fingerprint)
+
+
+def base_tokens(
+    store: Store, ref: str, fingerprint: Fingerprint | None = None
+) -> list[int]:
+    """Return the tokens of an entry that is there.
+
+    Args:
+        store: Where to look.
+        ref: Its name, or its id or the start of it.
+        fingerprint: The model's; ``None`` takes whatever made the entry.
+
+    Raises:
+        EntryNotFoundError: There is none.
+        FingerprintError: Another model made it.
+        IntegrityError: A part of it is missing or damaged.
+    """
+    entry = store.entry(ref)
     if fingerprint is not None:
-        difference = store.fingerprint_of(name).difference(fingerprint)
+        difference = store.fingerprint_of(entry.id).difference(fingerprint)
         if difference:
             raise FingerprintError(
-                f"`{name}` was made by another model: {difference}",
+                f"`{ref}` was made by another model: {difference}",
                 hint="give the model, adapter and draft model that it was saved with",
             )
-    chain = store.chain(name)
+    chain = store.chain(entry.id)
     return [token for _, stored in chain for token in stored.block.tokens]
 
 
@@ -240,6 +259,7 @@ class Session:
         name: A name for the entry. It moves from an entry that this continues.
         replace: Take the name from an entry that this does not continue; from that
             one only, as it was, where one is given.
+        is_kept: Save what is computed; else the store is only read.
         prefill: How the prompt is computed.
         live: Goes on from here as far as it holds the prompt's tokens.
         callbacks: What is told, and asked, meanwhile.
@@ -259,6 +279,7 @@ class Session:
         *,
         name: str | None,
         replace: bool | Entry,
+        is_kept: bool = True,
         prefill: PrefillOptions,
         live: LiveCache | None,
         callbacks: Callbacks,
@@ -267,6 +288,7 @@ class Session:
         self._store = store
         self._name = name
         self._replace = replace
+        self._is_kept = is_kept
         self._tokens = list(tokens)
         self._num_prompt = len(self._tokens)
         self._prefill = prefill
@@ -375,6 +397,8 @@ class Session:
         The next turn may render the reply otherwise, so that the end of this one is no
         prefix of it; the end of the prompt is.
         """
+        if not self._is_kept:
+            return
         due = is_last or done >= self._next_checkpoint
         if due:
             self._next_checkpoint = done + self._prefill.checkpoint_every
@@ -413,7 +437,8 @@ class Session:
             if not caches.is_cuttable(self.prompt_cache):
                 return
             self._num_rows = caches.cut(self.prompt_cache, self._num_rows)
-        if self._num_rows > self.num_restored and not self._is_half():
+        is_new = self._num_rows > self.num_restored
+        if self._is_kept and is_new and not self._is_half():
             self.keep()
         else:
             self._hold()

@@ -1,0 +1,47 @@
+"""A question to what is kept: an entry's tokens, and one more message behind them."""
+
+from __future__ import annotations
+
+from ..format.documents import JSON
+from ..store import Store
+from .load import LoadedModel
+from .session import base_tokens
+from .templates import encode_next
+
+
+def continue_entry(
+    model: LoadedModel,
+    store: Store,
+    ref: str,
+    text: str,
+    *,
+    chat_template_config: JSON | None = None,
+    ignore_chat_template: bool = False,
+) -> list[int]:
+    """Return the tokens of an entry with one more message behind them.
+
+    The entry stays as it is. :func:`stream_generate` with ``keep=False`` answers
+    without keeping anything; with a ``name`` it keeps question and answer under that.
+
+    Args:
+        model: The model that made the entry.
+        store: Where it is kept.
+        ref: Its name, or its id or the start of it.
+        text: What the user says.
+        chat_template_config: More variables for the chat template.
+        ignore_chat_template: Take what is said as plain text.
+
+    Raises:
+        EntryNotFoundError: There is no such entry.
+        FingerprintError: Another model made it.
+        IntegrityError: A part of it is missing or damaged.
+        ValueError: The chat template leaves out parts of a conversation.
+    """
+    held = base_tokens(store, ref, model.fingerprint)
+    return held + encode_next(
+        model.tokenizer,
+        text,
+        held,
+        chat_template_config=chat_template_config,
+        ignore_chat_template=ignore_chat_template,
+    )
