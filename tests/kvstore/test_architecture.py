@@ -34,7 +34,8 @@ OPS = {  # and inside of ops
     "save": {"commit"},
     "commit": {"prune"},
     "explain": {"load"},
-    "import_bundle": {"commit"},
+    "admit": {"commit"},
+    "import_bundle": {"admit"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},
 }

@@ -22,7 +22,7 @@ import kvstore
 from kvstore.format import bundle as bundles
 from kvstore.format.block import Origin, Part
 from kvstore.format.chain import hash_block_tokens, hash_root
-from kvstore.ops import import_bundle as importing
+from kvstore.ops import admit as admitting
 from kvstore.storage.entries import write_entry
 from kvstore.storage.folder import create_folder, open_folder
 
@@ -794,9 +794,9 @@ def test_what_is_too_large_is_not_read(untouched, tiny):
 def test_blocks_that_no_memory_holds_are_refused(stores, tiny, monkeypatch):
     """Frames of a few bytes each may not stand for more than a machine could hold."""
     nbytes = 17 * 2 * 8 * 2  # of both blocks
-    monkeypatch.setattr(importing, "_MAX_BUNDLE_BYTES", nbytes - 1)
+    monkeypatch.setattr(admitting, "_MAX_ENTRY_BYTES", nbytes - 1)
     assert_refused(stores[0], tiny, kvstore.IntegrityError, match="all blocks are too")
-    monkeypatch.setattr(importing, "_MAX_BUNDLE_BYTES", nbytes)
+    monkeypatch.setattr(admitting, "_MAX_ENTRY_BYTES", nbytes)
     take(stores[0], tiny)
 
 

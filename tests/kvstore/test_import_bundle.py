@@ -15,6 +15,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
+from kvstore.ops import admit as admitting
 from kvstore.ops import export_bundle as exporting
 from kvstore.ops import import_bundle as importing
 from kvstore.storage import blocks as reading
@@ -241,7 +242,7 @@ def test_a_name_that_is_taken_meanwhile_is_refused(stores, tiny, caches, monkeyp
         with kvstore.Store(stores[0], "raw") as store:
             store.save(tokens, cache, caches.MODEL, name="doc")
 
-    meanwhile(monkeypatch, importing, "make_room", save)
+    meanwhile(monkeypatch, admitting, "make_room", save)
     with pytest.raises(kvstore.EntryExistsError, match="`doc` is taken"):
         take(stores[0], tiny)
     with kvstore.Store(stores[0]) as store:
@@ -376,7 +377,7 @@ def test_an_import_writes_what_prune_takes_away(
             store.remove("mine")
             assert store.plan_prune(now=True).execute() > 0
 
-    meanwhile(monkeypatch, importing, when, remove)
+    meanwhile(monkeypatch, admitting, when, remove)
     take(stores[0], small.data)
     with kvstore.Store(stores[0]) as store:
         assert store.verify() == []
@@ -391,7 +392,7 @@ def test_an_import_keeps_what_a_save_is_faster_with(stores, small, caches, monke
         with kvstore.Store(stores[0], "turbo8") as store:
             store.save(small.tokens[:160], own, caches.MODEL, name="mine")
 
-    meanwhile(monkeypatch, importing, "make_room", save)
+    meanwhile(monkeypatch, admitting, "make_room", save)
     take(stores[0], small.data)
     with kvstore.Store(stores[0]) as store:
         assert store.verify() == []
@@ -488,7 +489,7 @@ def test_a_full_disk_is_told_before_anything_is_staged(stores, tiny, monkeypatch
     """What cannot fit is not begun."""
     disk = os.statvfs(stores[0])
     fake = SimpleNamespace(f_bavail=3, f_frsize=512, f_blocks=disk.f_blocks)
-    monkeypatch.setattr(importing.os, "statvfs", lambda path: fake)
+    monkeypatch.setattr(admitting.os, "statvfs", lambda path: fake)
     with kvstore.Store(stores[0]) as store, pytest.raises(OSError, match="No space"):
         store.import_bundle(io.BytesIO(tiny))
     assert os.listdir(stores[0] / "tmp") == []
@@ -528,7 +529,7 @@ def test_a_limit_on_the_size_of_files_loses_nothing(
 KILLED = """
 import io, os, shutil, signal, sys
 import caches, kvstore, mlx_lm.models.cache
-from kvstore.ops import commit, import_bundle
+from kvstore.ops import admit, commit, import_bundle
 from pathlib import Path
 
 template, bundle, folder, calls = sys.argv[1:]

@@ -1,0 +1,366 @@
+"""An entry of a remote into a store: only the blocks that the store lacks are read.
+
+Headers come first, and all that they can tell is checked before any row is read. Rows
+come in parallel, into files that the next try goes on with. Then the entry is taken in
+as a bundle would be: every block is checked as far as loading it would, and all of it
+becomes visible, or nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..caches.snapshot import Chain
+from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
+from ..format.block import BlockHash, Origin, Progress, ShardHeader, StoredBlock
+from ..format.chain import digest_fields, origin_root
+from ..format.entry import Entry
+from ..format.shard import parse_shard_header
+from ..ops.admit import Incoming, Inspector, admit, check_space
+from ..ops.commit import replaceable
+from ..storage import files
+from ..storage.blocks import BlockStore
+from ..storage.entries import Catalog
+from ..storage.folder import StoreFolder
+from ..storage.partial import prepare_partial, write_at
+from ..storage.shards import OpenShard, StagedShard, open_shard_at, staged_copy
+from .client import Client, ranges
+from .layout import RemoteEntry, RemoteShard, shard_key
+
+# Each holds one part of a shard in memory.
+_DOWNLOADS = 8
+# Whoever else pulls into the same store waits for so long.
+_LOCK_S = 600.0
+# `prune` takes staged files for forgotten after an hour.
+_TOUCH_EVERY_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Arriving:
+    """A shard of a remote, of which some blocks are to come."""
+
+    shard: RemoteShard
+    header: ShardHeader
+    # Those that the store lacks, in the order of the chain.
+    wanted: tuple[StoredBlock, ...]
+    # The file that they come into.
+    path: Path
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its blocks are to come."""
+        return len(self.wanted) == len(self.header.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """An entry of which the headers have come and been checked."""
+
+    inspector: Inspector
+    chain: Chain
+    arriving: tuple[_Arriving, ...]
+
+
+def pull_entry(
+    blocks: BlockStore,
+    catalog: Catalog,
+    client: Client,
+    remote: RemoteEntry,
+    name: str | None,
+    *,
+    replace: bool,
+    progress: Progress,
+) -> Entry:
+    """Take an entry of a remote into a store, and return it.
+
+    Args:
+        blocks: The store's blocks.
+        catalog: Its entries.
+        client: The remote.
+        remote: The entry.
+        name: A name for it, or ``None`` for its own.
+        replace: Take the name from an entry that this one does not continue.
+        progress: Called with (bytes that have come, bytes to come).
+
+    Raises:
+        IntegrityError: An object is missing, or not what its name says. Nothing of the
+            entry can be seen in the store then.
+        EntryExistsError: The name belongs to something else.
+        KVStoreError: Its blocks have another size, or the store's own blocks lack
+            states or windows that the entry needs.
+        RemoteError: The remote fails. Pulling again goes on from there.
+        StoreLockedError: Another process pulls into the same store for too long.
+        OSError: The disk is full or fails.
+    """
+    folder = blocks.folder
+    if remote.block_size != folder.block_size:
+        raise KVStoreError(
+            f"the remote entry has blocks of {remote.block_size} tokens, and the store"
+            f" of {folder.block_size}: {folder.path}",
+            hint="pull it into another store",
+        )
+    name = remote.entry.name if name is None else name
+
+    def work() -> Entry:
+        plan = _plan(blocks, client, remote)
+        # Before anything large has come.
+        replaceable(catalog, name, plan.chain, replace)
+        _fetch(client, folder, plan.arriving, progress)
+        with _checked(folder, remote, plan) as incoming:
+            entry = admit(blocks, catalog, incoming, name, replace=replace)
+        for arriving in plan.arriving:
+            arriving.path.unlink(missing_ok=True)
+        return entry
+
+    # Two that fetch one shard would write into one file.
+    lock = folder.path / "pull.lock"
+    with files.locked(lock, exclusive=True, timeout_s=_LOCK_S):
+        return blocks.run(work)
+
+
+def _plan(blocks: BlockStore, client: Client, remote: RemoteEntry) -> _Plan:
+    """Read the headers of what the store lacks, and check all that they tell.
+
+    Raises:
+        IntegrityError: It is not the entry that it should be.
+    """
+    held = _held(blocks, remote)
+    missing = [row for row in remote.blocks if _to_hash(row[0]) not in held]
+    numbers = sorted({number for _, number in missing})
+    shards = [remote.shards[number] for number in numbers]
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        headers = list(pool.map(lambda shard: _read_header(client, shard), shards))
+    arriving = tuple(
+        _Arriving(
+            shard,
+            header,
+            tuple(_find(shard, header, h) for h, n in missing if n == number),
+            _partial(blocks.folder, shard, raw),
+        )
+        for number, shard, (header, raw) in zip(numbers, shards, headers, strict=True)
+    )
+    came = {b.block.hash: b for a in arriving for b in a.wanted}
+    origin = _origin(blocks, remote, [header for header, _ in headers])
+    known = came | held
+    with _refusing(remote):
+        inspector = Inspector(remote.entry, origin, remote.block_size)
+        for block, _ in remote.blocks:
+            inspector.follow(known[_to_hash(block)])
+        return _Plan(inspector, _finish(inspector, bool(held)), arriving)
+
+
+def _finish(inspector: Inspector, has_held: bool) -> Chain:
+    """Return the chain of an entry that can be restored."""
+    try:
+        return inspector.finish()
+    except IntegrityError as error:
+        if not has_held:
+            raise
+        raise KVStoreError(
+            "the store has blocks of this entry without the states or windows that it"
+            " needs, and what it has is never replaced",
+            hint="pull it into another store",
+        ) from error
+
+
+def _held(blocks: BlockStore, remote: RemoteEntry) -> dict[BlockHash, StoredBlock]:
+    """Return the entry's blocks that the store has and can read."""
+    held = {}
+    for row in remote.blocks:
+        place = blocks.index.place(_to_hash(row[0]))
+        if place is not None:
+            # A damaged copy leaves the index, and the remote's may take its place.
+            with suppress(FormatError, IntegrityError):
+                held[place.hash] = blocks.stored(place)
+    return held
+
+
+def _read_header(client: Client, shard: RemoteShard) -> tuple[ShardHeader, memoryview]:
+    """Read and check the header of a shard; return it with its bytes."""
+    with _naming(shard):
+        raw = client.read(shard_key(shard.name), 0, shard.header_nbytes)
+        if hashlib.sha256(raw).hexdigest() != shard.header_digest:
+            raise _refused(shard, "its header is not the one that was pushed")
+        try:
+            header = parse_shard_header(bytes(raw[8:]), shard.nbytes)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _refused(shard, str(error)) from error
+        if int.from_bytes(raw[:8], "little") != len(raw) - 8:
+            raise _refused(shard, "its header has another length than it says")
+        return header, raw
+
+
+def _find(shard: RemoteShard, header: ShardHeader, block: str) -> StoredBlock:
+    """Return a block of a shard."""
+    for stored in header.blocks:
+        if stored.block.hash.hex() == block:
+            return stored
+    raise _refused(shard, f"it lacks block {block[:12]}")
+
+
+def _partial(folder: StoreFolder, shard: RemoteShard, header: memoryview) -> Path:
+    path = prepare_partial(folder.staging, shard.name, shard.nbytes)
+    write_at(path, 0, header)
+    return path
+
+
+def _origin(
+    blocks: BlockStore, remote: RemoteEntry, headers: Sequence[ShardHeader]
+) -> Origin:
+    """Return what computed the entry, the same for all of its shards."""
+    if not headers:  # the store has every block
+        place = blocks.index.place(_to_hash(remote.entry.tip))
+        if place is None:
+            raise IntegrityError(
+                "blocks have vanished from the store", hint="pull the entry again"
+            )
+        return blocks.origin_at(place)
+    origin = headers[0].origin
+    if any(header.origin != origin for header in headers):
+        raise _refused(remote, "its shards are of several models or layouts")
+    if digest_fields(origin.fingerprint) != remote.fingerprint:
+        raise _refused(remote, "its shards are of another model")
+    if origin_root(origin).hex() != remote.entry.root:
+        raise _refused(remote, "its shards are of another layout")
+    return origin
+
+
+def _fetch(
+    client: Client,
+    folder: StoreFolder,
+    arriving: Sequence[_Arriving],
+    progress: Progress,
+) -> None:
+    """Bring the wanted blocks that an earlier try has not brought."""
+    total = sum(b.end - b.begin for a in arriving for b in a.wanted)
+    parts = [(a, *part) for a in arriving for part in _missing_parts(a)]
+    left = sum(end - begin for _, begin, end in parts)
+    check_space(folder, left)
+    progress(total - left, total)
+    touched_at = time.monotonic()
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        running = {pool.submit(_bring, client, *part): part for part in parts}
+        try:
+            for future in as_completed(running):
+                future.result()
+                _, begin, end = running[future]
+                left -= end - begin
+                progress(total - left, total)
+                if time.monotonic() - touched_at > _TOUCH_EVERY_S:
+                    touched_at = time.monotonic()
+                    _touch(arriving)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _missing_parts(arriving: _Arriving) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of a shard's file that have not come."""
+    run: tuple[int, int] | None = None
+    begin_of_data = arriving.header.data_begin
+    with open_shard_at(arriving.path) as opened:
+        for stored in sorted(arriving.wanted, key=lambda stored: stored.begin):
+            if _has_come(opened, stored):
+                continue
+            begin, end = begin_of_data + stored.begin, begin_of_data + stored.end
+            if run is not None and run[1] == begin:
+                run = run[0], end  # neighbours are one range
+                continue
+            if run is not None:
+                yield from ranges(*run)
+            run = begin, end
+    if run is not None:
+        yield from ranges(*run)
+
+
+def _has_come(opened: OpenShard, stored: StoredBlock) -> bool:
+    try:
+        list(opened.read([stored]))
+    except IntegrityError:
+        return False
+    return True
+
+
+def _bring(client: Client, arriving: _Arriving, begin: int, end: int) -> None:
+    """Bring one range of a shard into its file."""
+    with _naming(arriving.shard):
+        data = client.read(shard_key(arriving.shard.name), begin, end)
+    write_at(arriving.path, begin, data)
+
+
+def _touch(arriving: Sequence[_Arriving]) -> None:
+    for one in arriving:
+        os.utime(one.path)
+
+
+@contextmanager
+def _checked(
+    folder: StoreFolder, remote: RemoteEntry, plan: _Plan
+) -> Iterator[Incoming]:
+    """Check every block that came, and yield the entry as `ops.admit` takes it."""
+    with ExitStack() as stack:
+        shards = [_staged(folder, one, plan, stack) for one in plan.arriving]
+        blocks = tuple(plan.inspector.blocks)
+        yield Incoming(remote.entry, plan.chain, blocks, tuple(shards))
+
+
+def _staged(
+    folder: StoreFolder, arriving: _Arriving, plan: _Plan, stack: ExitStack
+) -> StagedShard:
+    """Return a shard of just the wanted blocks, each of them checked."""
+    shard = arriving.shard
+    try:
+        with open_shard_at(arriving.path) as opened:
+            for stored in arriving.wanted:
+                plan.inspector.check_rows(stored, opened)
+            if not arriving.is_whole:
+                copy = staged_copy(folder.staging, opened, arriving.wanted)
+                return stack.enter_context(copy)
+            if opened.sha256() != shard.name:
+                raise IntegrityError("it has other bytes than its name says")
+            os.chmod(arriving.path, 0o400)
+    except (IntegrityError, CodecError) as error:
+        arriving.path.unlink(missing_ok=True)
+        why = str(error).replace(f": {arriving.path}", "")
+        raise _refused(shard, why) from error
+    return StagedShard(arriving.path, shard.name, arriving.header)
+
+
+@contextmanager
+def _naming(shard: RemoteShard) -> Iterator[None]:
+    """Say which shard it is that is not there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _refused(shard, "it is missing") from error
+
+
+@contextmanager
+def _refusing(remote: RemoteEntry) -> Iterator[None]:
+    """Say which entry it is that is refused."""
+    try:
+        yield
+    except (IntegrityError, CodecError) as error:
+        raise _refused(remote, str(error)) from error
+
+
+def _refused(what: RemoteShard | RemoteEntry, why: str) -> IntegrityError:
+    if isinstance(what, RemoteShard):
+        label = f"remote shard {what.name[:12]}"
+    else:
+        label = f"remote entry {what.entry.name or what.entry.tip[:12]}"
+    return IntegrityError(
+        f"{label} is refused: {why}",
+        hint="whoever owns the remote can remove the object and push the entry again",
+    )
+
+
+def _to_hash(block: str) -> BlockHash:
+    return BlockHash(bytes.fromhex(block))
