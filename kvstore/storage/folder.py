@@ -55,6 +55,11 @@ class StoreFolder:
         return self.path / "shards"
 
     @property
+    def bases(self) -> Path:
+        """The bases of the `fit` codecs; there is no such folder before the first."""
+        return self.path / "bases"
+
+    @property
     def quarantine(self) -> Path:
         """Files that could not be read; never used again, kept to be looked at."""
         return self.path / "quarantine"

@@ -1,0 +1,73 @@
+"""The bases of a store: immutable files, named by the SHA-256 of their bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ..errors import IntegrityError
+from ..format.basis import MAX_BYTES, BasisFile, basis_digest, parse_basis
+from . import files
+from .folder import StoreFolder
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def basis_path(folder: StoreFolder, digest: str) -> Path:
+    """Return where the basis of this digest lies.
+
+    Raises:
+        ValueError: It is no digest.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError(f"not the digest of a basis: {digest!r}")
+    return folder.bases / f"{digest}.safetensors"
+
+
+def list_bases(folder: StoreFolder) -> list[str]:
+    """Return the digests of all bases, sorted."""
+    stems = (path.stem for path in folder.bases.glob("*.safetensors"))
+    return sorted(stem for stem in stems if _DIGEST.fullmatch(stem))
+
+
+def add_basis(folder: StoreFolder, data: bytes) -> str:
+    """Put a basis into the store, where it lasts, and return its digest.
+
+    Raises:
+        IntegrityError: The bytes are no basis.
+        FormatError: They are one of a newer release.
+    """
+    digest = basis_digest(data)
+    parse_basis(data, digest)  # what cannot be read back must not be acknowledged
+    with files.staged(folder.staging) as (path, descriptor):
+        files.write_all(descriptor, data)
+        os.fchmod(descriptor, 0o400)
+        files.sync(descriptor)
+        files.publish(path, basis_path(folder, digest))
+    return digest
+
+
+def read_basis(folder: StoreFolder, digest: str) -> BasisFile:
+    """Return a basis, checked.
+
+    Raises:
+        IntegrityError: The store lacks it, or it is damaged.
+        FormatError: A newer release wrote it.
+    """
+    path = basis_path(folder, digest)
+    try:
+        return parse_basis(files.read_small(path, MAX_BYTES), digest)
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"the store lacks the basis {digest[:12]}",
+            path=path,
+            hint="import the bundle again with its basis, or save the prompt again",
+        ) from error
+    except (ValueError, EOFError) as error:
+        raise IntegrityError(f"basis cannot be read: {error}", path=path) from error
+
+
+def remove_basis(folder: StoreFolder, digest: str) -> None:
+    """Remove a basis; no block may name it any more."""
+    files.remove(basis_path(folder, digest))
