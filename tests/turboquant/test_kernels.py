@@ -3,6 +3,11 @@
 Each instruction set of this processor is tested; none where nothing is compiled.
 """
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -323,3 +328,17 @@ def test_a_library_that_cannot_be_loaded_is_none(tmp_path, content) -> None:
     if content is not None:
         path.write_bytes(content)
     assert [] == native.load_all(path)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64")),
+    reason="no compiler and emulator for AArch64",
+)
+def test_neon_under_an_emulator() -> None:
+    """Every width, length and dtype gives NumPy's bytes on AArch64 too."""
+    tool = Path(native.__file__).parents[2] / "tools/check_kernels.py"
+    command = [sys.executable, tool, "neon", "--compiler=aarch64-linux-gnu-g++"]
+    done = subprocess.run(
+        [*command, "--runner=qemu-aarch64"], capture_output=True, text=True
+    )
+    assert (0, "336 cases, 0 bad\n") == (done.returncode, done.stdout), done.stderr

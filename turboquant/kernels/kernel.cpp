@@ -42,7 +42,6 @@ typedef float vf __attribute__((vector_size(4 * VW)));
 typedef int32_t vi __attribute__((vector_size(4 * VW)));
 typedef uint32_t vu __attribute__((vector_size(4 * VW)));
 typedef uint16_t vh __attribute__((vector_size(2 * VW)));
-typedef uint8_t vb __attribute__((vector_size(VW)));
 // For moving things, every instruction set has vectors of 16 bytes.
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
@@ -55,9 +54,7 @@ template <class V> INLINE V load(const void* from) {
 }
 template <class V> INLINE void store(void* to, V v) { memcpy(to, &v, sizeof v); }
 INLINE vf splat(float x) { return x - (vf){}; }
-INLINE vf choose(vi mask, vf yes, vf no) {
-  return (vf)((mask & (vi)yes) | (~mask & (vi)no));
-}
+INLINE vf choose(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 // --- Transposition: rows to columns and back, on 16 bytes at a time ---
 
@@ -167,6 +164,71 @@ void columns_to_bytes(const uint8_t* columns, int nbytes, uint8_t* const* rows) 
     for (int r = 0; r < LANES; r++) rows[r][j] = columns[j * LANES + r];
 }
 
+// --- Integers of 8, 16 and 32 bits ---
+// Compilers convert vectors of less than 16 bytes number by number, hence these.
+
+INLINE vi load_bytes(const uint8_t* from) {
+#if defined(__AVX512F__) && VW == 16
+  return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__) && VW == 8
+  return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  u8x16 x = {};
+  memcpy(&x, from, VW);
+  return (vi)low((u16x8)low(x, (u8x16){}), (u16x8){});
+#endif
+}
+
+INLINE void store_bytes(uint8_t* to, vi x) {
+#if defined(__AVX512F__) && VW == 16
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__) && VW == 8
+  __m256i wide = (__m256i)x;
+  __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide),
+                                 _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(half, half));
+#else
+#if defined(__x86_64__)
+  __m128i half = _mm_packs_epi32((__m128i)x, (__m128i)x);
+  u8x16 bytes = (u8x16)_mm_packus_epi16(half, half);
+#else
+  u8x16 v = (u8x16)x;
+  u8x16 bytes = SHUFFLE(u8x16, v, v, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+#endif
+  memcpy(to, &bytes, VW);
+#endif
+}
+
+// Numbers of 16 bits as the high halves of 32, and back.
+INLINE vu load_high(const void* from) {
+#if VW == 4
+  u16x8 x = {};
+  memcpy(&x, from, 2 * VW);
+  return (vu)low((u16x8){}, x);
+#else
+  return __builtin_convertvector(load<vh>(from), vu) << 16;
+#endif
+}
+
+INLINE void store_high(void* to, vu x) {
+#if defined(__AVX512F__) && VW == 16
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)(x >> 16)));
+#elif defined(__AVX2__) && VW == 8
+  __m256i wide = (__m256i)(x >> 16);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128(wide),
+                                                  _mm256_extracti128_si256(wide, 1)));
+#else
+#if defined(__x86_64__)
+  __m128i high = _mm_srai_epi32((__m128i)x, 16);
+  u16x8 v = (u16x8)_mm_packs_epi32(high, high);
+#else
+  u16x8 v = (u16x8)x;
+  v = SHUFFLE(u16x8, v, v, 1, 3, 5, 7, 1, 3, 5, 7);
+#endif
+  memcpy(to, &v, 2 * VW);
+#endif
+}
+
 // --- Floats of 16 and 32 bits ---
 
 template <int TYPE> struct Element { typedef uint16_t E; };
@@ -174,16 +236,15 @@ template <> struct Element<F32> { typedef uint32_t E; };
 
 template <int TYPE> INLINE vf widen(const void* from) {
   if constexpr (TYPE == F32) return load<vf>(from);
-  vh h = load<vh>(from);
-  if constexpr (TYPE == BF16) return (vf)(__builtin_convertvector(h, vu) << 16);
+  if constexpr (TYPE == BF16) return (vf)load_high(from);
 #if defined(__AVX512F__) && VW == 16
-  return (vf)_mm512_cvtph_ps((__m256i)h);
+  return (vf)_mm512_cvtph_ps((__m256i)load<vh>(from));
 #elif defined(__F16C__) && VW == 8
-  return (vf)_mm256_cvtph_ps((__m128i)h);
+  return (vf)_mm256_cvtph_ps((__m128i)load<vh>(from));
 #elif defined(__aarch64__) && VW == 4
-  return (vf)vcvt_f32_f16((float16x4_t)h);
+  return (vf)vcvt_f32_f16((float16x4_t)load<vh>(from));
 #else
-  vu u = __builtin_convertvector(h, vu), magnitude = u & 0x7fff;
+  vu u = load_high(from) >> 16, magnitude = u & 0x7fff;
   vf finite = (vf)(magnitude << 13) * splat(0x1p112f);
   vf broken = (vf)(magnitude << 13 | INF_BITS);
   vf x = choose((vi)(magnitude >= 0x7c00), broken, finite);
@@ -211,8 +272,7 @@ template <int TYPE> INLINE void narrow(void* to, vf x) {
     store(to, x);
   } else if constexpr (TYPE == BF16) {
     vu u = (vu)x;
-    u += 0x7fff + (u >> 16 & 1);
-    store(to, __builtin_convertvector(u >> 16, vh));
+    store_high(to, u + 0x7fff + (u >> 16 & 1));
   } else {
 #if defined(__AVX512F__) && VW == 16
     store(to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
@@ -229,6 +289,12 @@ template <int TYPE> INLINE void narrow(void* to, vf x) {
 }
 
 // --- Tables of 2**BITS floats, 16 at least ---
+
+#if defined(__AVX2__) || defined(__aarch64__)
+constexpr bool CAN_LOOK_UP = true;
+#else
+constexpr bool CAN_LOOK_UP = false;
+#endif
 
 template <int BITS> INLINE vf look_up(const float* table, vi index) {
   if constexpr (BITS == 0) return splat(table[0]);
@@ -387,10 +453,26 @@ void unpack_plane(const uint8_t* bytes, int dim, int width, int shift, bool is_f
 
 template <int BITS>
 void look_up_levels(const uint8_t* symbols, const float* levels, int dim, float* out) {
-  for (int i = 0; i < dim * LANES; i += VW) {
-    vi at = __builtin_convertvector(load<vb>(symbols + i), vi);
-    store(out + i, look_up<BITS>(levels, at));
-  }
+  if constexpr (CAN_LOOK_UP)
+    for (int i = 0; i < dim * LANES; i += VW)
+      store(out + i, look_up<BITS>(levels, load_bytes(symbols + i)));
+  else
+    for (int i = 0; i < dim * LANES; i++) out[i] = levels[symbols[i]];
+}
+
+INLINE vf clamp(vf x, vf most) {
+  // Where one is a NaN, x86 returns the second.
+#if defined(__AVX512F__) && VW == 16
+  return (vf)_mm512_max_ps((__m512)-most, _mm512_min_ps((__m512)most, (__m512)x));
+#elif defined(__AVX2__) && VW == 8
+  return (vf)_mm256_max_ps((__m256)-most, _mm256_min_ps((__m256)most, (__m256)x));
+#elif defined(__x86_64__)
+  return (vf)_mm_max_ps((__m128)-most, _mm_min_ps((__m128)most, (__m128)x));
+#else
+  // A NaN compares false and stays.
+  x = choose(x > most, most, x);
+  return choose(x < -most, -most, x);
+#endif
 }
 
 template <int TYPE> constexpr float largest() {
@@ -409,9 +491,7 @@ void scale_columns(const float* columns, const Job& job, const float* mean,
     for (int i = 0; i < LANES; i += VW) {
       vf x = load<vf>(columns + d * LANES + i) * factor * load<vf>(norms + i);
       if (mean) x = x + offset;
-      x = choose(x > most, most, x);  // a NaN compares false and stays
-      x = choose(x < -most, -most, x);
-      narrow<TYPE>(out + (d * LANES + i) * SIZE, x);
+      narrow<TYPE>(out + (d * LANES + i) * SIZE, clamp(x, most));
     }
   }
 }
@@ -554,15 +634,13 @@ template <int BITS, int STEP> INLINE vi bisect(vf x, vi index, const float (*tab
 
 template <int BITS> INLINE vi nearest(vf x, const float (*tables)[128],
                                       [[maybe_unused]] const float* bounds) {
-#if !defined(__AVX2__) && !defined(__aarch64__)
   // Without a look-up instruction, comparing with each is faster.
-  if constexpr (BITS <= 4) {
+  if constexpr (!CAN_LOOK_UP && BITS <= 4) {
     vi index = {};
 #pragma GCC unroll 16
     for (int i = 0; i < (1 << BITS) - 1; i++) index -= x >= splat(bounds[i]);
     return index;
   }
-#endif
   return bisect<BITS, 0>(x, (vi){}, tables);
 }
 
@@ -587,7 +665,7 @@ void quantize_columns(const Job& job, const float* stretch, Buffers& use) {
         const int at = (j + k * eighth) * LANES + i;
         vf x = load<vf>(use.columns + at);
         vi index = nearest<BITS>(x * factor, tables, job.boundaries);
-        store(use.symbols + at, __builtin_convertvector(to_symbol<BITS>(index), vb));
+        store_bytes(use.symbols + at, to_symbol<BITS>(index));
         vf level = look_up<BITS>(job.levels, index);
         return Pair{x * level, level * level};
       });
