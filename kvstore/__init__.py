@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .ops.speeds import Speeds
     from .ops.stats import Stats
     from .server.prompt_cache import DiskPromptCache
+    from .server.tier import Tier, tier
     from .store import Store
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "Store",
     "StoreLockedError",
     "StoreNotFoundError",
+    "Tier",
     "UnsupportedCacheError",
     "__version__",
     "codec_names",
@@ -74,6 +76,7 @@ __all__ = [
     "register_kind",
     "save_prompt",
     "stream_generate",
+    "tier",
 ]
 
 # Imported when first asked for: `import kvstore` alone loads neither NumPy nor MLX, so
@@ -106,6 +109,7 @@ _HOMES = {
     "models.load": ("LoadedModel",),
     "models.generate": ("save_prompt", "stream_generate"),
     "server.prompt_cache": ("DiskPromptCache",),
+    "server.tier": ("Tier", "tier"),
     "caches.kinds": ("register_kind",),
 }
 

@@ -48,7 +48,7 @@ def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
     """Return all caches, those of a ``CacheList`` one by one."""
     found: list[Any] = []
     for cache in prompt_cache:
-        found += flatten_caches(cache.caches) if _is_list(cache) else [cache]
+        found += flatten_caches(cache.caches) if is_list(cache) else [cache]
     return found
 
 
@@ -85,7 +85,8 @@ def rows_held(
             yield name, rows_of(group, name, max(start, first), last)
 
 
-def _is_list(cache: Any) -> bool:
+def is_list(cache: Any) -> bool:
+    """Whether a layer's cache is a ``CacheList``."""
     from mlx_lm.models.cache import CacheList
 
     return type(cache) is CacheList
@@ -119,7 +120,7 @@ def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
 def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
     layers: list[LayerLayout | ListLayout] = []
     for number, cache in enumerate(prompt_cache):
-        if _is_list(cache):
+        if is_list(cache):
             layers.append(ListLayout(_read_layers(cache.caches)))
             continue
         kind = kind_of(number, cache)

@@ -253,8 +253,8 @@ PUBLIC = {
     "IntegrityError", "KVStoreError", "LoadedModel", "Match", "RemoteError",
     "Speeds", "Stats",
     "Store", "StoreLockedError",
-    "StoreNotFoundError", "UnsupportedCacheError", "__version__", "codec_names",
-    "get_codec", "register_kind", "save_prompt", "stream_generate",
+    "StoreNotFoundError", "Tier", "UnsupportedCacheError", "__version__", "codec_names",
+    "get_codec", "register_kind", "save_prompt", "stream_generate", "tier",
 }  # fmt: skip
 
 
