@@ -22,10 +22,19 @@ def render() -> str:
     lines = ["# The command line", ""]
     lines += ["Written by `make docs` from the program itself; do not edit.", ""]
     lines += describe(root)
-    for name in cli.list_commands(root):
-        verb = click.Context(cli.commands[name], info_name=name, parent=root)
-        lines += ["", f"## kvstore {name}", "", *describe(verb)]
+    for verb in verbs(root):
+        lines += ["", f"## {verb.command_path}", "", *describe(verb)]
     return "\n".join(lines) + "\n"
+
+
+def verbs(parent: click.Context) -> Iterator[click.Context]:
+    """Yield each verb, followed by the verbs that it has itself."""
+    group = parent.command
+    if isinstance(group, click.Group):
+        for name in group.list_commands(parent):
+            verb = click.Context(group.commands[name], info_name=name, parent=parent)
+            yield verb
+            yield from verbs(verb)
 
 
 def describe(context: click.Context) -> Iterator[str]:

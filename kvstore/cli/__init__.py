@@ -14,7 +14,9 @@ from . import demo as _demo
 from . import entries as _entries
 from . import generate as _generate
 from . import housekeeping as _housekeeping
+from . import listing as _listing
 from . import lookup as _lookup
+from . import remote as _remote
 from . import serve as _serve
 from . import transfer as _transfer
 from .failures import run
@@ -29,8 +31,11 @@ for _verb in (
     _serve.serve,
     _transfer.export,
     _transfer.import_file,
+    _remote.remote,
+    _remote.push,
+    _remote.pull,
     _lookup.lookup,
-    _entries.list_entries,
+    _listing.list_entries,
     _entries.inspect_entry,
     _housekeeping.rename,
     _housekeeping.pin,

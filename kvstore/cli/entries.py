@@ -1,4 +1,4 @@
-"""The verbs about entries: load, ls, inspect, rm."""
+"""The verbs about entries: load, inspect, rm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from .output import (
     format_count,
     format_fields,
     format_table,
-    format_time,
     terminal_width,
     to_rfc3339,
 )
@@ -89,29 +88,6 @@ def load(
         size = write_prompt_cache(path, prompt_cache, label, overwrite=overwrite)
         data |= {"file": str(path), "file_bytes": size}
     output.result(_describe_load(entry, data), data, [str(path) if path else entry.id])
-
-
-@click.command("ls", cls=Verb)
-@click.option(
-    "--model", metavar="TEXT", help="Only entries whose MODEL has this in it."
-)
-@click.pass_context
-def list_entries(context: click.Context, model: str | None) -> None:
-    """List the entries, latest first.
-
-    SIZE counts blocks that entries share with each of them.
-    """
-    output = output_of(context)
-    entries = open_store(context).entries()
-    if model is not None:
-        entries = [entry for entry in entries if model in entry.model]
-    output.table(
-        entries,
-        _entry_columns(entries),
-        data=entry_data,
-        id_of=lambda entry: entry.id,
-        empty="no entries",
-    )
 
 
 @click.command("inspect", cls=Verb)
@@ -235,31 +211,6 @@ def _print_removed(output: Output, entries: Sequence[Entry], dry_run: bool) -> N
         {"dry_run": dry_run, "entries": [entry_data(entry) for entry in entries]},
         [entry.id for entry in entries],
     )
-
-
-def _entry_columns(entries: Sequence[Entry]) -> list[Column[Entry]]:
-    num_tokens = sum(entry.num_tokens for entry in entries)
-    nbytes = sum(entry.nbytes for entry in entries)
-    return [
-        Column(
-            "NAME",
-            lambda entry: entry.name or "-",
-            total=format_count(len(entries), "entry"),
-        ),
-        Column("ID", lambda entry: entry.id[:_SHORT]),
-        Column(
-            "TOKENS", lambda entry: f"{entry.num_tokens:,}", True, f"{num_tokens:,}"
-        ),
-        Column(
-            "SIZE",
-            lambda entry: format_bytes(entry.nbytes),
-            True,
-            format_bytes(nbytes),
-        ),
-        Column("CODEC", lambda entry: entry.codec),
-        Column("SAVED", lambda entry: format_time(entry.updated_at)),
-        Column("MODEL", lambda entry: entry.model),
-    ]
 
 
 def _entry_fields(

@@ -20,6 +20,7 @@ from .options import (
 from .output import format_count
 
 if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
     from ..format.documents import JSON
     from ..ops.explain import Divergence, Explanation, OtherModel
     from ..ops.load import Match
@@ -49,6 +50,31 @@ def lookup(
     output = output_of(context)
     text = prompt.read()
     store = open_store(context)
+    tokens, fingerprint, tokenizer = prompt_tokens(model, prompt, text)
+    if not explain:
+        match = store.lookup(tokens, fingerprint)
+        output.result(_describe(match), asdict(match), [str(match.num_tokens)])
+        return
+    found = store.explain(tokens, fingerprint)
+    sides = _Sides.of(found.divergence, tokenizer) if found.divergence else None
+    lines = [_describe(found.match), *_explain(found, sides)]
+    data = {**asdict(found.match), "explanation": _data(found, sides)}
+    output.result("\n".join(lines), data, [str(found.match.num_tokens)])
+
+
+def prompt_tokens(
+    model: ModelOptions, prompt: PromptOptions, text: str
+) -> tuple[list[int], Fingerprint, Any]:
+    """Return a prompt's tokens, as `generate` takes them, without loading weights.
+
+    Args:
+        model: The model.
+        prompt: How the prompt is rendered.
+        text: The prompt.
+
+    Returns:
+        The tokens, the model's fingerprint and its tokenizer.
+    """
     from ..models.load import fingerprint_model, load_tokenizer
     from ..models.templates import encode_prompt
 
@@ -61,15 +87,7 @@ def lookup(
         chat_template_config=prompt.chat_template_config,
         ignore_chat_template=prompt.ignore_chat_template,
     )
-    if not explain:
-        match = store.lookup(tokens, fingerprint)
-        output.result(_describe(match), asdict(match), [str(match.num_tokens)])
-        return
-    found = store.explain(tokens, fingerprint)
-    sides = _Sides.of(found.divergence, tokenizer) if found.divergence else None
-    lines = [_describe(found.match), *_explain(found, sides)]
-    data = {**asdict(found.match), "explanation": _data(found, sides)}
-    output.result("\n".join(lines), data, [str(found.match.num_tokens)])
+    return tokens, fingerprint, tokenizer
 
 
 @dataclass(frozen=True, slots=True)

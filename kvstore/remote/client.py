@@ -174,7 +174,10 @@ class Client:
 
         def receive() -> list[str]:
             pages = self._store.list(prefix, chunk_size=1000)
-            return [found["path"] for page in pages for found in page]
+            try:
+                return [found["path"] for page in pages for found in page]
+            except FileNotFoundError:
+                return []
 
         return self._retried(receive)
 

@@ -1,0 +1,300 @@
+"""The verbs about object stores: remote, push, pull."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from . import options
+from .entries import entry_data, entry_label
+from .lookup import prompt_tokens
+from .main import Root, Verb, open_store, output_of
+from .options import ModelOptions, PromptOptions, gathered
+from .output import Column, format_bytes, format_count
+
+if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
+    from ..format.documents import JSON
+    from ..remote.client import Remote
+    from ..remote.probe import Probe
+    from ..remote.push import Pushed
+
+
+_remote_option = click.option(
+    "--remote",
+    metavar="NAME",
+    type=options.Text(is_needed=True),
+    help="The remote.  [default: the only one]",
+)
+
+
+@click.group("remote", cls=Root, subcommand_metavar="add|ls|rm ...")
+def remote() -> None:
+    """Name object stores that entries are pushed to and pulled from."""
+
+
+class _Option(click.ParamType[tuple[str, str]]):
+    """A setting of a provider, as NAME=VALUE."""
+
+    name = "option"
+
+    def convert(
+        self,
+        value: object,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, str]:
+        """Return name and value."""
+        name, equals, text = str(value).partition("=")
+        if not name or not equals:
+            self.fail(f"`{value}` is not NAME=VALUE", param, ctx)
+        return name, text
+
+
+@remote.command("add", cls=Verb)
+@click.argument("name", metavar="NAME")
+@click.argument("url", metavar="URL")
+@click.option(
+    "--endpoint",
+    metavar="URL",
+    type=options.Text(is_needed=True),
+    help="The server of a service that is compatible with S3.",
+)
+@click.option(
+    "--option",
+    "settings",
+    metavar="NAME=VALUE",
+    type=_Option(),
+    multiple=True,
+    help="A setting of the provider, `region=eu-central-1` say; never a credential.",
+)
+@click.pass_context
+def add(
+    context: click.Context,
+    name: str,
+    url: str,
+    endpoint: str | None,
+    settings: tuple[tuple[str, str], ...],
+) -> None:
+    """Add an object store under a name, having tried what it can do.
+
+    URL is s3://BUCKET/PREFIX, gs://…, az://…, file:///FOLDER or a folder's path.
+    Credentials are read where the provider's own tools look for them, AWS_ACCESS_KEY_ID
+    say, and never stored. A small object is left behind, v1/probe/….
+    """
+    output = output_of(context)
+    chosen = dict(settings)
+    if endpoint is not None:
+        chosen["endpoint"] = endpoint
+    try:
+        from ..remote.remotes import make_remote
+
+        made = make_remote(name, url, chosen)
+    except ValueError as error:
+        raise click.UsageError(str(error), context) from error
+    found = open_store(context, create=True).add_remote(made)
+    data: JSON = {"remote": _remote_data(made), "probe": asdict(found)}
+    text = "\n".join([f"added remote `{name}`: {made.url}", *_describe_probe(found)])
+    output.result(text, data, [name])
+
+
+def _describe_probe(found: Probe) -> list[str]:
+    words = {True: "yes", False: "no", None: "not tried"}
+    rows = [
+        f"writes:       {words[found.can_write]}",
+        f"lists:        {words[found.can_list]}",
+        f"reads ranges: {words[found.has_ranges]}",
+        f"creates once: {words[found.creates_once]}",
+    ]
+    if found.creates_once is False:
+        rows[-1] += "; it would overwrite, so `push` asks first what is there"
+    if not found.can_list:
+        rows[1] += "; `pull` and `ls` need a list"
+    return rows
+
+
+@remote.command("ls", cls=Verb)
+@click.pass_context
+def list_remotes(context: click.Context) -> None:
+    """List the remotes."""
+    output_of(context).table(
+        open_store(context).remotes(),
+        [
+            Column("NAME", lambda one: one.name),
+            Column("URL", lambda one: one.url),
+            Column("OPTIONS", lambda one: " ".join(map("=".join, one.options.items()))),
+        ],
+        data=_remote_data,
+        id_of=lambda one: one.name,
+        empty="no remotes",
+    )
+
+
+@remote.command("rm", cls=Verb)
+@click.argument("name", metavar="NAME")
+@click.pass_context
+def forget(context: click.Context, name: str) -> None:
+    """Forget a remote; what lies in it stays."""
+    output = output_of(context)
+    gone = open_store(context).remove_remote(name)
+    output.result(f"forgot remote `{name}`: {gone.url}", _remote_data(gone), [name])
+
+
+@click.command(cls=Verb)
+@click.argument(
+    "refs",
+    metavar="NAME...",
+    nargs=-1,
+    required=True,
+    shell_complete=options.complete_entries,
+)
+@_remote_option
+@click.pass_context
+def push(context: click.Context, refs: tuple[str, ...], remote: str | None) -> None:
+    """Put entries into a remote.
+
+    What is there already is not sent again, so the same command goes on after an
+    interruption. An entry holds the tokens, so the text: whoever can read the remote
+    can read the conversation.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    # All are found before the first is sent.
+    entries = [store.entry(ref) for ref in refs]
+    begin = time.monotonic()
+    with output.progress() as bars:
+        done = [
+            store.push(e.id, remote, progress=bars.bar(f"push {entry_label(e)}"))
+            for e in entries
+        ]
+    data: JSON = {
+        "pushed": [_pushed_data(one) for one in done],
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    lines = [_describe_pushed(one) for one in done]
+    output.result("\n".join(lines), data, [one.key.digest for one in done])
+
+
+def _describe_pushed(done: Pushed) -> str:
+    return (
+        f"pushed {format_count(done.entry.num_tokens, 'token')} of"
+        f" {entry_label(done.entry)}: {format_bytes(done.sent_bytes)} in"
+        f" {format_count(done.num_sent, 'object')}; {done.num_there} were there"
+    )
+
+
+@click.command(cls=Verb)
+@click.argument("refs", metavar="[NAME]...", nargs=-1)
+@_remote_option
+@partial(options.model_options, required=False)
+@partial(options.prompt_options, required=False)
+@options.name
+@options.replace
+@click.pass_context
+@gathered("model", ModelOptions)
+@gathered("prompt", PromptOptions)
+def pull(
+    context: click.Context,
+    refs: tuple[str, ...],
+    remote: str | None,
+    model: ModelOptions,
+    prompt: PromptOptions,
+    name: str | None,
+    replace: bool,
+) -> None:
+    """Take entries of a remote into the store, checked to the last byte.
+
+    NAME is an entry's name, or the start of its id in `ls --remote`. With `--model` and
+    `--prompt`, what the remote has of that prompt is taken. Only what the store lacks
+    is read, and the same command goes on after an interruption. Whoever wrote an entry
+    decided what the model has read: pull only from remotes whose writers you trust.
+    """
+    output = output_of(context)
+    _check_wanted(context, refs, model, prompt, name)
+    store = open_store(context)
+    begin = time.monotonic()
+    with output.progress() as bars:
+        if prompt.prompt is not None:
+            tokens, fingerprint, _ = prompt_tokens(model, prompt, prompt.read())
+            entries = [
+                store.pull_prompt(
+                    tokens,
+                    fingerprint,
+                    remote,
+                    name=name,
+                    replace=replace,
+                    progress=bars.bar("pull"),
+                )
+            ]
+        else:
+            wanted = _fingerprint(model)
+            entries = [
+                store.pull(
+                    ref,
+                    remote,
+                    fingerprint=wanted,
+                    name=name,
+                    replace=replace,
+                    progress=bars.bar(f"pull `{ref}`"),
+                )
+                for ref in refs
+            ]
+    data: JSON = {
+        "entries": [entry_data(entry) for entry in entries],
+        "elapsed_s": round(time.monotonic() - begin, 3),
+    }
+    lines = [
+        f"pulled {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
+        f" {format_bytes(entry.nbytes)}, made by {entry.model}"
+        for entry in entries
+    ]
+    output.result("\n".join(lines), data, [entry.id for entry in entries])
+
+
+def _check_wanted(
+    context: click.Context,
+    refs: Sequence[str],
+    model: ModelOptions,
+    prompt: PromptOptions,
+    name: str | None,
+) -> None:
+    """Refuse what does not say which entries are meant.
+
+    Raises:
+        click.UsageError: It does not.
+    """
+    if bool(refs) == (prompt.prompt is not None):
+        raise click.UsageError("give names, or `--model` and `--prompt`", context)
+    if prompt.prompt is not None and model.model is None:
+        raise click.UsageError("`--prompt` needs `--model`", context)
+    if model.adapter_path is not None and model.model is None:
+        raise click.UsageError("`--adapter-path` needs `--model`", context)
+    if name is not None and len(refs) > 1:
+        raise click.UsageError("`--name` is for one entry", context)
+
+
+def _fingerprint(model: ModelOptions) -> Fingerprint | None:
+    if model.model is None:
+        return None
+    from ..models.load import fingerprint_model
+
+    return fingerprint_model(model.model, model.adapter_path)
+
+
+def _pushed_data(done: Pushed) -> JSON:
+    return {
+        "entry": entry_data(done.entry),
+        "id": done.key.digest,
+        "sent_objects": done.num_sent,
+        "sent_bytes": done.sent_bytes,
+        "there_objects": done.num_there,
+    }
+
+
+def _remote_data(one: Remote) -> JSON:
+    return asdict(one)

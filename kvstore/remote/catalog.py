@@ -1,0 +1,185 @@
+"""The entries of a remote: listed, found by name, and found by the tokens they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from ..errors import EntryNotFoundError, FormatError, IntegrityError, KVStoreError
+from ..format.block import BlockHash
+from ..format.chain import split_tokens
+from ..format.entry import entry_id
+from ..storage.entries import MIN_ID
+from .client import Client
+from .layout import (
+    ENTRIES,
+    MAX_DOCUMENT_BYTES,
+    EntryKey,
+    RemoteEntry,
+    parse_document,
+    parse_key,
+)
+
+_READERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An entry of a remote and where it lies."""
+
+    key: EntryKey
+    remote: RemoteEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Entries of a remote."""
+
+    # Latest first.
+    found: tuple[Listed, ...]
+    # Why others were refused, one for each.
+    refused: tuple[KVStoreError, ...]
+
+
+def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
+    """Return the entries of a remote; of each name and model the latest.
+
+    Args:
+        client: The remote.
+        fingerprint: Digest of the model wanted; ``None`` takes any.
+
+    Raises:
+        RemoteError: The remote fails, or cannot list.
+    """
+    return _latest(_read_all(client, _keys(client, fingerprint)))
+
+
+def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Listing:
+    """Return the entry with this name, or whose document's digest starts so.
+
+    Args:
+        client: The remote.
+        ref: The name or the start of the digest.
+        fingerprint: Digest of the model wanted; ``None`` takes any.
+
+    Returns:
+        One entry, and why others of the name were refused.
+
+    Raises:
+        EntryNotFoundError: There is none, or there are several.
+        IntegrityError: All that there are were refused.
+        RemoteError: The remote fails, or cannot list.
+    """
+    keys = _keys(client, fingerprint)
+    by_name = [key for key in keys if key.entry_id == entry_id(ref, "")]
+    is_start = len(ref) >= MIN_ID
+    chosen = by_name or [k for k in keys if is_start and k.digest.startswith(ref)]
+    listing = _latest(_read_all(client, chosen))
+    if not listing.found and listing.refused:
+        raise listing.refused[0]
+    if not listing.found:
+        raise EntryNotFoundError(
+            f"no entry `{ref}` in remote `{client.remote.name}`",
+            hint="`kvstore ls --remote` lists them",
+        )
+    if len(listing.found) > 1:
+        several = "of several models" if by_name else "that start so"
+        raise EntryNotFoundError(
+            f"remote `{client.remote.name}` has {len(listing.found)} entries `{ref}`"
+            f" {several}",
+            hint="`--model` says which; so does more of the id",
+        )
+    return listing
+
+
+def find_prefixes(
+    client: Client, tokens: Sequence[int], fingerprint: str
+) -> list[RemoteEntry]:
+    """Return what a remote holds of a prompt, the longest first.
+
+    Entries that go on otherwise are cut to the full blocks that they share.
+
+    Args:
+        client: The remote.
+        tokens: The prompt.
+        fingerprint: Digest of the model.
+
+    Raises:
+        RemoteError: The remote fails, or cannot list.
+    """
+    listing = _read_all(client, _keys(client, fingerprint))
+    cut = (cut_to_prompt(listed.remote, tokens) for listed in listing.found)
+    found = {remote.entry.tip: remote for remote in cut if remote is not None}
+    return sorted(found.values(), key=lambda remote: -remote.entry.num_tokens)
+
+
+def cut_to_prompt(remote: RemoteEntry, tokens: Sequence[int]) -> RemoteEntry | None:
+    """Return as much of an entry as a prompt shares, or ``None``."""
+    root = BlockHash(bytes.fromhex(remote.entry.root))
+    size, count = remote.block_size, 0
+    stop = remote.entry.num_tokens
+    for block in split_tokens(root, tokens[:stop], size):
+        if block.hash.hex() != remote.blocks[count][0]:
+            break
+        count += 1
+    if count == len(remote.blocks):
+        return remote
+    if count == 0:
+        return None
+    blocks = remote.blocks[:count]
+    used = sorted({number for _, number in blocks})
+    tip = blocks[-1][0]
+    entry = replace(
+        remote.entry,
+        id=entry_id(None, tip),
+        name=None,
+        tip=tip,
+        num_tokens=count * size,
+    )
+    return replace(
+        remote,
+        entry=entry,
+        shards=tuple(remote.shards[number] for number in used),
+        blocks=tuple((block, used.index(number)) for block, number in blocks),
+    )
+
+
+def _keys(client: Client, fingerprint: str | None) -> list[EntryKey]:
+    folder = ENTRIES if fingerprint is None else f"{ENTRIES}/{fingerprint}"
+    return [key for name in client.keys(folder) if (key := parse_key(name))]
+
+
+def _read_all(client: Client, keys: Sequence[EntryKey]) -> Listing:
+    """Read documents; what is no such document is told and left out."""
+
+    def read(key: EntryKey) -> Listed | KVStoreError:
+        try:
+            data = client.read_whole(str(key), MAX_DOCUMENT_BYTES)
+            return Listed(key, parse_document(key, data))
+        except (IntegrityError, FormatError) as error:
+            return error
+        except FileNotFoundError:
+            return IntegrityError(
+                f"remote entry {key.digest[:12]} is listed and not there",
+                hint="try again later",
+            )
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        results = list(pool.map(read, keys))
+    return Listing(
+        tuple(result for result in results if isinstance(result, Listed)),
+        tuple(result for result in results if isinstance(result, KVStoreError)),
+    )
+
+
+def _latest(listing: Listing) -> Listing:
+    """Return the latest entry of each name and model."""
+    chosen: dict[tuple[str, str], Listed] = {}
+    for listed in sorted(listing.found, key=_saved_at, reverse=True):
+        chosen.setdefault((listed.key.fingerprint, listed.key.entry_id), listed)
+    return replace(listing, found=tuple(chosen.values()))
+
+
+def _saved_at(listed: Listed) -> float:
+    return listed.remote.entry.updated_at
