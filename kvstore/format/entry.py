@@ -72,7 +72,8 @@ def _versions() -> dict[str, str]:
     for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
         with suppress(PackageNotFoundError):
             found[distribution] = version(distribution)
-    return found
+    # A package whose METADATA is missing or unreadable has `None` for a version.
+    return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
 @dataclass(frozen=True, slots=True)

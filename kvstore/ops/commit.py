@@ -71,7 +71,8 @@ def commit(
     """
     hashes = [block.hash for block in chain.blocks]
     places = blocks.index.longest_prefix(hashes)
-    if len(places) < len(hashes):
+    # The index alone is not believed: a shard may have gone without it.
+    if len(places) < len(hashes) or not all(map(blocks.has, places)):
         return None
     entry = make_entry(
         old,

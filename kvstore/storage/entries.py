@@ -28,8 +28,16 @@ def entry_path(folder: Path, entry: str) -> Path:
 
 
 def write_entry(folder: Path, entry: Entry, staging: Path) -> None:
-    """Commit an entry durably."""
-    files.write_atomic(entry_path(folder, entry.id), entry_to_bytes(entry), staging)
+    """Commit an entry durably.
+
+    Raises:
+        IntegrityError: It could not be read again; what was there before stays.
+    """
+    path, data = entry_path(folder, entry.id), entry_to_bytes(entry)
+    # Before it is written: a save must not be acknowledged that nobody can read.
+    if len(data) > MAX_BYTES or parse_entry(path, data) != entry:
+        raise damaged_entry(path, "it would be read as another")
+    files.write_atomic(path, data, staging)
 
 
 def read_entry(folder: Path, entry: str) -> Entry | None:

@@ -118,10 +118,16 @@ def publish(path: Path, target: Path) -> None:
 
 
 def write_atomic(target: Path, data: bytes, staging: Path) -> None:
-    """Put ``data`` at ``target``: after a crash the old bytes or the new ones."""
+    """Put ``data`` at ``target``: after a crash the old bytes or the new ones.
+
+    Raises:
+        OSError: What was written reads as something else. The old bytes stay.
+    """
     with staged(staging) as (path, descriptor):
         write_all(descriptor, data)
         sync(descriptor)
+        if path.read_bytes() != data:
+            raise OSError(errno.EIO, "reads otherwise than it was written", str(target))
         publish(path, target)
 
 

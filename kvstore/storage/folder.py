@@ -134,7 +134,7 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     if max_bytes <= 0:
         raise ValueError(f"a size limit is positive: {max_bytes}")
     config = StoreConfig(folder.id, folder.block_size, max_bytes)
-    files.write_atomic(folder.path / CONFIG, config_to_bytes(config), folder.staging)
+    _write_config(folder.path, config)
     return replace(folder, chosen_bytes=max_bytes)
 
 
@@ -156,8 +156,15 @@ def _fill(path: Path, block_size: int) -> None:
         files.make_private_dir(path / "shards" / f"{number:02x}")
     files.sync_dir(path / "shards")
     files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
-    config = StoreConfig(secrets.token_hex(16), block_size)
-    files.write_atomic(path / CONFIG, config_to_bytes(config), path / "tmp")
+    _write_config(path, StoreConfig(secrets.token_hex(16), block_size))
+
+
+def _write_config(path: Path, config: StoreConfig) -> None:
+    """Write the configuration, unless it could not be read again."""
+    data = config_to_bytes(config)
+    if parse_config(path / CONFIG, data) != config:
+        raise damaged_config(path / CONFIG)
+    files.write_atomic(path / CONFIG, data, path / "tmp")
 
 
 def _make_missing(path: Path) -> None:

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 import blake3
 import pytest
 
+import kvstore
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import entry as entries
 from kvstore.format.documents import canonical_json
-from kvstore.format.entry import Entry
+from kvstore.format.entry import MAX_BYTES, Entry
 from kvstore.storage.entries import (
     entry_path,
     list_ids,
@@ -237,3 +238,24 @@ def test_the_file_is_json_that_others_can_read(folder):
     assert {**asdict(ENTRY), "format": 1} == {
         key: value for key, value in body.items() if key != "digest"
     }
+
+
+def test_a_package_without_metadata_has_no_version(tmp_path, monkeypatch, caches):
+    """A half-removed package, whose version is `None`, does not spoil an entry."""
+    (tmp_path / "mlx_lm-0.31.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with kvstore.Store(tmp_path / "store", codec="raw") as store:
+        entry = store.save(*caches.make_conversation(1, 1), caches.MODEL, name="x")
+        assert "mlx-lm" not in entry.made_with
+        assert entry == store.entry("x")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"made_with": {"mlx": None}}, {"codec": 7}, {"model": "x" * MAX_BYTES}]
+)
+def test_what_could_not_be_read_again_is_not_written(folder, changes):
+    """An entry that no reader takes is refused, and the good one of its name stays."""
+    write(folder)
+    with pytest.raises(IntegrityError):
+        write(folder, replace(ENTRY, **changes))
+    assert ENTRY == read_entry(folder, ENTRY.id)

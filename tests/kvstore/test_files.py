@@ -186,6 +186,20 @@ def test_a_failed_sync_is_raised_and_never_retried(
     assert (when == 2) == (tmp_path / "x").exists()
 
 
+def test_what_reads_otherwise_is_not_published(tmp_path, staging, monkeypatch):
+    """A disk that writes other bytes than it was given fails, by name."""
+    files.write_atomic(tmp_path / "x", b"good", staging)
+    original = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, b"\0" * len(data)))
+    with pytest.raises(OSError, match="reads otherwise") as caught:
+        files.write_atomic(tmp_path / "x", b"hello", staging)
+    assert (errno.EIO, str(tmp_path / "x")) == (
+        caught.value.errno,
+        caught.value.filename,
+    )
+    assert b"good" == (tmp_path / "x").read_bytes()
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_files_and_folders_are_private_whatever_the_umask(tmp_path, umask):
     """Only the owner can read what is stored."""

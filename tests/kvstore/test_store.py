@@ -506,3 +506,24 @@ def test_a_prompt_may_leave_many_conversations(path):
         restored, rest = store.load([*tokens, 5, 5, 13, 6, 6, 0], MODEL)
     assert rest == [0]
     assert rows_of(restored) == rows_of(caches[13], 0, BLOCK + 5)
+
+
+def test_a_save_counts_only_over_shards_that_are_there(store_path, caches, monkeypatch):
+    """A shard that vanishes before the entry is committed is written again."""
+    from kvstore.ops import save
+
+    real, left = save.commit, [1]
+
+    def commit(blocks, *arguments, **options):
+        while left and left.pop():
+            for path in store_path.glob("shards/*/*.safetensors"):
+                path.unlink()
+        return real(blocks, *arguments, **options)
+
+    monkeypatch.setattr(save, "commit", commit)
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(tokens, cache, caches.MODEL, name="x")
+        assert [] == store.verify()
+        restored, held = store.load_entry("x", caches.MODEL)
+    assert (tokens, caches.rows_of(cache)) == (held, caches.rows_of(restored))
