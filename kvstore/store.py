@@ -22,7 +22,13 @@ from .ops.stats import Stats, sum_up
 from .ops.usage import LoadNotes
 from .storage.blocks import BlockStore
 from .storage.entries import Catalog
-from .storage.folder import create_folder, default_path, limit_folder, open_folder
+from .storage.folder import (
+    create_folder,
+    default_path,
+    limit_folder,
+    open_folder,
+    remake_folder,
+)
 from .storage.index import Place
 
 if TYPE_CHECKING:
@@ -850,6 +856,25 @@ class Store:
             ValueError: It is not positive.
         """
         self._folder = self._blocks.folder = limit_folder(self._folder, max_bytes)
+
+    def remake(self) -> bool:
+        """Go on with the store that is at the path now, made anew where it was deleted.
+
+        For a program that runs long. Where the store's disk is gone, nothing is made.
+
+        Returns:
+            Whether it is another store than before.
+
+        Raises:
+            StoreNotFoundError: Its disk is gone, or the folder holds something else.
+        """
+        found = remake_folder(self._folder)
+        if found.id == self._folder.id:
+            return False
+        self._blocks.close()
+        self._folder = found
+        self._catalog, self._blocks = Catalog(found), BlockStore(found)
+        return True
 
     def stats(self) -> Stats:
         """Return sums over the store."""

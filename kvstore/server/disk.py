@@ -141,6 +141,7 @@ class Disk:
         if len(tokens) - 1 - num_held < self._min_tokens:
             log.info("kvstore: %s: no need of the disk", about)
             return None
+        _remake(self.store)
         like, match = self._longest(served, tokens, spans)
         reason = self._why_not(served, match, num_held)
         if reason is not None:
@@ -217,7 +218,7 @@ class Disk:
     def _open_again(self) -> Store:
         """Return another store on the same folder, for another thread."""
         mine = self.store
-        other = Store(mine.path, mine.codec)
+        other = Store(mine.path, mine.codec, create=False)
         other.share_notes(mine)
         return other
 
@@ -234,6 +235,7 @@ class Disk:
             return False
         self._mark(served.fingerprint, tokens, prompt_cache)
         self._taker = self._taker or self._open_again()
+        _remake(self._taker)
         snapshot = self._taker.snapshot(
             tokens, prompt_cache, served.fingerprint, without=self._writer.pending
         )
@@ -250,6 +252,12 @@ class Disk:
         )
         if provenance != kept:
             caches.set_provenance(prompt_cache, provenance)
+
+
+def _remake(store: Store) -> None:
+    """Make a store again, if somebody has deleted it meanwhile."""
+    if store.remake():
+        log.warning("kvstore: the store was deleted; it is made again")
 
 
 @contextmanager

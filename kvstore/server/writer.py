@@ -138,6 +138,7 @@ class Writer:
             is_saved = False
             try:
                 store = store or self._open_store()
+                store.remake()
                 is_saved = self._save(store, job)
             except (KVStoreError, OSError) as error:
                 log.warning("kvstore: not kept: %s", error)

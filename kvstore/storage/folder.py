@@ -35,6 +35,8 @@ class StoreFolder:
     block_size: int
     # The size limit that was set, or ``None``.
     chosen_bytes: int | None = None
+    # Number of the disk that it lies on, as the system counts them.
+    device: int = 0
 
     @property
     def max_bytes(self) -> int:
@@ -103,7 +105,8 @@ def open_folder(path: Path) -> StoreFolder:
         raise damaged_config(config) from error
     values = parse_config(config, data)
     _make_missing(path)
-    return StoreFolder(path, values.id, values.block_size, values.max_bytes)
+    device = path.stat().st_dev
+    return StoreFolder(path, values.id, values.block_size, values.max_bytes, device)
 
 
 def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
@@ -123,6 +126,32 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
         if not (path / CONFIG).exists():
             _fill(path, block_size)
     return open_folder(path)
+
+
+def remake_folder(folder: StoreFolder) -> StoreFolder:
+    """Return the store that lies where one was, made anew if somebody deleted it.
+
+    Args:
+        folder: The store as it was opened.
+
+    Raises:
+        StoreNotFoundError: Its disk is not there, or the folder holds something else.
+    """
+    try:
+        return open_folder(folder.path)
+    except StoreNotFoundError:
+        # What is at the mount point of a disk that is gone belongs to another disk.
+        if _existing(folder.path).stat().st_dev != folder.device:
+            raise
+    made = create_folder(folder.path, folder.block_size)
+    if folder.chosen_bytes is None or made.chosen_bytes is not None:
+        return made
+    return limit_folder(made, folder.chosen_bytes)
+
+
+def _existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    return path if path.exists() else _existing(path.absolute().parent)
 
 
 def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:

@@ -1,8 +1,11 @@
 """DiskPromptCache: memory first, then disk; right rows, and never in the way."""
 
 import logging
+import os
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -308,6 +311,45 @@ def test_a_save_that_fails_is_tried_again_with_the_next(
     tier.insert_cache(KEY, [*tokens, 1, 2, 3], longer)
     again = restart(tier, open_tier)
     assert again.fetch_nearest_cache(KEY, [*tokens, 1, 2, 3, 4])[1] == [4]
+
+
+@pytest.mark.parametrize("limit", [None, 10_000_000])
+def test_a_store_that_is_deleted_is_made_again(
+    open_tier, caches, store_path, log, limit
+):
+    """What comes after is kept, under the same size limit; nobody starts anew."""
+    tier = open_tier()
+    if limit:
+        tier.store.set_limit(limit)
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    assert tier.flush(30)
+    shutil.rmtree(store_path)
+    tokens, held = caches.make_conversation(3, 2)
+    tier.insert_cache(KEY, tokens, held)
+    assert tier.flush(30)
+    assert any("made again" in line for line in log())
+    again = restart(tier, open_tier)
+    assert again.store._folder.chosen_bytes == limit
+    assert again.fetch_nearest_cache(KEY, [*tokens, 1])[1] == [1]
+
+
+def test_no_store_is_made_where_a_disk_is_gone(
+    open_tier, caches, store_path, monkeypatch
+):
+    """What lies at its mount point is of another disk, and no place for a store."""
+    tier = open_tier()
+    real = Path.stat
+    store_path.rename(store_path.with_name("elsewhere"))
+
+    def stat(self, **options):
+        found = real(self, **options)
+        number = found.st_dev + (self == store_path.parent)
+        return os.stat_result([*found[:2], number, *found[3:10]])
+
+    monkeypatch.setattr(Path, "stat", stat)
+    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
+    assert tier.flush(30)
+    assert not store_path.exists()
 
 
 @pytest.fixture

@@ -617,8 +617,8 @@ def test_a_reserve_of_the_disk_is_kept(servers, models, tmp_path):
     assert [] == list((tmp_path / "store").glob("shards/*/*"))
 
 
-def test_a_store_that_vanishes_takes_nothing_with_it(servers, models, tmp_path):
-    """The folder goes away under a running server, which answers from memory."""
+def test_a_store_that_is_deleted_is_made_again(servers, models, tmp_path):
+    """The folder goes away under a running server, which goes on and keeps on."""
     server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
     first = server.ask(LONG)
     server.wait_for("kvstore: kept 645 tokens")
@@ -628,7 +628,9 @@ def test_a_store_that_vanishes_takes_nothing_with_it(servers, models, tmp_path):
     assert said(other)
     assert server.stop() == 0
     assert "Traceback" not in server.text()
-    assert "kvstore: not kept: " in server.text()
+    assert "the store was deleted; it is made again" in server.text()
+    with kvstore.Store(tmp_path / "store", create=False) as store:
+        assert store.entries()
 
 
 # A real model.
