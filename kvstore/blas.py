@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import re
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 OPENBLAS_VARIABLE = "KVSTORE_OPENBLAS"
+OPENBLAS_REMEDY = (
+    "`apt install libopenblas0-pthread` (Debian, Ubuntu) or `dnf install"
+    f" openblas-threads` (Fedora); `{OPENBLAS_VARIABLE}` names one that lies elsewhere"
+)
+BACK_END_REMEDY = (
+    '`pip install "mlx-kvstore[cpu]"`, or `[cuda12]` or `[cuda13]` for an NVIDIA GPU'
+)
 
 
 def load_openblas() -> Path | None:
@@ -37,15 +46,33 @@ def load_openblas() -> Path | None:
         KVStoreError: The library named by `KVSTORE_OPENBLAS` cannot be used.
     """
     wanted = os.environ.get(OPENBLAS_VARIABLE)
-    if wanted in ("", "0") or not _is_useful():
+    is_late = "mlx.core" in sys.modules
+    if wanted in ("", "0") or is_late or not is_openblas_needed():
         return None
     if wanted is not None:
         return _load_wanted(wanted)
     return next((Path(name) for name in _candidates() if _can_load(name)), None)
 
 
-def _is_useful() -> bool:
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+def openblas_in_process() -> Path | None:
+    """Return the OpenBLAS that is under MLX, where this process has loaded one."""
+    with suppress(OSError):
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        # NumPy brings one of another name, which MLX does not use.
+        if found := re.search(r"/\S*/libopenblasp?[.-]\S*", maps):
+            return Path(found[0])
+    return None
+
+
+def is_openblas_missing() -> bool:
+    """Whether MLX works with the slow BLAS that it carries, and nobody wanted that."""
+    is_off = os.environ.get(OPENBLAS_VARIABLE) in ("", "0")
+    return not is_off and is_openblas_needed() and openblas_in_process() is None
+
+
+def is_openblas_needed() -> bool:
+    """Whether MLX's CPU wheel is what will run, with the slow BLAS that it carries."""
+    if sys.platform != "linux":
         return False
     # The CUDA wheels and builds from source bring a BLAS of their own.
     try:

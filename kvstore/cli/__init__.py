@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from . import chat as _chat
 from . import demo as _demo
+from . import doctor as _doctor
 from . import entries as _entries
 from . import generate as _generate
 from . import housekeeping as _housekeeping
@@ -43,6 +44,7 @@ for _verb in (
     _housekeeping.prune,
     _housekeeping.verify,
     _housekeeping.stats,
+    _doctor.doctor,
     _demo.demo,
     _housekeeping.show_dir,
     _housekeeping.completion,

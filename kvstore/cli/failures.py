@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import click
 
+from ..blas import BACK_END_REMEDY
 from ..errors import KVStoreError
 from .main import log, start_logging
 from .output import print_failure
@@ -84,6 +85,8 @@ def explain(error: Exception) -> Failure:
             return _explain_os(error)
         case ValueError():
             return Failure(str(error), _TRACE_HINT)
+        case ImportError() if "libmlx" in str(error):
+            return Failure(f"MLX has no back end: {error}", BACK_END_REMEDY)
         case MemoryError():
             return Failure("out of memory", "close other programs, or save less")
     return Failure(

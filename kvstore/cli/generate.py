@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..blas import OPENBLAS_REMEDY, is_openblas_missing
 from ..errors import EntryNotFoundError
 from . import options
 from .entries import entry_data, entry_label
@@ -201,6 +202,10 @@ def open_models(
     from ..models.load import find_model, load_models
 
     find_model(options.model)  # a wrong name must not leave an empty store behind
+    if is_openblas_missing():
+        output_of(context).hint(
+            f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
+        )
     store = open_store(context, create=True, codec=codec)
     loaded = load_models(
         options.model,

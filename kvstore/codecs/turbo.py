@@ -163,6 +163,11 @@ class Turbo:
         return [(f"codes{i or ''}", width) for i, width in enumerate(widths)]
 
 
+def kernels_name() -> str:
+    """Return what computes codes here: ``numpy``, or an instruction set."""
+    return best_kernels().name
+
+
 def _num_sinks(rows: Rows) -> int:
     """Return how many of these rows are attention sinks."""
     return max(0, min(NUM_SINKS - rows.start, rows.shape[2]))

@@ -105,7 +105,8 @@ def load_model(
             lazy=lazy,
             **_trust(path, trust_remote_code),
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    # MLX raises a RuntimeError for weights that are cut off.
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _cannot_load(model, error) from error
     return loaded, tokenizer, fingerprint
 
@@ -200,7 +201,8 @@ def _trust(model: str, trust_remote_code: bool) -> dict[str, bool]:
 def _cannot_load(model: str, error: Exception) -> KVStoreError:
     return KVStoreError(
         f"mlx-lm cannot load `{model}`: {error}",
-        hint="give a model that `mlx_lm.generate --model` loads",
+        hint="`kvstore doctor --model` says more; give a model that"
+        " `mlx_lm.generate --model` loads",
     )
 
 

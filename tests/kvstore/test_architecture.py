@@ -33,6 +33,7 @@ ORDER = [
 OPS = {  # and inside of ops
     "save": {"commit"},
     "commit": {"prune"},
+    "doctor": {"selftest"},
     "explain": {"load"},
     "admit": {"commit"},
     "import_bundle": {"admit"},
