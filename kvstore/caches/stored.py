@@ -97,7 +97,7 @@ def rows_of(group: Group, name: str, first: int, last: int) -> Rows:
     """Return tokens `first` to `last` of one array of some layers."""
     spec = group.spec(name)
     shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
-    return Rows(name, first, shape, spec.dtype)
+    return Rows(name, first, shape, spec.dtype, group.layers)
 
 
 def is_restorable(

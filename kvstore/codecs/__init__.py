@@ -6,11 +6,13 @@ it ``+zstd`` or nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
 from ..errors import CodecError
 from .base import MLX_DTYPES, ArrayCodec, Codec, Rows
+from .fit import Fit, FitFamily
 from .planes import Planes
 from .raw import Raw
 from .turbo import Turbo
@@ -47,7 +49,7 @@ def register_codec(family: CodecFamily) -> None:
         ValueError: A codec of one of these names exists.
     """
     for name in family.usual_names:
-        if _array_codec(name) is not None:
+        if _array_codec(name, _FAMILIES) is not None:
             raise ValueError(f"there is a codec `{name}` already")
     _FAMILIES.append(family)
     get_codec.cache_clear()
@@ -60,14 +62,35 @@ def get_codec(name: str) -> Codec:
     Raises:
         CodecError: There is none.
     """
+    return _assemble(name, _FAMILIES)
+
+
+def find_codec(name: str, own: CodecFamily) -> Codec:
+    """Return the codec with this name, which may be one that only a store has.
+
+    Args:
+        name: Its name.
+        own: The codecs of that store.
+
+    Raises:
+        CodecError: There is none.
+        IntegrityError: What the store has of it is missing or damaged.
+    """
+    base, _, _ = name.partition("+")
+    return _assemble(name, [own]) if own.from_name(base) else get_codec(name)
+
+
+def _assemble(name: str, families: Sequence[CodecFamily]) -> Codec:
+    """Return the codec with this name: an array codec, and zstd behind it or not."""
     base, plus, compressor = name.partition("+")
-    array = _array_codec(base)
+    array = _array_codec(base, families)
     if array is None or (plus and compressor != Zstd.name):
         raise CodecError(
             f"unknown codec `{name}`",
             hint=f"choose one of {', '.join(codec_names())}",
         )
-    codec = Codec(array, Zstd() if plus else None)
+    zstd = array.compressor if isinstance(array, Fit) else Zstd()
+    codec = Codec(array, zstd if plus else None)
     if codec.name != name:
         raise CodecError(f"unknown codec `{name}`", hint=f"use `{codec.name}`")
     return codec
@@ -86,9 +109,9 @@ def codec_names() -> list[str]:
     return [f"{name}{suffix}" for name in names for suffix in ("", "+zstd")]
 
 
-def _array_codec(name: str) -> ArrayCodec | None:
+def _array_codec(name: str, families: Sequence[CodecFamily]) -> ArrayCodec | None:
     """Return the array codec with this name, or ``None``."""
-    found = (family.from_name(name) for family in _FAMILIES)
+    found = (family.from_name(name) for family in families)
     return next((codec for codec in found if codec is not None), None)
 
 
@@ -96,8 +119,10 @@ __all__ = [
     "DEFAULT_CODEC",
     "MLX_DTYPES",
     "Codec",
+    "FitFamily",
     "Rows",
     "codec_names",
+    "find_codec",
     "get_codec",
     "lossless_twin",
     "register_codec",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -55,10 +55,13 @@ class Rows:
     shape: tuple[int, int, int, int]
     # safetensors name of the element type.
     dtype: str
+    # Which layers of the model they are of, where that is known.
+    layers: tuple[int, ...] = ()
 
 
 PartSpecs = dict[str, tuple[str, tuple[int, ...]]]
-"""Name of a part to its dtype and shape."""
+"""Name of a part to its dtype and shape. A first dimension of ``-n`` is one of 0 to
+``n``, as the rows demand."""
 
 
 class ArrayCodec(Protocol):
@@ -92,6 +95,18 @@ class ArrayCodec(Protocol):
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Return all layers' rows, ``(L, H, T, D)``, computed on MLX's device."""
+
+
+@runtime_checkable
+class Checking(Protocol):
+    """An array codec of parts that may be wrong although their shapes are right."""
+
+    def check(self, parts: Mapping[str, Array], rows: Rows) -> None:
+        """Refuse parts that no encoding gives.
+
+        Raises:
+            IntegrityError: They are such.
+        """
 
 
 class BytesCodec(Protocol):
@@ -168,10 +183,13 @@ class Codec:
                 raise IntegrityError(f"tensor {prefix}{name} is missing")
             part = data[spec.begin - begin : spec.end - begin]
             try:
+                shape = _found_shape(spec, dtype, shape)
                 raw = self._unpack(part, spec, dtype, shape)
             except ValueError as error:
                 raise IntegrityError(f"tensor {prefix}{name}: {error}") from error
             opened[name] = np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
+        if isinstance(self.array, Checking):
+            self.array.check(opened, rows)
         return opened
 
     def _pack(self, name: str, dtype: str, array: Array) -> Part:
@@ -196,3 +214,21 @@ class Codec:
         if spec.dtype != "U8" or spec.raw_nbytes != nbytes:
             raise ValueError("has another raw size than its codec makes")
         return self.compressor.decompress(data, nbytes)
+
+
+def _found_shape(
+    spec: TensorSpec, dtype: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the shape of a part whose first dimension is what was stored.
+
+    Raises:
+        ValueError: It is larger than it may be, or no whole number.
+    """
+    if shape[0] >= 0:
+        return shape
+    raw = spec.end - spec.begin if spec.raw_nbytes is None else spec.raw_nbytes
+    width = math.prod(shape[1:]) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+    count, rest = divmod(raw, width)
+    if rest or count > -shape[0]:
+        raise ValueError("has another size than its codec makes")
+    return (count, *shape[1:])

@@ -17,12 +17,17 @@ class Zstd:
     """One frame per array."""
 
     name: ClassVar[str] = "zstd"
+    # Whether repetitions are looked for; what reads a frame need not know.
+    finds_matches: bool = True
 
     def compress(self, data: memoryview) -> bytes:
         """Return one frame."""
-        compressor = zstandard.ZstdCompressor(
-            level=LEVEL, write_checksum=True, write_content_size=True
-        )
+        if self.finds_matches:
+            compressor = zstandard.ZstdCompressor(
+                level=LEVEL, write_checksum=True, write_content_size=True
+            )
+        else:
+            compressor = zstandard.ZstdCompressor(compression_params=_entropy_only())
         return compressor.compress(data)
 
     def decompress(self, data: memoryview, nbytes: int) -> bytes:
@@ -39,3 +44,16 @@ class Zstd:
             return decompressor.decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ValueError(f"bad zstd frame: {error}") from error
+
+
+def _entropy_only() -> zstandard.ZstdCompressionParameters:
+    """Return parameters with which hardly a repetition is found."""
+    return zstandard.ZstdCompressionParameters.from_level(
+        LEVEL,
+        min_match=7,
+        hash_log=6,
+        chain_log=6,
+        window_log=17,
+        write_checksum=True,
+        write_content_size=True,
+    )

@@ -1,0 +1,354 @@
+"""Rows as small integers in a basis that was fitted to their model.
+
+The first 4 tokens of the sequence are kept as they are. Every other row, keys before
+RoPE, is taken less the mean of its head and divided by a scale of its own; its
+coefficients in the basis are rounded to a step. Coefficients that are expected to stay
+far below the step are not stored. A row that this would spoil is kept as it is.
+
+Rows of layers that the basis does not cover lose nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import CodecError, IntegrityError
+from ..format.basis import BasisFile
+from .base import MLX_DTYPES, Array, PartSpecs, Rows
+from .fitted import Fitted, FittedLayers, fitted_from_file
+from .floats import Bools, Floats, narrow, widen
+from .planes import Planes
+from .rotary import angles, rotate, rotate_on_device
+from .streams import (
+    NUM_CLASSES,
+    STREAMS,
+    Integers,
+    Stream,
+    are_packed,
+    pack_integers,
+    unpack_integers,
+)
+from .zstd import Zstd
+
+NUM_SINKS = 4
+_NAME = re.compile(r"fit([0-9][0-9.]{0,7})@([0-9a-f]{64})")
+# Of scales, in half octaves.
+_MAX_EXPONENT = 6
+# Stands where a row has no exponent, being kept as it is.
+_EXACT = 255
+# Of a row that is kept as it is: the mean square of its errors, in squared steps.
+_MAX_ERROR = 0.5
+_PLANES = Planes()
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Codes of one rate in one basis.
+
+    Parts: ``exponents``, ``(L, H, T)``; ``c5``, ``c6`` and on, the streams of
+    coefficients, a row of bytes for each layer, head and coefficient of their classes;
+    ``b27`` and on, low bits of theirs; ``exact``, the rows that are kept as they are,
+    as many as there are; in the first block ``sinks``, ``(L, H, 4, D)``.
+    """
+
+    rate: str
+    # Names the basis.
+    digest: str
+    fitted: Fitted = field(repr=False, compare=False)
+    is_lossless: bool = False
+    # Entropy is all that is left in streams: repetitions are not worth looking for.
+    compressor: ClassVar[Zstd] = Zstd(finds_matches=False)
+
+    @property
+    def name(self) -> str:
+        """``fit2@`` and the digest of the basis."""
+        return f"fit{self.rate}@{self.digest}"
+
+    def parts(self, rows: Rows) -> PartSpecs:
+        """Return the parts of rows that the basis covers, or planes of others."""
+        plan = self._plan(rows)
+        return plan.parts() if plan else _PLANES.parts(rows)
+
+    def check(self, parts: Mapping[str, Array], rows: Rows) -> None:
+        """Refuse parts that no encoding gives.
+
+        Raises:
+            IntegrityError: They are such.
+        """
+        plan = self._plan(rows)
+        if plan:
+            plan.check(parts)
+
+    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
+        """Encode rows of shape ``(L, H, T, D)``."""
+        plan = self._plan(rows)
+        # Of a broken row NaN is made, which is nothing to warn of.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return plan.encode(x) if plan else _PLANES.encode(x, rows)
+
+    def decode_into(
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
+    ) -> None:
+        """Decode layer by layer."""
+        plan = self._plan(rows)
+        if plan is None:
+            _PLANES.decode_into(parts, rows, layers)
+            return
+        for number, out in enumerate(layers):
+            plan.decode_into(parts, number, out)
+
+    def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
+        """Decode all layers on the device."""
+        plan = self._plan(rows)
+        return plan.decode(parts) if plan else _PLANES.decode(parts, rows)
+
+    def _plan(self, rows: Rows) -> _Plan | None:
+        layers = self.fitted.covering(rows)
+        if layers is None or rows.dtype not in _LARGEST:
+            return None
+        return _Plan(rows, layers, self.fitted.steps[self.rate])
+
+
+class FitFamily:
+    """The `fit` codecs of the bases that a store has.
+
+    Args:
+        read: Returns a basis by its digest; raises an ``IntegrityError``.
+    """
+
+    usual_names: tuple[str, ...] = ()  # who has no basis can use none of them
+
+    def __init__(self, read: Callable[[str], BasisFile]) -> None:
+        self._read = read
+        self._known: dict[str, Fitted] = {}
+
+    def from_name(self, name: str) -> Fit | None:
+        """Return the codec that a name such as ``fit2@`` and a digest means.
+
+        Raises:
+            CodecError: The basis has no such rate.
+            IntegrityError: The basis is missing or damaged.
+        """
+        match = _NAME.fullmatch(name)
+        if not match:
+            return None
+        rate, digest = match.groups()
+        if digest not in self._known:
+            self._known[digest] = fitted_from_file(self._read(digest))
+        fitted = self._known[digest]
+        if rate not in fitted.steps:
+            raise CodecError(
+                f"basis {digest[:12]} has no rate {rate}",
+                hint=f"it has {', '.join(fitted.steps)}",
+            )
+        return Fit(rate, digest, fitted)
+
+
+_LARGEST = {"F32": 2.0**126, "F16": 2.0**14, "BF16": 2.0**126}
+"""Of each dtype, from what magnitude on rows are kept as they are."""
+
+
+class _Plan:
+    """How some rows are laid out in parts.
+
+    Args:
+        rows: What they are.
+        layers: What the basis says of their layers.
+        step: In quarter octaves.
+    """
+
+    def __init__(self, rows: Rows, layers: FittedLayers, step: int) -> None:
+        self._rows, self._layers = rows, layers
+        self._side = layers.sides[rows.side]
+        self._which = layers.indices(rows.layers)
+        self._step = np.float32(2.0 ** (step / 4))
+        self._sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
+        self._num_coded = rows.shape[2] - self._sinks
+        # Integers alone, so that who reads and who wrote cannot disagree.
+        sigma = self._side.sigma[self._which].astype(np.int64)
+        self._classes = np.clip(sigma - step + 12, 0, NUM_CLASSES - 1)
+
+    def parts(self) -> PartSpecs:
+        """Return dtype and shape of every part."""
+        layers, heads, _, dim = self._rows.shape
+        coded = (layers, heads, self._num_coded)
+        specs: PartSpecs = {"exponents": ("U8", coded)}
+        for stream, holds in self._streams():
+            count, octets = int(holds.sum()), -(-self._num_coded // 8)
+            width = stream.width(self._num_coded)
+            specs[f"c{stream.first}"] = ("U8", (count, width))
+            if stream.low_bits:
+                specs[f"b{stream.first}"] = ("U8", (stream.low_bits, count, octets))
+        most = layers * heads * self._num_coded
+        specs["exact"] = (self._rows.dtype, (-most, dim))
+        if self._sinks:
+            specs["sinks"] = (self._rows.dtype, (layers, heads, self._sinks, dim))
+        return specs
+
+    def check(self, parts: Mapping[str, Array]) -> None:
+        """Raise an ``IntegrityError`` for parts that no encoding gives."""
+        exponents = parts["exponents"]
+        is_exact = exponents == _EXACT
+        if (exponents[~is_exact] > 2 * _MAX_EXPONENT).any():
+            raise IntegrityError("an exponent is out of range")
+        if int(is_exact.sum()) != len(parts["exact"]):
+            raise IntegrityError("there are more or fewer exact rows than marks")
+        for stream, _ in self._streams():
+            if not are_packed(parts[f"c{stream.first}"], stream):
+                raise IntegrityError("a coefficient is out of range")
+
+    def encode(self, x: Array) -> dict[str, Array]:
+        """Return the parts of rows of shape ``(L, H, T, D)``."""
+        coded = np.ascontiguousarray(x[:, :, self._sinks :])
+        wide = self._centred(widen(coded, self._rows.dtype))
+        exponents = self._exponents(wide)
+        scale = np.exp2(exponents.astype(np.float32) / 2)[..., None]
+        inverse = self._side.inverse[self._which]
+        y = np.asarray((wide / scale) @ inverse.swapaxes(-1, -2), np.float32)
+        q, is_exact = self._rounded(y / self._step)
+        is_exact |= self._is_large(coded)
+        q[is_exact] = 0
+        parts: dict[str, Array] = {
+            "exponents": np.where(is_exact, _EXACT, exponents + _MAX_EXPONENT).astype(
+                np.uint8
+            ),
+            "exact": coded[is_exact],
+        }
+        by_coefficient = q.swapaxes(-1, -2)
+        for stream, holds in self._streams():
+            packed, low = pack_integers(by_coefficient[holds], stream)
+            parts[f"c{stream.first}"] = packed
+            parts[f"b{stream.first}"] = low
+        if self._sinks:
+            parts["sinks"] = x[:, :, : self._sinks]
+        return parts
+
+    def decode_into(self, parts: Mapping[str, Array], layer: int, out: Array) -> None:
+        """Write one layer's rows into ``out``, ``(H, T, D)``."""
+        if self._sinks:
+            out[:, : self._sinks] = parts["sinks"][layer]
+        coefficients = self._integers(parts, layer, layer + 1)[0]
+        which = self._which[layer]
+        exponents = parts["exponents"][layer]
+        wide = coefficients.swapaxes(-1, -2) @ self._side.matrix[which].swapaxes(-1, -2)
+        wide *= self._scales(exponents)
+        wide += self._side.mean[which][:, None]
+        coded = out[:, self._sinks :]
+        coded[...] = narrow(self._turned(wide, which), self._rows.dtype)
+        is_exact = exponents == _EXACT
+        if is_exact.any():
+            begin = int((parts["exponents"][:layer] == _EXACT).sum())
+            coded[is_exact] = parts["exact"][begin : begin + int(is_exact.sum())]
+
+    def decode(self, parts: Mapping[str, Array]) -> mx.array:
+        """Return all rows, ``(L, H, T, D)``, computed on MLX's device."""
+        dtype = MLX_DTYPES[self._rows.dtype]
+        exponents = parts["exponents"]
+        coefficients = mx.array(self._integers(parts, 0, len(self._which)))
+        matrix = mx.array(self._side.matrix[self._which])
+        wide = coefficients.swapaxes(-1, -2) @ matrix.swapaxes(-1, -2)
+        wide = wide * mx.array(self._scales(exponents))
+        wide = wide + mx.array(self._side.mean[self._which])[:, :, None]
+        decoded = self._turned_on_device(wide).astype(dtype)
+        is_exact = exponents == _EXACT
+        if is_exact.any():
+            where = tuple(mx.array(index) for index in np.nonzero(is_exact))
+            decoded[where] = mx.array(parts["exact"]).view(dtype)
+        if not self._sinks:
+            return decoded
+        return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
+
+    def _streams(self) -> Iterator[tuple[Stream, Bools]]:
+        """Yield the streams that hold something, and of what, ``(L, H, D)``."""
+        for stream in STREAMS:
+            holds = (self._classes >= stream.first) & (self._classes <= stream.last)
+            if holds.any():
+                yield stream, holds
+
+    def _integers(self, parts: Mapping[str, Array], first: int, last: int) -> Floats:
+        """Return the coefficients of some layers, ``(L, H, D, T)``."""
+        _, heads, _, dim = self._rows.shape
+        out = np.zeros((last - first, heads, dim, self._num_coded), np.float32)
+        for stream, holds in self._streams():
+            begin, end = int(holds[:first].sum()), int(holds[:last].sum())
+            low = parts[f"b{stream.first}"][:, begin:end] if stream.low_bits else _NONE
+            packed = parts[f"c{stream.first}"][begin:end]
+            out[holds[first:last]] = unpack_integers(
+                packed, low, stream, self._num_coded
+            )
+        out *= self._step
+        return out
+
+    def _rounded(self, y: Floats) -> tuple[Integers, Bools]:
+        """Return coefficients in steps as integers, and which rows those would spoil.
+
+        Both are ``(L, H, T)`` and, of the integers, ``D``.
+        """
+        most = np.zeros(self._classes.shape, np.float32)
+        for stream, holds in self._streams():
+            most[holds] = stream.most
+        rounded = np.clip(np.rint(y), -most[:, :, None], most[:, :, None])
+        error = np.square(y - rounded).mean(axis=-1)
+        is_spoilt = ~(error <= _MAX_ERROR)  # of NaN too
+        rounded[is_spoilt] = 0
+        return rounded.astype(np.int16), is_spoilt
+
+    def _is_large(self, coded: Array) -> Bools:
+        """Whether rows come near the limits of their dtype, where rounding fails."""
+        size = np.abs(widen(coded, self._rows.dtype)).max(axis=-1, initial=0)
+        return np.asarray(~(size < _LARGEST[self._rows.dtype]))
+
+    def _exponents(self, wide: Floats) -> npt.NDArray[np.int8]:
+        """Return the scale of each row in half octaves, by what its size says of it."""
+        constant, linear, square = np.moveaxis(
+            self._side.importance[self._which][:, :, None], -1, 0
+        )
+        size = np.log2(np.maximum(np.linalg.norm(wide, axis=-1), np.float32(1e-6)))
+        exponents = np.rint(constant + linear * size + square * size**2)
+        clipped = np.clip(exponents, -_MAX_EXPONENT, _MAX_EXPONENT)
+        return np.asarray(np.nan_to_num(clipped).astype(np.int8))
+
+    def _scales(self, exponents: Array) -> Floats:
+        """Return the scales that exponents mean, with an axis behind them."""
+        halves = exponents.astype(np.float32) - _MAX_EXPONENT
+        return np.exp2(np.minimum(halves, _MAX_EXPONENT) / 2)[..., None]
+
+    def _centred(self, wide: Floats) -> Floats:
+        """Return rows less their mean, keys rotated back to position 0."""
+        if self._rows.side == "k" and self._layers.group.num_pairs:
+            cos, sin = self._angles(self._which)
+            wide = rotate(wide, cos, -sin, is_traditional=self._is_traditional)
+        return wide - self._side.mean[self._which][:, :, None]
+
+    def _turned(self, wide: Floats, which: int) -> Floats:
+        """Return one layer's keys at their positions; values as they are."""
+        if self._rows.side != "k" or not self._layers.group.num_pairs:
+            return wide
+        cos, sin = self._angles([which])
+        return rotate(wide, cos[0], sin[0], is_traditional=self._is_traditional)
+
+    def _turned_on_device(self, wide: mx.array) -> mx.array:
+        if self._rows.side != "k" or not self._layers.group.num_pairs:
+            return wide
+        cos, sin = map(mx.array, self._angles(self._which))
+        return rotate_on_device(wide, cos, sin, is_traditional=self._is_traditional)
+
+    def _angles(self, which: list[int]) -> tuple[Floats, Floats]:
+        """Return cosine and sine for every coded row, ``(L, 1, T, pairs)``."""
+        start = self._rows.start + self._sinks
+        found = angles(self._layers.frequencies[which], start, self._num_coded)
+        return found[0][:, None], found[1][:, None]
+
+    @property
+    def _is_traditional(self) -> bool:
+        return self._layers.group.is_traditional
+
+
+_NONE = np.zeros((0, 0, 0), np.uint8)

@@ -1,0 +1,26 @@
+"""Rows of a model's dtype as float32, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import NUMPY_DTYPES, Array
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+def widen(x: Array, dtype: str) -> Floats:
+    """Return rows, held as ``dtype`` is held in NumPy, as float32."""
+    if dtype != "BF16":
+        return x.astype(np.float32)
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(wide: Floats, dtype: str) -> Array:
+    """Return finite rows rounded to the nearest of a dtype, ties to even."""
+    if dtype != "BF16":
+        return wide.astype(NUMPY_DTYPES[dtype])
+    bits = np.ascontiguousarray(wide).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

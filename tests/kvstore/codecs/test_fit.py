@@ -1,0 +1,469 @@
+"""The `fit` codecs: integers in a basis, found by its digest, refused where wrong."""
+
+import hashlib
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import kit
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from kvstore import CodecError, IntegrityError, codec_names, get_codec
+from kvstore.codecs import FitFamily, find_codec, fitting
+from kvstore.codecs.streams import STREAMS, are_packed, pack_integers, unpack_integers
+from kvstore.format.basis import BasisFile, BasisGroup, basis_digest, basis_to_bytes
+from kvstore.format.basis import parse_basis as parse
+
+LAYERS = (0, 3)
+SHAPE = (2, 2, 64, 16)
+RATES = ("1", "1.5", "2", "3", "4")
+pytestmark = pytest.mark.filterwarnings("error")
+every_side = pytest.mark.parametrize("side", ["k", "v"])
+
+
+def some_rows(side="k", dtype="F32", *, start=4, shape=SHAPE, layers=LAYERS):
+    """Return a description of rows."""
+    return kit.Rows(side, start, shape, dtype, layers)
+
+
+def model_rows(rows, seed=0):
+    """Return rows as a model has them: few directions have most of the energy."""
+    random = np.random.default_rng(seed)
+    directions = np.random.default_rng(7).standard_normal((*SHAPE[:2], 16, 16))
+    sizes = 2.0 ** -np.arange(16)[:, None] * 8
+    x = random.standard_normal(rows.shape) @ (sizes * directions)
+    x = (x + 3).astype(np.float32)
+    if rows.dtype == "BF16":
+        return (x.view(np.uint32) >> 16).astype(np.uint16)
+    return x.astype(kit.NUMPY_DTYPES[rows.dtype])
+
+
+@pytest.fixture(scope="module")
+def basis():
+    """Return the file of a basis that was fitted to such rows."""
+    samples = [
+        fitting.Sample(
+            start,
+            "F32",
+            model_rows(some_rows("k"), start),
+            model_rows(some_rows("v"), start + 1),
+        )
+        for start in (4, 256, 512)
+    ]
+    rotation = fitting.Rotation(np.array([1.0, 0.1, 0.01]), is_traditional=True)
+    return fitting.fit_rows(samples, LAYERS, rotation, {"contexts": 3})
+
+
+@pytest.fixture(scope="module")
+def codec_of(basis):
+    """Return what makes the codec of a rate."""
+    digest = basis_digest(basis)
+    family = FitFamily(lambda asked: parse(basis, asked))
+    return lambda rate, end="+zstd": find_codec(f"fit{rate}@{digest}{end}", family)
+
+
+def encoded(codec, x, rows):
+    """Return what a codec makes of rows, as it lies in a shard."""
+    return kit.Encoded(codec, rows, codec.encode(x, rows, kit.PREFIX))
+
+
+def check_both(found):
+    """Return the rows that NumPy decodes, which are those of the device, nearly."""
+    opened = found.open()
+    written, decoded = found.decode_into(opened), found.decode(opened)
+    one, two = (kit.to_float64(a, found.rows.dtype) for a in (written, decoded))
+    size = np.abs(np.where(np.isfinite(one), one, 0)).max(initial=1)
+    eps = {"F32": 2.0**-18, "F16": 2.0**-9, "BF16": 2.0**-6}[found.rows.dtype]
+    same = (one == two) | (np.isnan(one) & np.isnan(two))
+    near = np.abs(np.where(same, 0, one) - np.where(same, 0, two)) <= eps * size
+    assert near.all()
+    return written
+
+
+# --- Integers and bytes. ---
+
+
+@given(
+    number=st.integers(0, len(STREAMS) - 1),
+    shape=st.tuples(st.integers(0, 4), st.integers(0, 33)),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=200)
+def test_integers_come_back(number, shape, seed):
+    """Whatever a stream holds comes back, in few enough bytes."""
+    stream = STREAMS[number]
+    most = stream.most
+    q = np.random.default_rng(seed).integers(-most, most, shape, np.int16, True)
+    packed, low = pack_integers(q, stream)
+    assert (shape[0], stream.width(shape[1])) == packed.shape
+    assert are_packed(packed, stream)
+    assert (q == unpack_integers(packed, low, stream, shape[1])).all()
+
+
+def test_the_streams_are_those_of_the_first_release():
+    """A class lies in the stream, and a number in the bits, that it always did."""
+    digest = hashlib.sha256()
+    for stream in STREAMS:
+        q = np.arange(3 * 20).reshape(3, 20) * 37 % (2 * stream.most + 1) - stream.most
+        packed, low = pack_integers(q.astype(np.int16), stream)
+        digest.update(f"{stream.first} {stream.last} {packed.shape}".encode())
+        digest.update(packed.tobytes() + low.tobytes())
+    assert GOLDEN_STREAMS == digest.hexdigest()
+
+
+GOLDEN_STREAMS = "aa496853d36dcef97f653590ef7198ab451a858c774731801cca580504be29cf"
+
+
+def plain_basis():
+    """Return a basis with which nothing is rounded but to the step."""
+    group = BasisGroup((0,), 1, 16, 0, False)
+    values = {
+        "frequencies": np.zeros((1, 0)),
+        "matrix": np.broadcast_to(np.eye(16), (1, 1, 16, 16)),
+        "scale": np.ones((1, 1)),
+        "mean": np.full((1, 1, 16), 0.5),
+        "sigma": np.arange(16).reshape(1, 1, 16) * 3 - 10,
+        "importance": np.zeros((1, 1, 3)),
+    }
+    held = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8}
+    basis = BasisFile((group,), {"2": 0}, {}, {})
+    tensors = {
+        name: values[name.rpartition(".")[2]].astype(held[dtype]).tobytes()
+        for name, (dtype, _) in basis.specs().items()
+    }
+    return replace(basis, tensors=tensors)
+
+
+def plain_codec(end=""):
+    """Return the codec of that basis."""
+    data = basis_to_bytes(plain_basis())
+    digest = basis_digest(data)
+    family = FitFamily(lambda asked: parse(data, asked))
+    return find_codec(f"fit2@{digest}{end}", family)
+
+
+def test_a_block_has_the_parts_of_the_first_release():
+    """The same integers in the same basis are the same bytes for ever."""
+    rows = some_rows(start=2, shape=(1, 1, 12, 16), layers=(0,))
+    x = np.random.default_rng(3).integers(-99, 99, rows.shape) * np.float32(0.25)
+    x *= 2.0 ** (np.arange(16, dtype=np.float32) - 8)
+    x[..., 5, 3] = np.nan
+    x = x.astype(np.float32)
+    found = encoded(plain_codec(), x, rows)
+    names = [part.name.removeprefix(kit.PREFIX) for part in found.parts]
+    assert GOLDEN_NAMES == names
+    assert GOLDEN_PARTS == hashlib.sha256(found.data).hexdigest()
+    assert kit.bits_of(x[:, :, :2]) == kit.bits_of(found.open()["sinks"])
+
+
+GOLDEN_NAMES = [
+    "exponents",
+    "c5",
+    "c8",
+    "c11",
+    "c13",
+    "c17",
+    "c19",
+    "c23",
+    "c25",
+    "c29",
+    "b29",
+    "c31",
+    "b31",
+    "c35",
+    "b35",
+    "c37",
+    "b37",
+    "c39",
+    "b39",
+    "exact",
+    "sinks",
+]
+GOLDEN_PARTS = "b5f5ee53ba4d27b03e46de9e7eca975c46f0ada8459e4d3e979fda53e46906d0"
+
+
+def test_numbers_lie_within_half_a_step():
+    """What is coded comes back rounded to the step, about the mean."""
+    rows = some_rows(start=4, shape=(1, 1, 40, 16), layers=(0,))
+    sizes = np.array([0 if sigma < -7 else 1 for sigma in range(-10, 38, 3)])
+    x = np.random.default_rng(1).uniform(-1.9, 1.9, rows.shape) * sizes + 0.5
+    written = check_both(encoded(plain_codec("+zstd"), x.astype(np.float32), rows))
+    assert np.abs(written - x).max() <= 0.5 + 1e-5
+
+
+# --- Rows. ---
+
+
+@every_side
+@pytest.mark.parametrize("dtype", kit.FLOATS)
+def test_more_bits_are_nearer(codec_of, side, dtype):
+    """Rows come back, the nearer the more bits they take, of about the rate named."""
+    rows = some_rows(side, dtype)
+    x = model_rows(rows, 99)
+    given = kit.to_float64(x, dtype)
+    errors, sizes = [], []
+    for rate in RATES:
+        found = encoded(codec_of(rate), x, rows)
+        lost = kit.to_float64(check_both(found), dtype) - given
+        errors.append((lost**2).mean())
+        sizes.append(len(found.data) * 8 / x.size)
+    assert sorted(errors, reverse=True) == errors
+    assert errors[-1] < errors[0] / 16
+    assert sorted(sizes) == sizes
+    assert sizes[0] < 3
+
+
+def test_rates_are_what_the_rows_take(codec_of):
+    """Keys and values together take no more bits than the rate says."""
+    for rate in RATES:
+        nbytes = numbers = 0
+        for side, seed in (("k", 4), ("v", 5)):
+            rows = some_rows(side)
+            x = model_rows(rows, seed)
+            nbytes += len(encoded(codec_of(rate), x, rows).data)
+            numbers += x.size
+        assert nbytes * 8 / numbers <= float(rate) * 1.05
+
+
+@every_side
+@pytest.mark.parametrize("dtype", kit.FLOATS)
+@pytest.mark.parametrize("end", ["", "+zstd"])
+def test_few_rows_and_none_come_back(codec_of, side, dtype, end):
+    """A block of any length comes back, and its sinks bit for bit."""
+    for start in (0, 2, 4, 100_000):
+        for tokens in (0, 1, 3, 4, 5, 9):
+            rows = some_rows(side, dtype, start=start, shape=(2, 2, tokens, 16))
+            x = model_rows(rows, tokens)
+            written = check_both(encoded(codec_of("4", end), x, rows))
+            sinks = max(0, min(4 - start, tokens))
+            assert kit.bits_of(x[:, :, :sinks]) == kit.bits_of(written[:, :, :sinks])
+
+
+@every_side
+@pytest.mark.parametrize("dtype", kit.FLOATS)
+def test_rows_that_do_not_fit_are_kept_as_they_are(codec_of, side, dtype):
+    """NaNs, infinities, the largest numbers and other directions keep every bit."""
+    rows = some_rows(side, dtype)
+    x = model_rows(rows).copy()
+    top = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}[dtype]
+    bits = x.view(np.uint32 if dtype == "F32" else np.uint16)
+    bits[0, 0, 3, 1] = top
+    bits[0, 1, 4, 5] = top + 1
+    bits[1, 0, 5] = top - 1
+    bits[1, 1, 6, 2] = top - 1
+    written = check_both(encoded(codec_of("2"), x, rows))
+    for where in ((0, 0, 3), (0, 1, 4), (1, 0, 5), (1, 1, 6)):
+        assert kit.bits_of(x[where]) == kit.bits_of(written[where])
+    assert np.isfinite(kit.to_float64(written[1, 1, 7:], dtype)).all()
+
+
+@given(
+    side=st.sampled_from("kv"),
+    dtype=st.sampled_from(kit.FLOATS),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=50)
+def test_rows_of_random_bits_break_nothing(codec_of, side, dtype, seed):
+    """Whatever the bits are, they are kept where they fit nothing."""
+    rows = some_rows(side, dtype, start=2, shape=(2, 2, 9, 16))
+    x = kit.random_bits(rows, seed)
+    with np.errstate(all="ignore"):
+        written = check_both(encoded(codec_of("2"), x, rows))
+    broken = ~np.isfinite(kit.to_float64(x, dtype)).all(axis=-1)
+    assert kit.bits_of(x[broken]) == kit.bits_of(written[broken])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": (0, 1)},
+        {"layers": ()},
+        {"shape": (2, 2, 64, 8)},
+        {"shape": (2, 1, 64, 16)},
+        {"dtype": "I32"},
+        {"side": "window"},
+    ],
+)
+def test_rows_that_the_basis_does_not_cover_lose_nothing(codec_of, change):
+    """Of layers, sizes and arrays that the basis does not know, every bit is kept."""
+    rows = replace(some_rows(), **change)
+    x = kit.random_bits(rows)
+    found = encoded(codec_of("1"), x, rows)
+    assert kit.bits_of(x) == kit.bits_of(found.decode_into(found.open()))
+    assert kit.bits_of(x) == kit.bits_of(found.decode(found.open()))
+
+
+def test_one_layer_of_a_group_is_coded_as_it_is_among_all(codec_of):
+    """Layers are found by their numbers, not by where they stand."""
+    rows = some_rows()
+    x = model_rows(rows)
+    whole = encoded(codec_of("2"), x, rows)
+    alone = some_rows(shape=(1, *SHAPE[1:]), layers=(3,))
+    found = encoded(codec_of("2"), x[1:], alone)
+    both = whole.decode_into(whole.open())
+    assert kit.bits_of(both[1:]) == kit.bits_of(found.decode_into(found.open()))
+
+
+def test_the_same_rows_give_the_same_bytes(codec_of, basis):
+    """Encoding does not depend on how rows lie in memory, and fitting repeats."""
+    rows = some_rows()
+    x = model_rows(rows)
+    strided = np.zeros((2, 4, 70, 16), x.dtype)[:, ::2, 3:67]
+    strided[...] = x
+    assert encoded(codec_of("2"), x, rows).data == (
+        encoded(codec_of("2"), strided, rows).data
+    )
+
+
+# --- Names. ---
+
+
+def test_no_fit_codec_is_offered_without_a_basis():
+    """Who has no basis cannot choose what needs one."""
+    assert [] == [name for name in codec_names() if name.startswith("fit")]
+    for name in ("fit2", "fit2+zstd", f"fit2@{'ab' * 32}"):
+        with pytest.raises(CodecError):
+            get_codec(name)
+
+
+def test_a_rate_that_the_basis_lacks_is_refused(codec_of):
+    """The error says which rates there are."""
+    with pytest.raises(CodecError, match="no rate 7") as caught:
+        codec_of("7")
+    assert "1.5" in caught.value.hint
+
+
+@pytest.mark.parametrize("end", ["+", "+gzip", "+zstd+zstd"])
+def test_other_compressors_are_refused(codec_of, end):
+    """A name that is nearly one is none."""
+    with pytest.raises(CodecError):
+        codec_of("2", end)
+
+
+def test_a_basis_of_numbers_that_are_none_is_refused():
+    """What would decode to NaN is damaged, whoever made its digest."""
+    basis = plain_basis()
+    tensors = {**basis.tensors, "0.k.mean": np.full(16, np.nan, "<f4").tobytes()}
+    data = basis_to_bytes(replace(basis, tensors=tensors))
+    family = FitFamily(lambda asked: parse(data, asked))
+    with pytest.raises(IntegrityError, match="finite"):
+        find_codec(f"fit2@{basis_digest(data)}", family)
+
+
+# --- Parts that are not what the codec made. ---
+
+
+def with_part(found, name, change):
+    """Return the bytes of a block with one part changed."""
+    opened = {key: np.array(value) for key, value in found.open().items()}
+    opened[name] = change(opened[name])
+    return [
+        kit.Part(part.name, part.dtype, opened[key].shape, opened[key].tobytes())
+        for part in found.parts
+        for key in [part.name.removeprefix(kit.PREFIX)]
+    ]
+
+
+def changed(value):
+    """Return what puts a value into the first place."""
+
+    def change(array):
+        array.reshape(-1)[0] = value
+        return array
+
+    return change
+
+
+@every_side
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("exponents", changed(13)),
+        ("exponents", changed(254)),
+        ("exponents", changed(255)),
+        ("exact", lambda rows: np.zeros((1, 16), rows.dtype)),
+        ("exact", lambda rows: np.zeros((257, 16), rows.dtype)),
+        ("exact", lambda rows: np.zeros((1, 15), rows.dtype)),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(codec_of, side, name, change):
+    """A scale out of range, and exact rows without marks, are refused."""
+    rows = some_rows(side)
+    found = encoded(codec_of("2", ""), model_rows(rows), rows)
+    assert not len(found.open()["exact"])
+    with pytest.raises(IntegrityError):
+        replace(found, parts=with_part(found, name, change)).open()
+
+
+def test_bytes_that_no_coefficients_give_are_refused():
+    """Each stream's bytes are bounded by the levels that it has."""
+    rows = some_rows(start=4, shape=(1, 1, 12, 16), layers=(0,))
+    found = encoded(plain_codec(), np.zeros(rows.shape, np.float32), rows)
+    for part in found.parts:
+        name = part.name.removeprefix(kit.PREFIX)
+        if name.startswith("c"):
+            bad = with_part(found, name, changed(255))
+            with pytest.raises(IntegrityError, match="coefficient"):
+                replace(found, parts=bad).open()
+
+
+@every_side
+@pytest.mark.parametrize("end", ["", "+zstd"])
+def test_a_part_described_otherwise_is_refused(codec_of, side, end):
+    """Another dtype, shape or size, and a part that is missing, are refused."""
+    rows = some_rows(side, start=0)
+    found = encoded(codec_of("3", end), model_rows(rows), rows)
+    for name, spec in found.tensors.items():
+        raw = spec.raw_nbytes
+        changes = [{"dtype": "I8"}, {"raw_nbytes": 2**62}, {"raw_nbytes": -64}]
+        changes += [{"raw_nbytes": 7 if raw is None else raw + 1}]
+        changes += [{"shape": (2**40,)}] if raw is None else []
+        for change in changes:
+            tensors = {**found.tensors, name: replace(spec, **change)}
+            with pytest.raises(IntegrityError, match=name):
+                found.open(tensors=tensors)
+        rest = {key: value for key, value in found.tensors.items() if key != name}
+        with pytest.raises(IntegrityError, match="missing"):
+            found.open(tensors=rest)
+
+
+@given(
+    side=st.sampled_from("kv"),
+    end=st.sampled_from(["", "+zstd"]),
+    bits=st.lists(st.integers(0, 2**20), min_size=1, max_size=4, unique=True),
+)
+@settings(max_examples=100)
+def test_flipped_bits_are_refused_or_give_rows(codec_of, side, end, bits):
+    """Bits that flip raise an error of ours, or are taken for other rows."""
+    rows = some_rows(side, start=0, shape=(2, 2, 9, 16))
+    found = encoded(codec_of("2", end), model_rows(rows), rows)
+    data = bytearray(found.data)
+    for bit in bits:
+        data[bit % (8 * len(data)) // 8] ^= 1 << bit % 8
+    try:
+        opened = found.open(bytes(data))
+    except IntegrityError:
+        return
+    with np.errstate(all="ignore"):
+        found.decode_into(opened)
+        found.decode(opened)
+
+
+# --- Rotation. ---
+
+
+@pytest.mark.parametrize("is_traditional", [False, True])
+@pytest.mark.parametrize("turned", [16, 8])
+def test_the_rotation_of_keys_is_found_in_them(is_traditional, turned):
+    """Of all usual rotations, keys tell by which they were rotated."""
+    frequencies = 1e5 ** (-np.arange(0, turned, 2) / turned)
+    samples = []
+    for start in (4, 260, 1004):
+        plain = model_rows(some_rows("k"), start)
+        back = fitting.Rotation(-frequencies, is_traditional)
+        keys = fitting.unrotated(fitting.Sample(start, "F32", plain, plain), "k", back)
+        samples.append(fitting.Sample(start, "F32", keys, plain))
+    found = fitting.find_rotation(samples, fitting.usual_rotations(16))
+    assert (frequencies == found.frequencies).all()
+    assert is_traditional == found.is_traditional
