@@ -31,10 +31,11 @@ class Inverted:
         """Invert all bits."""
         return {"bits": (~x.view(np.uint8)).view(x.dtype)}
 
-    def decode_into(self, parts, rows, layer, out):
-        """Invert one layer's bits again."""
-        layer = np.ascontiguousarray(parts["bits"][layer, :, : out.shape[1]])
-        out[...] = (~layer.view(np.uint8)).view(layer.dtype)
+    def decode_into(self, parts, rows, layers):
+        """Invert the bits of each layer again."""
+        for bits, out in zip(parts["bits"], layers, strict=True):
+            kept = np.ascontiguousarray(bits[:, : out.shape[1]])
+            out[...] = (~kept.view(np.uint8)).view(kept.dtype)
 
     def decode(self, parts, rows):
         """Invert all bits again."""
