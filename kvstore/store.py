@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -159,6 +159,7 @@ class Store:
         fingerprint: Fingerprint,
         *,
         without: Container[BlockHash] = (),
+        reserve: Callable[[frozenset[BlockHash]], bool] | None = None,
     ) -> Snapshot:
         """Copy what the store lacks of a prompt cache, for another thread to save.
 
@@ -167,6 +168,9 @@ class Store:
             prompt_cache: mlx-lm's list of per-layer caches.
             fingerprint: What computed it.
             without: Blocks that are on their way into the store already.
+            reserve: Called with the prompt's blocks before the store is asked which of
+                them it has. Where it says no, they may be evicted before the snapshot
+                is saved, so that all are copied.
 
         Returns:
             What :meth:`save_snapshot` takes, of this store or of another
@@ -179,9 +183,12 @@ class Store:
         from .ops.save import missing_blocks
 
         live = self._snapshot(tokens, prompt_cache, fingerprint)
-        missing = self._blocks.run(
-            lambda: missing_blocks(self._blocks, self._codec, live)
-        )
+        if reserve is None or reserve(live.chain.hashes):
+            missing = self._blocks.run(
+                lambda: missing_blocks(self._blocks, self._codec, live)
+            )
+        else:
+            missing = list(live.chain.blocks)
         return live.take(block for block in missing if block.hash not in without)
 
     def save_snapshot(
@@ -191,6 +198,7 @@ class Store:
         name: str | None = None,
         replace: bool | Entry = False,
         progress: Progress | None = None,
+        spared: Callable[[], frozenset[BlockHash]] = frozenset,
     ) -> Entry:
         """Save a snapshot as :meth:`save` does a prompt cache; uses no MLX.
 
@@ -200,6 +208,7 @@ class Store:
             replace: Take the name from an entry that this does not continue; from that
                 one only, as it was, where one is given.
             progress: Called with (tokens saved, tokens in all).
+            spared: Asked, where something has to be evicted, for blocks that stay.
 
         Raises:
             EntryExistsError: The name is taken.
@@ -221,6 +230,7 @@ class Store:
                 name=name,
                 replace=replace,
                 progress=progress or _ignore,
+                spared=spared,
             )
 
         return self._blocks.run(write)

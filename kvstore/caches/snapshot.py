@@ -41,6 +41,11 @@ class Chain:
         return self.blocks[-1].hash
 
     @property
+    def hashes(self) -> frozenset[BlockHash]:
+        """Hashes of all blocks."""
+        return frozenset(block.hash for block in self.blocks)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens in all blocks."""
         return self.blocks[-1].start + len(self.blocks[-1].tokens)

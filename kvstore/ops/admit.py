@@ -227,7 +227,7 @@ def admit(
         with _prepared(blocks.folder, found, held) as prepared:
             # Before the lock, which evicting takes itself.
             nbytes = sum(shard.header.nbytes for shard in prepared)
-            make_room(blocks, nbytes, frozenset(b.hash for b in found.chain.blocks))
+            make_room(blocks, nbytes, lambda: found.chain.hashes)
             with files.locked(blocks.folder.lock, exclusive=True):
                 # Another process may have taken the name meanwhile.
                 old = replaceable(catalog, name, found.chain, replace)

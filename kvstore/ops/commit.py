@@ -6,6 +6,7 @@ exclusive lock, and only if all of its blocks are there at that moment.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace as changed
 
@@ -99,19 +100,22 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
     )
 
 
-def make_room(blocks: BlockStore, nbytes: int, needed: frozenset[BlockHash]) -> None:
+def make_room(
+    blocks: BlockStore, nbytes: int, needed: Callable[[], frozenset[BlockHash]]
+) -> None:
     """Evict what was used least recently, where bytes would pass the limit.
 
     Args:
         blocks: The store's blocks.
         nbytes: Bytes that are to be added; nothing goes for more than the limit.
-        needed: The blocks of which they are a part, which stay.
+        needed: Asked, where something has to go, for the blocks that stay: those that
+            the bytes are a part of, and those that other saves build on.
     """
     limit = blocks.folder.max_bytes
     if nbytes <= limit < sum(blocks.index.shards().values()) + nbytes:
         # A little more than needed, or every save would have to.
         max_bytes = max(0, limit - limit // 20 - nbytes)
-        policy = Policy(max_bytes=max_bytes, needed=needed)
+        policy = Policy(max_bytes=max_bytes, needed=needed())
         with suppress(FormatError):  # a later release's entries stay as they are
             if plan_prune(blocks, policy).entries:
                 blocks.confirm()

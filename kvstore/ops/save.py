@@ -14,7 +14,7 @@ from ..caches.stored import CODABLE, Piece, count_extras
 from ..codecs import Codec, lossless_twin
 from ..errors import IntegrityError
 from ..format import shard as shards
-from ..format.block import Block, EncodedBlock, Part, Progress
+from ..format.block import Block, BlockHash, EncodedBlock, Part, Progress
 from ..format.entry import Entry
 from ..storage import files
 from ..storage.blocks import BlockStore
@@ -41,6 +41,7 @@ def save_entry(
     name: str | None,
     replace: bool | Entry,
     progress: Progress,
+    spared: Callable[[], frozenset[BlockHash]] = frozenset,
 ) -> Entry:
     """Write what the store lacks of a prompt cache, and its entry.
 
@@ -52,6 +53,7 @@ def save_entry(
         name: The entry's name.
         replace: Take the name from any entry, or from this one.
         progress: Called with (tokens saved, tokens in all).
+        spared: Asked, where room has to be made, for blocks that other saves build on.
 
     Raises:
         EntryExistsError: The name belongs to something else.
@@ -72,7 +74,7 @@ def save_entry(
 
     replaceable(catalog, name, snapshot.chain, replace)
     for _ in range(_TRIES):
-        save_blocks(blocks, codec, snapshot, progress)
+        save_blocks(blocks, codec, snapshot, progress, spared)
         with files.locked(blocks.folder.lock, exclusive=True):
             entry = committed()
         if entry is not None:
@@ -93,14 +95,19 @@ def save_entry(
 
 
 def save_blocks(
-    blocks: BlockStore, codec: Codec, snapshot: Snapshot, progress: Progress
+    blocks: BlockStore,
+    codec: Codec,
+    snapshot: Snapshot,
+    progress: Progress,
+    spared: Callable[[], frozenset[BlockHash]] = frozenset,
 ) -> None:
     """Write what the store lacks of a prompt cache."""
-    needed = frozenset(block.hash for block in snapshot.chain.blocks)
     _write_missing(
         blocks,
         _Encoder(blocks, codec, snapshot),
-        lambda nbytes: make_room(blocks, nbytes, needed),
+        lambda nbytes: make_room(
+            blocks, nbytes, lambda: snapshot.chain.hashes | spared()
+        ),
         progress,
     )
 

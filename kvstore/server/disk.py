@@ -18,7 +18,7 @@ from ..caches import live as caches
 from ..caches.live import Provenance
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
-from ..format.block import Progress
+from ..format.block import BlockHash, Progress
 from ..format.spans import Span
 from ..ops.load import Match
 from ..store import Store
@@ -236,8 +236,15 @@ class Disk:
         self._mark(served.fingerprint, tokens, prompt_cache)
         self._taker = self._taker or self._open_again()
         _remake(self._taker)
+        pending: set[BlockHash] = set()
+
+        def reserve(hashes: frozenset[BlockHash]) -> bool:
+            found, is_settled = self._writer.reserve(hashes)
+            pending.update(found)
+            return is_settled
+
         snapshot = self._taker.snapshot(
-            tokens, prompt_cache, served.fingerprint, without=self._writer.pending
+            tokens, prompt_cache, served.fingerprint, without=pending, reserve=reserve
         )
         return self._writer.put(Job(snapshot, is_shared))
 

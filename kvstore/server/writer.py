@@ -90,6 +90,9 @@ class Writer:
         self._queued_bytes = 0
         self._changed = threading.Condition()
         self._is_closing = False
+        # Blocks that the next job builds on, or has; one job at a time is made.
+        self._reserved: frozenset[BlockHash] = frozenset()
+        self._is_evicting = False
         self._kept: dict[str, Entry] = {}
         self._thread = threading.Thread(
             target=self._run, name="kvstore-writer", daemon=True
@@ -101,6 +104,29 @@ class Writer:
         """The blocks that are on their way."""
         with self._changed:
             return frozenset(block for job in self._jobs for block in job.rows.hashes)
+
+    def reserve(
+        self, hashes: frozenset[BlockHash]
+    ) -> tuple[frozenset[BlockHash], bool]:
+        """Have no job evict some blocks, until the next :meth:`put` says what it needs.
+
+        Args:
+            hashes: The blocks of what is put next.
+
+        Returns:
+            The blocks that are on their way, and whether those that the store has now
+            stay there: they do unless something is just being evicted.
+        """
+        with self._changed:
+            self._reserved = hashes
+            return self.pending, not self._is_evicting
+
+    def _spare(self) -> frozenset[BlockHash]:
+        """Return the blocks that jobs build on; from now on, others are evicted."""
+        with self._changed:
+            self._is_evicting = True
+            chains = (job.snapshot.chain.hashes for job in self._jobs)
+            return self._reserved.union(*chains)
 
     def put(self, job: Job) -> bool:
         """Have something saved soon; ``False`` if too much waits, or it has closed."""
@@ -159,6 +185,7 @@ class Writer:
     def _finish(self, job: Job, is_saved: bool) -> None:
         with self._changed:
             self._jobs.popleft()
+            self._is_evicting = False
             self._queued_bytes -= job.rows.nbytes
             if not is_saved:
                 self._hand_on(job)
@@ -188,7 +215,7 @@ class Writer:
             )
             return False
         begin = time.monotonic()
-        entry = store.save_snapshot(job.snapshot)
+        entry = store.save_snapshot(job.snapshot, spared=self._spare)
         log.info(
             "kvstore: kept %d tokens: %d blocks new, %.1f MB of rows, in %.3f s",
             entry.num_tokens,

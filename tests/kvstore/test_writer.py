@@ -7,6 +7,7 @@ import pytest
 
 from kvstore import Store
 from kvstore.errors import StoreLockedError
+from kvstore.server.disk import Disk, ServedModel
 from kvstore.server.writer import Job, Writer
 
 
@@ -142,3 +143,47 @@ def test_conversations_in_turn_stay_under_the_limit(store_path, caches):
                     other.save_snapshot(snapshot)
                 assert store.load([*pair[0], 1], caches.MODEL)[1] == [1]
         assert store.stats().nbytes <= 2 * limit
+
+
+@pytest.mark.parametrize("is_evicting", [False, True])
+def test_no_save_is_lost_to_what_an_earlier_one_evicts(
+    store_path, caches, monkeypatch, is_evicting
+):
+    """At the limit, a turn keeps what it goes on from, though others wait before it.
+
+    Its blocks are looked for before the others evict something, or meanwhile.
+    """
+    with Store(store_path, "raw") as store:
+        old, old_cache = caches.make_conversation(6, 1)
+        limit = 2 * store.save(old, old_cache, caches.MODEL).nbytes
+        store.set_limit(limit)
+    served = ServedModel(caches.MODEL, ([],))
+    disk = Disk(Store(store_path, "raw"), min_tokens=1)
+    started, go_on = threading.Event(), threading.Event()
+    spare, save = Writer._spare, Store.save_snapshot
+
+    def spare_slowly(self):
+        found = spare(self)
+        started.set()
+        assert not is_evicting or go_on.wait(30)
+        return found
+
+    def save_slowly(self, *args, **options):
+        assert is_evicting or go_on.wait(30)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Writer, "_spare", spare_slowly)
+    monkeypatch.setattr(Store, "save_snapshot", save_slowly)
+    for seed in (2, 3):
+        assert disk.keep(served, *caches.make_conversation(6, seed), is_shared=False)
+    assert not is_evicting or started.wait(30)
+    longer = [*old, *range(20)]
+    caches.grow(old_cache, caches.random_rows(20, 4))
+    assert disk.keep(served, longer, old_cache, is_shared=False)
+    go_on.set()
+    assert disk.flush(30)
+    with Store(store_path, "raw") as store:
+        found, rest = store.load([*longer, 1], caches.MODEL)
+    disk.close()
+    assert rest == [1]
+    assert caches.rows_of(found) == caches.rows_of(old_cache)
