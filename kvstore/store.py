@@ -123,6 +123,7 @@ class Store:
         *,
         name: str | None = None,
         replace: bool | Entry = False,
+        title: str = "",
         progress: Progress | None = None,
     ) -> Entry:
         """Save a prompt cache; only blocks that the store lacks are written.
@@ -136,6 +137,8 @@ class Store:
             name: A name for the entry. It moves from an entry that this continues.
             replace: Take the name from an entry that this does not continue; from that
                 one only, as it was, where one is given.
+            title: The first words of what is saved, by which people know it again;
+                those of the entry that this continues by default.
             progress: Called with (tokens saved, tokens in all).
 
         Raises:
@@ -149,6 +152,7 @@ class Store:
             self._snapshot(tokens, prompt_cache, fingerprint),
             name=name,
             replace=replace,
+            title=title,
             progress=progress,
         )
 
@@ -197,6 +201,7 @@ class Store:
         *,
         name: str | None = None,
         replace: bool | Entry = False,
+        title: str = "",
         progress: Progress | None = None,
         spared: Callable[[], frozenset[BlockHash]] = frozenset,
     ) -> Entry:
@@ -207,6 +212,8 @@ class Store:
             name: A name for the entry. It moves from an entry that this continues.
             replace: Take the name from an entry that this does not continue; from that
                 one only, as it was, where one is given.
+            title: The first words of what is saved, by which people know it again;
+                those of the entry that this continues by default.
             progress: Called with (tokens saved, tokens in all).
             spared: Asked, where something has to be evicted, for blocks that stay.
 
@@ -229,6 +236,7 @@ class Store:
                 snapshot,
                 name=name,
                 replace=replace,
+                title=title,
                 progress=progress or _ignore,
                 spared=spared,
             )

@@ -252,7 +252,9 @@ def _check_entry(entry: Entry) -> None:
     """
     try:
         check_name(entry.name)
-        _refuse_half_characters([entry.model, entry.made_with, entry.codec])
+        _refuse_half_characters(
+            [entry.model, entry.made_with, entry.codec, entry.title]
+        )
     except ValueError as error:
         raise refused(f"its entry: {error}") from error
     if entry.id != entry_id(entry.name, entry.tip):

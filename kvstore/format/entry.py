@@ -17,6 +17,9 @@ from .documents import JSON, canonical_json, strict_json
 
 MAX_NAME = 200
 MAX_LABEL = 1000
+MAX_TITLE = 80
+_JOINERS = "\u200c\u200d"
+"""Of Persian, of Hindi, and of emoji: part of a text, though nothing is printed."""
 
 
 def make_entry(
@@ -29,6 +32,7 @@ def make_entry(
     nbytes: int,
     codec: str,
     model: str,
+    title: str = "",
 ) -> Entry:
     """Return an entry saved now, in place of ``old`` where there is one."""
     now = time.time()
@@ -45,7 +49,25 @@ def make_entry(
         created_at=old.created_at if old else now,
         updated_at=now,
         pinned=old.pinned if old else False,
+        title=clean_title(title),
     )
+
+
+def clean_title(text: str) -> str:
+    """Return the first words of a text, on one line that any terminal can show.
+
+    Args:
+        text: Anything. At most 80 characters of it are taken.
+    """
+    # A reader may be far behind the first words of a book.
+    words = " ".join(text[: 20 * MAX_TITLE].split())
+    shown = "".join(c for c in words if c.isprintable() or c in _JOINERS)
+    if len(shown) <= MAX_TITLE:
+        return shown
+    start = shown[: MAX_TITLE - 1]
+    # A word is cut only where it is most of the title.
+    whole = start.rpartition(" ")[0]
+    return f"{whole if len(whole) * 2 > len(start) else start}…"
 
 
 def check_name(name: str | None) -> None:
@@ -104,6 +126,8 @@ class Entry:
     updated_at: float
     # It is never evicted.
     pinned: bool = False
+    # The first words of the first message, or nothing where nobody knew them.
+    title: str = ""
 
 
 FORMAT = 1
@@ -136,6 +160,8 @@ def damaged_entry(path: Path, why: str) -> IntegrityError:
 def entry_to_bytes(entry: Entry) -> bytes:
     """Return an entry as canonical JSON with a digest of itself."""
     body: JSON = {"format": FORMAT, **asdict(entry)}
+    if not entry.title:
+        del body["title"]
     return canonical_json({"digest": _digest(body), **body})
 
 
@@ -171,7 +197,7 @@ def parse_entry(path: Path, data: bytes) -> Entry:
 
 def _build(path: Path, body: JSON) -> Entry:
     """Return an :class:`Entry`, having checked names and types of all fields."""
-    if set(body) != {field.name for field in fields(Entry)}:
+    if {*body, "title"} != {field.name for field in fields(Entry)}:
         raise damaged_entry(path, "unexpected fields")
     if not all(_fits(name, value) for name, value in body.items()):
         raise damaged_entry(path, "a field has the wrong type")
@@ -184,6 +210,8 @@ def _fits(name: str, value: Any) -> bool:
     """Whether ``value`` is of the type that the field ``name`` has."""
     if name == "name":
         return value is None or isinstance(value, str)
+    if name == "title":
+        return isinstance(value, str) and value != "" and value == clean_title(value)
     if name == "pinned":
         return isinstance(value, bool)
     if name in _STAMPED:

@@ -35,6 +35,7 @@ from ..format.chain import common_run
 from ..format.entry import Entry, check_name
 from ..store import Store
 from .load import LoadedModel
+from .titles import make_title
 
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
@@ -493,6 +494,7 @@ class Session:
             self.model.fingerprint,
             name=name,
             replace=self._replace,
+            title=make_title(self.model.tokenizer, self._tokens),
             progress=self._callbacks.on_save,
         )
 

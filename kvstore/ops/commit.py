@@ -53,6 +53,7 @@ def commit(
     name: str | None,
     codec: str,
     model: str,
+    title: str = "",
     described: Entry | None = None,
 ) -> Entry | None:
     """Write an entry over a chain; the store's lock is held.
@@ -65,6 +66,8 @@ def commit(
         name: The entry's name.
         codec: The codec asked for.
         model: What the model is called.
+        title: The first words of what is saved; those of the entry that this one
+            continues by default.
         described: An entry whose description this one takes: it was made elsewhere.
 
     Returns:
@@ -75,8 +78,11 @@ def commit(
     # The index alone is not believed: a shard may have gone without it.
     if len(places) < len(hashes) or not all(map(blocks.has, places)):
         return None
+    if not title and old is not None and chain.continues(old):
+        title = old.title
     entry = make_entry(
         old,
+        title=title,
         name=name,
         tip=chain.tip.hex(),
         root=chain.root.hex(),
@@ -96,6 +102,7 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
         codec=source.codec,
         model=source.model[:MAX_LABEL],
         made_with=source.made_with,
+        title=source.title,
         created_at=old.created_at if old else source.created_at,
     )
 

@@ -40,6 +40,7 @@ def save_entry(
     *,
     name: str | None,
     replace: bool | Entry,
+    title: str = "",
     progress: Progress,
     spared: Callable[[], frozenset[BlockHash]] = frozenset,
 ) -> Entry:
@@ -52,6 +53,7 @@ def save_entry(
         snapshot: What is to be saved.
         name: The entry's name.
         replace: Take the name from any entry, or from this one.
+        title: The first words of what is saved, for people.
         progress: Called with (tokens saved, tokens in all).
         spared: Asked, where room has to be made, for blocks that other saves build on.
 
@@ -70,6 +72,7 @@ def save_entry(
             name=name,
             codec=codec.name,
             model=snapshot.model,
+            title=title,
         )
 
     replaceable(catalog, name, snapshot.chain, replace)

@@ -33,6 +33,7 @@ ENTRY = Entry(
     created_at=1732446000.1234567,
     updated_at=1732446001.25,
     pinned=False,
+    title="First words",
 )
 
 
