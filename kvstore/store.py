@@ -422,6 +422,21 @@ class Store:
 
         return self._blocks.run(work)
 
+    def nearest(
+        self, tokens: Sequence[int], fingerprint: Fingerprint
+    ) -> tuple[Entry, list[int]] | None:
+        """Return the entry that has most of a prompt's tokens, and its own tokens.
+
+        They may stand anywhere in it. The latest entries of the model are looked at.
+        """
+        from .ops.nearest import find_nearest
+
+        token_list, known = _as_tokens(tokens), self._catalog.all()
+        digest = fingerprint.digest
+        return self._blocks.run(
+            lambda: find_nearest(self._blocks, known, token_list, digest)
+        )
+
     def share_notes(self, other: Store) -> None:
         """Write down what another store on the same folder notes, at each save.
 

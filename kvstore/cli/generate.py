@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @model_options
-@prompt_options
+@partial(prompt_options, required=False)
+@options.request
 @options.name
 @options.codec
 @options.replace
@@ -46,6 +48,7 @@ def save(
     context: click.Context,
     model: ModelOptions,
     prompt: PromptOptions,
+    request: BinaryIO | None,
     name: str | None,
     codec: str | None,
     replace: bool,
@@ -56,15 +59,16 @@ def save(
 
     What the store already holds of the prompt is restored and not computed again. The
     message is left open, as with `mlx_lm.cache_prompt`: what `generate --from` or
-    `chat --from` is given later is added to it. Ctrl-C keeps what is computed.
+    `chat --from` is given later is added to it. With `--request`, it is what `serve`
+    would compute for that request before it answers. Ctrl-C keeps what is computed.
     """
     output = output_of(context)
-    text = prompt.read()
+    source = options.read_source(prompt, request)
     store, loaded = open_models(context, model, codec)
     from ..models.generate import save_prompt
     from ..models.session import Callbacks, PrefillOptions
 
-    tokens = _encode(loaded.tokenizer, text, prompt, is_open=True)
+    tokens = options.encode_source(loaded.tokenizer, source, prompt, is_open=True)
     begin = time.monotonic()
     with output.progress() as bars:
         entry, num_restored = save_prompt(
@@ -216,22 +220,6 @@ def open_models(
     return store, loaded
 
 
-def _encode(
-    tokenizer: Any, text: str, prompt: PromptOptions, *, is_open: bool = False
-) -> list[int]:
-    """Return the tokens of a first message."""
-    from ..models.templates import encode_prompt
-
-    return encode_prompt(
-        tokenizer,
-        text,
-        system_prompt=prompt.system_prompt,
-        chat_template_config=prompt.chat_template_config,
-        ignore_chat_template=prompt.ignore_chat_template,
-        is_open=is_open,
-    )
-
-
 def _conversation(
     store: Store,
     model: LoadedModel,
@@ -254,7 +242,7 @@ def _conversation(
 
     ref = base if base is not None else _entry_named(store, name)
     if ref is None:
-        return _encode(model.tokenizer, text, prompt)
+        return options.encode_source(model.tokenizer, text, prompt)
     if prompt.system_prompt is not None:
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{ref}` has begun without it"

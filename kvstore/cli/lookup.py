@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from . import options
 from .main import Verb, open_store, output_of
 from .options import (
     ModelOptions,
@@ -22,71 +24,78 @@ from .output import format_count
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
     from ..format.documents import JSON
+    from ..models.changes import Change
     from ..ops.explain import Divergence, Explanation, OtherModel
     from ..ops.load import Match
+    from ..store import Store
 
 Decode = Callable[[Sequence[int]], str]
 
 
 @click.command(cls=Verb)
 @model_options
-@prompt_options
+@partial(prompt_options, required=False)
+@options.request
 @click.option(
     "--explain",
     is_flag=True,
     help="Look through all that is stored: show the first token that differs with the"
-    " text around it, or the field of the model that does.",
+    " text around it, or the field of the model that does; and each line that differs"
+    " from the nearest stored prompt, what that costs and what to change.",
 )
 @click.pass_context
 @gathered("model", ModelOptions)
 @gathered("prompt", PromptOptions)
 def lookup(
-    context: click.Context, model: ModelOptions, prompt: PromptOptions, explain: bool
+    context: click.Context,
+    model: ModelOptions,
+    prompt: PromptOptions,
+    request: BinaryIO | None,
+    explain: bool,
 ) -> None:
     """Say how much of a prompt the store holds, and why not more.
 
-    The prompt is taken as `generate` without a name takes it. No weights are loaded.
+    The prompt is taken as `generate` without a name takes it, a request as `serve`
+    does. No weights are loaded.
     """
     output = output_of(context)
-    text = prompt.read()
+    source = options.read_source(prompt, request)
     store = open_store(context)
-    tokens, fingerprint, tokenizer = prompt_tokens(model, prompt, text)
+    tokens, fingerprint, tokenizer = prompt_tokens(model, prompt, source)
     if not explain:
         match = store.lookup(tokens, fingerprint)
         output.result(_describe(match), asdict(match), [str(match.num_tokens)])
         return
     found = store.explain(tokens, fingerprint)
     sides = _Sides.of(found.divergence, tokenizer) if found.divergence else None
-    lines = [_describe(found.match), *_explain(found, sides)]
-    data = {**asdict(found.match), "explanation": _data(found, sides)}
+    nearest = _Nearest.of(store, tokens, fingerprint, tokenizer)
+    lines = [_describe(found.match), *_explain(found, sides), *_tell(nearest)]
+    data = {
+        **asdict(found.match),
+        "explanation": _data(found, sides),
+        "nearest": nearest and nearest.data(),
+    }
     output.result("\n".join(lines), data, [str(found.match.num_tokens)])
 
 
 def prompt_tokens(
-    model: ModelOptions, prompt: PromptOptions, text: str
+    model: ModelOptions, prompt: PromptOptions, source: str | JSON
 ) -> tuple[list[int], Fingerprint, Any]:
     """Return a prompt's tokens, as `generate` takes them, without loading weights.
 
     Args:
         model: The model.
         prompt: How the prompt is rendered.
-        text: The prompt.
+        source: The prompt's text, or a captured request.
 
     Returns:
         The tokens, the model's fingerprint and its tokenizer.
     """
     from ..models.load import fingerprint_model, load_tokenizer
-    from ..models.templates import encode_prompt
 
     fingerprint = fingerprint_model(model.model, model.adapter_path)
     tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
-    tokens = encode_prompt(
-        tokenizer,
-        text,
-        system_prompt=prompt.system_prompt,
-        chat_template_config=prompt.chat_template_config,
-        ignore_chat_template=prompt.ignore_chat_template,
-    )
+    tokens = options.encode_source(tokenizer, source, prompt)
     return tokens, fingerprint, tokenizer
 
 
@@ -134,6 +143,67 @@ class _Sides:
         at = divergence.position - divergence.start
         stored = _Text.of(divergence.stored, at, decode)
         return cls(stored, _Text.of(divergence.given, at, decode))
+
+
+@dataclass(frozen=True, slots=True)
+class _Nearest:
+    """What is stored that is most like a prompt, and where the prompt differs."""
+
+    entry: str
+    num_tokens: int
+    # Each with the seconds that computing what stands behind it takes, if known.
+    changes: list[tuple[Change, float | None]]
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        tokenizer: Any,
+    ) -> _Nearest | None:
+        """Return it, or ``None`` where the model has nothing stored."""
+        from ..models.changes import find_changes
+
+        found = store.nearest(tokens, fingerprint)
+        if found is None:
+            return None
+        entry, stored = found
+        changes = find_changes(stored, tokens, partial(_decode, tokenizer))
+        speeds = store.speeds(fingerprint)
+        timed = [(change, speeds.prefill_s(change.num_behind)) for change in changes]
+        return cls(entry.name or entry.id, entry.num_tokens, timed)
+
+    def data(self) -> JSON:
+        """Return it as a JSON value."""
+        changes = [
+            {**asdict(change), "advice": change.advice, "prefill_s": seconds}
+            for change, seconds in self.changes
+        ]
+        return {
+            "entry": self.entry,
+            "num_tokens": self.num_tokens,
+            "changes": changes,
+        }
+
+
+def _tell(nearest: _Nearest | None) -> list[str]:
+    """Return where a prompt differs from the nearest, line by line."""
+    if nearest is None or not nearest.changes:
+        return []
+    tokens = format_count(nearest.num_tokens, "token")
+    lines = [f"compared with `{_visible(nearest.entry)}`, {tokens}:"]
+    for change, seconds in nearest.changes:
+        behind = format_count(change.num_behind, "token")
+        took = "" if seconds is None else f", {seconds:.1f} s"
+        lines += [
+            f"line {change.line:,}, token {change.position:,}: {behind} behind it are"
+            f" the same, and computed again{took}",
+            f"  stored: {_visible(change.stored)}",
+            f"  given:  {_visible(change.given)}",
+            f"  change: {change.advice}",
+        ]
+    return lines
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

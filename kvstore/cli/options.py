@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -69,6 +69,62 @@ class PromptOptions:
         if not is_utf8(text):
             raise click.UsageError("the prompt is not UTF-8")
         return text
+
+
+def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
+    """Return what a prompt is made of: a text, or a captured request in its place.
+
+    Raises:
+        click.UsageError: There are both, or neither, or it is no JSON object.
+    """
+    if (file is None) == (prompt.prompt is None):
+        raise click.UsageError("give either `--prompt` or `--request`")
+    if file is None:
+        return prompt.read()
+    if prompt.system_prompt is not None or prompt.ignore_chat_template:
+        raise click.UsageError(
+            "`--request` has its own messages: leave out `--system-prompt` and"
+            " `--ignore-chat-template`"
+        )
+    try:
+        found = json.loads(file.read().decode())
+    except (ValueError, RecursionError) as error:
+        raise click.UsageError(f"`--request` is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.UsageError("`--request` is not a JSON object")
+    return found
+
+
+def encode_source(
+    tokenizer: Any,
+    source: str | JSON,
+    prompt: PromptOptions,
+    *,
+    is_open: bool = False,
+) -> list[int]:
+    """Return the tokens of what :func:`read_source` returned.
+
+    Args:
+        tokenizer: The model's.
+        source: A text, or a request.
+        prompt: How a text is rendered.
+        is_open: Leave a text's message open, so that more can be added to it.
+    """
+    config = prompt.chat_template_config
+    if not isinstance(source, str):
+        from ..server.requests import encode_request
+
+        return encode_request(tokenizer, source, chat_template_args=config)
+    from ..models.templates import encode_prompt
+
+    return encode_prompt(
+        tokenizer,
+        source,
+        system_prompt=prompt.system_prompt,
+        chat_template_config=config,
+        ignore_chat_template=prompt.ignore_chat_template,
+        is_open=is_open,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +515,14 @@ def complete_entries(
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+request = click.option(
+    "--request",
+    metavar="FILE.json",
+    type=click.File("rb"),
+    help="In place of `--prompt`: what a client posts to /v1/chat/completions, rendered"
+    " as `serve` renders it; `-` reads stdin. `--chat-template-config` is then the"
+    " server's `--chat-template-args`.",
+)
 prefill_step_size = click.option(
     "--prefill-step-size",
     metavar="N",

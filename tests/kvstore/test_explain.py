@@ -365,3 +365,20 @@ def test_what_the_tokenizer_refuses_is_shown_as_numbers():
     sides = lookup_verb._Sides.of(divergence, PickyTokenizer())
     assert str(sides.stored) == "…ab⟦c⟧…"
     assert str(sides.given) == "…ab⟦<-7>⟧d…"
+
+
+def test_the_nearest_is_the_entry_with_most_of_the_tokens(make_store, model):
+    """Wherever they stand in it; of another model nothing is taken."""
+    store = make_store({"begins": TOKENS[:20], "shifted": [7, 8, *TOKENS[:50]]})
+    entry, tokens = store.nearest(TOKENS, model)
+    assert (entry.name, tokens) == ("shifted", [7, 8, *TOKENS[:50]])
+    assert store.nearest(TOKENS, model.with_salt("other")) is None
+
+
+def test_a_damaged_entry_is_not_the_nearest(make_store, model):
+    """What cannot be read is passed over."""
+    store = make_store({"whole": [7, *TOKENS[:20]], "broken": TOKENS})
+    for name in {place.shard for place, _ in store.chain("broken")}:
+        (shard,) = (store.path / "shards").glob(f"??/{name}*")
+        shard.unlink()
+    assert store.nearest(TOKENS, model)[0].name == "whole"

@@ -751,3 +751,30 @@ def test_a_prefill_that_a_stop_ends_is_kept(servers, tiny_model, tmp_path):
         assert server.stop() == 0
     server = servers.kvstore(tmp_path / "store", tiny_model, *options)
     assert beside.cached(server.ask(body["messages"])) >= 1024
+
+
+def test_a_captured_request_is_rendered_as_it_was_served(
+    servers, tmp_path, tiny_model, kvstore_cli
+):
+    """Tools, options of the template and tool calls give the tokens that were kept."""
+    model = str(beside.write_tool_model(tmp_path / "tools", tiny_model))
+    store = tmp_path / "store"
+    call = {"name": "look_up", "arguments": '{"word": "cache"}'}
+    calls = [{"id": "1", "type": "function", "function": call}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": LOOK_UP}]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "A store. " * 9},
+    ]
+    body = {"messages": messages, "tools": beside.TOOLS, "max_tokens": 1}
+    body["chat_template_kwargs"] = {"enable_thinking": False}
+    server = servers.kvstore(store, model)
+    status, _ = server.post("/v1/chat/completions", json.dumps(body).encode())
+    assert status == 200
+    assert server.stop() == 0
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps(body))
+    words = ("lookup", "--model", model, "--request", path, "--json")
+    done = kvstore_cli(*words, store=store)
+    found = json.loads(done.stdout)
+    assert found["num_tokens"] == found["num_prompt_tokens"] - 1
