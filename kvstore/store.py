@@ -78,8 +78,8 @@ class Store:
             _ = self._codec  # refuses a wrong name now
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
-        self._catalog = Catalog(self._folder)
         self._blocks = BlockStore(self._folder)
+        self._catalog = Catalog(self._blocks)
         self._notes = LoadNotes()
 
     @property

@@ -28,7 +28,15 @@ from .config import (
     config_to_bytes,
     parse_config,
 )
-from .entry import MAX_BYTES, Entry, check_name, entry_id, entry_to_bytes, parse_entry
+from .entry import (
+    MAX_BYTES,
+    Entry,
+    check_name,
+    entry_id,
+    entry_to_bytes,
+    normalize_name,
+    parse_entry,
+)
 from .safetensors import MAX_HEADER_BYTES
 from .shard import parse_shard_header
 
@@ -257,6 +265,8 @@ def _check_entry(entry: Entry) -> None:
         )
     except ValueError as error:
         raise refused(f"its entry: {error}") from error
+    if entry.name is not None and entry.name != normalize_name(entry.name):
+        raise refused("its entry's name is not in Unicode's NFC")
     if entry.id != entry_id(entry.name, entry.tip):
         raise refused("its entry has the id of another name")
     if not 0 <= entry.created_at < _MAX_TIME:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, IntegrityError
-from .documents import canonical_json, strict_json
+from .documents import JSON, _blake3, canonical_json, strict_json
 
 FORMAT = 1
 CONFIG = "config.json"
+CONFIG_COPY = "config.copy.json"
+"""The same bytes again, read where the first file is damaged."""
 MAX_CONFIG_BYTES = 65_536
 
 
@@ -26,11 +28,11 @@ class StoreConfig:
 
 
 def config_to_bytes(config: StoreConfig) -> bytes:
-    """Return the JSON of a configuration."""
-    values = {"format": FORMAT, "id": config.id, "block_size": config.block_size}
+    """Return a configuration as canonical JSON with a digest of itself."""
+    values: JSON = {"format": FORMAT, "id": config.id, "block_size": config.block_size}
     if config.max_bytes is not None:
         values["max_bytes"] = config.max_bytes
-    return canonical_json(values)
+    return canonical_json({"digest": _blake3(canonical_json(values)), **values})
 
 
 def parse_config(path: Path, data: bytes) -> StoreConfig:
@@ -53,6 +55,9 @@ def parse_config(path: Path, data: bytes) -> StoreConfig:
                 f"store has format {form}, this release reads {FORMAT}: {path}",
                 hint="upgrade mlx-kvstore",
             )
+        digest = values.pop("digest")
+        if digest != _blake3(canonical_json(values)):
+            raise ValueError("digest mismatch")
         config = StoreConfig(
             values["id"], values["block_size"], values.get("max_bytes")
         )
@@ -79,5 +84,5 @@ def damaged_config(path: Path) -> IntegrityError:
     return IntegrityError(
         f"the store's configuration is damaged: {path}",
         path=path,
-        hint='put back {"format": 1, "id": "…", "block_size": 256}',
+        hint=f"`kvstore verify --repair` takes {CONFIG_COPY}, if that is whole",
     )

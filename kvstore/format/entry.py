@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,7 +39,7 @@ def make_entry(
     now = time.time()
     return Entry(
         id=entry_id(name, tip),
-        name=name,
+        name=None if name is None else normalize_name(name),
         tip=tip,
         root=root,
         num_tokens=num_tokens,
@@ -70,6 +71,11 @@ def clean_title(text: str) -> str:
     return f"{whole if len(whole) * 2 > len(start) else start}…"
 
 
+def normalize_name(name: str) -> str:
+    """Return the one spelling of a name: Unicode's NFC, which keyboards give."""
+    return unicodedata.normalize("NFC", name)
+
+
 def check_name(name: str | None) -> None:
     """Refuse names that could not be typed or printed.
 
@@ -78,6 +84,8 @@ def check_name(name: str | None) -> None:
     """
     if name is None:
         return
+    if _ID.fullmatch(name):
+        raise ValueError(f"a name is not like an id, 32 hex digits: {name!r}")
     if not name or len(name) > MAX_NAME or not name.isprintable() or name[0] == "-":
         raise ValueError(
             f"a name has 1 to {MAX_NAME} printable characters and does not start"
@@ -139,7 +147,7 @@ _STAMPED = {"created_at", "updated_at"}
 
 def entry_id(name: str | None, tip: str) -> str:
     """Return the id of an entry: a name's own, or its tip's where it has none."""
-    text = f"tip {tip}" if name is None else f"name {name}"
+    text = f"tip {tip}" if name is None else f"name {normalize_name(name)}"
     # What is no text, an argument of odd bytes say, names nothing that there is.
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 

@@ -12,16 +12,24 @@ from typing import Literal
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError
 from ..format.block import BlockHash, Progress, StoredBlock
-from ..format.entry import Entry
+from ..format.config import CONFIG, CONFIG_COPY
+from ..format.entry import Entry, damaged_entry
 from ..storage import files
-from ..storage.blocks import _build_index, is_sound, place_in
-from ..storage.entries import entry_path, list_ids, read_entry
-from ..storage.folder import StoreFolder
+from ..storage.blocks import READ_ONLY, _build_index, is_sound, place_in
+from ..storage.entries import (
+    copied_entry,
+    entry_path,
+    list_ids,
+    read_entry,
+    write_entry,
+)
+from ..storage.folder import StoreFolder, config_of, read_config, write_config
 from ..storage.index import Index
 from ..storage.shards import (
     OpenShard,
     list_shards,
     open_shard,
+    open_shard_at,
     publish_shard,
     quarantine_shard,
     shard_path,
@@ -37,6 +45,7 @@ FindingKind = Literal[
     "unindexed-shard",
     "damaged-index",
     "newer-format",
+    "damaged-config",
 ]
 
 
@@ -71,6 +80,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
     findings: list[Finding] = []
     # Entries first: the blocks of what is saved from now on are not asked for.
     found = [(i, _read_entry(folder, i)) for i in list_ids(folder.entries)]
+    findings += _check_config(folder)
     names = list_shards(folder.shards)
     progress(0, len(names))
     for done, name in enumerate(names, 1):
@@ -86,32 +96,61 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
 def repair(folder: StoreFolder) -> list[Finding]:
     """Put right what can be, and return what was found.
 
-    Damaged entries and shards go to quarantine; the good blocks of a damaged shard are
-    written into a new one; the index is built anew.
+    Damaged entries and shards go to quarantine; an entry comes back from its copy in
+    the index; the good blocks of a damaged shard are written into a new one; shards in
+    quarantine that are whole come back; the index is built anew.
     """
     findings = verify(folder, 1.0, lambda done, total: None)
     if not findings:
         return findings
     with files.locked(folder.lock, exclusive=True):
+        if any(finding.kind == "damaged-config" for finding in findings):
+            write_config(folder.path, config_of(folder))
         for finding in findings:
             path = folder.path / finding.path
             if finding.kind == "damaged-entry" and _is_broken(folder, path.stem):
-                aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
-                files.publish(path, folder.quarantine / aside)
+                _replace_entry(folder, path)
         for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
             name = Path(damaged).stem
             # It may have been written anew since it was looked at.
             if list(_check_shard(folder, name, True, {})):
                 _replace_shard(folder, name)
+        _take_back(folder)
         _build_index(folder)
     return findings
+
+
+def _replace_entry(folder: StoreFolder, path: Path) -> None:
+    """Put a damaged entry into quarantine, and the index's copy into its place."""
+    entry = None
+    with suppress(IndexDamagedError, OSError):
+        index = Index(folder.index)
+        try:
+            entry = copied_entry(folder, index, path.stem)
+        finally:
+            index.close()
+    aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
+    files.publish(path, folder.quarantine / aside)
+    if entry is not None:
+        write_entry(folder.entries, entry, folder.staging)
+
+
+def _take_back(folder: StoreFolder) -> None:
+    """Take shards out of the quarantine that are whole: they were misread once."""
+    for path in folder.quarantine.glob("*.safetensors"):
+        with suppress(IntegrityError, FormatError, OSError, ValueError):
+            with open_shard_at(path) as opened:
+                is_whole = opened.sha256() == path.stem
+            target = shard_path(folder.shards, path.stem)
+            if is_whole and not target.exists():
+                files.publish(path, target)
 
 
 def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
     """Whether an entry still cannot be read; it may have been saved again."""
     try:
         read_entry(folder.entries, entry_id)
-    except IntegrityError:
+    except (IntegrityError, OSError):
         return True
     except FormatError:
         return False  # whole, and another release's
@@ -121,7 +160,8 @@ def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
 def _replace_shard(folder: StoreFolder, name: str) -> None:
     """Put a damaged shard into quarantine, and its good blocks into a new one."""
     with (
-        suppress(IntegrityError, FormatError),  # where nothing in it can be told apart
+        # Where nothing in it can be told apart, or read at all.
+        suppress(IntegrityError, FormatError, OSError),
         open_shard(folder.shards, name) as opened,
     ):
         found = opened.header.blocks
@@ -130,6 +170,19 @@ def _replace_shard(folder: StoreFolder, name: str) -> None:
             with staged_copy(folder.staging, opened, good) as staged:
                 publish_shard(folder.shards, staged)
     quarantine_shard(folder.shards, name, folder.quarantine)
+
+
+def _check_config(folder: StoreFolder) -> Iterator[Finding]:
+    """Yield which of the two copies of the configuration is not right."""
+    for name in (CONFIG, CONFIG_COPY):
+        path = folder.path / name
+        try:
+            if config_of(folder) == read_config(path):
+                continue
+            detail = "it differs from the other copy"
+        except (IntegrityError, FormatError, OSError) as error:
+            detail = str(error)
+        yield _finding(folder, "damaged-config", path, detail)
 
 
 def _check_shard(
@@ -154,7 +207,7 @@ def _check_shard(
         return  # pruned by another process meanwhile
     except FormatError as error:
         yield _finding(folder, "newer-format", path, str(error))
-    except IntegrityError as error:
+    except (IntegrityError, OSError) as error:
         yield _finding(folder, "damaged-shard", path, str(error))
 
 
@@ -166,7 +219,7 @@ def _block_problem(opened: OpenShard, stored: StoredBlock, whole: bool) -> str |
     try:
         if whole:
             list(opened.read([stored]))
-    except IntegrityError as error:
+    except (IntegrityError, OSError) as error:
         return str(error)
     return None
 
@@ -203,6 +256,10 @@ def _check_index(
     except IndexDamagedError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
         return
+    except OSError as error:
+        if error.errno in READ_ONLY:
+            return  # nobody who reads this store uses its index
+        raise
     try:
         for problem in index.check():
             yield _finding(folder, "damaged-index", folder.index, problem)
@@ -227,7 +284,7 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
             continue  # added or pruned since the folder was listed
         yield _finding(folder, "missing-shard", path, "the index names it")
     for name in sorted(known & on_disk):
-        with suppress(IntegrityError, FormatError, FileNotFoundError):
+        with suppress(IntegrityError, FormatError, OSError):
             with open_shard(folder.shards, name) as opened:
                 held = {place_in(name, stored) for stored in opened.header.blocks}
             for place in index.places_in(name):
@@ -246,6 +303,8 @@ def _read_entry(
         return read_entry(folder.entries, entry_id)
     except (IntegrityError, FormatError) as error:
         return error
+    except OSError as error:
+        return damaged_entry(entry_path(folder.entries, entry_id), str(error))
 
 
 def _check_entries(

@@ -191,7 +191,7 @@ class Loader:
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)
                     progress(done, hit.num_tokens)
-        except (IntegrityError, FormatError) as error:
+        except (IntegrityError, FormatError, OSError) as error:
             if strict:
                 raise
             # Windows and states were to be rebuilt where the hit ended.

@@ -19,7 +19,7 @@ from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage import files
 from ..storage.blocks import BlockStore
-from ..storage.entries import list_ids, read_entry, remove_entry
+from ..storage.entries import copied_entry, list_ids, read_entry, remove_entry
 from ..storage.folder import StoreFolder
 from ..storage.index import Index, Place
 from ..storage.shards import (
@@ -30,6 +30,8 @@ from ..storage.shards import (
 
 GRACE_S = 3600.0
 _SLACK_BYTES = 65_536
+# Clocks are put right by so much without having been wrong.
+_SKEW_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class _Survey:
     def __init__(
         self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
     ) -> None:
-        self.entries = _readable_entries(folder)
+        self.entries, self._unreadable = _known_entries(folder, index)
         self._chains = {entry.id: _chain(index, entry) for entry in self.entries}
         self._references = Counter(
             block for chain in self._chains.values() for block in chain
@@ -104,7 +106,7 @@ class _Survey:
         self._uses = index.uses()
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
-        self.is_whole = all(
+        self.is_whole = not self._unreadable and all(
             _first_parent(index, entry) == entry.root for entry in self.entries
         )
 
@@ -116,10 +118,12 @@ class _Survey:
         """Return when an entry was saved or last hit, the later of both."""
         chain = self._chains[entry.id]
         uses = [self._uses.get(block, 0.0) for block in chain]
-        return max([entry.updated_at, *uses])
+        return max(map(_past, [entry.updated_at, *uses]))
 
     def candidates(self, *, named: bool) -> list[Entry]:
         """Return what may be evicted: least recently used first, named ones last."""
+        if self._unreadable:
+            return []  # whatever goes, one of these may need it
         found = [e for e in self.entries if not e.pinned and (e.name is None or named)]
         return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
 
@@ -199,7 +203,7 @@ class Pruner:
         evicted: list[Entry] = []
         gone: set[BlockHash] = set()
         for entry in survey.candidates(named=policy.named):
-            age = time.time() - survey.used_at(entry)
+            age = _age(survey.used_at(entry))
             is_old = policy.older_than_s is not None and age > policy.older_than_s
             is_over = policy.max_bytes is not None and left > policy.max_bytes
             if is_old or is_over:
@@ -212,7 +216,7 @@ class Pruner:
     def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
         """Return the blocks of a shard that stay."""
         added_at = self._index.added_at(shard)
-        is_young = time.time() - added_at < self._policy.grace_s
+        is_young = _age(added_at) < self._policy.grace_s
         return [
             place
             for place in self._index.places_in(shard)
@@ -250,7 +254,7 @@ class Pruner:
     def _remove_leftover(self, path: Path) -> None:
         if path.parent == self._folder.staging:
             with suppress(FileNotFoundError):
-                files.remove(path)
+                files.remove_any(path)
         else:
             self._blocks.remove_unknown(path.stem)
 
@@ -259,36 +263,52 @@ class Pruner:
         try:
             with open_shard(self._folder.shards, name):
                 return True
-        except (IntegrityError, FormatError, FileNotFoundError):
+        except (IntegrityError, FormatError, OSError):
             return False
 
     def _remove_entry(self, entry: Entry) -> bool:
         """Remove an entry's file, unless it was saved again meanwhile."""
-        if read_entry(self._folder.entries, entry.id) != entry:
-            return False
+        with suppress(IntegrityError):
+            if read_entry(self._folder.entries, entry.id) != entry:
+                return False
         remove_entry(self._folder.entries, entry.id)
+        self._index.drop_entry(entry.id)
         return True
+
+
+def _past(stamp: float) -> float:
+    """Return a time, or one of an hour ago for what a clock said that was ahead."""
+    now = time.time()
+    return stamp if stamp <= now + _SKEW_S else now - GRACE_S
+
+
+def _age(stamp: float) -> float:
+    """Return how long ago a time was, in seconds."""
+    return max(0.0, time.time() - _past(stamp))
 
 
 def _is_older(path: Path, age_s: float) -> bool:
     try:
-        return time.time() - path.stat().st_mtime > age_s
-    except FileNotFoundError:
-        return False  # renamed away just now
+        return _age(path.stat().st_mtime) > age_s
+    except OSError:
+        return False  # renamed away just now, or on a bad sector
 
 
-def _readable_entries(folder: StoreFolder) -> list[Entry]:
-    """Return all entries that can be read.
+def _known_entries(folder: StoreFolder, index: Index) -> tuple[list[Entry], list[str]]:
+    """Return all entries, and the ids of those that neither file nor index tells.
 
     Raises:
         FormatError: A later release wrote one; who knows what it needs.
     """
-    found = []
+    found, unreadable = [], []
     for entry_id in list_ids(folder.entries):
-        with suppress(IntegrityError):
+        try:
             entry = read_entry(folder.entries, entry_id)
-            found += [entry] if entry else []
-    return found
+        except (IntegrityError, OSError):
+            entry = copied_entry(folder, index, entry_id)
+            unreadable += [] if entry else [entry_id]
+        found += [entry] if entry else []
+    return found, unreadable
 
 
 def _first_parent(index: Index, entry: Entry) -> str:

@@ -5,6 +5,7 @@ The index is never believed: what it says is compared with the shard itself.
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from typing import TypeVar
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, hash_block_tokens, origin_root
-from ..format.entry import Entry
+from ..format.entry import MAX_BYTES, Entry, parse_entry
 from . import files
 from .folder import StoreFolder
 from .index import Index, Place, index_identity
@@ -31,6 +32,17 @@ from .shards import (
 )
 
 T = TypeVar("T")
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a store that can be read and not be written to."""
+# A bad sector, or something else in a shard's place: a folder, a link, another's file.
+_UNREADABLE = (
+    errno.EIO,
+    errno.EINVAL,
+    errno.ELOOP,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENXIO,
+)
 
 
 def open_index(folder: StoreFolder) -> Index:
@@ -43,9 +55,11 @@ def open_index(folder: StoreFolder) -> Index:
     seen = index_identity(folder.index)
     if seen is not None:
         try:
-            return Index(folder.index)
+            if files.is_regular(folder.index):
+                return Index(folder.index)
         except IndexDamagedError:
-            replace_index(folder, seen)
+            pass  # rebuilt below, outside of the handler
+        replace_index(folder, seen)
     else:
         with files.locked(folder.lock, exclusive=True):
             if not folder.index.exists():
@@ -89,6 +103,7 @@ def _build_index(folder: StoreFolder) -> None:
             index = Index(path, create=True)
             try:
                 index_folder(index, folder)
+                _copy_entries(index, folder)
             finally:
                 index.close()  # which folds the write-ahead log into the file
             files.sync_file(path)
@@ -97,6 +112,21 @@ def _build_index(folder: StoreFolder) -> None:
         finally:
             for suffix in ("-wal", "-shm"):
                 _beside(path, suffix).unlink(missing_ok=True)
+
+
+def _temporary_index(folder: StoreFolder) -> Index:
+    """Return an index in memory, for a store that cannot be written to."""
+    index = Index(folder.index, create=True, temporary=True)
+    index_folder(index, folder)
+    return index
+
+
+def _copy_entries(index: Index, folder: StoreFolder) -> None:
+    """Put the second copy of every readable entry into a new index."""
+    for path in folder.entries.glob("*.json"):
+        with suppress(OSError, ValueError, EOFError, IntegrityError, FormatError):
+            data = files.read_small(path, MAX_BYTES)
+            index.put_entry(parse_entry(path, data).id, data)
 
 
 _MAX_HEADERS = 256
@@ -129,7 +159,12 @@ class BlockStore:
     def index(self) -> Index:
         """The index, opened when first needed and rebuilt where it is missing."""
         if self._opened is None:
-            self._opened = open_index(self.folder)
+            try:
+                self._opened = open_index(self.folder)
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                self._opened = _temporary_index(self.folder)
         return self._opened
 
     def close(self) -> None:
@@ -140,16 +175,19 @@ class BlockStore:
 
     def run(self, work: Callable[[], T]) -> T:
         """Run ``work``; where the index turns out to be damaged, rebuild it first."""
+        index = self._opened
         # Another process may have put a new one in its place.
-        if self._opened and index_identity(self.folder.index) != self._opened.identity:
+        is_file = index is not None and not index.is_temporary
+        if index and is_file and index.identity != index_identity(self.folder.index):
             self.close()
         try:
             return work()
         except IndexDamagedError:
             pass  # rebuilt below, outside of the handler
-        seen = self._opened.identity if self._opened else None
+        index = self._opened
         self.close()
-        replace_index(self.folder, seen)
+        if index is None or not index.is_temporary:
+            replace_index(self.folder, index.identity if index else None)
         return work()
 
     def run_twice(self, work: Callable[[], T]) -> T:
@@ -242,7 +280,9 @@ class BlockStore:
                     return
                 copy = staged_copy(folder.staging, opened, stored)
                 staged = stack.enter_context(copy)
-            except (IntegrityError, FormatError, FileNotFoundError):
+            except (IntegrityError, FormatError, OSError) as error:
+                if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                    raise
                 return  # it stays as it is, for `verify` to report
             with self.index.transaction():
                 self.add(staged, self.index.added_at(name))
@@ -377,6 +417,16 @@ class BlockStore:
                 path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
                 hint="save the prompt again",
             ) from error
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            # It stays where it is: a disk may answer again tomorrow.
+            self._forget(shard, None)
+            raise IntegrityError(
+                f"shard {shard[:12]} cannot be read: {error}",
+                path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
+                hint="save the prompt again; `kvstore verify` finds more",
+            ) from error
         except IntegrityError as error:
             self._forget(shard, error.block)
             if error.block is None:
@@ -479,7 +529,7 @@ def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
                 (place_in(place.shard, stored), stored.block.parent)
                 for stored in opened.header.blocks
             ]
-    except (IntegrityError, FormatError, FileNotFoundError, ValueError):
+    except (IntegrityError, FormatError, OSError, ValueError):
         return False
 
 
@@ -490,8 +540,12 @@ def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardH
             with open_shard(folder.shards, name) as opened:
                 header = opened.header
             added_at = shard_path(folder.shards, name).stat().st_mtime
-        except (IntegrityError, FormatError, FileNotFoundError):
+        except (IntegrityError, FormatError, OSError):
             continue  # it stays where it is, and `verify` reports it
         with index.transaction():
-            index_shard(index, name, header, added_at)
-        yield name, header
+            # Whoever prunes it holds the same write lock when the file goes.
+            is_there = shard_path(folder.shards, name).exists()
+            if is_there:
+                index_shard(index, name, header, added_at)
+        if is_there:
+            yield name, header

@@ -7,7 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import EntryExistsError, EntryNotFoundError, FormatError, IntegrityError
+from ..errors import (
+    EntryExistsError,
+    EntryNotFoundError,
+    FormatError,
+    IntegrityError,
+    StoreLockedError,
+)
 from ..format import entry as entries
 from ..format.entry import (
     _ID,
@@ -16,10 +22,13 @@ from ..format.entry import (
     check_name,
     damaged_entry,
     entry_to_bytes,
+    normalize_name,
     parse_entry,
 )
 from . import files
+from .blocks import BlockStore
 from .folder import StoreFolder
+from .index import Index
 
 
 def entry_path(folder: Path, entry: str) -> Path:
@@ -57,6 +66,15 @@ def read_entry(folder: Path, entry: str) -> Entry | None:
     return parse_entry(path, data)
 
 
+def copied_entry(folder: StoreFolder, index: Index, entry: str) -> Entry | None:
+    """Return an entry by its second copy in the index, or ``None``."""
+    body = index.entry(entry)
+    try:
+        return parse_entry(entry_path(folder.entries, entry), body) if body else None
+    except (IntegrityError, FormatError):
+        return None
+
+
 def list_ids(folder: Path) -> list[str]:
     """Return the ids of all entries, sorted."""
     stems = (path.stem for path in folder.glob("*.json"))
@@ -75,18 +93,25 @@ MIN_ID = 4
 class Catalog:
     """Entries by name and id.
 
+    The index holds a second copy of each entry, by which a damaged file is known to
+    :mod:`~kvstore.ops.prune` and rebuilt by a repair.
+
     Args:
-        folder: The store.
+        blocks: The store's blocks.
     """
 
-    def __init__(self, folder: StoreFolder) -> None:
-        self._folder = folder
+    def __init__(self, blocks: BlockStore) -> None:
+        self._blocks = blocks
+
+    @property
+    def _folder(self) -> StoreFolder:
+        return self._blocks.folder
 
     def all(self) -> list[Entry]:
         """Return all entries that can be read, latest first."""
         found = []
         for entry_id in list_ids(self._folder.entries):
-            with suppress(IntegrityError, FormatError):
+            with suppress(IntegrityError, FormatError, OSError):
                 entry = read_entry(self._folder.entries, entry_id)
                 # Another process may have removed it just now.
                 found += [entry] if entry else []
@@ -117,8 +142,8 @@ class Catalog:
         """Return an entry; one that is given only where it has not moved on."""
         if isinstance(ref, str):
             return self.find(ref)
-        entry = self.find(ref.id)
-        if entry.tip != ref.tip:
+        entry = read_entry(self._folder.entries, ref.id)
+        if entry is None or entry.tip != ref.tip:
             raise EntryNotFoundError(
                 f"`{ref.name or ref.id}` is another conversation by now",
                 hint="`kvstore ls` lists them",
@@ -130,7 +155,7 @@ class Catalog:
         key = entries.entry_id(name, tip)
         try:
             return read_entry(self._folder.entries, key)
-        except IntegrityError:
+        except (IntegrityError, OSError):
             return None  # a damaged entry does not reserve its name
 
     def commit(self, entry: Entry) -> Entry:
@@ -140,6 +165,10 @@ class Catalog:
         """
         folder = self._folder
         path = entry_path(folder.entries, entry.id)
+        # First, so that the copy is never older than what was acknowledged.
+        self._blocks.run(
+            lambda: self._blocks.index.put_entry(entry.id, entry_to_bytes(entry))
+        )
         try:
             read_entry(folder.entries, entry.id)
         except IntegrityError:
@@ -152,8 +181,14 @@ class Catalog:
         """Remove an entry and return it."""
         with files.locked(self._folder.lock, exclusive=True):
             entry = self._current(ref)
-            remove_entry(self._folder.entries, entry.id)
+            self._remove(entry.id)
         return entry
+
+    def _remove(self, entry_id: str) -> None:
+        remove_entry(self._folder.entries, entry_id)
+        with suppress(OSError, StoreLockedError, FormatError):
+            # A copy without its file is none; `prune` removes it.
+            self._blocks.run(lambda: self._blocks.index.drop_entry(entry_id))
 
     def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first.
@@ -164,6 +199,7 @@ class Catalog:
             EntryExistsError: The name is taken.
         """
         check_name(name)
+        name = normalize_name(name)
         with files.locked(self._folder.lock, exclusive=True):
             old = self._current(ref)
             if old.name == name:
@@ -174,7 +210,7 @@ class Catalog:
                 )
             renamed = replace(old, id=entries.entry_id(name, old.tip), name=name)
             self.commit(renamed)
-            remove_entry(self._folder.entries, old.id)
+            self._remove(old.id)
         return renamed
 
     def pin(self, ref: str, *, pinned: bool) -> Entry:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ def cache_home() -> Path:
 
 def make_private_dir(path: Path) -> None:
     """Create a folder, with its parents, that only its owner can enter."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in reversed([path, *path.parents]):
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def create(path: Path) -> int:
@@ -151,6 +154,15 @@ def remove(path: Path) -> None:
     sync_dir(path.parent)
 
 
+def remove_any(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+        sync_dir(path.parent)
+    else:
+        remove(path)
+
+
 def open_regular(path: Path) -> tuple[int, int]:
     """Open a file for reading and return its descriptor and size.
 
@@ -173,6 +185,14 @@ def open_regular(path: Path) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a path is a file, and not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
     """Fill ``buffer`` from ``offset`` on.
 
@@ -185,6 +205,12 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
         if count == 0:
             raise EOFError(f"file ends at byte {offset}")
         rest, offset = rest[count:], offset + count
+
+
+def forget_cached(descriptor: int) -> None:
+    """Have the next read of a file come from the medium, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_small(path: Path, limit: int) -> bytes:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import StoreNotFoundError
+from ..errors import FormatError, IntegrityError, StoreNotFoundError
 from ..format.chain import BLOCK_SIZE
 from ..format.config import (
     CONFIG,
+    CONFIG_COPY,
     MAX_CONFIG_BYTES,
     StoreConfig,
     config_to_bytes,
@@ -96,17 +99,52 @@ def open_folder(path: Path) -> StoreFolder:
         FormatError: A newer release made it.
         IntegrityError: Its ``config.json`` is damaged.
     """
-    config = path / CONFIG
+    _check_path(path)
     try:
-        data = files.read_small(config, MAX_CONFIG_BYTES)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _not_a_store(path) from error
-    except (ValueError, EOFError) as error:
-        raise damaged_config(config) from error
-    values = parse_config(config, data)
-    _make_missing(path)
+        config = read_config(path / CONFIG)
+    except (OSError, IntegrityError, FormatError) as error:
+        try:
+            config = read_config(path / CONFIG_COPY)
+        except (OSError, IntegrityError, FormatError):
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise _not_a_store(path) from error
+            raise error from None
+    _check_folders(path)
     device = path.stat().st_dev
-    return StoreFolder(path, values.id, values.block_size, values.max_bytes, device)
+    return StoreFolder(path, config.id, config.block_size, config.max_bytes, device)
+
+
+def config_of(folder: StoreFolder) -> StoreConfig:
+    """Return the configuration of an open store."""
+    return StoreConfig(folder.id, folder.block_size, folder.chosen_bytes)
+
+
+def read_config(path: Path) -> StoreConfig:
+    """Return what a configuration file says.
+
+    Raises:
+        FileNotFoundError: There is none.
+        FormatError: A newer release wrote it.
+        IntegrityError: It is damaged.
+    """
+    try:
+        data = files.read_small(path, MAX_CONFIG_BYTES)
+    except (ValueError, EOFError) as error:
+        raise damaged_config(path) from error
+    return parse_config(path, data)
+
+
+def write_config(path: Path, config: StoreConfig) -> None:
+    """Write a store's configuration; the file that makes it a store comes last.
+
+    Raises:
+        IntegrityError: It could not be read again; nothing has been written.
+    """
+    data = config_to_bytes(config)
+    if parse_config(path / CONFIG, data) != config:
+        raise damaged_config(path / CONFIG)
+    for name in (CONFIG_COPY, CONFIG):
+        files.write_atomic(path / name, data, path / "tmp")
 
 
 def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
@@ -115,7 +153,7 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     Raises:
         StoreNotFoundError: The folder holds something else.
     """
-    if (path / CONFIG).exists():
+    if _is_store(path):
         return open_folder(path)
     if path.exists() and not path.is_dir():
         raise _not_a_store(path)
@@ -123,7 +161,7 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     _refuse_foreign(path)
     with files.locked(path / "lock", exclusive=True):
         # Another process may have made it while this one waited.
-        if not (path / CONFIG).exists():
+        if not _is_store(path):
             _fill(path, block_size)
     return open_folder(path)
 
@@ -162,17 +200,20 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """
     if max_bytes <= 0:
         raise ValueError(f"a size limit is positive: {max_bytes}")
-    config = StoreConfig(folder.id, folder.block_size, max_bytes)
-    _write_config(folder.path, config)
+    write_config(folder.path, StoreConfig(folder.id, folder.block_size, max_bytes))
     return replace(folder, chosen_bytes=max_bytes)
+
+
+def _is_store(path: Path) -> bool:
+    return (path / CONFIG).exists() or (path / CONFIG_COPY).exists()
 
 
 def _refuse_foreign(path: Path) -> None:
     """Refuse a folder that holds what no store that is being made would."""
-    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG", CONFIG}
+    ours = {*_FOLDERS, "lock", "CACHEDIR.TAG", CONFIG, CONFIG_COPY}
     foreign = {child.name for child in path.iterdir()} - ours
     # Another process may have made it a store meanwhile, and used it.
-    if foreign and not (path / CONFIG).exists():
+    if foreign and not _is_store(path):
         raise _not_a_store(path)
 
 
@@ -185,26 +226,45 @@ def _fill(path: Path, block_size: int) -> None:
         files.make_private_dir(path / "shards" / f"{number:02x}")
     files.sync_dir(path / "shards")
     files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
-    _write_config(path, StoreConfig(secrets.token_hex(16), block_size))
+    write_config(path, StoreConfig(secrets.token_hex(16), block_size))
 
 
-def _write_config(path: Path, config: StoreConfig) -> None:
-    """Write the configuration, unless it could not be read again."""
-    data = config_to_bytes(config)
-    if parse_config(path / CONFIG, data) != config:
-        raise damaged_config(path / CONFIG)
-    files.write_atomic(path / CONFIG, data, path / "tmp")
+def _check_path(path: Path) -> None:
+    """Refuse a path that SQLite could not open.
 
-
-def _make_missing(path: Path) -> None:
-    """Make the folders that a copy has left out since they were empty.
-
-    A bundle that was unpacked by `tar` is such a copy.
+    Raises:
+        StoreNotFoundError: It is not UTF-8.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise StoreNotFoundError(
+            f"the path of a store must be UTF-8: {str(path)!r}",
+            hint="choose another folder",
+        ) from error
+
+
+def _check_folders(path: Path) -> None:
+    """Refuse links in a store, and make the folders that a copy has left out.
+
+    An archive leaves out empty folders: a bundle that `tar` has unpacked, say.
+
+    Raises:
+        PermissionError: Everybody may write into the store.
+        OSError: A folder of it is a link.
+    """
+    mode = path.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise PermissionError(
+            errno.EPERM, "everybody may write into this store (chmod 700)", str(path)
+        )
     for name in _FOLDERS:
-        if not (path / name).is_dir():
+        folder = path / name
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, "a folder of the store is a link", str(folder))
+        if not folder.is_dir():
             with suppress(OSError):  # on a read-only disk nothing is written anyway
-                files.make_private_dir(path / name)
+                files.make_private_dir(folder)
 
 
 def _not_a_store(path: Path) -> StoreNotFoundError:

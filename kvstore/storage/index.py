@@ -118,6 +118,10 @@ CREATE TABLE counters (
     name TEXT PRIMARY KEY,
     value INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE entries (  -- a second copy of each entry's file, by its id
+    id TEXT PRIMARY KEY,
+    body BLOB NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE damaged (  -- copies of blocks that are never to be indexed again
     hash BLOB NOT NULL,
     shard TEXT NOT NULL,
@@ -164,10 +168,12 @@ class Index:
     Args:
         path: The database file.
         create: Make it, where an existing one is asked for otherwise.
+        temporary: Keep it in memory, for a store that cannot be written to.
         timeout_s: How long to wait for another process's write.
 
     Attributes:
         identity: Device and inode, which tell this file from one that replaced it.
+        is_temporary: It is in memory.
 
     Raises:
         IndexDamagedError: The file is damaged; throw it away and rebuild it.
@@ -176,17 +182,25 @@ class Index:
     """
 
     def __init__(
-        self, path: Path, *, create: bool = False, timeout_s: float = 10.0
+        self,
+        path: Path,
+        *,
+        create: bool = False,
+        temporary: bool = False,
+        timeout_s: float = 10.0,
     ) -> None:
         self.path = path
         self.identity: tuple[int, int] | None = None
+        self.is_temporary = temporary
         with self._translated():
-            if create:
+            if create and not temporary:
                 _touch(path)
             # Without CREATE: an index that vanishes now is not to come back empty.
             flags = apsw.SQLITE_OPEN_READWRITE
-            self._connection = apsw.Connection(str(path), flags)
-            self.identity = index_identity(path)
+            name = ":memory:" if temporary else str(path)
+            self._connection = apsw.Connection(name, flags)
+            if not temporary:
+                self.identity = index_identity(path)
             self._connection.set_busy_timeout(int(timeout_s * 1000))
             self._prepare(create)
 
@@ -414,6 +428,21 @@ class Index:
             for block, parent, num_tokens, nbytes in rows
         }
 
+    def entry(self, entry_id: str) -> bytes | None:
+        """Return the copy of an entry's file, or ``None``."""
+        query = "SELECT body FROM entries WHERE id = ?"
+        rows = self._select(query, (entry_id,), (bytes,))
+        return rows[0][0] if rows else None
+
+    def put_entry(self, entry_id: str, body: bytes) -> None:
+        """Keep a copy of an entry's file."""
+        query = "INSERT OR REPLACE INTO entries VALUES (?, ?)"
+        self._query(query, (entry_id, body))
+
+    def drop_entry(self, entry_id: str) -> None:
+        """Forget an entry."""
+        self._query("DELETE FROM entries WHERE id = ?", (entry_id,))
+
     def count_blocks(self) -> int:
         """Return how many blocks there are."""
         return int(self._query("SELECT count(*) FROM blocks")[0][0])
@@ -571,25 +600,24 @@ class Index:
                 errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)
             ) from error
         except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
-            if self._disk().f_flag & os.ST_RDONLY:
-                raise OSError(
-                    errno.EROFS,
-                    "a store on a disk that is read-only cannot be opened",
-                    str(self.path),
-                ) from error
-            raise PermissionError(errno.EACCES, str(error), str(self.path)) from error
+            number = self._disk_error() or errno.EACCES
+            raise OSError(number, str(error), str(self.path)) from error
         except apsw.IOError as error:
-            if self._disk().f_bavail * self._disk().f_frsize < _SHARED_BYTES:
-                # SQLite cannot make the file that it shares with other processes.
-                number = errno.ENOSPC
-                raise OSError(number, os.strerror(number), str(self.path)) from error
-            raise OSError(errno.EIO, str(error), str(self.path)) from error
+            number = self._disk_error() or errno.EIO
+            raise OSError(number, str(error), str(self.path)) from error
         except (apsw.Error, ValueError, UnicodeDecodeError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
             raise self._damaged(str(error)) from error
 
-    def _disk(self) -> os.statvfs_result:
-        return os.statvfs(self.path.parent)
+    def _disk_error(self) -> int:
+        """Return the system's error that the state of the disk explains, or 0."""
+        disk = os.statvfs(self.path.parent)
+        if disk.f_flag & os.ST_RDONLY:
+            return errno.EROFS
+        # Without room SQLite cannot make the file that it shares with others.
+        has_room = disk.f_bavail * disk.f_frsize >= _SHARED_BYTES
+        has_inodes = disk.f_favail > 0 or disk.f_files == 0
+        return 0 if has_room and has_inodes else errno.ENOSPC
 
 
 def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
@@ -610,7 +638,7 @@ def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
 def index_identity(path: Path) -> tuple[int, int] | None:
     """Return device and inode of a file, or ``None`` where there is none."""
     try:
-        status = path.stat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino

@@ -1,0 +1,465 @@
+"""One file, one bit, one misread, one bad sector: nothing else may hang on it."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+from contextlib import contextmanager
+
+import pytest
+
+import kvstore
+from kvstore.storage import blocks as storage_blocks
+from kvstore.storage import files
+
+ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def saved(store_path, caches):
+    """A store with one pinned conversation; its tokens and rows."""
+    tokens, cache = caches.make_conversation(4, 1, extra=5)
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(tokens, cache, caches.MODEL, name="chat")
+        store.pin("chat")
+    return store_path, tokens, cache
+
+
+def num_held(path, tokens, model):
+    """Return how many tokens of a conversation a store gives back."""
+    with kvstore.Store(path) as store:
+        return len(tokens) + 1 - len(store.load([*tokens, 7], model)[1])
+
+
+# --- Acknowledged is readable. ---
+
+
+def test_a_package_without_metadata_costs_no_save(store_path, caches, monkeypatch):
+    """A broken installation answers no version; the entry does without it."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: None)
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        entry = store.save(tokens, cache, caches.MODEL, name="chat")
+        assert entry.made_with == {}
+        assert store.entry("chat") == entry
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+
+
+@pytest.mark.parametrize("field", ["made_with", "model"])
+def test_what_could_not_be_read_back_does_not_replace_an_entry(
+    saved, caches, monkeypatch, field
+):
+    """Whatever makes an entry unreadable, the save fails and the old entry stays."""
+    path, tokens, _ = saved
+    wrong = {"made_with": {"mlx": None}, "model": "x" * 70_000}[field]
+    make = kvstore.format.entry.make_entry
+
+    def broken(*arguments, **options):
+        entry = make(*arguments, **options)
+        object.__setattr__(entry, field, wrong)
+        return entry
+
+    monkeypatch.setattr("kvstore.ops.commit.make_entry", broken)
+    longer, cache = caches.make_conversation(5, 1)
+    with kvstore.Store(path, codec="raw") as store:
+        with pytest.raises(kvstore.IntegrityError):
+            store.save(longer, cache, caches.MODEL, name="chat", replace=True)
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+
+
+# --- An entry's file. ---
+
+
+def test_a_flipped_bit_in_an_entry_frees_nothing(saved, caches, flip_bit):
+    """Its blocks stay, whatever is asked, and a repair brings the entry back."""
+    path, tokens, _ = saved
+    (entry,) = path.glob("entries/*.json")
+    good = entry.read_bytes()
+    for bit in range(0, len(good) * 8, 101):
+        entry.write_bytes(good)
+        flip_bit(entry, bit)
+        with kvstore.Store(path, codec="raw") as store:
+            store.plan_prune(now=True, max_bytes=0).execute()
+            other, cache = caches.make_conversation(1, 50)
+            store.save(other, cache, caches.MODEL)
+        assert num_held(path, tokens, caches.MODEL) == len(tokens)
+    with kvstore.Store(path) as store:
+        assert "damaged-entry" in [f.kind for f in store.repair()]
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+        assert store.entry("chat").pinned
+        assert store.verify() == []
+    assert entry.read_bytes() == good
+
+
+def test_an_entry_that_nothing_tells_stops_all_freeing(saved, caches, flip_bit):
+    """With its copy gone too, nobody knows which blocks it needs."""
+    path, tokens, _ = saved
+    (entry,) = path.glob("entries/*.json")
+    flip_bit(entry, 800)
+    for index in path.glob("index.sqlite*"):
+        index.unlink()
+    other, cache = caches.make_conversation(3, 2)
+    with kvstore.Store(path, codec="raw") as store:
+        store.save(other, cache, caches.MODEL)
+        plan = store.plan_prune(now=True, max_bytes=0)
+        assert plan.entries == ()
+        assert plan.execute() == 0
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+
+
+def test_a_removed_entry_does_not_come_back(saved, caches):
+    """Its second copy goes with it, and when it is renamed."""
+    path, _, _ = saved
+    with kvstore.Store(path) as store:
+        store.rename("chat", "talk")
+        store.remove("talk")
+        store.repair()
+        assert store.entries() == []
+    index = b"".join(p.read_bytes() for p in path.glob("index.sqlite*"))
+    with kvstore.Store(path) as store:
+        assert store.plan_prune(now=True).execute() > 0
+    assert b"chat" not in index or store.entries() == []
+
+
+# --- One misread. ---
+
+
+@pytest.mark.parametrize("where", ["header", "data"])
+def test_one_misread_condemns_nothing(saved, caches, monkeypatch, where):
+    """What a cable delivers wrong once is read again before anything is set aside."""
+    path, tokens, cache = saved
+    real, left = os.preadv, [1]
+
+    def preadv(descriptor, buffers, offset):
+        count = real(descriptor, buffers, offset)
+        is_it = (offset == 8) == (where == "header") and offset >= 8 and count > 100
+        if left and is_it:
+            left.pop()
+            buffers[0][50] ^= 1
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with kvstore.Store(path) as store:
+        restored, held = store.load_entry("chat", caches.MODEL)
+    assert not left
+    assert held == tokens
+    assert caches.rows_of(restored) == caches.rows_of(cache)
+    assert os.listdir(path / "quarantine") == []
+
+
+def test_a_whole_shard_comes_back_from_quarantine(saved, caches):
+    """What was misread more than once and is whole after all is taken back."""
+    path, tokens, _ = saved
+    for shard in path.glob("shards/*/*.safetensors"):
+        shard.rename(path / "quarantine" / shard.name)
+    assert num_held(path, tokens, caches.MODEL) == 0
+    with kvstore.Store(path) as store:
+        store.repair()
+        assert store.verify(read_data=True) == []
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+
+
+# --- config.json. ---
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.copy.json"])
+def test_any_bit_of_a_configuration_may_flip(saved, caches, flip_bit, name):
+    """The other copy is read, nothing else changes, and a repair writes both again."""
+    path, tokens, _ = saved
+    with kvstore.Store(path) as store:
+        store.set_limit(5_000_000)
+        expected = store._folder
+    good = (path / name).read_bytes()
+    for bit in range(len(good) * 8):
+        flip_bit(path / name, bit)
+        with kvstore.Store(path, create=False) as store:
+            assert store._folder == expected
+        (path / name).write_bytes(good)
+    for damage in (b"", b"{}", None):
+        (path / name).unlink()
+        if damage is not None:
+            (path / name).write_bytes(damage)
+        with kvstore.Store(path) as store:
+            assert [f.kind for f in store.verify()] == ["damaged-config"]
+            store.repair()
+            assert store.verify() == []
+        assert (path / name).read_bytes() == good
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+
+
+def test_without_either_configuration_it_is_no_store(saved):
+    """A folder without both is refused, and nothing in it is touched."""
+    path, _, _ = saved
+    for name in ("config.json", "config.copy.json"):
+        (path / name).write_bytes(b"{}")
+    with pytest.raises(kvstore.IntegrityError, match="configuration is damaged"):
+        kvstore.Store(path)
+    for name in ("config.json", "config.copy.json"):
+        (path / name).unlink()
+    with pytest.raises(kvstore.StoreNotFoundError):
+        kvstore.Store(path)
+
+
+# --- Others at work. ---
+
+
+def test_a_shard_that_is_pruned_meanwhile_is_not_indexed(saved, caches, monkeypatch):
+    """`confirm` has read a header, and goes on after another process pruned it."""
+    path, _, _ = saved
+    dead, cache = caches.make_conversation(2, 9)
+    with kvstore.Store(path, codec="raw") as store:
+        store.save_blocks(dead, cache, caches.MODEL)
+    real, waiting = storage_blocks.Index.transaction, []
+
+    @contextmanager
+    def transaction(self):
+        if waiting:
+            waiting.pop()
+            with kvstore.Store(path) as other:
+                assert other.plan_prune(now=True).execute() > 0
+        with real(self):
+            yield
+
+    with kvstore.Store(path, codec="raw") as store:
+        store.stats()
+        monkeypatch.setattr(storage_blocks.Index, "transaction", transaction)
+        waiting.append(1)
+        store._blocks.run(store._blocks.confirm)
+        monkeypatch.undo()
+        assert store.verify() == []
+
+
+# --- One bad sector. ---
+
+
+def replace_by(kind, path):
+    """Put something else into a shard's place."""
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("kind", ["EIO", "folder", "fifo", "link"])
+def test_a_shard_that_cannot_be_read_stops_no_housekeeping(
+    saved, caches, monkeypatch, kind
+):
+    """Verify, prune, repair and saves at the limit go on past it and name it."""
+    path, tokens, _ = saved
+    (bad,) = path.glob("shards/*/*.safetensors")
+    other, cache = caches.make_conversation(3, 2)
+    with kvstore.Store(path, codec="raw") as store:
+        store.save(other, cache, caches.MODEL, name="other")
+    if kind == "EIO":
+        real = files.open_regular
+
+        def open_regular(target):
+            if target == bad:
+                raise OSError(errno.EIO, "Input/output error", str(target))
+            return real(target)
+
+        monkeypatch.setattr(files, "open_regular", open_regular)
+    else:
+        replace_by(kind, bad)
+    with kvstore.Store(path, codec="raw") as store:
+        found = {f.path: f for f in store.verify()}
+        assert str(bad.relative_to(path)) in found
+        store.plan_prune(now=True).execute()
+        assert store.load([*other, 7], caches.MODEL)[1] == [7]
+        assert len(store.load([*tokens, 7], caches.MODEL)[1]) == len(tokens) + 1
+        store.set_limit(1)
+        store.plan_prune(now=True, max_bytes=0).execute()
+        store.set_limit(10**9)
+        more, more_cache = caches.make_conversation(2, 3)
+        store.save(more, more_cache, caches.MODEL, name="more")
+        store.repair()
+        assert store.load_entry("other", caches.MODEL)[1] == other
+        assert store.load_entry("more", caches.MODEL)[1] == more
+        monkeypatch.undo()  # a new file lies on good sectors
+        again, again_cache = caches.make_conversation(4, 1, extra=5)
+        store.save(again, again_cache, caches.MODEL, name="chat", replace=True)
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+
+
+# --- Clocks. ---
+
+
+def test_a_clock_that_was_ahead_delays_nothing(store_path, caches, monkeypatch):
+    """What was saved ten years from now is freed and evicted like anything else."""
+    import time
+
+    real = time.time
+    ahead = caches.make_conversation(3, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: real() + 10 * 365 * 86_400)
+            store.save(*ahead, caches.MODEL)
+            store.save_blocks(*caches.make_conversation(3, 2), caches.MODEL)
+        store.save(*caches.make_conversation(3, 3), caches.MODEL)
+        assert store.plan_prune(now=True).execute() > 0
+        (oldest, _) = store.plan_prune(max_bytes=0).entries
+        assert oldest.num_tokens == len(ahead[0])
+        assert oldest.updated_at > real()
+        for entry in store.entries():
+            store.remove(entry)
+        store.plan_prune(now=True).execute()
+        assert store.stats().num_shards == 0
+
+
+# --- Links, modes, names. ---
+
+
+def test_a_link_in_the_index_place_is_not_followed(saved, caches, tmp_path):
+    """Another program's database stays as it is; the index is rebuilt beside it."""
+    import sqlite3
+
+    path, tokens, _ = saved
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as database:
+        database.execute("create table precious (x)")
+        database.execute("pragma user_version = 1")
+    before = other.read_bytes()
+    for index in path.glob("index.sqlite*"):
+        index.unlink()
+    (path / "index.sqlite").symlink_to(other)
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+    assert other.read_bytes() == before
+    assert not (path / "index.sqlite").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["shards", "entries", "tmp", "quarantine"])
+def test_a_folder_that_is_a_link_is_refused(saved, tmp_path, name):
+    """A store is where it is."""
+    path, _, _ = saved
+    shutil.move(path / name, tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is a link"):
+        kvstore.Store(path)
+
+
+def test_a_folder_in_the_index_place_is_replaced(saved, caches):
+    """Whatever stands there: the index can be thrown away."""
+    path, tokens, _ = saved
+    for index in path.glob("index.sqlite*"):
+        index.unlink()
+    (path / "index.sqlite").mkdir()
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+
+
+def test_parents_are_private_whatever_the_umask(tmp_path):
+    """Nobody else can put another folder in a store's place."""
+    path = tmp_path / "parent" / "deep" / "store"
+    before = os.umask(0)
+    try:
+        kvstore.Store(path).close()
+    finally:
+        os.umask(before)
+    modes = {p: p.stat().st_mode & 0o777 for p in (path, *path.parents[:2])}
+    assert set(modes.values()) == {0o700}
+
+
+def test_a_store_that_everybody_may_write_to_is_refused(saved):
+    """Who may write into it decides what the model has read."""
+    path, _, _ = saved
+    path.chmod(0o777)
+    with pytest.raises(PermissionError, match="everybody may write"):
+        kvstore.Store(path)
+    path.chmod(0o755)
+    kvstore.Store(path).close()
+
+
+def test_one_name_has_one_spelling(store_path, caches):
+    """A name typed on a Mac is the one typed elsewhere."""
+    tokens, cache = caches.make_conversation(2, 1)
+    forms = [unicodedata.normalize(form, "café") for form in ("NFD", "NFC")]
+    with kvstore.Store(store_path, codec="raw") as store:
+        for name in forms:
+            store.save(tokens, cache, caches.MODEL, name=name)
+            assert store.entry(name).name == forms[1]
+        assert len(store.entries()) == 1
+        store.rename(forms[0], "x")
+        assert store.rename("x", forms[0]).name == forms[1]
+
+
+def test_a_name_cannot_hide_an_entry(store_path, caches):
+    """What looks like an id is no name, so `rm ID` finds that entry."""
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        entry = store.save(tokens, cache, caches.MODEL)
+        with pytest.raises(ValueError, match="not like an id"):
+            store.save(tokens, cache, caches.MODEL, name=entry.id)
+        assert store.remove(entry).id == entry.id
+
+
+def test_a_path_that_is_no_text_is_refused_as_such(tmp_path):
+    """It is not called a damaged index."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(kvstore.StoreNotFoundError, match="UTF-8"):
+        kvstore.Store(path)
+
+
+def test_whatever_lies_in_tmp_is_cleared(saved):
+    """A folder of another program does not keep `prune` from its work."""
+    path, _, _ = saved
+    (path / "tmp" / "x").mkdir()
+    (path / "tmp" / "x" / "y").write_bytes(b"z")
+    os.utime(path / "tmp" / "x", (1e9, 1e9))
+    with kvstore.Store(path) as store:
+        store.plan_prune().execute()
+    assert os.listdir(path / "tmp") == []
+
+
+# --- A store that may only be read. ---
+
+
+@pytest.fixture
+def read_only(saved, tmp_path):
+    """The store on a mount that cannot be written to."""
+    path = tmp_path / "read-only"
+    path.mkdir()
+    commands = [
+        ["mount", "--bind", saved[0], path],
+        ["mount", "-o", "remount,bind,ro", path],
+    ]
+    for command in commands:
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("cannot mount here")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_read_only_store_can_be_read(saved, read_only, caches, tmp_path, has_index):
+    """It is listed, looked up, loaded, verified and exported; writes say why not."""
+    path, tokens, cache = saved
+    if not has_index:
+        for index in path.glob("index.sqlite*"):
+            index.unlink()
+    with kvstore.Store(read_only, create=False) as store:
+        assert [entry.name for entry in store.entries()] == ["chat"]
+        assert store.lookup([*tokens, 7], caches.MODEL).num_tokens == len(tokens)
+        restored, rest = store.load([*tokens, 7], caches.MODEL)
+        assert caches.rows_of(restored) == caches.rows_of(cache)
+        assert rest == [7]
+        if has_index:
+            assert store.verify(read_data=True) == []
+        with (tmp_path / "bundle").open("wb") as file:
+            assert store.export_bundle("chat", file) > 0
+        assert store.stats().num_entries == 1
+        for write in (
+            lambda: store.save(*caches.make_conversation(1, 4), caches.MODEL),
+            lambda: store.pin("chat"),
+            lambda: store.remove("chat"),
+        ):
+            with pytest.raises(OSError, match="Read-only") as caught:
+                write()
+            assert caught.value.errno == errno.EROFS
+    for verb in (["ls"], ["stats"], ["inspect", "chat"]):
+        command = [sys.executable, "-m", "kvstore", "--store", read_only, *verb]
+        subprocess.run(command, check=True, capture_output=True)
