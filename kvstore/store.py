@@ -906,7 +906,8 @@ class Store:
             return False
         self._blocks.close()
         self._folder = found
-        self._catalog, self._blocks = Catalog(found), BlockStore(found)
+        self._blocks = BlockStore(found)
+        self._catalog = Catalog(self._blocks)
         return True
 
     def stats(self) -> Stats:

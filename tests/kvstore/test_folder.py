@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from blake3 import blake3
 
 from kvstore.errors import FormatError, IntegrityError, StoreNotFoundError
+from kvstore.format.documents import canonical_json
 from kvstore.storage.folder import create_folder, default_path, open_folder
 
 CREATE = """
@@ -130,6 +132,13 @@ def test_nothing_is_created_by_opening(tmp_path):
     assert {} == content(tmp_path)
 
 
+def sealed(**fields):
+    """Return a configuration whose digest is right, whatever else it says."""
+    body = {"format": 1, "id": "a", "block_size": 256, **fields}
+    digest = blake3(canonical_json(body)).hexdigest()
+    return canonical_json({**body, "digest": digest})
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -142,19 +151,23 @@ def test_nothing_is_created_by_opening(tmp_path):
         b"{}",
         b'{"format":1}',
         b'{"format":1,"id":"a"}',
-        b'{"format":1,"id":7,"block_size":256}',
-        b'{"format":1,"id":"a","block_size":"256"}',
-        b'{"format":1,"id":"a","block_size":0}',
-        b'{"format":1,"id":"a","block_size":-256}',
-        b'{"format":1,"id":"a","block_size":2.5}',
-        b'{"format":1,"id":"a","block_size":true}',
-        b'{"format":"1","id":"a","block_size":256}',
+        b'{"format":1,"id":"a","block_size":256}',
+        sealed(id=7),
+        sealed(block_size="256"),
+        sealed(block_size=0),
+        sealed(block_size=-256),
+        sealed(block_size=2.5),
+        sealed(block_size=True),
+        sealed(format="1"),
+        sealed(max_bytes=0),
+        sealed().replace(b'"a"', b'"b"'),
         b" " * 70_000,
     ],
 )
 def test_a_damaged_configuration_is_said_to_be_one(store_path, config):
     """A configuration that cannot be read names its file and the remedy."""
-    (store_path / "config.json").write_bytes(config)
+    for name in ("config.json", "config.copy.json"):
+        (store_path / name).write_bytes(config)
     for function in (create_folder, open_folder):
         with pytest.raises(IntegrityError) as caught:
             function(store_path)
@@ -169,7 +182,8 @@ def test_a_damaged_configuration_is_said_to_be_one(store_path, config):
 )
 def test_a_newer_store_is_not_a_damaged_one(store_path, config):
     """A format of a later release is told apart, whatever else it has."""
-    (store_path / "config.json").write_text(json.dumps(config))
+    for name in ("config.json", "config.copy.json"):
+        (store_path / name).write_text(json.dumps(config))
     with pytest.raises(FormatError, match=f"format {config['format']}"):
         open_folder(store_path)
 

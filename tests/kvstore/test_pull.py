@@ -42,7 +42,7 @@ def client_of(remote):
 def push(path, remote, ref="doc"):
     folder = open_folder(path)
     blocks = BlockStore(folder)
-    entry = Catalog(folder).find(ref)
+    entry = Catalog(blocks).find(ref)
     try:
         return push_entry(blocks, entry, client_of(remote), lambda done, total: None)
     finally:
@@ -55,7 +55,7 @@ def fetch(path, remote, key, name=None, replace=False, progress=None):
     try:
         return pull_entry(
             blocks,
-            Catalog(folder),
+            Catalog(blocks),
             client,
             parse_document(key, client.read_whole(str(key), 10**7)),
             name,

@@ -42,7 +42,7 @@ def push(path, remote, ref="doc", progress=lambda done, total: None):
     folder = open_folder(path)
     client = Client(remote, Limits(retries=0, timeout_s=0.5), create=True)
     blocks = BlockStore(folder)
-    entry = Catalog(folder).find(ref)
+    entry = Catalog(blocks).find(ref)
     try:
         return push_entry(blocks, entry, client, progress)
     finally:

@@ -57,7 +57,8 @@ def make_store(path: Path, block_size: int = 16) -> Path:
     for name in ("entries", "shards", "quarantine", "tmp"):
         (path / name).mkdir(parents=True, mode=0o700)
     config = {"format": 1, "id": "0" * 32, "block_size": block_size}
-    (path / "config.json").write_text(json.dumps(config))
+    digest = blake3(reader.canonical(config).encode()).hexdigest()
+    (path / "config.json").write_text(reader.canonical({**config, "digest": digest}))
     return path
 
 
