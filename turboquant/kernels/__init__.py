@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from turboquant.kernels import native, numpy
+from . import native, numpy
 
 if TYPE_CHECKING:
     import numpy as np
