@@ -75,9 +75,13 @@ class Store:
     ) -> None:
         self._codec_name = codec
         if codec is not None:
-            _ = self._codec  # refuses a wrong name now
+            from .ops.bases import check_codec
+
+            check_codec(codec)  # before a folder is made
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
+        if codec is not None:
+            _ = self._codec  # refuses what the store has no basis for
         self._blocks = BlockStore(self._folder)
         self._catalog = Catalog(self._blocks)
         self._notes = LoadNotes()
@@ -95,9 +99,10 @@ class Store:
     @property
     def _codec(self) -> Codec:
         # Imported here: listing a store needs neither NumPy nor MLX.
-        from .codecs import DEFAULT_CODEC, get_codec
+        from .codecs import DEFAULT_CODEC
+        from .ops.bases import codec_of
 
-        return get_codec(self._codec_name or DEFAULT_CODEC)
+        return codec_of(self._folder, self._codec_name or DEFAULT_CODEC)
 
     def __enter__(self) -> Store:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..codecs import get_codec, lossless_twin
+from ..codecs import CodecFamily, find_codec, lossless_twin
 from ..codecs.base import MLX_DTYPES, Codec, Parts, Rows
 from ..errors import IntegrityError
 from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
@@ -14,15 +14,20 @@ from .layout import Group, Layout, RowSpec, group_layers
 
 
 def stored_pieces(
-    stored: StoredBlock, groups: Sequence[Group]
+    stored: StoredBlock, groups: Sequence[Group], own: CodecFamily
 ) -> Iterator[tuple[Codec, Piece]]:
     """Yield what a stored block has of each array, by its header, and with what codec.
 
+    Args:
+        stored: The block.
+        groups: The layers of its rows.
+        own: The codecs that its store alone has.
+
     Raises:
         CodecError: There is no such codec.
-        IntegrityError: The block is not what it says it is.
+        IntegrityError: The block is not what it says it is, or its basis is missing.
     """
-    codec = get_codec(stored.codec)
+    codec = find_codec(stored.codec, own)
     if codec.is_lossless != stored.is_lossless:
         raise IntegrityError(f"{stored.codec} is not what the block says it is")
     twin = lossless_twin(codec)

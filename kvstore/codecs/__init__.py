@@ -119,6 +119,7 @@ __all__ = [
     "DEFAULT_CODEC",
     "MLX_DTYPES",
     "Codec",
+    "CodecFamily",
     "FitFamily",
     "Rows",
     "codec_names",

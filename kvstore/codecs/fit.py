@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import mlx.core as mx
@@ -126,8 +127,10 @@ class FitFamily:
     usual_names: tuple[str, ...] = ()  # who has no basis can use none of them
 
     def __init__(self, read: Callable[[str], BasisFile]) -> None:
-        self._read = read
-        self._known: dict[str, Fitted] = {}
+        # Few: one of a large model takes a hundred megabytes.
+        self._fitted = lru_cache(maxsize=4)(
+            lambda digest: fitted_from_file(read(digest))
+        )
 
     def from_name(self, name: str) -> Fit | None:
         """Return the codec that a name such as ``fit2@`` and a digest means.
@@ -140,9 +143,7 @@ class FitFamily:
         if not match:
             return None
         rate, digest = match.groups()
-        if digest not in self._known:
-            self._known[digest] = fitted_from_file(self._read(digest))
-        fitted = self._known[digest]
+        fitted = self._fitted(digest)
         if rate not in fitted.steps:
             raise CodecError(
                 f"basis {digest[:12]} has no rate {rate}",

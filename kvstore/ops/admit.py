@@ -25,7 +25,7 @@ from ..caches.stored import (
     open_piece,
     stored_pieces,
 )
-from ..codecs import MLX_DTYPES, Codec, get_codec
+from ..codecs import MLX_DTYPES, Codec, CodecFamily, find_codec
 from ..errors import IntegrityError, KVStoreError
 from ..format.block import Block, BlockHash, Origin, StoredBlock
 from ..format.chain import digest_fields
@@ -82,6 +82,7 @@ class Inspector:
         entry: The entry, as it came.
         origin: What its shards say that computed them.
         block_size: Tokens in a full block.
+        own: The codecs that the store alone has.
 
     Attributes:
         blocks: Those that were found good.
@@ -93,11 +94,14 @@ class Inspector:
         IntegrityError: The layout cannot be that of a prompt cache.
     """
 
-    def __init__(self, entry: Entry, origin: Origin, block_size: int) -> None:
+    def __init__(
+        self, entry: Entry, origin: Origin, block_size: int, own: CodecFamily
+    ) -> None:
+        self._own = own
         self._entry, self._origin, self._block_size = entry, origin, block_size
         self._layout = known_layout(origin.layout)
         check_layout(self._layout, entry.num_tokens)
-        get_codec(entry.codec)
+        find_codec(entry.codec, own)
         self._groups = group_layers(self._layout)
         self._root = BlockHash(bytes.fromhex(self._entry.root))
         self._tip = self._root
@@ -123,7 +127,7 @@ class Inspector:
 
     def check_rows(self, stored: StoredBlock, opened: OpenShard) -> None:
         """Check a block that has been followed, as :meth:`inspect` does."""
-        pieces = list(stored_pieces(stored, self._groups))
+        pieces = list(stored_pieces(stored, self._groups, self._own))
         self._decoded_bytes += _check_tensors(stored, pieces)
         if self._decoded_bytes > _MAX_ENTRY_BYTES:
             raise IntegrityError("the rows of all blocks are too large")

@@ -25,6 +25,7 @@ from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
 from ..storage.shards import OpenShard, StagedShard, open_shard_at
 from .admit import Incoming, Inspector, admit, check_space
+from .bases import own_codecs
 
 # `prune` takes staged files for forgotten after an hour.
 _TOUCH_EVERY_S = 600.0
@@ -107,7 +108,9 @@ def _unpacked(
         OSError: The disk is full or fails.
     """
     with _refusing():
-        inspector = Inspector(bundle.entry, bundle.origin, bundle.block_size)
+        inspector = Inspector(
+            bundle.entry, bundle.origin, bundle.block_size, own_codecs(folder)
+        )
     found: list[StagedShard] = []
     touched_at = time.monotonic()
     with ExitStack() as stack:

@@ -27,6 +27,7 @@ from ..format.entry import Entry
 from ..format.spans import Span, last_end
 from ..storage.blocks import BlockStore
 from ..storage.index import MAX_CHILDREN, Place
+from .bases import own_codecs
 
 Reason = Literal[
     "whole",
@@ -211,7 +212,8 @@ class Loader:
         stop = min(block.start + len(block.tokens), hit.num_tokens)
         try:
             whole = block.start + len(block.tokens)
-            for codec, piece in stored_pieces(stored, group_layers(hit.layout)):
+            own = own_codecs(self._folder)
+            for codec, piece in stored_pieces(stored, group_layers(hit.layout), own):
                 is_state = piece.kind in ("state", "mark")
                 if is_state and whole != hit.num_tokens:
                     continue

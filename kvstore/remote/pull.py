@@ -24,6 +24,7 @@ from ..format.chain import digest_fields, origin_root
 from ..format.entry import Entry
 from ..format.shard import parse_shard_header
 from ..ops.admit import Incoming, Inspector, admit, check_space
+from ..ops.bases import own_codecs
 from ..ops.commit import replaceable
 from ..storage import files
 from ..storage.blocks import BlockStore
@@ -150,7 +151,8 @@ def _plan(blocks: BlockStore, client: Client, remote: RemoteEntry) -> _Plan:
     origin = _origin(blocks, remote, [header for header, _ in headers])
     known = came | held
     with _refusing(remote):
-        inspector = Inspector(remote.entry, origin, remote.block_size)
+        own = own_codecs(blocks.folder)
+        inspector = Inspector(remote.entry, origin, remote.block_size, own)
         for block, _ in remote.blocks:
             inspector.follow(known[_to_hash(block)])
         return _Plan(inspector, _finish(inspector, bool(held)), arriving)

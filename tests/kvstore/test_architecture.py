@@ -36,7 +36,8 @@ OPS = {  # and inside of ops
     "doctor": {"selftest"},
     "explain": {"load"},
     "admit": {"commit"},
-    "import_bundle": {"admit"},
+    "import_bundle": {"admit", "bases"},
+    "load": {"bases"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},
 }

@@ -1,0 +1,139 @@
+"""A store with a basis: what is saved with it is found, and loaded with it alone."""
+
+import kit
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache
+
+import kvstore
+from kvstore.codecs import fitting
+from kvstore.storage.bases import add_basis, basis_path
+from kvstore.storage.folder import open_folder
+
+MODEL = kvstore.Fingerprint({"weights": "fitted"}, "fitted")
+TOKENS = list(range(600))
+LAYERS = 2
+
+
+def fitted_cache(num_tokens, seed=0, layers=LAYERS):
+    """Return a prompt cache of rows that have few directions."""
+    random = np.random.default_rng(seed)
+    directions = np.random.default_rng(7).standard_normal((layers, 2, 1, 2, 16, 16))
+    found = []
+    for layer in range(layers):
+        cache = KVCache()
+        sides = [
+            random.standard_normal((1, 2, num_tokens, 16))
+            * 2.0 ** -np.arange(16)
+            @ directions[layer, side]
+            for side in (0, 1)
+        ]
+        cache.update_and_fetch(*(mx.array(x.astype(np.float32)) for x in sides))
+        found.append(cache)
+    return found
+
+
+def make_basis(seed=5):
+    """Return the file of a basis that was fitted to such rows."""
+    caches = fitted_cache(512, seed)
+    pairs = [[np.array(x)[0] for x in cache.keys_and_values()] for cache in caches]
+    keys, values = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
+    sample = fitting.Sample(0, "F32", keys, values)
+    return fitting.fit_rows([sample], (0, 1), fitting.NO_ROTATION, {"seed": seed})
+
+
+@pytest.fixture(scope="module")
+def basis():
+    """Return the file of a basis, made once."""
+    return make_basis()
+
+
+@pytest.fixture
+def store(tmp_path, basis):
+    """Return a store that saves with the basis."""
+    path = tmp_path / "store"
+    kvstore.Store(path).close()
+    digest = add_basis(open_folder(path), basis)
+    with kvstore.Store(path, codec=f"fit3@{digest}+zstd") as opened:
+        yield opened
+
+
+def rows_of(prompt_cache):
+    """Return all rows of a prompt cache."""
+    return [np.array(x) for c in prompt_cache for x in c.keys_and_values()]
+
+
+def relative_error(one, two):
+    """Return by how much rows differ, as a part of how large they are."""
+    lost = sum(((a - b) ** 2).sum() for a, b in zip(one, two, strict=True))
+    return (lost / sum((a**2).sum() for a in one)) ** 0.5
+
+
+def test_what_is_saved_in_a_basis_is_loaded(store):
+    """It takes a fraction of the bytes and comes back nearly as it was."""
+    cache = fitted_cache(600)
+    entry = store.save(TOKENS, cache, MODEL)
+    assert entry.nbytes * 8 < 12 * 600 * 2 * LAYERS * 2 * 16
+    loaded, rest = store.load([*TOKENS, 7], MODEL)
+    assert [7] == rest
+    assert relative_error(rows_of(cache), rows_of(loaded)) < 0.05
+    # The tail is stored without loss, and so are the sinks.
+    for exact, found in zip(rows_of(cache), rows_of(loaded), strict=True):
+        assert kit.bits_of(exact[:, :, 512:]) == kit.bits_of(found[:, :, 512:])
+        assert kit.bits_of(exact[:, :, :4]) == kit.bits_of(found[:, :, :4])
+    assert [] == store.verify(read_data=True)
+
+
+def test_a_store_of_another_codec_reads_it(store):
+    """A block names its basis, whatever codec the store is opened with."""
+    cache = fitted_cache(600)
+    store.save(TOKENS, cache, MODEL)
+    expected = rows_of(store.load([*TOKENS, 7], MODEL)[0])
+    with kvstore.Store(store.path) as other:
+        found = rows_of(other.load([*TOKENS, 7], MODEL)[0])
+    for one, two in zip(expected, found, strict=True):
+        assert kit.bits_of(one) == kit.bits_of(two)
+
+
+def test_rows_that_were_coded_are_not_coded_again(store):
+    """What is loaded and saved in another store is stored there as it was loaded."""
+    store.save(TOKENS, fitted_cache(600), MODEL)
+    loaded, _ = store.load([*TOKENS, 7], MODEL)
+    with kvstore.Store(store.path.parent / "other", codec="turbo2") as other:
+        other.save(TOKENS, loaded, MODEL)
+        again, _ = other.load([*TOKENS, 7], MODEL)
+    for one, two in zip(rows_of(loaded), rows_of(again), strict=True):
+        assert kit.bits_of(one) == kit.bits_of(two)
+
+
+def test_without_its_basis_a_block_is_a_miss(store, basis):
+    """Nothing is decoded with another basis; once it is there again, all is."""
+    store.save(TOKENS, fitted_cache(600), MODEL)
+    digest = store.codec.partition("@")[2].partition("+")[0]
+    basis_path(open_folder(store.path), digest).unlink()
+    # This process still holds the basis, by the path of the store.
+    moved = store.path.rename(store.path.with_name("moved"))
+    with kvstore.Store(moved) as other:
+        assert (None, [*TOKENS, 7]) == other.load([*TOKENS, 7], MODEL)
+        (entry,) = other.entries()
+        with pytest.raises(kvstore.IntegrityError, match="lacks the basis"):
+            other.load_entry(entry.id, MODEL)
+        add_basis(open_folder(moved), basis)
+        assert other.load_entry(entry.id, MODEL)
+
+
+def test_a_codec_of_a_basis_that_is_not_there_is_refused(tmp_path):
+    """A store is not opened with a codec that it could not save with."""
+    with pytest.raises(kvstore.IntegrityError, match="lacks the basis"):
+        kvstore.Store(tmp_path / "store", codec=f"fit2@{'ab' * 32}+zstd")
+
+
+@pytest.mark.parametrize(
+    "codec", ["fit2", "fit2+zstd", f"fit2@{'ab' * 31}", "@", "a@b"]
+)
+def test_a_name_that_is_no_codec_makes_no_folder(tmp_path, codec):
+    """It is refused before anything is made."""
+    with pytest.raises(kvstore.CodecError):
+        kvstore.Store(tmp_path / "store", codec=codec)
+    assert not (tmp_path / "store").exists()
