@@ -18,7 +18,9 @@ from . import housekeeping as _housekeeping
 from . import listing as _listing
 from . import lookup as _lookup
 from . import remote as _remote
+from . import search as _search
 from . import serve as _serve
+from . import show as _show
 from . import transfer as _transfer
 from .failures import run
 from .main import cli
@@ -38,6 +40,8 @@ for _verb in (
     _lookup.lookup,
     _listing.list_entries,
     _entries.inspect_entry,
+    _show.show,
+    _search.search,
     _housekeeping.rename,
     _housekeeping.pin,
     _entries.remove,

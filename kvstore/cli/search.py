@@ -1,0 +1,75 @@
+"""The verb search: the entries that have a word in them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..format.entry import Entry
+from . import options
+from .entries import entry_data
+from .main import Verb, load_fast_blas, open_store, output_of
+from .output import Column
+
+if TYPE_CHECKING:
+    from ..models.texts import Hit
+
+
+@click.command(cls=Verb)
+@click.argument("word", metavar="WORD", type=options.Text(is_needed=True))
+@click.option(
+    "--model",
+    metavar="MODEL",
+    type=options.Text(is_needed=True),
+    help="Where the model lies now, for its tokenizer; for entries of all models."
+    "  [default: what each entry says]",
+)
+@click.pass_context
+def search(context: click.Context, word: str, model: str | None) -> None:
+    """List the entries that have WORD in their text, name or title.
+
+    Upper and lower case are the same. PLACES counts them in the text. Exits with 1
+    where there is none.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    load_fast_blas()
+    from ..models.texts import Unread, search, tokenizer_of
+
+    load: Any = partial(_load, tokenizer_of, model)
+    hits = []
+    for found in search(store, word, load=load):
+        if isinstance(found, Unread):
+            output.warning(f"not searched: `{found.what}`: {found.why}")
+        else:
+            hits.append(found)
+    output.table(
+        hits,
+        _COLUMNS,
+        data=_hit_data,
+        id_of=lambda hit: hit.entry.id,
+        empty="nothing found",
+    )
+    if not hits:
+        context.exit(1)
+
+
+def _load(tokenizer_of: Any, model: str | None, entry: Entry) -> Any:
+    return tokenizer_of(entry, model)
+
+
+def _hit_data(hit: Hit) -> Any:
+    return {
+        "entry": entry_data(hit.entry),
+        "num_places": hit.num_places,
+        "excerpt": hit.excerpt,
+    }
+
+
+_COLUMNS: list[Column[Any]] = [
+    Column("NAME", lambda hit: hit.entry.name or hit.entry.id[:8]),
+    Column("PLACES", lambda hit: f"{hit.num_places:,}", True),
+    Column("TEXT", lambda hit: hit.excerpt),
+]

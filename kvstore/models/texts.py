@@ -1,0 +1,122 @@
+"""What is kept, as text again: one entry, or all of them searched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import IntegrityError, KVStoreError
+from ..format.entry import Entry
+from ..store import Store
+from .load import load_tokenizer
+
+_AROUND = 40
+"""Characters shown on either side of what was searched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An entry that has a word in it."""
+
+    entry: Entry
+    # How often; 0 where only its name or title has it.
+    num_places: int
+    # The text around the first place, or the title.
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Entries whose text could not be searched, and why."""
+
+    # What the model was called, or the entry that is damaged.
+    what: str
+    why: str
+
+
+def entry_text(
+    store: Store, entry: Entry, tokenizer: Any, num_last: int | None = None
+) -> str:
+    """Return the text of an entry, with the marks of its chat template.
+
+    Args:
+        store: Where it is kept.
+        entry: The entry.
+        tokenizer: That of the model that made it.
+        num_last: Return so many of the last tokens; all by default.
+
+    Raises:
+        EntryNotFoundError: It is gone.
+        IntegrityError: A part of it is missing or damaged.
+    """
+    chain = store.chain(entry.id)
+    tokens = [token for _, stored in chain for token in stored.block.tokens]
+    return str(tokenizer.decode(tokens if num_last is None else tokens[-num_last:]))
+
+
+def tokenizer_of(entry: Entry, model: str | None = None) -> Any:
+    """Return the tokenizer of the model that made an entry.
+
+    Args:
+        entry: The entry.
+        model: Where the model lies now; where the entry says by default.
+
+    Raises:
+        KVStoreError: There is no such model.
+    """
+    try:
+        return load_tokenizer(model or entry.model)
+    except KVStoreError as error:
+        if model is None:
+            error.hint = "`--model` says where the model lies now"
+        raise
+
+
+def search(
+    store: Store, word: str, *, load: Callable[[Entry], Any] = tokenizer_of
+) -> Iterator[Hit | Unread]:
+    """Yield the entries that have a word in their text, name or title, latest first.
+
+    Args:
+        store: Where to look.
+        word: Any text; upper and lower case are the same.
+        load: Returns the tokenizer of an entry; called once per model.
+    """
+    loaded: dict[str, Any] = {}
+    for entry in store.entries():
+        text = f"{entry.name or ''} {entry.title}"
+        if entry.model not in loaded:
+            try:
+                loaded[entry.model] = load(entry)
+            except KVStoreError as error:
+                loaded[entry.model] = None
+                yield Unread(entry.model, str(error))
+        tokenizer = loaded[entry.model]
+        if tokenizer is not None:
+            try:
+                body = entry_text(store, entry, tokenizer)
+            except IntegrityError as error:
+                yield Unread(entry.name or entry.id, str(error))
+            else:
+                if places := _places(body, word):
+                    yield Hit(entry, len(places), _excerpt(body, places[0], word))
+                    continue
+        if _places(text, word):
+            yield Hit(entry, 0, entry.title)
+
+
+def _places(text: str, word: str) -> list[int]:
+    """Return where a word stands in a text."""
+    text, word = text.lower(), word.lower()
+    found, place = [], text.find(word)
+    while place >= 0:
+        found.append(place)
+        place = text.find(word, place + len(word))
+    return found
+
+
+def _excerpt(text: str, place: int, word: str) -> str:
+    start, end = max(0, place - _AROUND), place + len(word) + _AROUND
+    shown = " ".join(text[start:end].split())
+    return f"{'…' * (start > 0)}{shown}{'…' * (end < len(text))}"
