@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .errors import EntryNotFoundError, IntegrityError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
-from .format.block import BlockHash, Progress, StoredBlock
+from .format.block import BlockHash, Origin, Progress, StoredBlock
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops import check
@@ -370,10 +370,10 @@ class Store:
             IntegrityError: A part of it is missing or damaged.
             OSError: The disk fails; that is no damage.
         """
-        entry = self.entry(ref)
 
         def restore() -> tuple[list[Any], list[int]]:
             begin = time.perf_counter()
+            entry = self.entry(ref)  # which may have moved on at the second look
             self._check_fingerprint(entry, fingerprint)
             loader = self._loader()
             hit, tokens = loader.entry_hit(entry)
@@ -513,8 +513,7 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: A part of it is missing or damaged.
         """
-        entry = self.entry(ref)
-        return self._blocks.run(lambda: self._blocks.chain(entry))
+        return self._blocks.run_twice(lambda: self._blocks.chain(self.entry(ref)))
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.
@@ -523,10 +522,7 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: Its last block is missing or damaged.
         """
-        entry = self.entry(ref)
-        return self._blocks.run(
-            lambda: Fingerprint(self._blocks.origin(entry).fingerprint)
-        )
+        return Fingerprint(self._origin(ref).fingerprint)
 
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
         """Whether an entry is of such caches, empty or not.
@@ -539,9 +535,7 @@ class Store:
         from .caches.layout import fits
         from .caches.live import signature
 
-        entry = self.entry(ref)
-        origin = self._blocks.run(lambda: self._blocks.origin(entry))
-        layout = known_layout(origin.layout)
+        layout = known_layout(self._origin(ref).layout)
         wanted = signature(prompt_cache)
         return fits(layout, wanted, decoding=False)
 
@@ -935,6 +929,10 @@ class Store:
             progress: Called with (shards checked, shards in all).
         """
         return check.verify(self._folder, read_data, progress or _ignore)
+
+    def _origin(self, ref: str) -> Origin:
+        """Return what made an entry."""
+        return self._blocks.run_twice(lambda: self._blocks.origin(self.entry(ref)))
 
     def _loader(self) -> Loader:
         from .ops.load import Loader

@@ -411,7 +411,7 @@ class BlockStore:
         except ValueError as error:
             raise IndexDamagedError(str(error), self.folder.index) from error
         except FileNotFoundError as error:
-            self._forget(shard, None)
+            self._forget_missing(shard)
             raise IntegrityError(
                 f"shard {shard[:12]} is missing",
                 path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
@@ -433,17 +433,28 @@ class BlockStore:
                 self._quarantine(shard)
             raise
 
+    def _forget_missing(self, shard: str) -> None:
+        """Drop a shard from the index, unless somebody has just published it again."""
+        # Who publishes holds the same write lock of the index.
+        self._headers.pop(shard, None)
+        with self._writable(), self.index.transaction():
+            if not shard_path(self.folder.shards, shard).exists():
+                self.index.drop_shard(shard)
+
     def _forget(self, shard: str, block: str | None) -> None:
         """Drop a block, or all of a shard, from the index."""
         self._headers.pop(shard, None)
-        try:
-            with self.index.transaction():
-                if block is None:
-                    self.index.drop_shard(shard)
-                else:
-                    self.index.drop_block(BlockHash(bytes.fromhex(block)), shard)
-        except (StoreLockedError, OSError):
-            return  # read-only or busy: the next reader finds the same and tries again
+        with self._writable(), self.index.transaction():
+            if block is None:
+                self.index.drop_shard(shard)
+            else:
+                self.index.drop_block(BlockHash(bytes.fromhex(block)), shard)
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Pass over what cannot be written now: the next reader tries it again."""
+        with suppress(StoreLockedError, OSError):  # busy or read-only
+            yield
 
     def _quarantine(self, shard: str) -> None:
         try:

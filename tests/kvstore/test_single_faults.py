@@ -231,6 +231,59 @@ def test_a_shard_that_is_pruned_meanwhile_is_not_indexed(saved, caches, monkeypa
         assert store.verify() == []
 
 
+@pytest.mark.parametrize("verb", ["chain", "fingerprint_of", "is_like", "load_entry"])
+def test_a_block_that_moves_meanwhile_is_found(store_path, caches, monkeypatch, verb):
+    """Whoever asks for an entry looks again where `prune` has rewritten a shard."""
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(*caches.make_conversation(3, 1), caches.MODEL, name="long")
+        store.save(tokens, caches.make_cache(32, 1), caches.MODEL, name="short")
+        store.remove("long")
+        ask = {
+            "chain": lambda: [b.block.tokens for _, b in store.chain("short")],
+            "fingerprint_of": lambda: store.fingerprint_of("short").fields,
+            "is_like": lambda: store.is_like("short", cache),
+            "load_entry": lambda: store.load_entry("short", caches.MODEL)[1],
+        }[verb]
+        real, waiting = storage_blocks.BlockStore._place, [1]
+
+        def _place(self, block):
+            place = real(self, block)
+            if waiting:
+                waiting.pop()
+                with kvstore.Store(store_path) as other:
+                    assert other.plan_prune(now=True).execute() > 0
+            return place
+
+        monkeypatch.setattr(storage_blocks.BlockStore, "_place", _place)
+        found = ask()
+        assert [] == waiting
+        assert ask() == found
+
+
+def test_a_shard_that_comes_back_meanwhile_stays_indexed(saved, caches, monkeypatch):
+    """Who missed a shard drops no rows of one that was published since."""
+    path, _, _ = saved
+    (shard,) = path.glob("shards/*/*.safetensors")
+    real = storage_blocks.Index.transaction
+
+    @contextmanager
+    def transaction(self):
+        if not shard.exists():  # its writer was faster
+            (path / "aside").rename(shard)
+        with real(self):
+            yield
+
+    with kvstore.Store(path, codec="raw") as store:
+        store.stats()
+        shard.rename(path / "aside")
+        monkeypatch.setattr(storage_blocks.Index, "transaction", transaction)
+        with pytest.raises(kvstore.IntegrityError, match="is missing"):
+            store._blocks.chain(store.entry("chat"))
+        monkeypatch.undo()
+        assert 5 == len(store._blocks.chain(store.entry("chat")))
+
+
 # --- One bad sector. ---
 
 
