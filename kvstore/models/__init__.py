@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .conversation import continue_entry
     from .generate import save_prompt, stream_generate
     from .load import LoadedModel, load_models
+    from .rotation import LayerRotation, measure_rotation
     from .session import (
         CacheOptions,
         Callbacks,
@@ -22,12 +23,14 @@ __all__ = [
     "CacheOptions",
     "Callbacks",
     "Chat",
+    "LayerRotation",
     "LiveCache",
     "LoadedModel",
     "PrefillOptions",
     "SamplingOptions",
     "continue_entry",
     "load_models",
+    "measure_rotation",
     "save_prompt",
     "stream_generate",
 ]
@@ -37,6 +40,7 @@ _HOMES = {
     "conversation": ("continue_entry",),
     "generate": ("save_prompt", "stream_generate"),
     "load": ("LoadedModel", "load_models"),
+    "rotation": ("LayerRotation", "measure_rotation"),
     "session": (
         "CacheOptions",
         "Callbacks",
