@@ -20,11 +20,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
-from ..caches.live import quantize
+from ..caches.live import is_cuttable, quantize
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..models.load import find_model, fingerprint_model
 from .disk import ServedModel
+from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
 
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
@@ -89,7 +90,23 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         key = providers[-1].model_key
         opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
 
-    batch_class = _batch_class(server, keep)
+    def keep_prefill(tokens: list[int], prompt_cache: list[Any]) -> None:
+        opened[-1].keep_prefill(providers[-1].model_key, tokens, prompt_cache)
+
+    batch_class = _batch_class(server, keep, keep_prefill)
+    stream_generate = server.stream_generate
+
+    def stream(**options: Any) -> Iterator[Any]:
+        generator = generators[-1]
+        return stream_alone(
+            stream_generate,
+            generator.key_alone,
+            keep_prefill,
+            lambda: generator._stop,
+            **options,
+        )
+
+    server.stream_generate = stream  # type: ignore[attr-defined]
 
     def make_batch(*parts: Any, **options: Any) -> Any:
         batches[:] = [batch_class(*parts, **options)]  # there is one at a time
@@ -112,12 +129,13 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         ) from error
 
 
-def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> Any:
+def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
     """Return mlx-lm's ``BatchGenerator``, which keeps what it has begun.
 
     Args:
         server: The copy of mlx-lm's module.
-        keep: Called with tokens and their rows where a request is given up.
+        keep: Called where a request is given up.
+        keep_prefill: Called while a prompt is computed.
     """
 
     class Batch(server.BatchGenerator):  # type: ignore[misc]
@@ -126,13 +144,35 @@ def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> A
                 # In a batch, the padding of the shorter prompts would run through
                 # their states. Tokens that are generated need no padding.
                 options["prefill_batch_size"] = 1
-            self._begun: set[Any] = set()
+            self._begun: dict[Any, Steps] = {}
+            self._has_rows_only = is_cuttable(_make_caches(model))
             super().__init__(model, **options)
 
         def insert_segments(self, *parts: Any, **options: Any) -> Any:
             uids = super().insert_segments(*parts, **options)
-            self._begun.update(uids)
+            held = options.get("all_tokens") or [[]] * len(uids)
+            for uid, tokens in zip(uids, held, strict=True):
+                steps = Steps(len(tokens), has_rows_only=self._has_rows_only)
+                self._begun[uid] = steps
             return uids
+
+        def next(self) -> Any:
+            found = super().next()
+            for response in found[0]:
+                self._note(response)
+            return found
+
+        def _note(self, response: Any) -> None:
+            """Hand over what has been computed of a prompt, if it is worth it."""
+            batch, steps = self._prompt_batch, self._begun.get(response.uid)
+            if steps is None or response.uid not in batch.uids:
+                return
+            number = batch.uids.index(response.uid)
+            tokens = batch.tokens[number]
+            if response.end_of_segment:
+                steps.note(len(tokens))  # which mlx-lm's server keeps
+            elif steps.is_due(len(tokens)):
+                keep_prefill(list(tokens), view(batch.prompt_cache, number))
 
         def give_up(self) -> None:
             """Keep what was computed of all requests that have not ended."""
@@ -140,7 +180,8 @@ def _batch_class(server: Any, keep: Callable[[list[int], list[Any]], None]) -> A
 
         def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
             # The client has left, and will ask again if the prompt took it too long.
-            self._begun.difference_update(uids)
+            for uid in uids:
+                self._begun.pop(uid, None)
             held = super().remove(uids, return_prompt_caches=True)
             for prompt_cache, tokens in held.values():
                 if prompt_cache and tokens:
@@ -344,6 +385,12 @@ def _is_batched_right(model: Any) -> bool:
     return type(model).__module__.rpartition(".")[2] in _LISTS_BATCHED_RIGHT
 
 
+def _make_caches(model: Any) -> list[Any]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return list(make_prompt_cache(model))
+
+
 def _has_states(model: Any) -> bool:
     """Whether a layer of a model keeps a state that no position can be cut from."""
     from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
@@ -369,6 +416,8 @@ def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:
             self._disk = prompt_cache
             self._alone = _Alone()
             self.failure: Exception | None = None
+            # What a prompt cache is known by, of the request that is served alone.
+            self.key_alone: list[int] = []
             super().__init__(model_provider, prompt_cache)
 
         def _generate(self) -> None:
@@ -392,6 +441,8 @@ def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:
                 raise ValueError("the prompt is no list of tokens")
             key = self.model_provider.model_key
             self._make_state_machine(key, tokenizer, args.stop_words)
+            vision = found[4] if len(found) > 4 else None  # mlx-lm 0.31 has none
+            self.key_alone = list(found[0] if vision is None else vision.cache_key)
             return found
 
         def generate(

@@ -138,6 +138,25 @@ class DiskPromptCache(LRUPromptCache):
             with harmless("not kept in memory"):
                 super().insert_cache(key, tokens, whole, cache_type=cache_type)
 
+    def keep_prefill(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any]
+    ) -> None:
+        """Have what a prefill has computed so far written; memory does not keep it.
+
+        Args:
+            model: The server's key for the model.
+            tokens: Those whose rows it has.
+            prompt_cache: May grow when this has returned: what is written is copied.
+        """
+        served = self._served(model)
+        if served is None:
+            return
+        with harmless("not kept"):
+            num_rows = caches.count_rows(prompt_cache, len(tokens))
+            whole = caches.cut_copy(prompt_cache, num_rows)
+            if whole is not None and num_rows:
+                self._disk.keep(served, tokens[:num_rows], whole, is_shared=False)
+
     @property
     def store(self) -> Store:
         """Where prompts are looked up; tell its ``note_prefill`` what prefills take."""

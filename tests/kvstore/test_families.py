@@ -46,7 +46,9 @@ PROMPTS = [[(7 * i + 13 * n) % 100 + 3 for i in range(9 + 17 * n)] for n in rang
 def run(model, prompts, *, is_staggered=False):
     """Generate in a batch as `serve` does; return tokens and caches of each prompt."""
     batch_class = app._batch_class(
-        SimpleNamespace(BatchGenerator=BatchGenerator), lambda *_: None
+        SimpleNamespace(BatchGenerator=BatchGenerator),
+        lambda *_: None,
+        lambda *_: None,
     )
     batch = batch_class(model, prefill_step_size=64, completion_batch_size=8)
     waiting, numbers, tokens, ends = list(enumerate(prompts)), {}, {}, {}

@@ -622,7 +622,8 @@ def test_a_store_that_is_deleted_is_made_again(servers, models, tmp_path):
     server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
     first = server.ask(LONG)
     server.wait_for("kvstore: kept 645 tokens")
-    shutil.rmtree(tmp_path / "store")
+    # At once: what is superseded may still be being removed.
+    (tmp_path / "store").rename(tmp_path / "deleted")
     again, other = server.ask(LONG), server.ask("Something else. " * 30)
     assert said(again) == said(first)
     assert said(other)
@@ -778,3 +779,42 @@ def test_a_captured_request_is_rendered_as_it_was_served(
     done = kvstore_cli(*words, store=store)
     found = json.loads(done.stdout)
     assert found["num_tokens"] == found["num_prompt_tokens"] - 1
+
+
+@pytest.mark.parametrize("way", ["batched", "alone", "draft", "quantized"])
+def test_a_kill_during_a_prefill_costs_its_last_steps(servers, models, tmp_path, way):
+    """SIGKILL at 5,000 tokens leaves more than 4,000, however they are served."""
+    options = ["--prefill-step-size", "256", "--codec", "raw"]
+    if way == "quantized":
+        if not HAS_KV_BITS:
+            pytest.skip("this release of mlx-lm has no such option")
+        options += ["--kv-bits", "8", "--kv-group-size", "32"]
+    server = servers.kvstore(tmp_path / "store", models["tiny"], *options)
+    body = {
+        "messages": [{"role": "user", "content": "lorem ipsum dolor " * 600}],
+        "max_tokens": 1,
+        "stream": True,
+    }
+    if way == "alone":
+        body["seed"] = 1
+    if way == "draft":
+        body["draft_model"] = models["other"]
+    with server.begin(CHAT, body, until=b"keepalive 5120/"):
+        server.wait_for("kvstore: kept 4096 tokens")
+        server.stop(signal.SIGKILL)
+    server = servers.kvstore(tmp_path / "store", models["tiny"], *options)
+    status, answer = server.post(CHAT, body | {"stream": False})
+    assert status == 200
+    usage = json.loads(answer)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 4096
+
+
+def test_a_stop_ends_what_is_served_alone(servers, models, tmp_path):
+    """SIGTERM does not wait for a long reply, and keeps what it said so far."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
+    body = HELLO | {"max_tokens": 100_000, "seed": 1, "stream": True}
+    body |= {"logit_bias": LETTERS}
+    with server.begin(CHAT, body, until=b"data:"):
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 10
