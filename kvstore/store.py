@@ -819,6 +819,23 @@ class Store:
         """
         return self._catalog.remove(ref)
 
+    def purge(self) -> None:
+        """Remove every byte of what was removed: shards, quarantine, tmp, index.
+
+        Blocks that other entries need stay. Quarantine is emptied; what is whole there
+        is taken back first. A save that is under way elsewhere has to write its blocks
+        again.
+
+        Raises:
+            KVStoreError: An entry cannot be read or lacks a block, so that nobody can
+                say what it needs; or another process is writing.
+            StoreLockedError: Another process kept the store or the index locked.
+        """
+        from .ops.purge import purge
+
+        self._write_notes()
+        self._blocks.run(lambda: purge(self._blocks))
+
     def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first, and return it.
 

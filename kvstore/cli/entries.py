@@ -118,29 +118,44 @@ def inspect_entry(context: click.Context, ref: str) -> None:
     "refs",
     metavar="REF...",
     nargs=-1,
-    required=True,
     shell_complete=options.complete_entries,
+)
+@click.option(
+    "--purge",
+    is_flag=True,
+    help="Leave no byte of what was removed, now or before, in the store.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.pass_context
 def remove(
-    context: click.Context, refs: tuple[str, ...], yes: bool, dry_run: bool
+    context: click.Context,
+    refs: tuple[str, ...],
+    purge: bool,
+    yes: bool,
+    dry_run: bool,
 ) -> None:
     """Remove entries.
 
     REF is a name, an id, or the start of an id. The blocks stay in the store: other
-    entries may share them, and the same prompt finds them again.
+    entries may share them, and the same prompt finds them again. With --purge they go
+    at once, unless another entry needs them, and quarantine/ and tmp/ are emptied; REF
+    may be left out then.
     """
+    if not (refs or purge):
+        raise click.MissingParameter(None, context, context.command.params[0])
     output = output_of(context)
     store = open_store(context)
     # All are found before the first is removed.
     entries = list({(entry := store.entry(ref)).id: entry for ref in refs}.values())
     if not dry_run:
-        question = f"remove {_describe(entries)}?"
+        wanted = _describe(entries) if entries else "what no entry needs"
+        question = f"remove {wanted}{' for good' if purge else ''}?"
         confirm_removal(output, question, is_answered=yes)
         entries = [store.remove(entry.id) for entry in entries]
-    _print_removed(output, entries, dry_run)
+        if purge:
+            store.purge()
+    _print_removed(output, entries, dry_run, purge=purge)
 
 
 def confirm_removal(output: Output, question: str, *, is_answered: bool) -> None:
@@ -204,10 +219,13 @@ def _describe(entries: Sequence[Entry]) -> str:
     return f"{name_entries(entries)}: {tokens}, {nbytes} of blocks"
 
 
-def _print_removed(output: Output, entries: Sequence[Entry], dry_run: bool) -> None:
+def _print_removed(
+    output: Output, entries: Sequence[Entry], dry_run: bool, *, purge: bool
+) -> None:
     done = "would remove" if dry_run else "removed"
+    what = _describe(entries) if entries else "nothing"
     output.result(
-        f"{done} {_describe(entries)}",
+        f"{done} {what}{', for good' if purge else ''}",
         {"dry_run": dry_run, "entries": [entry_data(entry) for entry in entries]},
         [entry.id for entry in entries],
     )

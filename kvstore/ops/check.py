@@ -115,7 +115,7 @@ def repair(folder: StoreFolder) -> list[Finding]:
             # It may have been written anew since it was looked at.
             if list(_check_shard(folder, name, True, {})):
                 _replace_shard(folder, name)
-        _take_back(folder)
+        take_back(folder)
         _build_index(folder)
     return findings
 
@@ -135,7 +135,7 @@ def _replace_entry(folder: StoreFolder, path: Path) -> None:
         write_entry(folder.entries, entry, folder.staging)
 
 
-def _take_back(folder: StoreFolder) -> None:
+def take_back(folder: StoreFolder) -> None:
     """Take shards out of the quarantine that are whole: they were misread once."""
     for path in folder.quarantine.glob("*.safetensors"):
         with suppress(IntegrityError, FormatError, OSError, ValueError):

@@ -65,6 +65,9 @@ class PrunePlan:
     # Bytes of all shards now.
     nbytes: int
     _pruner: Pruner = field(repr=False, compare=False)
+    # Every entry can be read and has all of its blocks, so that what is left over is
+    # known.
+    is_whole: bool = True
 
     @property
     def freed_bytes(self) -> int:
@@ -168,7 +171,13 @@ class Pruner:
         repacked = dict(self._choose_repacks(sizes, partly, holed, left))
         leftovers = tuple(self._leftovers(set(sizes)))
         return PrunePlan(
-            evicted, removed, repacked, leftovers, sum(sizes.values()), self
+            evicted,
+            removed,
+            repacked,
+            leftovers,
+            sum(sizes.values()),
+            self,
+            survey.is_whole,
         )
 
     def execute(self, plan: PrunePlan) -> int:

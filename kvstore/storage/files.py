@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import StoreLockedError
@@ -93,6 +93,8 @@ def staged(folder: Path) -> Iterator[tuple[Path, int]]:
     with staged_path(folder) as path:
         descriptor = create(path)
         try:
+            # By which others see that it is not left over; it goes with the process.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield path, descriptor
         finally:
             os.close(descriptor)
@@ -161,6 +163,26 @@ def remove_any(path: Path) -> None:
         sync_dir(path.parent)
     else:
         remove(path)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a staged file, unless somebody is writing it; whether it is gone."""
+    try:
+        descriptor, _ = open_regular(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        remove_any(path)  # a folder or a pipe is no staged file
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(FileNotFoundError):
+            remove(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def open_regular(path: Path) -> tuple[int, int]:

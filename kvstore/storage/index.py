@@ -521,6 +521,19 @@ class Index:
         self._query("DELETE FROM shards WHERE name = ?", (name,))
         self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
 
+    def compact(self) -> None:
+        """Write the file anew, so that no byte of a deleted row is left in it.
+
+        Raises:
+            StoreLockedError: Another process reads or writes it.
+        """
+        self._query("VACUUM")
+        if self._query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
+            raise StoreLockedError(
+                f"the index is in use by another process: {self.path}",
+                hint="wait for the other kvstore process to finish",
+            )
+
     def check(self) -> list[str]:
         """Return what SQLite's own check finds wrong; empty where nothing is.
 

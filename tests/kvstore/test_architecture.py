@@ -38,6 +38,7 @@ OPS = {  # and inside of ops
     "admit": {"commit"},
     "import_bundle": {"admit", "bases"},
     "load": {"bases"},
+    "purge": {"check", "prune"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},
 }
