@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from ..caches.live import is_cuttable
 
@@ -60,6 +59,8 @@ def view(prompt_cache: list[Any], number: int) -> list[Any]:
 
 
 def _view(cache: Any, number: int) -> Any:
+    from mlx_lm.models.cache import BatchKVCache, KVCache
+
     if type(cache) is not BatchKVCache:
         return cache.extract(number)
     batch: Any = cache  # whose types say that it may be empty
