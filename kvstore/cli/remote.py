@@ -209,7 +209,8 @@ def pull(
 ) -> None:
     """Take entries of a remote into the store, checked to the last byte.
 
-    NAME is an entry's name, or the start of its id in `ls --remote`. With `--model` and
+    NAME is an entry's name, the start of its id in `ls --remote`, or its whole key that
+    `push --json` prints, which needs no list. With `--model` and
     `--prompt`, what the remote has of that prompt is taken. Only what the store lacks
     is read, and the same command goes on after an interruption. Whoever wrote an entry
     decided what the model has read: pull only from remotes whose writers you trust.
@@ -290,6 +291,7 @@ def _pushed_data(done: Pushed) -> JSON:
     return {
         "entry": entry_data(done.entry),
         "id": done.key.digest,
+        "key": done.key.path,
         "sent_objects": done.num_sent,
         "sent_bytes": done.sent_bytes,
         "there_objects": done.num_there,

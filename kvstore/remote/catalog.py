@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from .layout import (
 )
 
 _READERS = 8
+# A distributed store answers from any of its replicas, and each may lag behind.
+_LISTINGS = 4
+_PAUSE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,11 @@ def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
 def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Listing:
     """Return the entry with this name, or whose document's digest starts so.
 
+    One that is named by its whole key needs no list.
+
     Args:
         client: The remote.
-        ref: The name or the start of the digest.
+        ref: The name, the start of the digest, or the key: `FINGERPRINT/ID`.
         fingerprint: Digest of the model wanted; ``None`` takes any.
 
     Returns:
@@ -71,11 +77,8 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> List
         IntegrityError: All that there are were refused.
         RemoteError: The remote fails, or cannot list.
     """
-    keys = _keys(client, fingerprint)
-    by_name = [key for key in keys if key.entry_id == entry_id(ref, "")]
-    is_start = len(ref) >= MIN_ID
-    chosen = by_name or [k for k in keys if is_start and k.digest.startswith(ref)]
-    listing = _latest(_read_all(client, chosen))
+    by_name, by_digest = _find_keys(client, ref, fingerprint)
+    listing = _latest(_read_all(client, by_name or by_digest))
     if not listing.found and listing.refused:
         raise listing.refused[0]
     if not listing.found:
@@ -143,6 +146,26 @@ def cut_to_prompt(remote: RemoteEntry, tokens: Sequence[int]) -> RemoteEntry | N
         shards=tuple(remote.shards[number] for number in used),
         blocks=tuple((block, used.index(number)) for block, number in blocks),
     )
+
+
+def _find_keys(
+    client: Client, ref: str, fingerprint: str | None
+) -> tuple[list[EntryKey], list[EntryKey]]:
+    """Return the keys that a name may mean, and those that a digest may mean."""
+    if (direct := parse_key(f"{ENTRIES}/{ref}.json")) is not None:
+        return [], [direct]
+    keys: set[EntryKey] = set()
+    for number in range(_LISTINGS):
+        # Nothing is ever removed, so what any of the lists has is there.
+        keys |= set(_keys(client, fingerprint))
+        by_name = [key for key in keys if key.entry_id == entry_id(ref, "")]
+        is_start = len(ref) >= MIN_ID
+        by_digest = [k for k in keys if is_start and k.digest.startswith(ref)]
+        if by_name or by_digest:
+            return by_name, by_digest
+        if number < _LISTINGS - 1:
+            time.sleep(_PAUSE_S)
+    return [], []
 
 
 def _keys(client: Client, fingerprint: str | None) -> list[EntryKey]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -28,6 +29,13 @@ PART_BYTES = 8 * 1024 * 1024
 # Requests are tried again by obstore, and what fails in the middle of a body by us.
 _TRIES = 3
 _PAUSE_S = 0.3
+# A request that holds all of it takes so much memory.
+_MAX_WHOLE = 128 * 1024 * 1024
+# Who has no credentials is taken for a machine of the provider's, which asks there.
+_METADATA = "//169.254.169.254/"
+_HINT = (
+    "set the provider's credentials, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY say"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +86,10 @@ class Client:
             lambda: _open_store(remote, limits or Limits(), create)
         )
 
-    def size(self, key: str) -> int | None:
+    def size(self, key: str, *, tries: int = _TRIES) -> int | None:
         """Return the size of an object in bytes, or ``None`` where there is none."""
         try:
-            return int(self._retried(lambda: self._store.head(key))["size"])
+            return int(self._retried(lambda: self._store.head(key), tries)["size"])
         except FileNotFoundError:
             return None
 
@@ -97,18 +105,30 @@ class Client:
         """
         nbytes = len(data) if isinstance(data, bytes) else data.stat().st_size
 
-        def send() -> None:
+        for number in range(_TRIES):
+            # A server of which a node is down may fail to put parts together.
+            is_whole = nbytes <= PART_BYTES or (number == 1 and nbytes <= _MAX_WHOLE)
             try:
-                self._store.put(key, data, chunk_size=PART_BYTES, max_concurrency=4)
-            except FileNotFoundError as error:
-                raise self._failed(error, "there is no such bucket") from error
+                return self._translated(partial(self._send, key, data, is_whole))
+            except RemoteError as error:
+                # The server may have done it, and the reply may be lost.
+                if error.may_pass and self.seems_there(key, nbytes):
+                    return None
+                if not error.may_pass or number == _TRIES - 1:
+                    raise
+                time.sleep(_PAUSE_S * 2**number)
 
+    def _send(self, key: str, data: bytes | Path, is_whole: bool) -> None:
         try:
-            self._translated(send)
-        except RemoteError as error:
-            # The server may have done it, and the reply may be lost.
-            if not error.may_pass or not self.is_there(key, nbytes):
-                self._retried(send)
+            self._store.put(
+                key,
+                data,
+                use_multipart=not is_whole,
+                chunk_size=PART_BYTES,
+                max_concurrency=4,
+            )
+        except FileNotFoundError as error:
+            raise self._failed(error, "there is no such bucket") from error
 
     def create(self, key: str, data: bytes) -> bool:
         """Create an object by a conditional request.
@@ -181,13 +201,13 @@ class Client:
 
         return self._retried(receive)
 
-    def is_there(self, key: str, nbytes: int) -> bool:
+    def is_there(self, key: str, nbytes: int, *, tries: int = _TRIES) -> bool:
         """Whether there is an object of this size.
 
         Raises:
             RemoteError: There is one of another size, or the server fails.
         """
-        found = self.size(key)
+        found = self.size(key, tries=tries)
         if found not in (None, nbytes):
             raise RemoteError(
                 f"remote `{self.remote.name}` has {found} bytes where {nbytes} belong:"
@@ -196,15 +216,31 @@ class Client:
             )
         return found is not None
 
-    def _retried(self, work: Callable[[], T]) -> T:
+    def seems_there(self, key: str, nbytes: int) -> bool:
+        """Whether there is an object of this size, as far as the server can say.
+
+        A distributed store of which a node is down may refuse to say that there is
+        none, and yet take it. To send it once more does no harm.
+
+        Raises:
+            RemoteError: There is one of another size, or access is denied.
+        """
+        try:
+            return self.is_there(key, nbytes, tries=1)
+        except RemoteError as error:
+            if not error.may_pass:
+                raise
+            return False
+
+    def _retried(self, work: Callable[[], T], tries: int = _TRIES) -> T:
         """Run a request again where it failed in a way that may pass."""
-        for tries in range(_TRIES - 1):
+        for number in range(tries - 1):
             try:
                 return self._translated(work)
             except RemoteError as error:
                 if not error.may_pass:
                     raise
-                time.sleep(_PAUSE_S * 2**tries)
+                time.sleep(_PAUSE_S * 2**number)
         return self._translated(work)
 
     def _translated(self, work: Callable[[], T]) -> T:
@@ -217,8 +253,7 @@ class Client:
             exceptions.PermissionDeniedError,
             exceptions.UnauthenticatedError,
         ) as error:
-            hint = "are the provider's credentials set?"
-            raise self._failed(error, "access is denied", hint=hint) from error
+            raise self._failed(error, "access is denied", hint=_HINT) from error
         except (
             exceptions.InvalidPathError,
             exceptions.NotSupportedError,
@@ -226,6 +261,9 @@ class Client:
         ) as error:
             raise self._failed(error) from error
         except exceptions.BaseError as error:
+            if _METADATA in str(error):
+                why, hint = "no credentials are set", _HINT
+                raise self._failed(error, why, hint=hint) from error
             raise self._failed(error, may_pass=True) from error
         except ValueError as error:
             raise self._failed(error) from error

@@ -67,8 +67,13 @@ class EntryKey:
     # SHA-256 of the document in hex.
     digest: str
 
+    @property
+    def path(self) -> str:
+        """The key below the folder of the entries, without its suffix."""
+        return f"{self.fingerprint}/{self.entry_id}-{self.digest}"
+
     def __str__(self) -> str:
-        return f"{ENTRIES}/{self.fingerprint}/{self.entry_id}-{self.digest}.json"
+        return f"{ENTRIES}/{self.path}.json"
 
 
 def shard_key(name: str) -> str:

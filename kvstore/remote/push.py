@@ -92,7 +92,7 @@ def _push(
         )
     )
     # Only now may anybody see the entry.
-    if not client.is_there(str(key), len(document)):
+    if not client.seems_there(str(key), len(document)):
         client.put(str(key), document)
         sent.append(len(document))
     num_there = len(uploads) + 1 - len(sent)
@@ -172,7 +172,7 @@ def _send_all(
 def _send(client: Client, upload: _Upload) -> bool:
     """Send a shard unless it is there; its bytes are checked before."""
     name = upload.shard.name
-    if client.is_there(shard_key(name), upload.shard.nbytes):
+    if client.seems_there(shard_key(name), upload.shard.nbytes):
         return False
     try:
         with open_shard_at(upload.path) as opened:

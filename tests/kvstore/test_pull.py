@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import shutil
 from dataclasses import replace
 
@@ -442,3 +443,78 @@ def test_keys_of_others_are_none_of_ours():
     assert good == str(parse_key(good))
     for key in (good.upper(), good + "x", "x/" + good, good.replace("-", "/"), ""):
         assert parse_key(key) is None
+
+
+# --- All of it at once. ---
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_bad_connection_loses_nothing(s3_server, stores, remote, caches, seed):
+    """Replies are lost, cut, late or wrong at random: what counts is right."""
+    with kvstore.Store(stores[0], "raw") as store:
+        for number in range(6):
+            tokens, cache = caches.make_conversation(
+                2 + number, 10 + number, extra=number
+            )
+            store.save(tokens, cache, caches.MODEL, name=f"doc {number}")
+    chance = random.Random(seed)
+    wrong = []
+
+    def fail_often(request):
+        if chance.random() < 0.6:
+            return None
+        wrong.append(chance.choice(["lost", "cut", 500, 503, "flip"]))
+        return wrong[-1]
+
+    s3_server.fault = fail_often
+    keys = [
+        persist(lambda n=n: push(stores[0], remote, f"doc {n}").key) for n in range(3)
+    ]
+    for key in keys:
+        persist(lambda key=key: fetch(stores[1], remote, key))
+    s3_server.fault = lambda request: None
+    for number in range(6):
+        assert load(stores[0], caches, f"doc {number}") == load(
+            stores[1], caches, f"doc {number}"
+        )
+    for key, data in s3_server.objects.items():
+        assert hashlib.sha256(data).hexdigest() in key
+    with kvstore.Store(stores[1]) as store:
+        assert [] == store.verify()
+    assert len(wrong) > 20, wrong
+
+
+def persist(work, tries=100):
+    """Do something again until it succeeds; only refusals are in the way."""
+    for _ in range(tries):
+        try:
+            return work()
+        except (IntegrityError, RemoteError):
+            continue
+    raise AssertionError("it never succeeds")
+
+
+@pytest.mark.slow
+def test_a_thousand_lost_replies_lose_nothing(s3_server, stores, remote, caches):
+    """Each reply to a PUT is lost, a thousand times."""
+    lost = []
+
+    def lose(request):
+        if request.command == "PUT":
+            lost.append(request.key)
+            return "lost"
+        return None
+
+    s3_server.fault = lose
+    with kvstore.Store(stores[0], "raw") as store:
+        for number in range(500):
+            cache = caches.make_cache(BLOCK, number, layers=1, heads=1, dim=8)
+            start = 1000 * number
+            tokens = range(start, start + BLOCK)
+            store.save(tokens, cache, caches.MODEL, name=f"doc {number}")
+    for number in range(500):
+        assert 2 == push(stores[0], remote, f"doc {number}").num_sent
+    assert len(lost) >= 1000
+    assert 1000 == len(s3_server.objects)
+    for key, data in s3_server.objects.items():
+        assert hashlib.sha256(data).hexdigest() in key

@@ -128,6 +128,21 @@ def test_large_shards_go_in_parts(server, store_path, remote, caches):
         assert hashlib.sha256(server.objects[key]).hexdigest() == name
 
 
+def test_a_server_that_puts_no_parts_together_gets_the_whole(
+    server, store_path, remote, caches
+):
+    """Where the end of an upload in parts fails, one request does it."""
+    num_tokens = 20 * BLOCK
+    cache = caches.make_cache(num_tokens, 1, layers=4, heads=8, dim=512)
+    with kvstore.Store(store_path, "raw") as opened:
+        opened.save(range(num_tokens), cache, caches.MODEL, name="doc")
+    server.fault = lambda request: 503 if "uploadId" in request.query else None
+    push(store_path, remote)
+    assert shards_of(store_path) == {
+        key.rpartition("/")[2]: server.objects[key] for key in server.keys("/v1/s")
+    }
+
+
 def test_tokens_of_others_are_not_sent(server, store_path, remote, caches):
     """A shard that holds more than the entry is sent without it."""
     with kvstore.Store(store_path, "raw") as opened:
@@ -153,6 +168,18 @@ def test_a_lost_reply_is_no_failure(server, store, remote):
     push(store, remote)
     assert 2 == len(server.keys("/v1/shards/"))
     assert 1 == len(documents(server))
+
+
+def test_a_server_that_cannot_say_what_is_missing_gets_it(server, store, remote):
+    """Of three nodes one is down: nobody can say what is not there, and all can put."""
+
+    def refuse_to_say(request):
+        is_head = request.command == "HEAD"
+        return 503 if is_head and request.key not in server.objects else None
+
+    server.fault = refuse_to_say
+    assert 3 == push(store, remote).num_sent
+    assert 0 == push(store, remote).num_sent
 
 
 def test_a_push_goes_on_where_it_stopped(server, store, remote):

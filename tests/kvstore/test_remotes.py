@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from obstore.exceptions import GenericError
 
 import kvstore
 from kvstore.errors import EntryNotFoundError, IntegrityError, KVStoreError, RemoteError
@@ -93,6 +95,19 @@ def test_a_server_that_is_not_there_is_not_added(stores, remote, s3_server):
         assert [] == store.remotes()
 
 
+def test_credentials_that_are_not_set_are_asked_for(remote, monkeypatch, s3_server):
+    """Nobody is told of the address at which a provider's machines ask for theirs."""
+
+    def ask_the_provider(*args):
+        raise GenericError("Error performing PUT http://169.254.169.254/latest/token")
+
+    client = quick(remote)
+    monkeypatch.setattr(client, "_store", SimpleNamespace(head=ask_the_provider))
+    with pytest.raises(RemoteError, match="no credentials are set") as caught:
+        client.size("x")
+    assert "AWS_ACCESS_KEY_ID" in caught.value.hint
+
+
 # --- Names. ---
 
 
@@ -172,6 +187,34 @@ def test_entries_are_listed_and_pulled_by_name(opened, caches):
     assert 5 * BLOCK + 3 == right.pull("doc").num_tokens
     assert "other" == right.pull(listed[1].key.digest[:8], name="other").name
     assert tokens == right.load_entry("doc", caches.MODEL)[1]
+
+
+def test_a_list_that_lags_behind_is_asked_again(opened, s3_server, monkeypatch):
+    """A replica that does not know the entry yet hides it for a moment only."""
+    left, right = opened
+    left.push("doc")
+    keys, lists = Client.keys, []
+
+    def lag(client, prefix):
+        lists.append(prefix)
+        return keys(client, prefix) if len(lists) > 2 else []
+
+    monkeypatch.setattr(Client, "keys", lag)
+    assert "doc" == right.pull("doc").name
+    assert 3 == len(lists)
+
+
+def test_a_whole_key_needs_no_list(opened, s3_server):
+    """So a server that cannot list can be pulled from."""
+    left, right = opened
+    key = left.push("doc").key
+    s3_server.can_list = False
+    assert "doc" == right.pull(key.path).name
+    with pytest.raises(RemoteError, match="access is denied"):
+        right.pull("doc", name="else")
+    s3_server.can_list = True
+    with pytest.raises(IntegrityError, match="not there"):
+        right.pull(key.path.replace(key.digest, "0" * 64), name="else")
 
 
 def test_what_is_not_there_is_said(opened, caches):
