@@ -154,18 +154,27 @@ def _find_keys(
     """Return the keys that a name may mean, and those that a digest may mean."""
     if (direct := parse_key(f"{ENTRIES}/{ref}.json")) is not None:
         return [], [direct]
-    keys: set[EntryKey] = set()
+    is_start = len(ref) >= MIN_ID and not set(ref) - set("0123456789abcdef")
     for number in range(_LISTINGS):
-        # Nothing is ever removed, so what any of the lists has is there.
-        keys |= set(_keys(client, fingerprint))
-        by_name = [key for key in keys if key.entry_id == entry_id(ref, "")]
-        is_start = len(ref) >= MIN_ID
-        by_digest = [k for k in keys if is_start and k.digest.startswith(ref)]
-        if by_name or by_digest:
-            return by_name, by_digest
+        by_name = _named_keys(client, ref, fingerprint)
+        if by_name:
+            return by_name, []
+        # Of what may be an id, every key has to be listed.
+        keys = _keys(client, fingerprint) if is_start else []
+        by_digest = [key for key in keys if key.digest.startswith(ref)]
+        if by_digest:
+            return [], by_digest
         if number < _LISTINGS - 1:
             time.sleep(_PAUSE_S)
     return [], []
+
+
+def _named_keys(client: Client, name: str, fingerprint: str | None) -> list[EntryKey]:
+    """Return the keys of all documents of a name: a short list for each model."""
+    models = client.folders(ENTRIES) if fingerprint is None else [fingerprint]
+    folder = entry_id(name, "")
+    paths = [k for model in models for k in client.keys(f"{ENTRIES}/{model}/{folder}")]
+    return [key for path in paths if (key := parse_key(path))]
 
 
 def _keys(client: Client, fingerprint: str | None) -> list[EntryKey]:

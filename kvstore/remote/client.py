@@ -201,6 +201,22 @@ class Client:
 
         return self._retried(receive)
 
+    def folders(self, prefix: str) -> list[str]:
+        """Return the names of the folders in a folder.
+
+        Raises:
+            RemoteError: The server fails, or cannot list.
+        """
+
+        def receive() -> list[str]:
+            try:
+                found = self._store.list_with_delimiter(prefix)["common_prefixes"]
+            except FileNotFoundError:
+                return []
+            return [path.rpartition("/")[2] for path in found]
+
+        return self._retried(receive)
+
     def is_there(self, key: str, nbytes: int, *, tries: int = _TRIES) -> bool:
         """Whether there is an object of this size.
 
@@ -264,6 +280,9 @@ class Client:
             if _METADATA in str(error):
                 why, hint = "no credentials are set", _HINT
                 raise self._failed(error, why, hint=hint) from error
+            # obstore tells a refused list from no other failure.
+            if any(f"status code: {code}" in str(error) for code in (401, 403)):
+                raise self._failed(error, "access is denied", hint=_HINT) from error
             raise self._failed(error, may_pass=True) from error
         except ValueError as error:
             raise self._failed(error) from error

@@ -25,7 +25,7 @@ MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
 ENTRIES = "v1/entries"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(
-    rf"{ENTRIES}/([0-9a-f]{{64}})/([0-9a-f]{{32}})-([0-9a-f]{{64}})\.json"
+    rf"{ENTRIES}/([0-9a-f]{{64}})/([0-9a-f]{{32}})/([0-9a-f]{{64}})\.json"
 )
 
 
@@ -70,7 +70,8 @@ class EntryKey:
     @property
     def path(self) -> str:
         """The key below the folder of the entries, without its suffix."""
-        return f"{self.fingerprint}/{self.entry_id}-{self.digest}"
+        # A folder for each name, so that its documents are found by a short list.
+        return f"{self.fingerprint}/{self.entry_id}/{self.digest}"
 
     def __str__(self) -> str:
         return f"{ENTRIES}/{self.path}.json"

@@ -156,6 +156,15 @@ class _Handler(BaseHTTPRequestHandler):
         found = [
             k for k in sorted(self.world.objects) if k.startswith(prefix) and k > after
         ]
+        if "delimiter" in self.query:
+            tails = {k.removeprefix(prefix).partition("/")[0] for k in found}
+            text = "".join(
+                f"<CommonPrefixes><Prefix>{escape((prefix + tail).partition('/')[2])}/"
+                f"</Prefix></CommonPrefixes>"
+                for tail in sorted(tails)
+            )
+            text += "<IsTruncated>false</IsTruncated>"
+            return self._xml("ListBucketResult", text)
         page, rest = found[:PAGE], found[PAGE:]
         text = "".join(
             f"<Contents><Key>{escape(key.partition('/')[2])}</Key>"

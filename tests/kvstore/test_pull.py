@@ -12,6 +12,7 @@ from mlx_lm.models.cache import ArraysCache
 
 import kvstore
 from kvstore.errors import EntryExistsError, IntegrityError, KVStoreError, RemoteError
+from kvstore.remote import client as requests
 from kvstore.remote import pull as pulling
 from kvstore.remote.client import Client, Limits, Remote
 from kvstore.remote.layout import document_of, parse_document, parse_key
@@ -439,24 +440,27 @@ def test_contradictions_are_refused(s3_server, remote, pushed):
 
 def test_keys_of_others_are_none_of_ours():
     """Only what looks like a document's key is read as one."""
-    good = f"v1/entries/{'a' * 64}/{'b' * 32}-{'c' * 64}.json"
+    good = f"v1/entries/{'a' * 64}/{'b' * 32}/{'c' * 64}.json"
     assert good == str(parse_key(good))
-    for key in (good.upper(), good + "x", "x/" + good, good.replace("-", "/"), ""):
+    for key in (good.upper(), good + "x", "x/" + good, good.replace("/b", "-b"), ""):
         assert parse_key(key) is None
 
 
 # --- All of it at once. ---
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_bad_connection_loses_nothing(s3_server, stores, remote, caches, seed):
+@pytest.mark.parametrize("seed", range(2))
+def test_a_bad_connection_loses_nothing(
+    s3_server, stores, remote, caches, monkeypatch, seed
+):
     """Replies are lost, cut, late or wrong at random: what counts is right."""
     with kvstore.Store(stores[0], "raw") as store:
-        for number in range(6):
+        for number in range(3):
             tokens, cache = caches.make_conversation(
                 2 + number, 10 + number, extra=number
             )
             store.save(tokens, cache, caches.MODEL, name=f"doc {number}")
+    monkeypatch.setattr(requests, "_PAUSE_S", 0.01)
     chance = random.Random(seed)
     wrong = []
 
@@ -473,7 +477,7 @@ def test_a_bad_connection_loses_nothing(s3_server, stores, remote, caches, seed)
     for key in keys:
         persist(lambda key=key: fetch(stores[1], remote, key))
     s3_server.fault = lambda request: None
-    for number in range(6):
+    for number in range(3):
         assert load(stores[0], caches, f"doc {number}") == load(
             stores[1], caches, f"doc {number}"
         )
@@ -481,7 +485,7 @@ def test_a_bad_connection_loses_nothing(s3_server, stores, remote, caches, seed)
         assert hashlib.sha256(data).hexdigest() in key
     with kvstore.Store(stores[1]) as store:
         assert [] == store.verify()
-    assert len(wrong) > 20, wrong
+    assert len(wrong) > 5, wrong
 
 
 def persist(work, tries=100):

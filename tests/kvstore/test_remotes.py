@@ -99,7 +99,7 @@ def test_credentials_that_are_not_set_are_asked_for(remote, monkeypatch, s3_serv
     """Nobody is told of the address at which a provider's machines ask for theirs."""
 
     def ask_the_provider(*args):
-        raise GenericError("Error performing PUT http://169.254.169.254/latest/token")
+        raise GenericError("Error at http://169.254.169.254/latest/token")
 
     client = quick(remote)
     monkeypatch.setattr(client, "_store", SimpleNamespace(head=ask_the_provider))
@@ -193,15 +193,28 @@ def test_a_list_that_lags_behind_is_asked_again(opened, s3_server, monkeypatch):
     """A replica that does not know the entry yet hides it for a moment only."""
     left, right = opened
     left.push("doc")
-    keys, lists = Client.keys, []
+    folders, lists = Client.folders, []
 
     def lag(client, prefix):
         lists.append(prefix)
-        return keys(client, prefix) if len(lists) > 2 else []
+        return folders(client, prefix) if len(lists) > 2 else []
 
-    monkeypatch.setattr(Client, "keys", lag)
+    monkeypatch.setattr(Client, "folders", lag)
     assert "doc" == right.pull("doc").name
     assert 3 == len(lists)
+
+
+def test_a_name_is_found_without_the_list_of_all(opened, s3_server):
+    """One list of models and one of the name, however many entries there are."""
+    left, right = opened
+    left.push("doc")
+    left.push("other")
+    s3_server.log.clear()
+    right.pull("doc")
+    lists = [path for _, path in s3_server.log if "list-type" in path]
+    assert 2 == len(lists)
+    documents = [path for _, path in s3_server.log if path.endswith(".json")]
+    assert 1 == len(documents)
 
 
 def test_a_whole_key_needs_no_list(opened, s3_server):
