@@ -35,6 +35,8 @@ class Provenance:
     coded_tokens: int = 0
     # Nothing lossy went into any row.
     is_exact: bool = True
+    # Some rows were computed behind other tokens than those before them now.
+    is_moved: bool = False
 
 
 Array = npt.NDArray[np.generic]
@@ -135,7 +137,9 @@ def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     """Return what a prompt cache remembers; a computed one has nothing lossy."""
     marks = [_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache))]
     return Provenance(
-        max(mark.coded_tokens for mark in marks), all(mark.is_exact for mark in marks)
+        max(mark.coded_tokens for mark in marks),
+        all(mark.is_exact for mark in marks),
+        any(mark.is_moved for mark in marks),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UnsupportedCacheError
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import digest_fields, hash_block_tokens, hash_root, split_tokens
 from ..format.documents import JSON
@@ -219,10 +220,16 @@ def make_chain(
     """Return the chain of blocks that a prompt cache's tokens make.
 
     Raises:
-        UnsupportedCacheError: A layer is of a class that cannot be stored.
+        UnsupportedCacheError: A layer is of a class that cannot be stored, or holds
+            rows that were computed behind other tokens.
         ValueError: It is empty, a batch, or holds other than ``tokens``.
     """
     layout = caches.read_layout(prompt_cache, len(tokens))
+    if caches.read_provenance(prompt_cache).is_moved:
+        raise UnsupportedCacheError(
+            "rows that were computed behind other tokens are not stored",
+            hint="compute the prompt itself to save it",
+        )
     origin = Origin(fingerprint, layout_to_json(layout))
     root = hash_root(digest_fields(fingerprint), origin.layout)
     return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .conversation import continue_entry
     from .generate import save_prompt, stream_generate
     from .load import LoadedModel, load_models
+    from .reanchor import Reanchored, reanchor_prompt
     from .rotation import LayerRotation, measure_rotation
     from .session import (
         CacheOptions,
@@ -27,10 +28,12 @@ __all__ = [
     "LiveCache",
     "LoadedModel",
     "PrefillOptions",
+    "Reanchored",
     "SamplingOptions",
     "continue_entry",
     "load_models",
     "measure_rotation",
+    "reanchor_prompt",
     "save_prompt",
     "stream_generate",
 ]
@@ -40,6 +43,7 @@ _HOMES = {
     "conversation": ("continue_entry",),
     "generate": ("save_prompt", "stream_generate"),
     "load": ("LoadedModel", "load_models"),
+    "reanchor": ("Reanchored", "reanchor_prompt"),
     "rotation": ("LayerRotation", "measure_rotation"),
     "session": (
         "CacheOptions",

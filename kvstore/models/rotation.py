@@ -4,7 +4,7 @@ Rotary positions are relative, so the rows of tokens that have moved may be kept
 their keys are rotated by the distance. Whether that holds of a model, layer by layer,
 is not read off its configuration. A short random prompt is computed at several
 positions: its values must be the same at all of them, and its keys the rotated ones.
-Nothing moves keys yet; this is the gate that whatever does so will ask.
+`models/reanchor.py` moves keys by what is returned here, and by nothing else.
 """
 
 from __future__ import annotations

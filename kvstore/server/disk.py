@@ -11,11 +11,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..caches import live as caches
-from ..caches.live import Provenance
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Progress
@@ -254,8 +253,10 @@ class Disk:
         """Give a prompt cache back what a batch has made it forget."""
         kept = caches.read_provenance(prompt_cache)
         known = self._lineage.of(fingerprint.digest, tokens)
-        provenance = Provenance(
-            max(kept.coded_tokens, known.coded_tokens), kept.is_exact and known.is_exact
+        provenance = replace(
+            kept,
+            coded_tokens=max(kept.coded_tokens, known.coded_tokens),
+            is_exact=kept.is_exact and known.is_exact,
         )
         if provenance != kept:
             caches.set_provenance(prompt_cache, provenance)
