@@ -207,7 +207,7 @@ def open_models(
 
     find_model(options.model)  # a wrong name must not leave an empty store behind
     if is_openblas_missing():
-        output_of(context).hint(
+        output_of(context).warning(
             f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
         )
     store = open_store(context, create=True, codec=codec)

@@ -30,10 +30,20 @@ def cache_home() -> Path:
 
 
 def make_private_dir(path: Path) -> None:
-    """Create a folder, with its parents, that only its owner can enter."""
+    """Create a folder, with its parents, that only its owner can enter.
+
+    Raises:
+        NotADirectoryError: There is a file in the place of a parent.
+    """
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
-            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                folder.mkdir(mode=0o700, exist_ok=True)
+            except FileExistsError as error:
+                number = errno.ENOTDIR
+                raise NotADirectoryError(
+                    number, os.strerror(number), str(folder)
+                ) from error
 
 
 def create(path: Path) -> int:

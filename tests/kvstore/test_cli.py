@@ -73,6 +73,8 @@ def saved(tiny_model, tmp_path):
 def assert_error(err, text):
     """Assert that stderr is one error and one hint."""
     lines = [line for line in err.splitlines() if line]
+    # A machine without OpenBLAS is told so, whatever happens then.
+    lines = [line for line in lines if not line.startswith("warning: prompts are read")]
     assert [line.partition(": ")[0] for line in lines] == ["error", "hint"]
     assert text in lines[0]
 

@@ -96,7 +96,7 @@ def test_every_run_names_a_missing_openblas(
     monkeypatch.setattr(blas, "openblas_in_process", lambda: None)
     monkeypatch.delenv("KVSTORE_OPENBLAS", raising=False)
     words = ("save", "--model", tiny_model, "--prompt", "x")
-    assert "hint: prompts are read about 12 times faster" in run_cli(*words)[2]
+    assert "warning: prompts are read about 12 times faster" in run_cli(*words)[2]
     monkeypatch.setenv("KVSTORE_OPENBLAS", "0")
     assert "OpenBLAS" not in run_cli(*words)[2]
 
