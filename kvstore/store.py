@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import operator
 import time
@@ -887,6 +888,13 @@ class Store:
             self._blocks.confirm()
             return plan_prune(self._blocks, policy)
 
+        try:
+            return self._blocks.run(plan)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        # A full disk has no room for SQLite's own files either.
+        self._blocks.open_in_memory()
         return self._blocks.run(plan)
 
     def repair(self) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import secrets
 from collections.abc import Iterator, Sequence
@@ -257,7 +258,7 @@ def _check_index(
         yield _finding(folder, "damaged-index", folder.index, str(error))
         return
     except OSError as error:
-        if error.errno in READ_ONLY:
+        if error.errno in (*READ_ONLY, errno.ENOSPC):
             return  # nobody who reads this store uses its index
         raise
     try:

@@ -191,18 +191,23 @@ class Pruner:
             }
         survey = _Survey(self._folder, self._index, self._policy.needed)
         before = sum(self._index.shards().values())
-        for name in plan.repacked:
+        # Without the index's file, nobody could be told where a block has moved to.
+        repacked = () if self._index.is_temporary else tuple(plan.repacked)
+        for name in repacked:
             kept = {place.hash for place in self._kept(name, survey, gone)}
             self._blocks.repack(name, kept)
         with files.locked(self._folder.lock, exclusive=True):
             # The second look: entries committed since then keep their blocks.
             survey = _Survey(self._folder, self._index, self._policy.needed)
-            for name in (*plan.removed, *plan.repacked):
+            for name in (*plan.removed, *repacked):
                 if not self._kept(name, survey, gone):
                     self._blocks.drop_shard(name)
         for path in plan.leftovers:
             self._remove_leftover(path)
-        return before - sum(self._index.shards().values())
+        freed = before - sum(self._index.shards().values())
+        if self._index.is_temporary:
+            self._blocks.leave_memory()
+        return freed
 
     def _choose_entries(
         self, survey: _Survey, left: int

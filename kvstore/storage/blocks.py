@@ -167,6 +167,26 @@ class BlockStore:
                 self._opened = _temporary_index(self.folder)
         return self._opened
 
+    def open_in_memory(self) -> None:
+        """Take an index in memory: on a full disk, SQLite cannot open its file.
+
+        Only for freeing blocks; :meth:`leave_memory` goes back.
+        """
+        self.close()
+        self._opened = _temporary_index(self.folder)
+
+    def leave_memory(self) -> None:
+        """Go back to the index's file, without the shards that were freed meanwhile."""
+        self.close()
+        try:
+            index = self.index
+            with index.transaction():
+                for name in index.shards():
+                    if not shard_path(self.folder.shards, name).exists():
+                        index.drop_shard(name)
+        except (OSError, StoreLockedError, IndexDamagedError):
+            return  # still no room: whoever misses a shard drops its rows
+
     def close(self) -> None:
         """Close the index; it is opened again where it is needed."""
         if self._opened is not None:

@@ -339,6 +339,36 @@ def test_a_shard_that_cannot_be_read_stops_no_housekeeping(
         assert store.load_entry("chat", caches.MODEL)[1] == tokens
 
 
+# --- A full disk. ---
+
+
+def test_a_full_disk_can_be_pruned(store_path, caches, monkeypatch):
+    """Where SQLite finds no room for its files, `prune` frees some without them."""
+    kept, cache = caches.make_conversation(3, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(kept, cache, caches.MODEL, name="kept")
+        store.save(*caches.make_conversation(3, 2), caches.MODEL)
+    real = storage_blocks.open_index
+    full = len(list(store_path.glob("shards/*/*.safetensors")))
+
+    def open_index(folder):
+        if len(list(folder.path.glob("shards/*/*.safetensors"))) == full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder.index))
+        return real(folder)
+
+    monkeypatch.setattr(storage_blocks, "open_index", open_index)
+    more = caches.make_conversation(2, 3)
+    with kvstore.Store(store_path, codec="raw") as store:
+        with pytest.raises(OSError, match="No space left"):
+            store.save(*more, caches.MODEL)
+        assert store.plan_prune(max_bytes=1, now=True).execute() > 0
+        assert [] == store.verify()
+        assert ["kept"] == [entry.name for entry in store.entries()]
+        store.save(*more, caches.MODEL)
+        assert store.load_entry("kept", caches.MODEL)[1] == kept
+        assert [] == store.verify()
+
+
 # --- Clocks. ---
 
 
