@@ -80,7 +80,7 @@ def chat(
     name: str | None,
     codec: str | None,
     max_tokens: int,
-    prefill_step_size: int,
+    prefill_step_size: int | None,
     checkpoint_every: int,
 ) -> None:
     """Chat, and go on tomorrow.
@@ -102,9 +102,9 @@ def chat(
     store, loaded = open_models(context, model, codec, live.draft_model)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.chat import Chat
-    from ..models.session import Callbacks, PrefillOptions
+    from ..models.session import Callbacks
 
-    with output.progress() as bars, Interrupts() as interrupts:
+    with output.progress() as bars, Interrupts(bars.say_stopping) as interrupts:
         talk = Chat(
             loaded,
             store=store,
@@ -115,7 +115,7 @@ def chat(
             ignore_chat_template=template.ignore_chat_template,
             sampling=sampling.make(max_tokens, live.num_draft_tokens),
             cache=live.make_cache_options(),
-            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
+            prefilling=options.prefilling(prefill_step_size, checkpoint_every),
             callbacks=Callbacks(
                 should_stop=lambda: interrupts.is_pending,
                 on_load=_when_long(bars.bar("restore")),

@@ -52,7 +52,7 @@ def save(
     name: str | None,
     codec: str | None,
     replace: bool,
-    prefill_step_size: int,
+    prefill_step_size: int | None,
     checkpoint_every: int,
 ) -> None:
     """Compute the prompt cache of a prompt and keep it.
@@ -66,24 +66,29 @@ def save(
     source = options.read_source(prompt, request)
     store, loaded = open_models(context, model, codec)
     from ..models.generate import save_prompt
-    from ..models.session import Callbacks, PrefillOptions
+    from ..models.session import Callbacks
 
     tokens = options.encode_source(loaded.tokenizer, source, prompt, is_open=True)
     begin = time.monotonic()
-    with output.progress() as bars:
-        entry, num_restored = save_prompt(
-            loaded,
-            tokens,
-            store=store,
-            name=name,
-            replace=replace,
-            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
-            callbacks=Callbacks(
-                on_load=bars.bar("restore"),
-                on_prefill=bars.bar("prefill"),
-                on_save=bars.bar("save"),
-            ),
-        )
+    with output.progress() as bars, Interrupts(bars.say_stopping) as interrupts:
+        try:
+            with interrupts.heard():
+                entry, num_restored = save_prompt(
+                    loaded,
+                    tokens,
+                    store=store,
+                    name=name,
+                    replace=replace,
+                    prefilling=options.prefilling(prefill_step_size, checkpoint_every),
+                    callbacks=Callbacks(
+                        on_load=bars.bar("restore"),
+                        on_prefill=bars.bar("prefill"),
+                        on_save=bars.bar("save"),
+                    ),
+                )
+        except KeyboardInterrupt:
+            end_if_asked(context, interrupts)
+            raise
     _print_saved(output, entry, num_restored, time.monotonic() - begin)
 
 
@@ -122,7 +127,7 @@ def generate(
     codec: str | None,
     replace: bool,
     max_tokens: int,
-    prefill_step_size: int,
+    prefill_step_size: int | None,
     checkpoint_every: int,
 ) -> None:
     """Go on from what is kept, generate text, and keep the result.
@@ -139,14 +144,18 @@ def generate(
     store, loaded = open_models(context, model, codec, live.draft_model)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.generate import stream_generate
-    from ..models.session import Callbacks, PrefillOptions
+    from ..models.session import Callbacks
 
     # With a base, the name is a new one.
     begun = name if base is None and not replace else None
     tokens = _conversation(store, loaded, prompt, text, base, begun)
     is_kept = base is None or name is not None
     saved: list[Entry] = []
-    with output.progress() as bars, Interrupts() as interrupts, interrupts.deferred():
+    with (
+        output.progress() as bars,
+        Interrupts(bars.say_stopping) as interrupts,
+        interrupts.deferred(),
+    ):
         responses = stream_generate(
             loaded,
             tokens,
@@ -156,7 +165,7 @@ def generate(
             keep=is_kept,
             sampling=sampling.make(max_tokens, live.num_draft_tokens),
             cache=live.make_cache_options(),
-            prefilling=PrefillOptions(prefill_step_size, checkpoint_every),
+            prefilling=options.prefilling(prefill_step_size, checkpoint_every),
             callbacks=Callbacks(
                 should_stop=lambda: interrupts.is_pending,
                 on_load=bars.bar("restore"),
@@ -211,12 +220,13 @@ def open_models(
             f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
         )
     store = open_store(context, create=True, codec=codec)
-    loaded = load_models(
-        options.model,
-        options.adapter_path,
-        draft_model,
-        trust_remote_code=options.trust_remote_code,
-    )
+    with output_of(context).progress() as bars, bars.spinner("loading the model"):
+        loaded = load_models(
+            options.model,
+            options.adapter_path,
+            draft_model,
+            trust_remote_code=options.trust_remote_code,
+        )
     return store, loaded
 
 

@@ -18,7 +18,7 @@ from ..format.documents import JSON
 from .main import is_utf8, load_fast_blas
 
 if TYPE_CHECKING:
-    from ..models.session import CacheOptions
+    from ..models.session import CacheOptions, PrefillOptions
     from ..models.session import SamplingOptions as Sampling
 
     JSONParam = click.ParamType[JSON]
@@ -527,10 +527,26 @@ prefill_step_size = click.option(
     "--prefill-step-size",
     metavar="N",
     type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Prompt tokens to compute at a time; fewer take less memory.",
+    help="Prompt tokens to compute at a time; between two of them progress is shown and"
+    " Ctrl-C obeyed.  [default: 256 on a CPU, 2048 on a GPU]",
 )
+
+
+def prefilling(step_size: int | None, checkpoint_every: int) -> PrefillOptions:
+    """Return how a prompt is computed.
+
+    Args:
+        step_size: Tokens at a time; by default as many as the device computes in
+            about a second.
+        checkpoint_every: Tokens between two states of recurrent layers.
+    """
+    from ..models.session import PREFILL_STEP_SIZE, PrefillOptions, usual_step_size
+
+    if step_size is not None:
+        return PrefillOptions(step_size, checkpoint_every)
+    return PrefillOptions(usual_step_size(), checkpoint_every, PREFILL_STEP_SIZE)
+
+
 checkpoint_every = click.option(
     "--checkpoint-every",
     metavar="N",

@@ -82,6 +82,25 @@ class Bars:
 
         return update
 
+    def say_stopping(self) -> None:
+        """Say that Ctrl-C was heard, above the bars; any thread may call this."""
+        if self._is_shown and self._rich is not None:
+            self._rich.console.print("stopping …")
+        elif self._is_shown:
+            click.echo("\nstopping …", err=True)
+
+    @contextmanager
+    def spinner(self, what: str) -> Iterator[None]:
+        """Show that something works of which nobody knows how far it is."""
+        if not self._is_shown:
+            yield
+            return
+        self._started().add_task(what, total=None)
+        try:
+            yield
+        finally:
+            self.clear()
+
     def clear(self) -> None:
         """Take the bars off the screen, until one is drawn again."""
         if self._rich is not None:
@@ -97,15 +116,26 @@ class Bars:
                 BarColumn,
                 MofNCompleteColumn,
                 Progress,
+                ProgressColumn,
+                Task,
                 TextColumn,
-                TimeElapsedColumn,
+                TimeRemainingColumn,
             )
+            from rich.text import Text
+
+            class RateColumn(ProgressColumn):
+                """How many of what is counted a second."""
+
+                def render(self, task: Task) -> Text:
+                    return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
             self._rich = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                # Narrow: all of them fit into 80 columns.
+                BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                RateColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
                 console=Console(stderr=True),
                 transient=True,
             )

@@ -39,6 +39,7 @@ from .titles import make_title
 
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
+_CPU_STEP_SIZE = 256
 CHECKPOINT_EVERY = 2048
 """A state may be as large as the rows of thousands of tokens."""
 Sampler = Callable[[mx.array], mx.array]
@@ -66,6 +67,9 @@ class PrefillOptions:
     step_size: int = PREFILL_STEP_SIZE
     # Tokens at least between two stored states of recurrent layers.
     checkpoint_every: int = CHECKPOINT_EVERY
+    # Tokens at least between two writes of full blocks, so that small steps make no
+    # small shards; 0 writes after each step.
+    save_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,15 @@ class LiveCache:
     def nbytes(self) -> int:
         """Bytes that its caches take in memory."""
         return sum(cache.nbytes for cache in self.prompt_cache)
+
+
+def usual_step_size() -> int:
+    """Return how many tokens to compute at a time where somebody waits.
+
+    A CPU takes a second or two for as many as this; a GPU needs many to be busy.
+    """
+    is_cpu = mx.default_device().type == mx.cpu
+    return _CPU_STEP_SIZE if is_cpu else PREFILL_STEP_SIZE
 
 
 def make_empty_cache(
@@ -294,6 +307,7 @@ class Session:
         self._num_prompt = len(self._tokens)
         self._prefill = prefill
         self._next_checkpoint = prefill.checkpoint_every
+        self._next_save = prefill.save_every
         self._live = live
         self._callbacks = callbacks
         self.prompt_cache: list[Any] = []
@@ -400,6 +414,9 @@ class Session:
         """
         if not self._is_kept:
             return
+        if not is_last and done < self._next_save:
+            return
+        self._next_save = done + self._prefill.save_every
         due = is_last or done >= self._next_checkpoint
         if due:
             self._next_checkpoint = done + self._prefill.checkpoint_every
