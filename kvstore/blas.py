@@ -30,6 +30,8 @@ BACK_END_REMEDY = (
     '`pip install "mlx-kvstore[cpu]"`, or `[cuda12]` or `[cuda13]` for an NVIDIA GPU'
 )
 
+_searched_in_vain: list[bool] = []
+
 
 def load_openblas() -> Path | None:
     """Load OpenBLAS, where there is one, before MLX is imported.
@@ -51,7 +53,10 @@ def load_openblas() -> Path | None:
         return None
     if wanted is not None:
         return _load_wanted(wanted)
-    return next((Path(name) for name in _candidates() if _can_load(name)), None)
+    found = next((Path(name) for name in _candidates() if _can_load(name)), None)
+    if found is None:
+        _searched_in_vain.append(True)
+    return found
 
 
 def openblas_in_process() -> Path | None:
@@ -65,9 +70,8 @@ def openblas_in_process() -> Path | None:
 
 
 def is_openblas_missing() -> bool:
-    """Whether MLX works with the slow BLAS that it carries, and nobody wanted that."""
-    is_off = os.environ.get(OPENBLAS_VARIABLE) in ("", "0")
-    return not is_off and is_openblas_needed() and openblas_in_process() is None
+    """Whether OpenBLAS was looked for in this process, needed, and not found."""
+    return bool(_searched_in_vain)
 
 
 def is_openblas_needed() -> bool:
