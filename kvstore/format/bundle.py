@@ -1,17 +1,17 @@
 """Bundles: a store of one entry in one tar file, to hand over.
 
-A bundle is a POSIX archive (ustar) of `config.json`, one entry and its shards, all as
-they lie in a store's folder: `tar xf` gives a folder that ``Store`` opens. One entry
-has exactly one bundle. The reader compares every header, all padding and the end with
-the bytes that the writer would have written, and the parsers of the store read the
-files. So links, paths, duplicates and extensions are refused without being understood.
+A bundle is a POSIX archive (ustar) of `config.json`, one entry, the bases that its
+blocks name and its shards, all as they lie in a store's folder: `tar xf` gives a folder
+that ``Store`` opens. One entry has exactly one bundle. The reader compares every
+header, all padding and the end with the bytes that the writer would have written, and
+the parsers of the store read the files. So links, paths, duplicates and extensions are refused without being understood.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,8 @@ from struct import pack
 from typing import IO, Any
 
 from ..errors import FormatError, IntegrityError
+from .basis import MAX_BYTES as MAX_BASIS_BYTES
+from .basis import parse_basis
 from .block import Origin
 from .chain import origin_root
 from .config import (
@@ -48,6 +50,7 @@ _NAME, _SIZE = slice(0, 100), slice(124, 135)
 _PART_BYTES = 1024 * 1024
 _MAX_TIME = 2.0**33
 _ENTRY = re.compile(r"entries/([0-9a-f]{32})\.json")
+_BASIS = re.compile(r"bases/([0-9a-f]{64})\.safetensors")
 _SHARD = re.compile(r"shards/(..)/(\1[0-9a-f]{62})\.safetensors")
 
 Shard = tuple[str, int, Iterable[bytes | memoryview]]
@@ -69,6 +72,11 @@ def shard_member(name: str) -> str:
     return f"shards/{name[:2]}/{name}.safetensors"
 
 
+def basis_member(digest: str) -> str:
+    """Return the path of a basis in a bundle, as in a store."""
+    return f"bases/{digest}.safetensors"
+
+
 def bundled_entry(entry: Entry, nbytes: int) -> Entry:
     """Return an entry as its bundle holds it: without what only its store knows.
 
@@ -87,7 +95,12 @@ def bundled_entry(entry: Entry, nbytes: int) -> Entry:
 
 
 def write_bundle(
-    file: IO[bytes], entry: Entry, block_size: int, shards: Iterable[Shard]
+    file: IO[bytes],
+    entry: Entry,
+    block_size: int,
+    shards: Iterable[Shard],
+    *,
+    bases: Mapping[str, bytes],
 ) -> int:
     """Write a bundle and return its size in bytes.
 
@@ -96,6 +109,7 @@ def write_bundle(
         entry: From :func:`bundled_entry`.
         block_size: Tokens in a full block.
         shards: The shards of the entry's blocks, first to last.
+        bases: The bases that those name, by their digests.
 
     Raises:
         IntegrityError: A reader would refuse such an entry.
@@ -105,6 +119,8 @@ def write_bundle(
     data = entry_to_bytes(entry)
     nbytes = _write_member(file, CONFIG, len(config), [config])
     nbytes += _write_member(file, entry_member(entry.id), len(data), [data])
+    for digest, basis in sorted(bases.items()):
+        nbytes += _write_member(file, basis_member(digest), len(basis), [basis])
     for name, size, parts in shards:
         nbytes += _write_member(file, shard_member(name), size, parts)
     return nbytes + _write(file, _END)
@@ -119,6 +135,7 @@ class BundleReader:
     Attributes:
         entry: The entry.
         block_size: Tokens in a full block.
+        bases: The bases that come with it, by their digests.
         origin: What computed the rows, as the first shard says. The entry's root is
             that of this fingerprint and layout.
 
@@ -131,7 +148,9 @@ class BundleReader:
         self._file = file
         self.block_size, store = self._read_config()
         self.entry = self._read_entry(store)
-        self._first = self._next_shard()
+        self.bases: dict[str, bytes] = {}
+        header = self._read_bases(self._read(_RECORD))
+        self._first = self._next_shard(header)
         if self._first is None:
             raise refused("it has no shard")
         self._start, self.origin = self._read_origin(*self._first)
@@ -149,7 +168,7 @@ class BundleReader:
             name, size = shard
             yield name, size, chain([start], self._parts(size - len(start)))
             self._skip_padding(size)
-            shard, start = self._next_shard(), b""
+            shard, start = self._next_shard(self._read(_RECORD)), b""
 
     def _read_config(self) -> tuple[int, str]:
         """Return the block size, and the store's id, which is the entry's."""
@@ -185,9 +204,28 @@ class BundleReader:
         _check_entry(entry)
         return entry
 
-    def _next_shard(self) -> tuple[str, int] | None:
-        """Return name and size of the shard that follows; ``None`` at the end."""
-        header = self._read(_RECORD)
+    def _read_bases(self, header: bytes) -> bytes:
+        """Take the bases that follow, and return the header behind them."""
+        while match := _BASIS.fullmatch(_member_name(header)):
+            digest, size = match[1], _member_size(header)
+            held = sum(map(len, self.bases.values()))
+            # In order, so that one entry has one bundle.
+            is_next = all(other < digest for other in self.bases)
+            is_small = held + size <= MAX_BASIS_BYTES
+            if not (is_next and is_small) or header != _header(match[0], size):
+                raise refused("a header is not that of a basis")
+            data = self._read(size)
+            self._skip_padding(size)
+            try:
+                parse_basis(data, digest)
+            except IntegrityError as error:
+                raise refused(str(error)) from error
+            self.bases[digest] = data
+            header = self._read(_RECORD)
+        return header
+
+    def _next_shard(self, header: bytes) -> tuple[str, int] | None:
+        """Return name and size of the shard of a header; ``None`` at the end."""
         if not any(header):
             if any(self._read(_RECORD)) or self._file.read(1):
                 raise refused("something follows its end")

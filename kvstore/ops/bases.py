@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 
 from ..codecs import Codec, FitFamily, find_codec, get_codec
-from ..storage.bases import read_basis
+from ..format.basis import BasisFile, parse_basis
+from ..format.block import StoredBlock
+from ..storage.bases import read_basis, read_basis_bytes
 from ..storage.folder import StoreFolder
 
 _NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
@@ -16,6 +19,33 @@ _NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
 def own_codecs(folder: StoreFolder) -> FitFamily:
     """Return the codecs of a store's bases, each basis read when it is first used."""
     return FitFamily(partial(read_basis, folder))
+
+
+def carried_codecs(folder: StoreFolder, bases: Mapping[str, bytes]) -> FitFamily:
+    """Return the codecs of bases that came from elsewhere, and of a store's own."""
+
+    def read(digest: str) -> BasisFile:
+        data = bases.get(digest)
+        return read_basis(folder, digest) if data is None else parse_basis(data, digest)
+
+    return FitFamily(read)
+
+
+def bases_named(blocks: Iterable[StoredBlock]) -> set[str]:
+    """Return the digests of the bases that blocks name."""
+    return {digest for block in blocks if (digest := basis_of(block.codec))}
+
+
+def read_named(folder: StoreFolder, blocks: Iterable[StoredBlock]) -> dict[str, bytes]:
+    """Return the bases that blocks name, by their digests.
+
+    Raises:
+        IntegrityError: The store lacks one, or it is damaged.
+    """
+    found = {digest: read_basis_bytes(folder, digest) for digest in bases_named(blocks)}
+    for digest, data in found.items():
+        parse_basis(data, digest)
+    return found
 
 
 def codec_of(folder: StoreFolder, name: str) -> Codec:

@@ -22,6 +22,7 @@ from ..format.entry import Entry
 from ..format.shard import group_blocks, shard_header
 from ..storage.blocks import BlockStore
 from ..storage.index import Place
+from .bases import read_named
 
 # How often blocks that `prune` moves meanwhile are looked for again.
 _TRIES = 3
@@ -60,7 +61,7 @@ def export_entry(
         progress(done // 2, entry.num_tokens)
 
     origin, shards = blocks.run_twice(lambda: _digest_shards(blocks, entry, count))
-    stored = chain.from_iterable(shard.blocks for shard in shards)
+    stored = list(chain.from_iterable(shard.blocks for shard in shards))
     nbytes = sum(block.end - block.begin for block in stored)
     first_half = entry.num_tokens
 
@@ -74,6 +75,7 @@ def export_entry(
         bundled_entry(entry, nbytes),
         blocks.folder.block_size,
         ((shard.name, shard.nbytes, contents(shard)) for shard in shards),
+        bases=read_named(blocks.folder, stored),
     )
 
 

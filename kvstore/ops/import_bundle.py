@@ -20,12 +20,13 @@ from ..format.block import Progress
 from ..format.bundle import BundleReader, refused
 from ..format.entry import Entry
 from ..storage import files
+from ..storage.bases import add_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
 from ..storage.shards import OpenShard, StagedShard, open_shard_at
 from .admit import Incoming, Inspector, admit, check_space
-from .bases import own_codecs
+from .bases import bases_named, carried_codecs
 
 # `prune` takes staged files for forgotten after an hour.
 _TOUCH_EVERY_S = 600.0
@@ -61,6 +62,9 @@ def import_entry(
     _check_block_size(bundle, blocks.folder)
     name = bundle.entry.name if name is None else name
     with _unpacked(blocks.folder, bundle, progress) as found:
+        # Before the blocks that name them can be seen.
+        for basis in bundle.bases.values():
+            add_basis(blocks.folder, basis)
         return blocks.run(lambda: admit(blocks, catalog, found, name, replace=replace))
 
 
@@ -109,7 +113,10 @@ def _unpacked(
     """
     with _refusing():
         inspector = Inspector(
-            bundle.entry, bundle.origin, bundle.block_size, own_codecs(folder)
+            bundle.entry,
+            bundle.origin,
+            bundle.block_size,
+            carried_codecs(folder, bundle.bases),
         )
     found: list[StagedShard] = []
     touched_at = time.monotonic()
@@ -132,6 +139,8 @@ def _unpacked(
             chain = inspector.finish()
         if inspector.nbytes != bundle.entry.nbytes:
             raise refused("its blocks have another size than its entry says")
+        if not set(bundle.bases) <= bases_named(inspector.blocks):
+            raise refused("it has a basis that none of its blocks names")
         yield Incoming(bundle.entry, chain, tuple(inspector.blocks), tuple(found))
 
 

@@ -14,10 +14,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import IntegrityError
+from ..errors import IntegrityError, KVStoreError
 from ..format.block import Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields
 from ..format.entry import Entry
+from ..ops.bases import bases_named
 from ..ops.load import Loader
 from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place
@@ -65,6 +66,7 @@ def push_entry(
         progress: Called with (bytes that are there, bytes in all).
 
     Raises:
+        KVStoreError: It was coded in a basis, which a remote cannot hold yet.
         IntegrityError: A part of the entry is missing or damaged. The remote has no
             such entry then.
         RemoteError: The remote fails. Pushing again goes on from there.
@@ -77,6 +79,11 @@ def _push(
 ) -> Pushed:
     Loader(blocks).entry_hit(entry)  # what cannot be restored is no use
     chain = blocks.chain(entry)
+    if bases_named(stored for _, stored in chain):
+        raise KVStoreError(
+            "an entry that was coded in a basis cannot be pushed yet",
+            hint="`kvstore export` hands it over with its basis",
+        )
     with ExitStack() as stack:
         uploads = _prepare(blocks, chain, stack)
         sent = _send_all(client, list(uploads.values()), progress)

@@ -55,9 +55,18 @@ def read_basis(folder: StoreFolder, digest: str) -> BasisFile:
         IntegrityError: The store lacks it, or it is damaged.
         FormatError: A newer release wrote it.
     """
+    return parse_basis(read_basis_bytes(folder, digest), digest)
+
+
+def read_basis_bytes(folder: StoreFolder, digest: str) -> bytes:
+    """Return the bytes of a basis, unchecked.
+
+    Raises:
+        IntegrityError: The store lacks it, or it cannot be read.
+    """
     path = basis_path(folder, digest)
     try:
-        return parse_basis(files.read_small(path, MAX_BYTES), digest)
+        return files.read_small(path, MAX_BYTES)
     except FileNotFoundError as error:
         raise IntegrityError(
             f"the store lacks the basis {digest[:12]}",

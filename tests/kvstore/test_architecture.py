@@ -39,6 +39,7 @@ OPS = {  # and inside of ops
     "import_bundle": {"admit", "bases"},
     "load": {"bases"},
     "purge": {"check", "prune"},
+    "export_bundle": {"bases"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},
 }

@@ -1,5 +1,9 @@
 """A store with a basis: what is saved with it is found, and loaded with it alone."""
 
+import io
+import tarfile
+from unittest.mock import patch
+
 import kit
 import mlx.core as mx
 import numpy as np
@@ -8,7 +12,9 @@ from mlx_lm.models.cache import KVCache
 
 import kvstore
 from kvstore.codecs import fitting
-from kvstore.storage.bases import add_basis, basis_path
+from kvstore.format.basis import basis_digest
+from kvstore.ops import export_bundle
+from kvstore.storage.bases import add_basis, basis_path, list_bases
 from kvstore.storage.folder import open_folder
 
 MODEL = kvstore.Fingerprint({"weights": "fitted"}, "fitted")
@@ -137,3 +143,78 @@ def test_a_name_that_is_no_codec_makes_no_folder(tmp_path, codec):
     with pytest.raises(kvstore.CodecError):
         kvstore.Store(tmp_path / "store", codec=codec)
     assert not (tmp_path / "store").exists()
+
+
+# --- Handing over. ---
+
+
+def bundle_of(store, entry):
+    """Return the bundle of an entry."""
+    file = io.BytesIO()
+    store.export_bundle(entry.id, file)
+    return file.getvalue()
+
+
+def test_a_bundle_brings_the_basis(store, tmp_path, basis):
+    """Another store loads from it what this one loads, and exports the same bytes."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    bundle = bundle_of(store, entry)
+    assert basis in bundle
+    with kvstore.Store(tmp_path / "other") as other:
+        taken = other.import_bundle(io.BytesIO(bundle))
+        assert bundle == bundle_of(other, taken)
+        expected = store.load([*TOKENS, 7], MODEL)[0]
+        found = other.load([*TOKENS, 7], MODEL)[0]
+    for one, two in zip(rows_of(expected), rows_of(found), strict=True):
+        assert kit.bits_of(one) == kit.bits_of(two)
+
+
+def test_a_bundle_unpacked_by_tar_is_a_store(store, tmp_path):
+    """The basis lies in it where a store has it."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    with tarfile.open(fileobj=io.BytesIO(bundle_of(store, entry))) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    with kvstore.Store(tmp_path / "unpacked") as other:
+        assert other.load([*TOKENS, 7], MODEL)[0]
+
+
+def test_a_bundle_of_damaged_or_other_bases_is_refused(store, tmp_path, basis):
+    """A flipped bit, and a basis that no block names, leave the store as it was."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    bundle = bundle_of(store, entry)
+    place = bundle.index(basis)
+    flipped = bytearray(bundle)
+    flipped[place + len(basis) // 2] ^= 1
+    other = make_basis(seed=6)
+    plain = kvstore.Store(tmp_path / "plain")
+    lossless = plain.save(TOKENS, fitted_cache(600), MODEL)
+    file = io.BytesIO()
+    digests = {basis_digest(other): other}
+    with patch.object(export_bundle, "read_named", lambda *_: digests):
+        plain.export_bundle(lossless.id, file)
+    plain.close()
+    for wrong in (bytes(flipped), file.getvalue()):
+        with kvstore.Store(tmp_path / "other") as target:
+            with pytest.raises(kvstore.IntegrityError):
+                target.import_bundle(io.BytesIO(wrong))
+            assert [] == list(target.entries())
+            assert [] == list_bases(open_folder(target.path))
+
+
+def test_an_entry_without_its_basis_is_not_exported(store, tmp_path):
+    """A bundle that nobody could read is not written."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    for digest in list_bases(open_folder(store.path)):
+        basis_path(open_folder(store.path), digest).unlink()
+    file = io.BytesIO()
+    with pytest.raises(kvstore.IntegrityError, match="lacks the basis"):
+        store.export_bundle(entry.id, file)
+    assert file.getvalue() == b""
+
+
+def test_pruning_keeps_the_basis(store):
+    """What blocks name stays."""
+    store.save(TOKENS, fitted_cache(600), MODEL, name="kept")
+    store.plan_prune(now=True).execute()
+    assert store.load([*TOKENS, 7], MODEL)[0]
+    assert 1 == len(list_bases(open_folder(store.path)))
