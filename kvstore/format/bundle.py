@@ -4,7 +4,8 @@ A bundle is a POSIX archive (ustar) of `config.json`, one entry, the bases that 
 blocks name and its shards, all as they lie in a store's folder: `tar xf` gives a folder
 that ``Store`` opens. One entry has exactly one bundle. The reader compares every
 header, all padding and the end with the bytes that the writer would have written, and
-the parsers of the store read the files. So links, paths, duplicates and extensions are refused without being understood.
+the parsers of the store read the files. So links, paths, duplicates and extensions are
+refused without being understood.
 """
 
 from __future__ import annotations
