@@ -1,6 +1,6 @@
 """Restore the entries of a store without kvstore; written from docs/FORMAT.md alone.
 
-Needs NumPy 2, blake3, and zstandard for `+zstd`. Usage: read_shard.py STORE [ENTRY]
+Needs NumPy 2, blake3 and zstandard. Usage: read_shard.py STORE [ENTRY]
 """
 
 import json
@@ -12,6 +12,7 @@ from statistics import NormalDist
 from struct import pack
 
 import numpy as np
+import zstandard
 from blake3 import blake3
 
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
@@ -127,25 +128,25 @@ def decode(block, prefix, start, shape, dtype):
     check(block["lossless"] != codec.startswith("turbo"), "codec and block disagree")
 
     def part(name, dtype, shape):
-        kind, is_split = np.dtype(DTYPES[dtype]), name in ("planes", "norms")
-        wanted = ("U8", (kind.itemsize, *shape)) if is_split else (dtype, shape)
+        kind, is_frame = np.dtype(DTYPES[dtype]), zstd and name != "low"
         was, size, data = block["tensors"][prefix + name]
-        if zstd:
-            import zstandard
-
+        if is_frame:
             sizes = {zstandard.frame_content_size(data), block["raw"][prefix + name]}
             check(sizes == {int(np.prod(shape)) * kind.itemsize}, f"{name} is too long")
             frame = zstandard.ZstdDecompressor(max_window_size=2**23)
             data = frame.decompress(data, allow_extra_data=False)
-        check(zstd or (was, size) == wanted, f"{prefix}{name} has a bad shape")
-        if is_split:
-            data = np.frombuffer(data, "u1").reshape(kind.itemsize, -1).T.tobytes()
+        is_right = is_frame or (was, size) == (dtype, shape)
+        check(is_right, f"{prefix}{name} has a bad shape")
         return np.frombuffer(data, kind).reshape(shape)
 
     if codec.startswith("turbo") and prefix.split(".", 1)[1] not in ("k.", "v."):
         codec = "planes" if zstd else "raw"
-    if codec in ("raw", "planes"):
-        return part("rows" if codec == "raw" else "planes", dtype, shape)
+    if codec == "raw":
+        return part("rows", dtype, shape)
+    if codec == "planes":
+        size, high = np.dtype(DTYPES[dtype]).itemsize, part("high", "U8", shape)
+        low = part("low", "U8", (size - 1, *shape)) if size > 1 else ()
+        return np.stack([*low, high], axis=-1).view(DTYPES[dtype])[..., 0]
     (*outer, tokens, dim), is_key = shape, prefix.endswith(".k.")
     sinks, bits = max(0, min(4 - start, tokens)), int(codec[5 if is_key else -1])
     coded, symbols, number = (*outer, tokens - sinks), 0, 0
@@ -163,7 +164,7 @@ def decode(block, prefix, start, shape, dtype):
         start += size
     stream = shake_128(b"turboquant/wh-rotation/1" + pack("<QI", 0, dim))
     flips = np.unpackbits(np.array([*stream.digest(dim // 8)], "u1"), bitorder="little")
-    norms = part("norms", "F32", coded)[..., None].astype(float)
+    norms = np.stack([*part("norms", "U8", (4, *coded))], -1).view("<f4").astype(float)
     mean = part("mean", "F16", (*outer, dim))[:, :, None] if is_key else np.zeros(1)
     norms, mean = (np.where(np.isfinite(x), x, np.nan) for x in (norms, mean))
     x = y * (1.0 - 2.0 * flips) * norms + mean

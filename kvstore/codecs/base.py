@@ -82,6 +82,9 @@ class ArrayCodec(Protocol):
             CodecError: This codec cannot hold such rows.
         """
 
+    def is_compressible(self, part: str) -> bool:
+        """Whether a compressor is worth its time on a part."""
+
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
 
@@ -156,7 +159,7 @@ class Codec:
         specs = self.array.parts(rows)  # refuses the rows before any work is done
         encoded = self.array.encode(x, rows)
         return [
-            self._pack(f"{prefix}{name}", dtype, encoded[name])
+            _pack(f"{prefix}{name}", dtype, encoded[name], self._compressor_of(name))
             for name, (dtype, _) in specs.items()
         ]
 
@@ -184,7 +187,7 @@ class Codec:
             part = data[spec.begin - begin : spec.end - begin]
             try:
                 shape = _found_shape(spec, dtype, shape)
-                raw = self._unpack(part, spec, dtype, shape)
+                raw = _unpack(part, spec, dtype, shape, self._compressor_of(name))
             except ValueError as error:
                 raise IntegrityError(f"tensor {prefix}{name}: {error}") from error
             opened[name] = np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
@@ -192,28 +195,34 @@ class Codec:
             self.array.check(opened, rows)
         return opened
 
-    def _pack(self, name: str, dtype: str, array: Array) -> Part:
-        # Flat bytes: a memoryview of an array without rows cannot be cast.
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        if self.compressor is None:
-            return Part(name, dtype, array.shape, data)
-        packed = self.compressor.compress(data)
-        return Part(name, "U8", (len(packed),), packed, raw_nbytes=len(data))
+    def _compressor_of(self, part: str) -> BytesCodec | None:
+        return self.compressor if self.array.is_compressible(part) else None
 
-    def _unpack(
-        self, data: memoryview, spec: TensorSpec, dtype: str, shape: tuple[int, ...]
-    ) -> bytes | memoryview:
-        """Return the raw bytes of a tensor of this dtype and shape."""
-        nbytes = math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
-        if self.compressor is None:
-            if (spec.dtype, spec.shape, spec.raw_nbytes) != (dtype, shape, None):
-                raise ValueError("has another dtype or shape than its codec makes")
-            if len(data) != nbytes:
-                raise ValueError(f"has {len(data)} bytes in place of {nbytes}")
-            return data
-        if spec.dtype != "U8" or spec.raw_nbytes != nbytes:
-            raise ValueError("has another raw size than its codec makes")
-        return self.compressor.decompress(data, nbytes)
+
+def _pack(name: str, dtype: str, array: Array, compressor: BytesCodec | None) -> Part:
+    # Flat bytes: a memoryview of an array without rows cannot be cast.
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    if compressor is None:
+        return Part(name, dtype, array.shape, data)
+    packed = compressor.compress(data)
+    return Part(name, "U8", (len(packed),), packed, raw_nbytes=len(data))
+
+
+def _unpack(
+    data: memoryview, spec: TensorSpec, dtype: str, shape: tuple[int, ...],
+    compressor: BytesCodec | None,
+) -> bytes | memoryview:  # fmt: skip
+    """Return the raw bytes of a tensor of this dtype and shape."""
+    nbytes = math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+    if compressor is None:
+        if (spec.dtype, spec.shape, spec.raw_nbytes) != (dtype, shape, None):
+            raise ValueError("has another dtype or shape than its codec makes")
+        if len(data) != nbytes:
+            raise ValueError(f"has {len(data)} bytes in place of {nbytes}")
+        return data
+    if spec.dtype != "U8" or spec.raw_nbytes != nbytes:
+        raise ValueError("has another raw size than its codec makes")
+    return compressor.decompress(data, nbytes)
 
 
 def _found_shape(

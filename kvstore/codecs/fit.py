@@ -87,6 +87,10 @@ class Fit:
         if plan:
             plan.check(parts)
 
+    def is_compressible(self, part: str) -> bool:
+        """All parts."""
+        return True
+
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
         plan = self._plan(rows)

@@ -28,6 +28,10 @@ class Raw:
         """Return the one part."""
         return {"rows": (rows.dtype, rows.shape)}
 
+    def is_compressible(self, part: str) -> bool:
+        """All parts."""
+        return True
+
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Return the rows."""
         return {"rows": x}

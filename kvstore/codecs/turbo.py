@@ -99,6 +99,10 @@ class Turbo:
             specs["sinks"] = (rows.dtype, (layers, heads, sinks, dim))
         return specs
 
+    def is_compressible(self, part: str) -> bool:
+        """All parts."""
+        return True
+
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
         sinks = _num_sinks(rows)
@@ -126,7 +130,7 @@ class Turbo:
             for layer, exact in zip(layers, parts["sinks"], strict=True):
                 layer[:, :sinks] = exact
         norms = np.empty(parts["norms"].shape[1:], np.float32)
-        join_planes(parts["norms"], norms)
+        join_planes(list(parts["norms"]), norms)
         best_kernels().decode_block(
             [parts[name] for name, _ in self._planes(rows)],
             norms,
@@ -139,7 +143,7 @@ class Turbo:
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Decode all layers on the device."""
         norms = np.empty(parts["norms"].shape[1:], np.float32)
-        join_planes(parts["norms"], norms)
+        join_planes(list(parts["norms"]), norms)
         codes = [mx.array(parts[name]) for name, _ in self._planes(rows)]
         dtype = MLX_DTYPES[rows.dtype]
         decoded = dequantize_polar(

@@ -228,7 +228,7 @@ FAULTS = {
     "shard: norms flipped": lambda s: flip_tensor(s.shard(), "1.0.v.norms"),
     "shard: codes flipped": lambda s: flip_tensor(s.shard(), "2.0.k.codes"),
     "shard: mean flipped": lambda s: flip_tensor(s.shard(), "3.0.k.mean"),
-    "shard: tail flipped": lambda s: flip_tensor(s.shard(), "4.0.k.planes"),
+    "shard: tail flipped": lambda s: flip_tensor(s.shard(), "4.0.k.high"),
     "shards: swapped": swap_shards,
     "entry: missing": lambda s: s.entry().unlink(),
     "entry: flipped": lambda s: flip(s.entry(), 777),
