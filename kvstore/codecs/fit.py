@@ -88,8 +88,8 @@ class Fit:
             plan.check(parts)
 
     def is_compressible(self, part: str) -> bool:
-        """All parts."""
-        return True
+        """All parts but the low planes of rows that are stored in planes."""
+        return part != "low"
 
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
         """Encode rows of shape ``(L, H, T, D)``."""
