@@ -110,6 +110,11 @@ def open_folder(path: Path) -> StoreFolder:
                 raise _not_a_store(path) from error
             raise error from None
     _check_folders(path)
+    if not (path / CONFIG_COPY).exists():
+        with suppress(OSError):  # on a read-only disk nothing is written anyway
+            files.write_atomic(
+                path / CONFIG_COPY, config_to_bytes(config), path / "tmp"
+            )
     device = path.stat().st_dev
     return StoreFolder(path, config.id, config.block_size, config.max_bytes, device)
 

@@ -182,7 +182,10 @@ def test_any_bit_of_a_configuration_may_flip(saved, caches, flip_bit, name):
         if damage is not None:
             (path / name).write_bytes(damage)
         with kvstore.Store(path) as store:
-            assert [f.kind for f in store.verify()] == ["damaged-config"]
+            # A copy that is missing was left out of a bundle, and is made at once.
+            is_made = damage is None and name == "config.copy.json"
+            wrong = [] if is_made else ["damaged-config"]
+            assert [f.kind for f in store.verify()] == wrong
             store.repair()
             assert store.verify() == []
         assert (path / name).read_bytes() == good
