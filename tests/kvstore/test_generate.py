@@ -189,7 +189,7 @@ def test_an_interrupt_never_saves_a_row_that_is_not_there(
     """Ctrl-C between any two updates of the cache keeps right rows only."""
     kept = []
 
-    def check(tokens, prompt_cache, fingerprint, *, name, replace, progress):
+    def check(tokens, prompt_cache, fingerprint, *, name, **_):
         exact = prefill(loaded[0], tokens)
         offsets = [cache.offset for cache in prompt_cache]
         kept.append((list(tokens), offsets, name, rows_close(prompt_cache, exact)))
@@ -529,7 +529,7 @@ def test_an_interrupt_with_a_draft_model_saves_right_rows_only(
     kept = []
     prompt = PROMPT[:60]
 
-    def keep(tokens, prompt_cache, fingerprint, *, name, replace, progress):
+    def keep(tokens, prompt_cache, fingerprint, *, name, **_):
         kept.append((list(tokens), prompt_cache, name))
 
     interrupt(stop)
