@@ -21,7 +21,7 @@ PRIMITIVES = (
     "open_regular", "read_into", "make_private_dir",
 )  # fmt: skip
 KEPT = "kept"
-QUICK = {("save", errno.ENOSPC), ("import", errno.EIO), ("rebuild", errno.EACCES)}
+QUICK = {("save", errno.ENOSPC), ("rebuild", errno.EACCES)}
 
 
 class Disk:

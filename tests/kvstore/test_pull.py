@@ -278,6 +278,7 @@ def poisons(server):
         yield f"flip {at}", lambda o, c=bytes(changed): o.update({first: c})
 
 
+@pytest.mark.slow
 def test_no_poisoned_shard_becomes_visible(s3_server, stores, remote, pushed):
     """Every poisoned object is named, and the store shows nothing of its entry."""
     good = dict(s3_server.objects)

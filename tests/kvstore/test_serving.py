@@ -781,7 +781,10 @@ def test_a_captured_request_is_rendered_as_it_was_served(
     assert found["num_tokens"] == found["num_prompt_tokens"] - 1
 
 
-@pytest.mark.parametrize("way", ["batched", "alone", "draft", "quantized"])
+SLOW_WAYS = [pytest.param(w, marks=pytest.mark.slow) for w in ("draft", "quantized")]
+
+
+@pytest.mark.parametrize("way", ["batched", "alone", *SLOW_WAYS])
 def test_a_kill_during_a_prefill_costs_its_last_steps(servers, models, tmp_path, way):
     """SIGKILL at 5,000 tokens leaves more than 4,000, however they are served."""
     options = ["--prefill-step-size", "256", "--codec", "raw"]
