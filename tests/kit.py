@@ -4,7 +4,10 @@ Import it as ``kit``. A test that reaches for a module of ``kvstore`` which is n
 public takes it from here, so that a module that moves is mended in one place.
 """
 
+import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -32,6 +35,7 @@ __all__ = [
     "TensorSpec",
     "bits_of",
     "encode_rows",
+    "load_beside",
     "normal_rows",
     "open_chat",
     "random_bits",
@@ -42,6 +46,17 @@ __all__ = [
 
 FLOATS = ("F32", "F16", "BF16")
 """The dtypes that rows of a model have."""
+
+
+def load_beside(name):
+    """Import a module of makers that lies in `tests/kvstore`, once."""
+    full = f"kvstore_tests_{name}"
+    if full not in sys.modules:
+        path = Path(__file__).parent / "kvstore" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(full, path)
+        sys.modules[full] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[full])
+    return sys.modules[full]
 
 
 def normal_rows(rows, seed=0):

@@ -117,8 +117,11 @@ def save_blocks(
 
 def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list[Block]:
     """Return the blocks that the store lacks, or has no copy of as good as these."""
-    encoder = _Encoder(blocks, codec, snapshot)
-    return [b for b in snapshot.blocks if _is_wanted(blocks, encoder, b)]
+    return _missing(blocks, _Encoder(blocks, codec, snapshot))
+
+
+def _missing(blocks: BlockStore, encoder: _Encoder) -> list[Block]:
+    return [b for b in encoder.snapshot.blocks if _is_wanted(blocks, encoder, b)]
 
 
 def _is_wanted(blocks: BlockStore, encoder: _Encoder, block: Block) -> bool:
@@ -138,9 +141,8 @@ def _write_missing(
     No lock is held while a codec works.
     """
     chain = encoder.snapshot.chain
-    wanted = [b for b in encoder.snapshot.blocks if _is_wanted(blocks, encoder, b)]
     progress(0, chain.num_tokens)
-    for batch in _batches(encoder.encode(wanted)):
+    for batch in _batches(encoder.encode(_missing(blocks, encoder))):
         with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
             make_room(staged.header.nbytes)
             with blocks.index.transaction():

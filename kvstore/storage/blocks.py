@@ -16,7 +16,12 @@ from typing import TypeVar
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
-from ..format.chain import digest_fields, hash_block_tokens, origin_root
+from ..format.chain import (
+    digest_fields,
+    hash_block_tokens,
+    hash_root,
+    origin_root,
+)
 from ..format.entry import MAX_BYTES, Entry, parse_entry
 from . import files
 from .folder import StoreFolder
@@ -434,7 +439,7 @@ class BlockStore:
             self._forget_missing(shard)
             raise IntegrityError(
                 f"shard {shard[:12]} is missing",
-                path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
+                path=shard_path(self.folder.shards, shard),
                 hint="save the prompt again",
             ) from error
         except OSError as error:
@@ -444,7 +449,7 @@ class BlockStore:
             self._forget(shard, None)
             raise IntegrityError(
                 f"shard {shard[:12]} cannot be read: {error}",
-                path=self.folder.shards / shard[:2] / f"{shard}.safetensors",
+                path=shard_path(self.folder.shards, shard),
                 hint="save the prompt again; `kvstore verify` finds more",
             ) from error
         except IntegrityError as error:
@@ -493,7 +498,7 @@ def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -
     """Tell the index what lies in a shard, and since when, in Unix seconds."""
     origin = header.origin
     fingerprint = digest_fields(origin.fingerprint)
-    root = origin_root(origin)
+    root = hash_root(fingerprint, origin.layout)
     index.add_root(root, fingerprint, origin.layout)
     index.add_shard(name, header.nbytes, added_at)
     for stored in filter(is_sound, header.blocks):

@@ -1,6 +1,6 @@
 """Fixtures of the store's tests."""
 
-import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from kit import load_beside
 
 from kvstore.storage.folder import create_folder
 
@@ -22,16 +23,6 @@ settings.register_profile(
 settings.load_profile("kvstore")
 
 HERE = Path(__file__).parent
-
-
-def load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +51,17 @@ def empty_store(tmp_path_factory):
 def store_path(tmp_path, empty_store):
     """A store of small blocks."""
     return shutil.copytree(empty_store, tmp_path / "store")
+
+
+@pytest.fixture
+def log(caplog):
+    """A function that returns what kvstore has logged so far."""
+    logger = logging.getLogger("kvstore")
+    before = logger.propagate
+    logger.propagate = True
+    caplog.set_level(logging.DEBUG, "kvstore")
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.propagate = before
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`kvstore export` and `kvstore import`: files, pipes, other users, and refusals."""
 
-import importlib.util
 import json
 import os
 import pty
@@ -12,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from kit import load_beside
 
 import kvstore
 from kvstore.storage.folder import create_folder
@@ -22,15 +22,7 @@ DOCUMENT = "The quick brown fox. " * 30
 NOBODY = 65534
 
 
-def _load_beside(name):
-    path = HERE / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kvstore_tests_{name}", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-tree = _load_beside("forging").tree
+tree = load_beside("forging").tree
 
 
 def words(store, *args):
@@ -268,7 +260,7 @@ def test_no_bundle_is_awaited_from_a_terminal(tmp_path):
 
 def test_a_maker_without_a_name_is_told_so(sent, run_cli, tmp_path):
     """A bundle need not say what its model was called."""
-    forging = _load_beside("forging")
+    forging = load_beside("forging")
     manifest, contents = forging.unpack(sent[1].read_bytes())
     manifest["entry"]["model"] = ""
     bundle = tmp_path / "x.kvbundle"

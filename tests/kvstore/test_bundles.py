@@ -2,13 +2,11 @@
 
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import os
 import random
 import shutil
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import blake3
 import mlx.core as mx
 import pytest
+from kit import load_beside
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 import kvstore
@@ -31,15 +30,7 @@ GOLDEN = HERE / "golden"
 BLOCK = 16
 
 
-def _load_beside(name):
-    path = HERE / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kvstore_tests_{name}", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures, forging = _load_beside("architectures"), _load_beside("forging")
+architectures, forging = load_beside("architectures"), load_beside("forging")
 export, take, tree, bits_of = (
     forging.export, forging.take, forging.tree, forging.bits_of,
 )  # fmt: skip
@@ -197,7 +188,7 @@ def test_an_entry_without_a_name_stays_so(stores, caches):
 def test_a_bundle_of_this_format_is_read_for_ever(stores):
     """What an earlier release exported is imported, and exported again to the bit."""
     data = (GOLDEN / "format-1.kvbundle").read_bytes()
-    golden = _load_beside("test_golden")
+    golden = load_beside("test_golden")
     entry = take(stores[0], data, fingerprint=golden.MODEL)
     assert (entry.name, entry.num_tokens) == ("golden", 40)
     with kvstore.Store(stores[0]) as store:

@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from kit import load_beside
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import ArraysCache, CacheList
@@ -18,19 +17,7 @@ from kvstore.format.entry import Entry
 from kvstore.server import app
 from kvstore.server.writer import dispensable
 
-
-def _load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parent / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-architectures, beside = _load_beside("architectures"), _load_beside("servers")
+architectures, beside = load_beside("architectures"), load_beside("servers")
 
 LISTS = sorted(app._LISTS_BATCHED_RIGHT)
 RECURRENT = (

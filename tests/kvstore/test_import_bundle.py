@@ -1,6 +1,5 @@
 """What an imported bundle does to a store, and what others at work do to both."""
 
-import importlib.util
 import io
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from kit import load_beside
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
@@ -26,15 +26,7 @@ HERE = Path(__file__).parent
 BLOCK = 16
 
 
-def _load_beside(name):
-    path = HERE / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kvstore_tests_{name}", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures, forging = _load_beside("architectures"), _load_beside("forging")
+architectures, forging = load_beside("architectures"), load_beside("forging")
 export, take, tree, bits_of = (
     forging.export, forging.take, forging.tree, forging.bits_of,
 )  # fmt: skip

@@ -2,27 +2,17 @@
 
 import importlib
 import importlib.util
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from kit import load_beside
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 import kvstore
 from kvstore.storage.folder import create_folder
 
-
-def _load_beside(name):
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kvstore_tests_{name}", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures = _load_beside("architectures")
+architectures = load_beside("architectures")
 CANNOT = {*architectures.CANNOT_RUN, *architectures.CANNOT_STORE}
 COVERED = [name for name in architectures.names() if name not in CANNOT]
 # One of each make of prompt cache; the others are slow only by their number.

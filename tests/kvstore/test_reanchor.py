@@ -1,12 +1,10 @@
 """Re-anchored rows: near what is computed, marked, and never stored."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from kit import load_beside
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 import kvstore
@@ -14,19 +12,7 @@ from kvstore.caches.live import Provenance, read_provenance
 from kvstore.models.reanchor import NUM_FRESH, reanchor_prompt
 from kvstore.models.rotation import LayerRotation, measure_rotation
 
-
-def _load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parent / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-architectures = _load_beside("architectures")
+architectures = load_beside("architectures")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
 TAIL = [(7 * i * i + 3 * i) % 97 + 10 for i in range(120)]
 TOKENS, PROMPT = HEAD + OLD + TAIL, HEAD + NEW + TAIL + [5, 6]

@@ -1,29 +1,14 @@
 """The gate of re-anchoring: keys are moved where a measurement says they can be."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from kit import load_beside
 
 import kvstore
 from kvstore.models.rotation import measure_rotation
 
-
-def _load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parent / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-architectures = _load_beside("architectures")
+architectures = load_beside("architectures")
 
 MOVABLE = [
     "llama", "gemma3_text", "cohere2", "exaone4", "gpt_neox", "gptj", "glm4",

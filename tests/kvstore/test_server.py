@@ -1,6 +1,5 @@
 """DiskPromptCache: memory first, then disk; right rows, and never in the way."""
 
-import logging
 import os
 import shutil
 import threading
@@ -46,17 +45,6 @@ def open_tier(store_path, models):
     yield open_
     for tier in opened:
         tier.close()
-
-
-@pytest.fixture
-def log(caplog):
-    """A function that returns what the tier has logged so far."""
-    logger = logging.getLogger("kvstore")
-    before = logger.propagate
-    logger.propagate = True
-    caplog.set_level(logging.DEBUG, "kvstore")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.propagate = before
 
 
 def restart(tier, open_tier, **options):

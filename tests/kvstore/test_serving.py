@@ -3,7 +3,6 @@
 Both are real processes; the official client of the API asks them.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -20,25 +19,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from kit import load_beside
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
 from kvstore.server.writer import NICE, Writer
 
-
-def _load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        path = Path(__file__).parent / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(full, path)
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-beside = _load_beside("servers")
+beside = load_beside("servers")
 plain, said = beside.plain, beside.said
 
 HAS_KV_BITS = not version("mlx-lm").startswith("0.31.")
@@ -436,7 +424,7 @@ def test_weights_that_were_replaced_are_another_model(
 
 def test_states_do_not_come_out_of_batches(servers, tiny_model, tmp_path):
     """What parallel prompts of a recurrent model leave on disk is what it computes."""
-    architectures = _load_beside("architectures")
+    architectures = load_beside("architectures")
     sizes = {"vocab_size": 260}
     model = architectures.make_model("mamba", **sizes)
     folder = shutil.copytree(tiny_model, tmp_path / "mamba")

@@ -1,7 +1,6 @@
 """kvstore.tier: any thread, any cache class by what it does, and never in the way."""
 
 import copy
-import logging
 import threading
 
 import mlx.core as mx
@@ -37,17 +36,6 @@ def open_tier(store_path, caches):
     yield open_
     for tier in opened:
         tier.close()
-
-
-@pytest.fixture
-def log(caplog):
-    """A function that returns what the tier has logged so far."""
-    logger = logging.getLogger("kvstore")
-    before = logger.propagate
-    logger.propagate = True
-    caplog.set_level(logging.DEBUG, "kvstore")
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.propagate = before
 
 
 def in_a_thread(work, *arguments):

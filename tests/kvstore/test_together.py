@@ -5,7 +5,6 @@ chat notes a digest of the rows that it computed, after every turn that was kept
 """
 
 import hashlib
-import importlib.util
 import json
 import random
 import signal
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from kit import load_beside
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -27,17 +27,7 @@ MAX_TOKENS = 900  # of a conversation; the next turn begins another
 NUM_QUESTIONS = 12
 
 
-def _load_beside(name):
-    """Import a module that lies beside this file, once."""
-    full = f"kvstore_tests_{name}"
-    if full not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full, HERE / f"{name}.py")
-        sys.modules[full] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[full])
-    return sys.modules[full]
-
-
-beside = _load_beside("servers")
+beside = load_beside("servers")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """Windows and recurrent states: restored only where they are right, on real layers."""
 
-import importlib.util
 import random
 import shutil
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from kit import load_beside
 from mlx_lm.models.cache import (
     ArraysCache,
     CacheList,
@@ -24,16 +22,7 @@ import kvstore
 from kvstore.caches.restore import DeviceRestoring
 from kvstore.ops import load as loading
 
-
-def _load_beside(name):
-    path = Path(__file__).parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"kvstore_tests_{name}", path)
-    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(module)
-    return module
-
-
-architectures = _load_beside("architectures")
+architectures = load_beside("architectures")
 feed, go_on, bits = architectures.feed, architectures.go_on, architectures.bits
 
 WINDOW, BLOCK, STEP = architectures.WINDOW, 16, 10
