@@ -110,13 +110,14 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
 def make_room(
     blocks: BlockStore, nbytes: int, needed: Callable[[], frozenset[BlockHash]]
 ) -> None:
-    """Evict what was used least recently, where bytes would pass the limit.
+    """Evict the least recently used entries if new bytes would pass the size limit.
 
     Args:
         blocks: The store's blocks.
-        nbytes: Bytes that are to be added; nothing goes for more than the limit.
-        needed: Asked, where something has to go, for the blocks that stay: those that
-            the bytes are a part of, and those that other saves build on.
+        nbytes: Size of the shard to be added. One that is larger than the whole limit
+            evicts nothing.
+        needed: Returns the blocks that must stay: those of this save, and those that
+            other saves build on. Called only if something has to be evicted.
     """
     limit = blocks.folder.max_bytes
     if nbytes <= limit < sum(blocks.index.shards().values()) + nbytes:

@@ -126,7 +126,7 @@ class _Survey:
     def candidates(self, *, named: bool) -> list[Entry]:
         """Return what may be evicted: least recently used first, named ones last."""
         if self._unreadable:
-            return []  # whatever goes, one of these may need it
+            return []  # an entry that cannot be read may need any block
         found = [e for e in self.entries if not e.pinned and (e.name is None or named)]
         return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
 

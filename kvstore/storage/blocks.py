@@ -445,7 +445,7 @@ class BlockStore:
         except OSError as error:
             if error.errno not in _UNREADABLE:
                 raise
-            # It stays where it is: a disk may answer again tomorrow.
+            # The file stays in place, since a disk error may be temporary.
             self._forget(shard, None)
             raise IntegrityError(
                 f"shard {shard[:12]} cannot be read: {error}",
@@ -579,7 +579,7 @@ def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardH
         except (IntegrityError, FormatError, OSError):
             continue  # it stays where it is, and `verify` reports it
         with index.transaction():
-            # Whoever prunes it holds the same write lock when the file goes.
+            # `prune` holds the same write lock while it removes the file.
             is_there = shard_path(folder.shards, name).exists()
             if is_there:
                 index_shard(index, name, header, added_at)

@@ -187,7 +187,7 @@ class Catalog:
     def _remove(self, entry_id: str) -> None:
         remove_entry(self._folder.entries, entry_id)
         with suppress(OSError, StoreLockedError, FormatError):
-            # A copy without its file is none; `prune` removes it.
+            # Nobody reads a copy whose file is gone.
             self._blocks.run(lambda: self._blocks.index.drop_entry(entry_id))
 
     def rename(self, ref: str | Entry, name: str) -> Entry:
