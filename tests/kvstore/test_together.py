@@ -6,6 +6,7 @@ chat notes a digest of the rows that it computed, after every turn that was kept
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -133,6 +134,7 @@ class Together:
                 stdout=file,
                 stderr=file,
                 cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
             )
         child.log, child.number = log, number
         child.num_turns = self._num_turns(number)
