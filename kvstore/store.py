@@ -382,7 +382,7 @@ class Store:
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
-        return self._blocks.run_twice(restore)
+        return self._blocks.run_again(restore)
 
     def lookup(
         self,
@@ -514,7 +514,7 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: A part of it is missing or damaged.
         """
-        return self._blocks.run_twice(lambda: self._blocks.chain(self.entry(ref)))
+        return self._blocks.run_again(lambda: self._blocks.chain(self.entry(ref)))
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.
@@ -957,7 +957,7 @@ class Store:
 
     def _origin(self, ref: str) -> Origin:
         """Return what made an entry."""
-        return self._blocks.run_twice(lambda: self._blocks.origin(self.entry(ref)))
+        return self._blocks.run_again(lambda: self._blocks.origin(self.entry(ref)))
 
     def _loader(self) -> Loader:
         from .ops.load import Loader

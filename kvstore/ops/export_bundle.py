@@ -60,7 +60,7 @@ def export_entry(
     def count(done: int) -> None:
         progress(done // 2, entry.num_tokens)
 
-    origin, shards = blocks.run_twice(lambda: _digest_shards(blocks, entry, count))
+    origin, shards = blocks.run_again(lambda: _digest_shards(blocks, entry, count))
     stored = list(chain.from_iterable(shard.blocks for shard in shards))
     nbytes = sum(block.end - block.begin for block in stored)
     first_half = entry.num_tokens

@@ -148,8 +148,11 @@ class Pruner:
     def __init__(self, blocks: BlockStore, policy: Policy) -> None:
         self._blocks = blocks
         self._folder = blocks.folder
-        self._index = blocks.index
         self._policy = policy
+
+    @property
+    def _index(self) -> Index:
+        return self._blocks.index  # another one once it was rebuilt
 
     def plan(self) -> PrunePlan:
         """Return what would go."""
@@ -182,6 +185,9 @@ class Pruner:
 
     def execute(self, plan: PrunePlan) -> int:
         """Carry a plan out; see :meth:`PrunePlan.execute`."""
+        return self._blocks.run(lambda: self._execute(plan))
+
+    def _execute(self, plan: PrunePlan) -> int:
         with files.locked(self._folder.lock, exclusive=True):
             gone = {
                 block

@@ -71,7 +71,7 @@ def push_entry(
             such entry then.
         RemoteError: The remote fails. Pushing again goes on from there.
     """
-    return blocks.run_twice(lambda: _push(blocks, entry, client, progress))
+    return blocks.run_again(lambda: _push(blocks, entry, client, progress))
 
 
 def _push(

@@ -114,9 +114,20 @@ def _build_index(folder: StoreFolder) -> None:
             files.sync_file(path)
             _set_index_aside(folder)
             files.publish(path, folder.index)
+            # Shards that others told the old index of while this one was built. Who
+            # still uses the old one is refused: see `Index.transaction`.
+            _add_late_shards(folder)
         finally:
             for suffix in ("-wal", "-shm"):
                 _beside(path, suffix).unlink(missing_ok=True)
+
+
+def _add_late_shards(folder: StoreFolder) -> None:
+    index = Index(folder.index)
+    try:
+        index_folder(index, folder)
+    finally:
+        index.close()
 
 
 def _temporary_index(folder: StoreFolder) -> Index:
@@ -215,25 +226,48 @@ class BlockStore:
             replace_index(self.folder, index.identity if index else None)
         return work()
 
-    def run_twice(self, work: Callable[[], T]) -> T:
-        """Run ``work`` once more where it met damage."""
+    def run_again(self, work: Callable[[], T]) -> T:
+        """Run ``work`` again where it met damage, in the end while nothing is freed."""
         try:
             return self.run(work)
         except IntegrityError as error:
             # Another shard may hold a good copy, or `prune` have moved a block.
             self.run(self.confirm)
-            try:
+            with suppress(IntegrityError):
                 return self.run(work)
+            try:
+                with self._nothing_freed():
+                    return self.run(work)
             except IntegrityError:
                 raise error from None  # it says what was wrong, not what is missing now
+
+    @contextmanager
+    def _nothing_freed(self) -> Iterator[None]:
+        """Hold the lock that `prune` takes to remove shards, where there can be one."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.folder.lock, exclusive=False))
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+            yield
 
     def confirm(self) -> None:
         """Compare the index with all shards; whoever removes shards does this first.
 
+        Call it without the store's lock.
+
         Raises:
             IndexDamagedError: The index says something else.
         """
-        confirm_folder(self.index, self.folder)
+        try:
+            return confirm_folder(self.index, self.folder)
+        except IndexDamagedError:
+            if self.index.is_temporary:
+                raise
+        # Another process may have been removing a shard: rows go before the file.
+        with files.locked(self.folder.lock, exclusive=True):
+            confirm_folder(self.index, self.folder)
 
     def has(self, place: Place) -> bool:
         """Whether a block's shard is there and can be read, as the index says."""

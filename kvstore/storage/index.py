@@ -210,10 +210,17 @@ class Index:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make all changes inside the block at once, or none of them."""
+        """Make all changes inside the block at once, or none of them.
+
+        Raises:
+            IndexDamagedError: Another file has taken the place of this one: what is
+                written to it is lost. Rebuilding holds the store's lock, so that who
+                holds it too only meets this at the start.
+        """
         with self._translated():
             self._connection.execute("BEGIN IMMEDIATE")
         try:
+            self._check_current()
             yield
         except BaseException:
             # SQLite itself rolls back after some errors.
@@ -228,6 +235,11 @@ class Index:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+        self._check_current()
+
+    def _check_current(self) -> None:
+        if self.identity and self.identity != index_identity(self.path):
+            raise self._damaged("another index has taken its place")
 
     def place(self, block: BlockHash) -> Place | None:
         """Return where a block lies, or ``None``."""
