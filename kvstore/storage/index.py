@@ -237,6 +237,12 @@ class Index:
                 raise
         self._check_current()
 
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Let all queries inside the block see the same state."""
+        with self._translated(), self._connection:
+            yield
+
     def _check_current(self) -> None:
         if self.identity and self.identity != index_identity(self.path):
             raise self._damaged("another index has taken its place")
@@ -252,15 +258,16 @@ class Index:
         Raises:
             IndexDamagedError: The index says otherwise, so it is damaged.
         """
-        place = self.place(block.hash)
-        if place is None:
-            return None
         # By way of its parent, as a prompt that leaves it halfway will look for it.
         query = (
             "SELECT num_tokens FROM blocks INDEXED BY blocks_by_parent"
             " WHERE parent = ? AND first_token = ? AND hash = ?"
         )
-        told = self._query(query, (block.parent, block.tokens[0], block.hash))
+        with self._snapshot():  # `prune` may drop the block between the two
+            place = self.place(block.hash)
+            if place is None:
+                return None
+            told = self._query(query, (block.parent, block.tokens[0], block.hash))
         if told != [(len(block.tokens),)]:
             raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
         return place

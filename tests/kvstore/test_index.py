@@ -370,3 +370,20 @@ def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
         places, *_ = answer(path)
         kinds = {(type(place.num_tokens), type(place.nbytes)) for place in places}
         assert kinds <= {(int, int)}
+
+
+def test_a_block_that_another_drops_between_two_queries_is_no_damage(index, path):
+    fill(index)
+    other, place = Index(path), index.place
+
+    def drop_after(block):
+        found = place(block)
+        with other.transaction():
+            other.drop_shard(SHARD)
+        return found
+
+    index.place = drop_after
+    assert index.place_of(CHAIN[0]) == place_of(CHAIN[0])
+    del index.place
+    assert index.place_of(CHAIN[0]) is None
+    other.close()
