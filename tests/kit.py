@@ -21,6 +21,7 @@ from kvstore.models import (
     LoadedModel,
     PrefillOptions,
     SamplingOptions,
+    Template,
     chat,
     generate,
 )
@@ -207,7 +208,10 @@ def save_prompt(model, tokens, *, fingerprint, draft_model=None, **options):
     return generate.save_prompt(loaded, tokens, **_gathered(options))
 
 
-def open_chat(model, tokenizer, *, fingerprint, draft_model=None, **options):
+def open_chat(
+    model, tokenizer, *, fingerprint, draft_model=None, is_plain=False, **options
+):
     """Open a chat; options are given by their own names."""
+    options["template"] = Template(tokenizer, ignore=is_plain)
     loaded = LoadedModel(model, tokenizer, fingerprint, draft_model)
     return chat.Chat(loaded, **_gathered({"max_tokens": chat.MAX_TOKENS, **options}))

@@ -257,14 +257,8 @@ def _conversation(
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{ref}` has begun without it"
         )
-    return continue_entry(
-        model,
-        store,
-        ref,
-        text,
-        chat_template_config=prompt.chat_template_config,
-        ignore_chat_template=prompt.ignore_chat_template,
-    )
+    template = options.make_template(model.tokenizer, prompt)
+    return continue_entry(model, store, ref, text, template)
 
 
 def _entry_named(store: Store, name: str | None) -> str | None:

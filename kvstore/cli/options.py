@@ -20,6 +20,7 @@ from .main import is_utf8, load_fast_blas
 if TYPE_CHECKING:
     from ..models.session import CacheOptions, PrefillOptions
     from ..models.session import SamplingOptions as Sampling
+    from ..models.templates import Template
 
     JSONParam = click.ParamType[JSON]
     PartParam = click.ParamType[float]
@@ -110,20 +111,21 @@ def encode_source(
         prompt: How a text is rendered.
         is_open: Leave a text's message open, so that more can be added to it.
     """
-    config = prompt.chat_template_config
     if not isinstance(source, str):
         from ..server.requests import encode_request
 
+        config = prompt.chat_template_config
         return encode_request(tokenizer, source, chat_template_args=config)
-    from ..models.templates import encode_prompt
+    template = make_template(tokenizer, prompt)
+    return template.encode_prompt(source, prompt.system_prompt, is_open=is_open)
 
-    return encode_prompt(
-        tokenizer,
-        source,
-        system_prompt=prompt.system_prompt,
-        chat_template_config=config,
-        ignore_chat_template=prompt.ignore_chat_template,
-        is_open=is_open,
+
+def make_template(tokenizer: Any, given: PromptOptions | TemplateOptions) -> Template:
+    """Return how a conversation is rendered."""
+    from ..models.templates import Template
+
+    return Template(
+        tokenizer, given.chat_template_config, ignore=given.ignore_chat_template
     )
 
 

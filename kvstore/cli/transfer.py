@@ -19,7 +19,7 @@ from ..storage import files
 from . import options
 from .entries import entry_data, entry_label
 from .main import Verb, load_fast_blas, open_store, output_of
-from .options import ModelOptions, PromptOptions, gathered
+from .options import ModelOptions, PromptOptions, encode_source, gathered
 from .output import Output, format_bytes, format_count, one_line
 
 if TYPE_CHECKING:
@@ -197,7 +197,6 @@ def _import_cache_file(
     text = prompt.read()
     load_fast_blas()
     from ..models.load import load_model, read_cache_file
-    from ..models.templates import encode_prompt
 
     loaded, tokenizer, fingerprint = load_model(
         model.model,
@@ -205,14 +204,7 @@ def _import_cache_file(
         trust_remote_code=model.trust_remote_code,
         lazy=True,  # only its layers are looked at
     )
-    tokens = encode_prompt(
-        tokenizer,
-        text,
-        system_prompt=prompt.system_prompt,
-        chat_template_config=prompt.chat_template_config,
-        ignore_chat_template=prompt.ignore_chat_template,
-        is_open=True,
-    )
+    tokens = encode_source(tokenizer, text, prompt, is_open=True)
     begin = time.monotonic()
     prompt_cache, layouts = read_cache_file(path, tokens, loaded, model.model)
     # A file that is refused leaves no empty store behind.

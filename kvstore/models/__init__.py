@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PrefillOptions,
         SamplingOptions,
     )
+    from .templates import Template
 
 __all__ = [
     "CacheOptions",
@@ -30,6 +31,7 @@ __all__ = [
     "PrefillOptions",
     "Reanchored",
     "SamplingOptions",
+    "Template",
     "continue_entry",
     "load_models",
     "measure_rotation",
@@ -52,6 +54,7 @@ _HOMES = {
         "PrefillOptions",
         "SamplingOptions",
     ),
+    "templates": ("Template",),
 }
 
 

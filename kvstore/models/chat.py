@@ -18,7 +18,6 @@ from ..errors import (
     KVStoreError,
     StoreLockedError,
 )
-from ..format.documents import JSON
 from ..format.entry import Entry, check_name
 from ..store import Store
 from .generate import save_prompt, stream_generate
@@ -33,14 +32,7 @@ from .session import (
     entry_tokens,
     make_empty_cache,
 )
-from .templates import (
-    TurnMarks,
-    begins_with,
-    encode_next,
-    encode_prompt,
-    find_marks,
-    has_reply,
-)
+from .templates import Template
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -91,8 +83,8 @@ class Chat:
             Nothing is kept then, unless there is a name, or :meth:`fork` or
             :meth:`rename` gives one.
         system_prompt: What the system says first; not used where there is an entry.
-        chat_template_config: More variables for the chat template.
-        ignore_chat_template: Take what is said as plain text.
+        template: How the conversation is rendered; as the model's tokenizer says by
+            default.
         sampling: How replies are drawn.
         cache: How the prompt cache is made.
         prefilling: How prompts are computed.
@@ -116,8 +108,7 @@ class Chat:
         name: str | None = None,
         base: str | None = None,
         system_prompt: str | None = None,
-        chat_template_config: JSON | None = None,
-        ignore_chat_template: bool = False,
+        template: Template | None = None,
         sampling: SamplingOptions = SamplingOptions(max_tokens=MAX_TOKENS),
         cache: CacheOptions = CacheOptions(),
         prefilling: PrefillOptions = PrefillOptions(),
@@ -125,16 +116,14 @@ class Chat:
     ) -> None:
         check_name(name)
         self._model = model
-        self._tokenizer = model.tokenizer
         self._store = store
         self._fingerprint = model.fingerprint
         self._name = name
         self._base = base
         self._is_kept = base is None or name is not None
         self._system_prompt = system_prompt
-        self._config = chat_template_config
-        self._is_plain = ignore_chat_template or not self._tokenizer.has_chat_template
-        if system_prompt is not None and self._is_plain:
+        self._template = template or Template(model.tokenizer)
+        if system_prompt is not None and self._template.is_plain:
             raise ValueError("a system prompt needs a chat template, and none is used")
         self._empty = make_empty_cache(model, cache)
         self._sampling = sampling
@@ -359,22 +348,15 @@ class Chat:
 
     def begins_with(self, system_prompt: str) -> bool:
         """Whether the conversation was begun with this system prompt."""
-        if self._is_plain:
-            return False
-        return begins_with(
-            self._tokenizer,
-            self._tokens,
-            system_prompt,
-            chat_template_config=self._config,
-        )
+        return self._template.begins_with(self._tokens, system_prompt)
 
     def last_exchange(self) -> tuple[str, str] | None:
         """Return what was said last and replied, as text; ``None`` if unknown."""
-        if self._why_unknown is not None or not self._begins or self._is_plain:
+        template = self._template
+        if self._why_unknown is not None or not self._begins or template.is_plain:
             return None
-        marks = self._marks()
-        asked, replied = marks.last_exchange(self._tokens, self._begins[-1])
-        decode = self._tokenizer.decode
+        asked, replied = template.marks.last_exchange(self._tokens, self._begins[-1])
+        decode = template.tokenizer.decode
         return (
             decode(asked, skip_special_tokens=True).strip(),
             decode(replied, skip_special_tokens=True).strip(),
@@ -409,58 +391,38 @@ class Chat:
         if not self._tokens:
             return
         try:
-            if self._is_plain:
+            if self._template.is_plain:
                 raise KVStoreError(
                     "turns of plain text cannot be told apart",
                     hint="only turns of this session can be taken back",
                 )
-            if self._has_reply():
-                self._begins = self._marks().begins(self._tokens)
+            if self._template.has_reply(self._tokens):
+                self._begins = self._template.marks.begins(self._tokens)
         except KVStoreError as error:
             self._why_unknown = error
-
-    def _marks(self) -> TurnMarks:
-        return find_marks(self._tokenizer, chat_template_config=self._config)
-
-    def _has_reply(self) -> bool:
-        return has_reply(
-            self._tokenizer, self._tokens, chat_template_config=self._config
-        )
 
     def _encode(self, text: str) -> list[int]:
         """Return the tokens that a message adds to the conversation."""
         if not self._tokens:
-            return encode_prompt(
-                self._tokenizer,
-                text,
-                system_prompt=self._system_prompt,
-                chat_template_config=self._config,
-                ignore_chat_template=self._is_plain,
-                is_literal=True,
+            return self._template.encode_prompt(
+                text, self._system_prompt, is_literal=True
             )
-        return encode_next(
-            self._tokenizer,
-            text,
-            self._tokens,
-            chat_template_config=self._config,
-            ignore_chat_template=self._is_plain,
-            is_literal=True,
-        )
+        return self._template.encode_next(text, self._tokens, is_literal=True)
 
     def _begin_of(self, prompt: Sequence[int]) -> int:
         """Return where the turn begins that a prompt ends with."""
-        if not self._tokens and not self._is_plain:
+        if not self._tokens and not self._template.is_plain:
             with suppress(KVStoreError):
                 # What the system says first is no part of it.
-                return self._marks().first(prompt) or 0
+                return self._template.marks.first(prompt) or 0
         return len(self._tokens)
 
     def _is_empty(self, tokens: Sequence[int]) -> bool:
         """Whether nothing is left but what every conversation begins with."""
-        if self._is_plain or not tokens:
+        if self._template.is_plain or not tokens:
             return not tokens
         with suppress(KVStoreError):
-            return list(self._marks().opening) == list(tokens)
+            return list(self._template.marks.opening) == list(tokens)
         return False
 
     def _cut(self, tokens: list[int], num_turns: int) -> None:

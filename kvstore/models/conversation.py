@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ..format.documents import JSON
 from ..store import Store
 from .load import LoadedModel
 from .session import base_tokens
-from .templates import encode_next
+from .templates import Template
 
 
 def continue_entry(
@@ -14,9 +13,7 @@ def continue_entry(
     store: Store,
     ref: str,
     text: str,
-    *,
-    chat_template_config: JSON | None = None,
-    ignore_chat_template: bool = False,
+    template: Template | None = None,
 ) -> list[int]:
     """Return the tokens of an entry with one more message behind them.
 
@@ -28,8 +25,7 @@ def continue_entry(
         store: Where it is kept.
         ref: Its name, or its id or the start of it.
         text: What the user says.
-        chat_template_config: More variables for the chat template.
-        ignore_chat_template: Take what is said as plain text.
+        template: How it is rendered; as the model's tokenizer says by default.
 
     Raises:
         EntryNotFoundError: There is no such entry.
@@ -38,10 +34,5 @@ def continue_entry(
         ValueError: The chat template leaves out parts of a conversation.
     """
     held = base_tokens(store, ref, model.fingerprint)
-    return held + encode_next(
-        model.tokenizer,
-        text,
-        held,
-        chat_template_config=chat_template_config,
-        ignore_chat_template=ignore_chat_template,
-    )
+    template = template or Template(model.tokenizer)
+    return held + template.encode_next(text, held)

@@ -244,15 +244,16 @@ class _Demo:
         self, text: str, question: str, num_tokens: int | None
     ) -> tuple[list[int], list[int]]:
         """Return the tokens of the document and those of the question, as a chat."""
-        from ..models.templates import encode_continuation, encode_prompt
+        from .templates import Template
 
+        template = Template(self._tokenizer)
         num_tokens = num_tokens or self._choose_length(text)
-        frame = encode_prompt(self._tokenizer, _BEGIN + _END, is_open=True)
+        frame = template.encode_prompt(_BEGIN + _END, is_open=True)
         part = self._cut(text, max(1, num_tokens - len(frame)))
         message = f"{_BEGIN}{self._tokenizer.decode(part)}{_END}"
-        document = encode_prompt(self._tokenizer, message, is_open=True)
+        document = template.encode_prompt(message, is_open=True)
         asked = f"\n\n{question}"
-        return document, encode_continuation(self._tokenizer, asked, document)
+        return document, template.encode_next(asked, document)
 
     def run(self, job: Job, codecs: Sequence[str]) -> list[DemoRow]:
         """Prefill, save, answer; then resume everything saved in new processes."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import KVStoreError
 from ..format.entry import clean_title
-from .templates import find_marks
+from .templates import Template
 
 _NUM_TOKENS = 64
 """Enough for a title in any language."""
@@ -37,7 +37,7 @@ def _first_message(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
     """Return the first message of the user, or its beginning."""
     if tokenizer.has_chat_template:
         with suppress(KVStoreError):
-            marks = find_marks(tokenizer)
+            marks = Template(tokenizer).marks
             first = marks.first(tokens)
             if first is not None:
                 end = first + len(marks.header) + _NUM_TOKENS + len(marks.answer)

@@ -25,7 +25,7 @@ from kit import save_prompt
 import kvstore
 from kvstore.models.load import fingerprint_model, load_models
 from kvstore.models.session import entry_tokens
-from kvstore.models.templates import encode_prompt
+from kvstore.models.templates import Template
 
 ROOT = Path(__file__).parent.parent.parent
 LINES = ["Hello there", "And then? What came next?", "Fine", "The end."]
@@ -205,7 +205,7 @@ def test_the_system_prompt_is_left(open_chat, store, is_resumed):
 def test_an_open_document_is_left(open_chat, loaded, store):
     """A chat about a document that was saved goes back to the document."""
     model, tokenizer, fingerprint = loaded
-    tokens = encode_prompt(tokenizer, "A long document. " * 20, is_open=True)
+    tokens = Template(tokenizer).encode_prompt("A long document. " * 20, is_open=True)
     save_prompt(model, tokens, store=store, fingerprint=fingerprint, name="doc")
     chat = open_chat("doc")
     assert (chat.num_turns, chat.tokens) == (0, tokens)
@@ -230,9 +230,9 @@ def test_there_must_be_as_many_turns(open_chat):
 
 def test_turns_of_plain_text_are_those_of_this_session(open_chat):
     """Without a template, turns said now are known; others are not guessed."""
-    chat = open_chat("plain", ignore_chat_template=True)
+    chat = open_chat("plain", is_plain=True)
     say(chat, LINES[0])
-    again = open_chat("plain", ignore_chat_template=True)
+    again = open_chat("plain", is_plain=True)
     held = again.tokens
     say(again, LINES[1])
     assert again.num_turns is None
@@ -246,13 +246,13 @@ def test_turns_of_plain_text_are_those_of_this_session(open_chat):
 def test_plain_text_goes_on_as_text(open_chat, loaded):
     """Without a template, nothing stands between what is said."""
     tokenizer = loaded[1]
-    chat = open_chat(ignore_chat_template=True)
+    chat = open_chat(is_plain=True)
     reply = say(chat, "Once upon")
     say(chat, " a time")
     begin = [*tokenizer.encode("Once upon"), *reply]
     assert chat.tokens[: len(begin) + 7] == [*begin, *tokenizer.encode(" a time")]
     with pytest.raises(ValueError, match="needs a chat template"):
-        open_chat(ignore_chat_template=True, system_prompt="no")
+        open_chat(is_plain=True, system_prompt="no")
 
 
 def test_a_message_makes_no_special_tokens(open_chat, loaded):
@@ -907,7 +907,7 @@ def test_what_cannot_be_saved_at_the_end_is_an_error(chat_cli, monkeypatch):
 
 
 def test_a_name_taken_meanwhile_is_told(
-    chat_cli, run_cli, tmp_path, tiny_model, open_chat, monkeypatch
+    chat_cli, run_cli, tmp_path, tiny_model, loaded, monkeypatch
 ):
     """What was said is kept without the name, and the chat goes on."""
     chat_cli("one\n", "--name", "daily")
@@ -933,7 +933,7 @@ def test_a_name_taken_meanwhile_is_told(
     assert "saved:        all" in out
     assert len(kept_tokens(tmp_path / "store", "mine")) > 0
     kept = kept_tokens(tmp_path / "store", "daily")
-    assert "quicker" in open_chat()._tokenizer.decode(kept)
+    assert "quicker" in loaded[1].decode(kept)
 
 
 # Processes.

@@ -61,10 +61,10 @@ def two_entries(tmp_path):
 def saved(tiny_model, tmp_path):
     """A store with the entry `doc`, made by the tiny model."""
     from kvstore.models import load_models, save_prompt
-    from kvstore.models.templates import encode_prompt
+    from kvstore.models.templates import Template
 
     model = load_models(str(tiny_model))
-    tokens = encode_prompt(model.tokenizer, DOCUMENT, is_open=True)
+    tokens = Template(model.tokenizer).encode_prompt(DOCUMENT, is_open=True)
     with kvstore.Store(tmp_path / "store") as store:
         entry, _ = save_prompt(model, tokens, store=store, name="doc")
     return entry

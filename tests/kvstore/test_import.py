@@ -26,7 +26,7 @@ from kvstore.caches.kinds.saved import FROM_0_28_1, IN_0_31, IN_0_32, TO_0_28_0
 from kvstore.caches.mlx_files import open_cache_file
 from kvstore.errors import FingerprintError, FormatError, KVStoreError
 from kvstore.models.load import read_cache_file
-from kvstore.models.templates import encode_prompt
+from kvstore.models.templates import Template
 
 LAYOUTS = (TO_0_28_0, FROM_0_28_1, IN_0_31, IN_0_32)
 METADATA = {"model": "a/model", "tokenizer_config": '{"trust_remote_code": null}'}
@@ -484,7 +484,7 @@ def test_what_cache_prompt_wrote_is_found_again(cached, loaded, tiny_model, run_
     _, tokenizer, _ = loaded
     options = ("--model", tiny_model, "--prompt", PROMPT)
     code, out, _ = run_cli("import", cached, *options, "--name", "x", "--json")
-    tokens = encode_prompt(tokenizer, PROMPT, is_open=True)
+    tokens = Template(tokenizer).encode_prompt(PROMPT, is_open=True)
     assert code == 0
     found = json.loads(out)
     assert found["entry"]["num_tokens"] == len(tokens)
@@ -516,7 +516,7 @@ def test_a_file_that_is_refused_leaves_no_trace(tiny_model, tmp_path, run_cli, c
 def test_another_models_file_is_refused(cached, loaded, tmp_path):
     """The name in the file must be the model's, or lead to the same folder."""
     model, tokenizer, fingerprint = loaded
-    tokens = encode_prompt(tokenizer, PROMPT, is_open=True)
+    tokens = Template(tokenizer).encode_prompt(PROMPT, is_open=True)
     folder = Path(fingerprint.label)
     link = tmp_path / "link"
     link.symlink_to(folder)

@@ -14,7 +14,7 @@ from kvstore.models.load import (
     load_model,
     load_tokenizer,
 )
-from kvstore.models.templates import encode_continuation, encode_prompt, has_reply
+from kvstore.models.templates import Template
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,14 @@ def test_what_mlx_lm_cannot_load_is_one_error(tiny_model, tmp_path):
 def test_a_tokenizer_loads_without_weights(tiny_model, tokenizer):
     """What `lookup` loads gives the same tokens as what `generate` loads."""
     alone = load_tokenizer(str(tiny_model))
-    assert encode_prompt(alone, "hi") == encode_prompt(tokenizer, "hi")
+    assert Template(alone).encode_prompt("hi") == Template(tokenizer).encode_prompt(
+        "hi"
+    )
 
 
 def test_a_prompt_is_rendered_as_mlx_lm_does(tokenizer):
     """A closed message invites the reply, after the system's words if there are any."""
-    tokens = encode_prompt(tokenizer, "hi", system_prompt="be kind")
+    tokens = Template(tokenizer).encode_prompt("hi", "be kind")
     assert tokenizer.decode(tokens) == (
         "<|im_start|>system\nbe kind<|im_end|>\n"
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -79,26 +81,24 @@ def test_a_prompt_is_rendered_as_mlx_lm_does(tokenizer):
 
 def test_an_open_message_is_a_prefix_of_the_closed_one(tokenizer):
     """What `save` computes is what `generate` of the same prompt begins with."""
-    begun = encode_prompt(tokenizer, "a document", is_open=True)
-    whole = encode_prompt(tokenizer, "a document")
+    begun = Template(tokenizer).encode_prompt("a document", is_open=True)
+    whole = Template(tokenizer).encode_prompt("a document")
     assert whole[: len(begun)] == begun
     assert tokenizer.decode(begun).endswith("user\na document")
 
 
 def test_a_template_may_be_ignored(tokenizer):
     """Plain text is encoded as it is, and a system prompt then has no place."""
-    tokens = encode_prompt(tokenizer, "hi", ignore_chat_template=True)
+    tokens = Template(tokenizer, ignore=True).encode_prompt("hi")
     assert tokenizer.decode(tokens) == "hi"
     with pytest.raises(ValueError, match="needs a chat template"):
-        encode_prompt(
-            tokenizer, "hi", system_prompt="be kind", ignore_chat_template=True
-        )
+        Template(tokenizer, ignore=True).encode_prompt("hi", "be kind")
 
 
 def test_variables_reach_the_template(tokenizer):
     """The configuration of a chat template overrides what is set otherwise."""
     config = {"add_generation_prompt": False}
-    tokens = encode_prompt(tokenizer, "hi", chat_template_config=config)
+    tokens = Template(tokenizer, config).encode_prompt("hi")
     assert tokenizer.decode(tokens).endswith("user\nhi<|im_end|>\n")
 
 
@@ -107,22 +107,24 @@ def test_a_template_that_refuses_is_one_error(tokenizer, monkeypatch):
     template = "{{ raise_exception('no system here') }}"
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
     with pytest.raises(KVStoreError, match="no system here"):
-        encode_prompt(tokenizer, "hi", system_prompt="be kind")
+        Template(tokenizer).encode_prompt("hi", "be kind")
 
 
 def test_a_prompt_goes_on_with_an_open_message(tokenizer):
     """Behind an open message comes more of it, its end, and the reply's begin."""
-    begun = encode_prompt(tokenizer, "a document", is_open=True)
-    added = encode_continuation(tokenizer, "\nand a question", begun)
-    assert begun + added == encode_prompt(tokenizer, "a document\nand a question")
+    begun = Template(tokenizer).encode_prompt("a document", is_open=True)
+    added = Template(tokenizer).encode_next("\nand a question", begun)
+    assert begun + added == Template(tokenizer).encode_prompt(
+        "a document\nand a question"
+    )
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>"])
 def test_a_prompt_follows_a_reply(tokenizer, end):
     """Behind a reply, closed by the model or cut off, comes a message of the user."""
-    begun = encode_prompt(tokenizer, "first")
+    begun = Template(tokenizer).encode_prompt("first")
     held = begun + tokenizer.encode(f"reply{end}", add_special_tokens=False)
-    added = encode_continuation(tokenizer, "second", held)
+    added = Template(tokenizer).encode_next("second", held)
     assert tokenizer.decode(held + added) == (
         tokenizer.decode(begun) + "reply<|im_end|>\n"
         "<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
@@ -132,10 +134,10 @@ def test_a_prompt_follows_a_reply(tokenizer, end):
 @pytest.mark.parametrize("odd", [-5, 2**62])
 def test_tokens_without_text_are_no_reply(tokenizer, odd):
     """Those that stand for an image, say, hide no reply and are none."""
-    begun = encode_prompt(tokenizer, "first", is_open=True)
-    assert not has_reply(tokenizer, [*begun, odd])
-    asked = encode_prompt(tokenizer, "first")
-    assert has_reply(tokenizer, [odd, *asked, odd])
+    begun = Template(tokenizer).encode_prompt("first", is_open=True)
+    assert not Template(tokenizer).has_reply([*begun, odd])
+    asked = Template(tokenizer).encode_prompt("first")
+    assert Template(tokenizer).has_reply([odd, *asked, odd])
 
 
 THINKING = (
@@ -148,9 +150,9 @@ THINKING = (
 def test_a_reply_is_known_however_it_began(tokenizer, monkeypatch):
     """Whether a reply began with thinking or without, the next message follows it."""
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", THINKING)
-    held = encode_prompt(tokenizer, "first", chat_template_config={"quiet": True})
+    held = Template(tokenizer, {"quiet": True}).encode_prompt("first")
     held += tokenizer.encode("reply", add_special_tokens=False)
-    added = encode_continuation(tokenizer, "second", held)
+    added = Template(tokenizer).encode_next("second", held)
     assert tokenizer.decode(added) == (
         "<|im_end|>\n<|im_start|>user\nsecond<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n"
@@ -159,8 +161,8 @@ def test_a_reply_is_known_however_it_began(tokenizer, monkeypatch):
 
 def test_plain_text_goes_on_as_plain_text(tokenizer):
     """Without a template a prompt is appended, with nothing between."""
-    held = encode_prompt(tokenizer, "one", ignore_chat_template=True)
-    added = encode_continuation(tokenizer, " two", held, ignore_chat_template=True)
+    held = Template(tokenizer, ignore=True).encode_prompt("one")
+    added = Template(tokenizer, ignore=True).encode_next(" two", held)
     assert tokenizer.decode(held + added) == "one two"
 
 

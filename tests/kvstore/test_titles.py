@@ -9,7 +9,7 @@ from kit import save_prompt, stream_generate
 import kvstore
 from kvstore.errors import IntegrityError
 from kvstore.format.entry import MAX_TITLE, clean_title, entry_to_bytes, parse_entry
-from kvstore.models.templates import encode_prompt
+from kvstore.models.templates import Template
 from kvstore.models.titles import make_title
 
 QUESTION = "Who may sign for a sum of more than a hundred?"
@@ -25,7 +25,7 @@ def store(store_path):
 def test_a_title_is_the_first_message(loaded, store):
     """Neither what the system says nor the marks of the template are in it."""
     model, tokenizer, fingerprint = loaded
-    prompt = encode_prompt(tokenizer, QUESTION, system_prompt="Be kind. " * 20)
+    prompt = Template(tokenizer).encode_prompt(QUESTION, "Be kind. " * 20)
     options = {"store": store, "fingerprint": fingerprint, "max_tokens": 4}
     list(stream_generate(model, tokenizer, prompt, name="chat", **options))
     assert store.entry("chat").title == QUESTION
@@ -34,7 +34,7 @@ def test_a_title_is_the_first_message(loaded, store):
 def test_a_title_stays_as_the_conversation_grows(loaded, store):
     """What continues an entry keeps its title, also where nobody names it."""
     model, tokenizer, fingerprint = loaded
-    tokens = encode_prompt(tokenizer, QUESTION)
+    tokens = Template(tokenizer).encode_prompt(QUESTION)
     save_prompt(model, tokens, store=store, fingerprint=fingerprint, name="a")
     assert store.entry("a").title == ""  # there is no tokenizer
     cache, rest = store.load([*tokens, 1], fingerprint)

@@ -3,13 +3,7 @@
 import pytest
 
 from kvstore.errors import KVStoreError
-from kvstore.models.templates import (
-    begins_with,
-    encode_continuation,
-    encode_next,
-    encode_prompt,
-    find_marks,
-)
+from kvstore.models.templates import Template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -128,10 +122,10 @@ def converse(tokenizer, end, *, system_prompt=None):
     tokens, ends = [], []
     for words in SAID:
         tokens += (
-            encode_continuation(tokenizer, words, tokens, is_literal=True)
+            Template(tokenizer).encode_next(words, tokens, is_literal=True)
             if tokens
-            else encode_prompt(
-                tokenizer, words, system_prompt=system_prompt, is_literal=True
+            else Template(tokenizer).encode_prompt(
+                words, system_prompt, is_literal=True
             )
         )
         tokens += [*plain(tokenizer, f"to {words}."), *end]
@@ -143,7 +137,7 @@ def test_turns_are_found(tokenizer):
     """Where the model closed its replies itself, turns begin where they ended."""
     end = [min(tokenizer.eos_token_ids)]
     tokens, ends = converse(tokenizer, end)
-    first, *later = find_marks(tokenizer).begins(tokens)
+    first, *later = Template(tokenizer).marks.begins(tokens)
     assert later == ends[:-1]
     assert "Hello" not in tokenizer.decode(tokens[:first])
     assert tokenizer.decode(tokens[first:]).count("Hello") == 2
@@ -154,7 +148,7 @@ def test_a_system_prompt_is_no_turn(family):
     """What the system says stands before the first turn, or in its message."""
     tokenizer = make_tokenizer(*FAMILIES[family])
     tokens, _ = converse(tokenizer, [], system_prompt="Be kind")
-    begins = find_marks(tokenizer).begins(tokens)
+    begins = Template(tokenizer).marks.begins(tokens)
     assert len(begins) == len(SAID)
     is_before = "Be kind" in tokenizer.decode(tokens[: begins[0]])
     assert is_before == (family != "folded")
@@ -163,17 +157,17 @@ def test_a_system_prompt_is_no_turn(family):
 def test_replies_that_were_cut_off_are_turns_too(tokenizer):
     """Where the template closed a reply, it is closed once more at most."""
     tokens, _ = converse(tokenizer, [])
-    begins = find_marks(tokenizer).begins(tokens)
+    begins = Template(tokenizer).marks.begins(tokens)
     assert len(begins) == len(SAID)
     for begin, words in zip(begins[1:], SAID[1:], strict=True):
-        again = encode_continuation(tokenizer, words, tokens[:begin], is_literal=True)
+        again = Template(tokenizer).encode_next(words, tokens[:begin], is_literal=True)
         assert tokens[begin:][: len(again)] == again
 
 
 def test_what_was_said_last_is_found(tokenizer):
     """The last exchange is what the user said and what was replied."""
     tokens, _ = converse(tokenizer, [])
-    marks = find_marks(tokenizer)
+    marks = Template(tokenizer).marks
     asked, replied = marks.last_exchange(tokens, marks.begins(tokens)[-1])
     assert tokenizer.decode(asked).strip() == "[x]"
     assert tokenizer.decode(replied).strip() == "to [x]."
@@ -182,15 +176,15 @@ def test_what_was_said_last_is_found(tokenizer):
 def test_a_message_forges_no_turn(tokenizer):
     """A message with the text of the marks in it is a message."""
     forged = "".join(
-        tokenizer.decode(encode_continuation(tokenizer, "one", [1, 2, 3]))
+        tokenizer.decode(Template(tokenizer).encode_next("one", [1, 2, 3]))
         for _ in range(2)
     )
     forged += encode_prompt_text(tokenizer)
-    tokens = encode_prompt(tokenizer, forged, is_literal=True)
+    tokens = Template(tokenizer).encode_prompt(forged, is_literal=True)
     tokens += [*plain(tokenizer, "Yes."), min(tokenizer.eos_token_ids)]
-    tokens += encode_continuation(tokenizer, forged, tokens, is_literal=True)
+    tokens += Template(tokenizer).encode_next(forged, tokens, is_literal=True)
     tokens += plain(tokenizer, "Yes.")
-    assert len(find_marks(tokenizer).begins(tokens)) == 2
+    assert len(Template(tokenizer).marks.begins(tokens)) == 2
 
 
 def encode_prompt_text(tokenizer):
@@ -207,38 +201,33 @@ def encode_prompt_text(tokenizer):
 def test_a_first_message_follows_the_system(family):
     """Where all turns were taken back, the next message is a message of its own."""
     tokenizer = make_tokenizer(*FAMILIES[family])
-    whole = encode_prompt(tokenizer, "Hello", system_prompt="Be kind")
-    system = whole[: find_marks(tokenizer).first(whole)]
+    whole = Template(tokenizer).encode_prompt("Hello", "Be kind")
+    system = whole[: Template(tokenizer).marks.first(whole)]
     assert "Be kind" in tokenizer.decode(system)
-    assert [*system, *encode_next(tokenizer, "Hello", system)] == whole
+    assert [*system, *Template(tokenizer).encode_next("Hello", system)] == whole
 
 
 def test_other_conversations_go_on_as_ever(tokenizer):
     """Turns, open messages and plain text are gone on with as without this."""
     turns, _ = converse(tokenizer, [])
-    opened = encode_prompt(tokenizer, "A document", is_open=True)
+    opened = Template(tokenizer).encode_prompt("A document", is_open=True)
     for tokens in (turns, opened, plain(tokenizer, "[x] a"), [turns[0], *turns[5:9]]):
-        expected = encode_continuation(tokenizer, "Hello", tokens)
-        assert encode_next(tokenizer, "Hello", tokens) == expected
-        expected = encode_continuation(
-            tokenizer, "Hello", tokens, ignore_chat_template=True
-        )
-        added = encode_next(tokenizer, "Hello", tokens, ignore_chat_template=True)
-        assert added == expected
+        expected = Template(tokenizer)._continue("Hello", tokens)
+        assert Template(tokenizer).encode_next("Hello", tokens) == expected
 
 
 def test_a_template_of_plain_text_has_no_marks():
     """Where a message could contain what marks a turn, turns are not guessed."""
     tokenizer = make_tokenizer(BARE, ["</s>"], ["</s>"])
     with pytest.raises(KVStoreError, match="cannot be told apart"):
-        find_marks(tokenizer)
+        _ = Template(tokenizer).marks
 
 
 def test_a_template_that_shows_no_words_has_no_marks():
     """Where the template leaves out what is said, that is an error with a hint."""
     tokenizer = make_tokenizer("<s>nothing</s>", ["<s>", "</s>"], ["</s>"])
     with pytest.raises(KVStoreError) as caught:
-        find_marks(tokenizer)
+        _ = Template(tokenizer).marks
     assert caught.value.hint
 
 
@@ -247,13 +236,13 @@ def test_a_system_prompt_is_known_again(family):
     """A conversation tells the system prompt that it was begun with from others."""
     tokenizer = make_tokenizer(*FAMILIES[family])
     tokens, _ = converse(tokenizer, [], system_prompt="Be kind")
-    first = find_marks(tokenizer).begins(tokens)[0]
+    first = Template(tokenizer).marks.begins(tokens)[0]
     for held in (tokens, tokens[:first]) if family != "folded" else (tokens,):
-        assert begins_with(tokenizer, held, "Be kind")
+        assert Template(tokenizer).begins_with(held, "Be kind")
         for other in ("Be", "kind", "Be kind!", "Be unkind", ""):
-            assert not begins_with(tokenizer, held, other)
+            assert not Template(tokenizer).begins_with(held, other)
     bare, _ = converse(tokenizer, [])
-    assert not begins_with(tokenizer, bare, "Be kind")
+    assert not Template(tokenizer).begins_with(bare, "Be kind")
 
 
 def test_a_system_prompt_is_known_on_another_day():
@@ -261,6 +250,6 @@ def test_a_system_prompt_is_known_on_another_day():
     tokenizer = make_tokenizer(*FAMILIES["headers"])
     tokens, _ = converse(tokenizer, [], system_prompt="Be kind")
     config = {"day": "12 December"}
-    assert begins_with(tokenizer, tokens, "Be kind", chat_template_config=config)
+    assert Template(tokenizer, config).begins_with(tokens, "Be kind")
     for other in ("Be", "kind", "Be kind!"):
-        assert not begins_with(tokenizer, tokens, other, chat_template_config=config)
+        assert not Template(tokenizer, config).begins_with(tokens, other)
