@@ -907,7 +907,7 @@ def test_what_cannot_be_saved_at_the_end_is_an_error(chat_cli, monkeypatch):
 
 
 def test_a_name_taken_meanwhile_is_told(
-    chat_cli, run_cli, tmp_path, tiny_model, loaded, monkeypatch
+    chat_cli, run_cli, tmp_path, tiny_model, loaded, open_chat, monkeypatch
 ):
     """What was said is kept without the name, and the chat goes on."""
     chat_cli("one\n", "--name", "daily")
