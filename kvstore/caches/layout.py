@@ -98,8 +98,8 @@ class Group:
     layers: tuple[int, ...]
 
     def spec(self, name: str) -> RowSpec:
-        """Return what a token adds to one array."""
-        return dict(self.layout.rows)[name]
+        """Return what a token adds to one array; ``kv`` is as ``k``."""
+        return dict(self.layout.rows)["k" if name == "kv" else name]
 
     @property
     def token_bytes(self) -> int:

@@ -79,7 +79,7 @@ class _Target:
         spec = group.spec(rows.side)
         if spec.kind in ("state", "mark"):
             return 0, slice(0, 1)
-        begin = self.begin(group.layout, rows.side, spec)
+        begin = self.begin(group.layout, _sides(rows)[0], spec)
         first = max(rows.start, begin)
         last = max(first, min(stop, rows.start + rows.shape[2]))
         return first - begin, slice(first - rows.start, last - rows.start)
@@ -117,16 +117,20 @@ class HostRestoring:
         """Decode into the buffers."""
         where, which = self._target.cut(group, rows, stop)
         end = where + which.stop - which.start
+        sides = _sides(rows)
         buffers = [
-            self._view(layer, group, rows.side)[:, where:end] for layer in group.layers
+            [self._view(layer, group, side)[:, where:end] for side in sides]
+            for layer in group.layers
         ]
-        if which.start == 0:
-            codec.array.decode_into(parts, rows, buffers)
+        if which.start == 0 and len(sides) == 1:
+            codec.array.decode_into(parts, rows, [buffer for (buffer,) in buffers])
             return
-        whole = np.empty(rows.shape, buffers[0].dtype)
+        whole = np.empty(rows.shape, buffers[0][0].dtype)
         codec.array.decode_into(parts, rows, list(whole))
-        for buffer, decoded in zip(buffers, whole, strict=True):
-            buffer[...] = decoded[:, which]
+        for several, decoded in zip(buffers, whole, strict=True):
+            halves = np.split(decoded[:, which], len(sides))
+            for buffer, half in zip(several, halves, strict=True):
+                buffer[...] = half
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Hand the buffers over."""
@@ -174,11 +178,15 @@ class DeviceRestoring:
     ) -> None:
         """Decode on the device, evaluated at once so that the codes can go."""
         _, which = self._target.cut(group, rows, stop)
-        decoded = codec.array.decode(parts, rows)
-        pieces = [decoded[i : i + 1, :, which] for i in range(len(group.layers))]
-        mx.async_eval(pieces)
-        for layer, piece in zip(group.layers, pieces, strict=True):
-            self._pieces[layer].setdefault(rows.side, []).append(piece)
+        sides = _sides(rows)
+        decoded = codec.array.decode(parts, rows)[:, :, which]
+        for side, half in zip(
+            sides, mx.split(decoded, len(sides), axis=1), strict=True
+        ):
+            pieces = [half[i : i + 1] for i in range(len(group.layers))]
+            mx.async_eval(pieces)
+            for layer, piece in zip(group.layers, pieces, strict=True):
+                self._pieces[layer].setdefault(side, []).append(piece)
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Join the blocks of each layer, with room for the next token."""
@@ -203,6 +211,11 @@ class DeviceRestoring:
         shape = (1, spec.num_heads, missing, spec.head_dim)
         room = [mx.zeros(shape, MLX_DTYPES[spec.dtype])] if missing else []
         return mx.concatenate([*pieces, *room], axis=2)
+
+
+def _sides(rows: Rows) -> tuple[str, ...]:
+    """Return the arrays that rows are of."""
+    return ("k", "v") if rows.side == "kv" else (rows.side,)
 
 
 def check_layout(layout: Layout, num_tokens: int) -> None:

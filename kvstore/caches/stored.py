@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..codecs import CodecFamily, find_codec, lossless_twin
 from ..codecs.base import MLX_DTYPES, Codec, Parts, Rows
@@ -33,8 +33,10 @@ def stored_pieces(
     twin = lossless_twin(codec)
     start, stop = stored.block.start, stored.block.start + len(stored.block.tokens)
     for number, group in enumerate(groups):
-        for name, rows in rows_stored(stored.tensors, number, group, start, stop):
-            yield codec if name in CODABLE else twin, Piece(number, group, rows)
+        found = rows_stored(stored.tensors, number, group, start, stop)
+        pieces = [Piece(number, group, rows) for _, rows in found]
+        for piece in join_pieces(pieces) if codec.is_joint else pieces:
+            yield codec if piece.rows.side in CODABLE else twin, piece
 
 
 def open_piece(
@@ -50,7 +52,7 @@ def open_piece(
     return codec.open(data, stored.begin, stored.tensors, piece.rows, prefix)
 
 
-CODABLE = ("k", "v")
+CODABLE = ("k", "v", "kv")
 """The arrays that a lossy codec may code; all others are stored lossless."""
 
 
@@ -163,3 +165,17 @@ class Piece:
     def kind(self) -> str:
         """What the array holds, as in :class:`RowSpec`."""
         return self.group.spec(self.rows.side).kind
+
+
+def join_pieces(pieces: Sequence[Piece]) -> list[Piece]:
+    """Return keys and values of equal shape as one piece; all else as it is."""
+    found: list[Piece] = []
+    for piece in pieces:
+        rows = piece.rows
+        if found and rows.side == "v" and found[-1].rows == replace(rows, side="k"):
+            layers, heads, tokens, dim = rows.shape
+            both = replace(rows, side="kv", shape=(layers, 2 * heads, tokens, dim))
+            found[-1] = replace(piece, rows=both)
+        else:
+            found.append(piece)
+    return found

@@ -47,7 +47,8 @@ MLX_DTYPES = {
 class Rows:
     """What the rows of one array of one block are."""
 
-    # Name of the array: ``k`` and ``v`` are keys and values.
+    # Name of the array: ``k`` and ``v`` are keys and values, ``kv`` both, the heads
+    # of the keys first.
     side: str
     # Position in the sequence of the first token.
     start: int
@@ -149,6 +150,11 @@ class Codec:
     def is_lossless(self) -> bool:
         """Whether decoding gives back every bit."""
         return self.array.is_lossless
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether keys and values are coded together, where they have equal shapes."""
+        return bool(getattr(self.array, "is_joint", False))
 
     def encode(self, x: Array, rows: Rows, prefix: str) -> list[Part]:
         """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on.

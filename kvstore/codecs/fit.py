@@ -1,15 +1,17 @@
 """Rows as small integers in a basis that was fitted to their model.
 
-The first 4 tokens of the sequence are kept as they are. Every other row, keys before
-RoPE, is taken less the mean of its head and divided by a scale of its own; its
-coefficients in the basis are rounded to a step. Coefficients that are expected to stay
-far below the step are not stored. A row that this would spoil is kept as it is.
+The first 4 tokens of the sequence are kept as they are. Of every other, the keys before
+RoPE and the values of some heads of a layer make one row, which is taken less its mean
+and divided by a scale of its own; its coefficients in the basis are rounded to a step.
+Coefficients that are expected to stay far below the step are not stored. A row that
+this would spoil is kept as it is.
 
 Rows of layers that the basis does not cover lose nothing.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +25,20 @@ import numpy.typing as npt
 from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
 from .base import MLX_DTYPES, Array, PartSpecs, Rows
-from .fitted import Fitted, FittedLayers, fitted_from_file
+from .fitted import (
+    Fitted,
+    FittedLayers,
+    describe,
+    divided,
+    fitted_from_file,
+    joined,
+    put_long,
+)
 from .floats import Bools, Floats, narrow, widen
 from .planes import Planes
 from .rotary import angles, rotate, rotate_on_device
 from .streams import (
+    FIRST_CODED,
     NUM_CLASSES,
     STREAMS,
     Integers,
@@ -40,8 +51,8 @@ from .zstd import Zstd
 
 NUM_SINKS = 4
 _NAME = re.compile(r"fit([0-9][0-9.]{0,7})@([0-9a-f]{64})")
-# Of scales, in half octaves.
-_MAX_EXPONENT = 6
+MAX_EXPONENT = 6
+"""Of scales, in half octaves."""
 # Stands where a row has no exponent, being kept as it is.
 _EXACT = 255
 # Of a row that is kept as it is: the mean square of its errors, in squared steps.
@@ -53,10 +64,10 @@ _PLANES = Planes()
 class Fit:
     """Codes of one rate in one basis.
 
-    Parts: ``exponents``, ``(L, H, T)``; ``c5``, ``c6`` and on, the streams of
-    coefficients, a row of bytes for each layer, head and coefficient of their classes;
-    ``b27`` and on, low bits of theirs; ``exact``, the rows that are kept as they are,
-    as many as there are; in the first block ``sinks``, ``(L, H, 4, D)``.
+    Parts: ``exponents``, ``(L, G, T)``; ``c5``, ``c6`` and on, the streams of
+    coefficients, a row of bytes for each layer, part of it and coefficient of their
+    classes; ``b27`` and on, low bits of theirs; ``exact``, the rows that are kept as
+    they are, as many as there are; in the first block ``sinks``, ``(L, 2 H, 4, D)``.
     """
 
     rate: str
@@ -64,6 +75,7 @@ class Fit:
     digest: str
     fitted: Fitted = field(repr=False, compare=False)
     is_lossless: bool = False
+    is_joint: ClassVar[bool] = True
     # Entropy is all that is left in streams: repetitions are not worth looking for.
     compressor: ClassVar[Zstd] = Zstd(finds_matches=False)
 
@@ -92,7 +104,7 @@ class Fit:
         return part != "low"
 
     def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
-        """Encode rows of shape ``(L, H, T, D)``."""
+        """Encode rows of shape ``(L, 2 H, T, D)``."""
         plan = self._plan(rows)
         # Of a broken row NaN is made, which is nothing to warn of.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
@@ -170,20 +182,19 @@ class _Plan:
     """
 
     def __init__(self, rows: Rows, layers: FittedLayers, step: int) -> None:
-        self._rows, self._layers = rows, layers
-        self._side = layers.sides[rows.side]
+        self._rows, self._layers, self._group = rows, layers, layers.group
         self._which = layers.indices(rows.layers)
         self._step = np.float32(2.0 ** (step / 4))
         self._sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
         self._num_coded = rows.shape[2] - self._sinks
         # Integers alone, so that who reads and who wrote cannot disagree.
-        sigma = self._side.sigma[self._which].astype(np.int64)
+        sigma = layers.sigma[self._which].astype(np.int64)
         self._classes = np.clip(sigma - step + 12, 0, NUM_CLASSES - 1)
 
     def parts(self) -> PartSpecs:
         """Return dtype and shape of every part."""
         layers, heads, _, dim = self._rows.shape
-        coded = (layers, heads, self._num_coded)
+        coded = (layers, self._group.num_parts, self._num_coded)
         specs: PartSpecs = {"exponents": ("U8", coded)}
         for stream, holds in self._streams():
             count, octets = int(holds.sum()), -(-self._num_coded // 8)
@@ -191,8 +202,7 @@ class _Plan:
             specs[f"c{stream.first}"] = ("U8", (count, width))
             if stream.low_bits:
                 specs[f"b{stream.first}"] = ("U8", (stream.low_bits, count, octets))
-        most = layers * heads * self._num_coded
-        specs["exact"] = (self._rows.dtype, (-most, dim))
+        specs["exact"] = (self._rows.dtype, (-math.prod(coded), self._group.width))
         if self._sinks:
             specs["sinks"] = (self._rows.dtype, (layers, heads, self._sinks, dim))
         return specs
@@ -201,7 +211,7 @@ class _Plan:
         """Raise an ``IntegrityError`` for parts that no encoding gives."""
         exponents = parts["exponents"]
         is_exact = exponents == _EXACT
-        if (exponents[~is_exact] > 2 * _MAX_EXPONENT).any():
+        if (exponents[~is_exact] > 2 * MAX_EXPONENT).any():
             raise IntegrityError("an exponent is out of range")
         if int(is_exact.sum()) != len(parts["exact"]):
             raise IntegrityError("there are more or fewer exact rows than marks")
@@ -210,21 +220,21 @@ class _Plan:
                 raise IntegrityError("a coefficient is out of range")
 
     def encode(self, x: Array) -> dict[str, Array]:
-        """Return the parts of rows of shape ``(L, H, T, D)``."""
+        """Return the parts of rows of shape ``(L, 2 H, T, D)``."""
         coded = np.ascontiguousarray(x[:, :, self._sinks :])
         wide = self._centred(widen(coded, self._rows.dtype))
         exponents = self._exponents(wide)
-        scale = np.exp2(exponents.astype(np.float32) / 2)[..., None]
-        inverse = self._side.inverse[self._which]
-        y = np.asarray((wide / scale) @ inverse.swapaxes(-1, -2), np.float32)
-        q, is_exact = self._rounded(y / self._step)
-        is_exact |= self._is_large(coded)
+        wide /= np.exp2(exponents.astype(np.float32) / 2)[..., None]
+        inverse = self._layers.inverse[self._which]
+        q, is_exact = self._rounded(wide @ inverse.swapaxes(-1, -2) / self._step)
+        exact = joined(coded, self._group)
+        is_exact |= self._is_large(exact)
         q[is_exact] = 0
         parts: dict[str, Array] = {
-            "exponents": np.where(is_exact, _EXACT, exponents + _MAX_EXPONENT).astype(
+            "exponents": np.where(is_exact, _EXACT, exponents + MAX_EXPONENT).astype(
                 np.uint8
             ),
-            "exact": coded[is_exact],
+            "exact": exact[is_exact],
         }
         by_coefficient = q.swapaxes(-1, -2)
         for stream, holds in self._streams():
@@ -236,51 +246,69 @@ class _Plan:
         return parts
 
     def decode_into(self, parts: Mapping[str, Array], layer: int, out: Array) -> None:
-        """Write one layer's rows into ``out``, ``(H, T, D)``."""
+        """Write one layer's rows into ``out``, ``(2 H, T, D)``."""
         if self._sinks:
             out[:, : self._sinks] = parts["sinks"][layer]
-        coefficients = self._integers(parts, layer, layer + 1)[0]
         which = self._which[layer]
         exponents = parts["exponents"][layer]
-        wide = coefficients.swapaxes(-1, -2) @ self._side.matrix[which].swapaxes(-1, -2)
+        wide = self._products(parts, layer)
         wide *= self._scales(exponents)
-        wide += self._side.mean[which][:, None]
-        coded = out[:, self._sinks :]
-        coded[...] = narrow(self._turned(wide, which), self._rows.dtype)
+        wide += self._layers.mean[which][:, None]
+        turned = self._turned(divided(wide, self._group)[None], [which])[0]
+        coded = narrow(turned, self._rows.dtype)
         is_exact = exponents == _EXACT
         if is_exact.any():
             begin = int((parts["exponents"][:layer] == _EXACT).sum())
-            coded[is_exact] = parts["exact"][begin : begin + int(is_exact.sum())]
+            exact = parts["exact"][begin : begin + int(is_exact.sum())]
+            put_long(coded, self._group, is_exact, exact)
+        out[:, self._sinks :] = coded
 
     def decode(self, parts: Mapping[str, Array]) -> mx.array:
-        """Return all rows, ``(L, H, T, D)``, computed on MLX's device."""
+        """Return all rows, ``(L, 2 H, T, D)``, computed on MLX's device."""
         dtype = MLX_DTYPES[self._rows.dtype]
         exponents = parts["exponents"]
         coefficients = mx.array(self._integers(parts, 0, len(self._which)))
-        matrix = mx.array(self._side.matrix[self._which])
+        matrix = mx.array(self._layers.matrix[self._which])
         wide = coefficients.swapaxes(-1, -2) @ matrix.swapaxes(-1, -2)
         wide = wide * mx.array(self._scales(exponents))
-        wide = wide + mx.array(self._side.mean[self._which])[:, :, None]
-        decoded = self._turned_on_device(wide).astype(dtype)
+        wide = wide + mx.array(self._layers.mean[self._which])[:, :, None]
+        decoded = self._turned_on_device(self._divided_on_device(wide)).astype(dtype)
         is_exact = exponents == _EXACT
         if is_exact.any():
-            where = tuple(mx.array(index) for index in np.nonzero(is_exact))
-            decoded[where] = mx.array(parts["exact"]).view(dtype)
+            held = np.empty(decoded.shape, parts["exact"].dtype)
+            mask = np.zeros(decoded.shape, np.bool_)
+            for layer, where in enumerate(is_exact):
+                begin = int(is_exact[:layer].sum())
+                exact = parts["exact"][begin : begin + int(where.sum())]
+                put_long(held[layer], self._group, where, exact)
+                put_long(mask[layer], self._group, where, np.ones_like(exact, np.bool_))
+            decoded = mx.where(mx.array(mask), mx.array(held).view(dtype), decoded)
         if not self._sinks:
             return decoded
         return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
 
     def _streams(self) -> Iterator[tuple[Stream, Bools]]:
-        """Yield the streams that hold something, and of what, ``(L, H, D)``."""
+        """Yield the streams that hold something, and of what, ``(L, G, N)``."""
         for stream in STREAMS:
             holds = (self._classes >= stream.first) & (self._classes <= stream.last)
             if holds.any():
                 yield stream, holds
 
+    def _products(self, parts: Mapping[str, Array], layer: int) -> Floats:
+        """Return one layer's rows, neither scaled nor moved, ``(G, T, N)``."""
+        coefficients = self._integers(parts, layer, layer + 1)[0]
+        matrix = self._layers.matrix[self._which[layer]]
+        found = np.empty((len(matrix), self._num_coded, self._group.width), np.float32)
+        for number, is_coded in enumerate(self._classes[layer] >= FIRST_CODED):
+            # Half of them are not coded at low rates, and cost nothing.
+            some = coefficients[number][is_coded]
+            np.matmul(some.T, matrix[number][:, is_coded].T, out=found[number])
+        return found
+
     def _integers(self, parts: Mapping[str, Array], first: int, last: int) -> Floats:
-        """Return the coefficients of some layers, ``(L, H, D, T)``."""
-        _, heads, _, dim = self._rows.shape
-        out = np.zeros((last - first, heads, dim, self._num_coded), np.float32)
+        """Return the coefficients of some layers, ``(L, G, N, T)``."""
+        shape = (last - first, *self._classes.shape[1:], self._num_coded)
+        out = np.zeros(shape, np.float32)
         for stream, holds in self._streams():
             begin, end = int(holds[:first].sum()), int(holds[:last].sum())
             low = parts[f"b{stream.first}"][:, begin:end] if stream.low_bits else _NONE
@@ -294,7 +322,7 @@ class _Plan:
     def _rounded(self, y: Floats) -> tuple[Integers, Bools]:
         """Return coefficients in steps as integers, and which rows those would spoil.
 
-        Both are ``(L, H, T)`` and, of the integers, ``D``.
+        Both are ``(L, G, T)`` and, of the integers, ``N``.
         """
         most = np.zeros(self._classes.shape, np.float32)
         for stream, holds in self._streams():
@@ -311,39 +339,51 @@ class _Plan:
         return np.asarray(~(size < _LARGEST[self._rows.dtype]))
 
     def _exponents(self, wide: Floats) -> npt.NDArray[np.int8]:
-        """Return the scale of each row in half octaves, by what its size says of it."""
-        constant, linear, square = np.moveaxis(
-            self._side.importance[self._which][:, :, None], -1, 0
-        )
-        size = np.log2(np.maximum(np.linalg.norm(wide, axis=-1), np.float32(1e-6)))
-        exponents = np.rint(constant + linear * size + square * size**2)
-        clipped = np.clip(exponents, -_MAX_EXPONENT, _MAX_EXPONENT)
-        return np.asarray(np.nan_to_num(clipped).astype(np.int8))
+        """Return the scale of each row in half octaves, ``(L, G, T)``."""
+        told = describe(wide, self._group, self._layers.features[self._which])
+        weights = self._layers.importance[self._which]
+        return exponents_of(told, weights).astype(np.int8)
 
     def _scales(self, exponents: Array) -> Floats:
         """Return the scales that exponents mean, with an axis behind them."""
-        halves = exponents.astype(np.float32) - _MAX_EXPONENT
-        return np.exp2(np.minimum(halves, _MAX_EXPONENT) / 2)[..., None]
+        halves = exponents.astype(np.float32) - MAX_EXPONENT
+        return np.exp2(np.minimum(halves, MAX_EXPONENT) / 2)[..., None]
 
-    def _centred(self, wide: Floats) -> Floats:
-        """Return rows less their mean, keys rotated back to position 0."""
-        if self._rows.side == "k" and self._layers.group.num_pairs:
-            cos, sin = self._angles(self._which)
-            wide = rotate(wide, cos, -sin, is_traditional=self._is_traditional)
-        return wide - self._side.mean[self._which][:, :, None]
+    def _centred(self, x: Floats) -> Floats:
+        """Return long rows less their mean, keys rotated back to position 0."""
+        wide = joined(self._turned(x, self._which, back=True), self._group)
+        return np.asarray(wide - self._layers.mean[self._which][:, :, None])
 
-    def _turned(self, wide: Floats, which: int) -> Floats:
-        """Return one layer's keys at their positions; values as they are."""
-        if self._rows.side != "k" or not self._layers.group.num_pairs:
-            return wide
-        cos, sin = self._angles([which])
-        return rotate(wide, cos[0], sin[0], is_traditional=self._is_traditional)
+    def _turned(self, x: Floats, which: list[int], *, back: bool = False) -> Floats:
+        """Turn the keys among rows ``(L, 2 H, T, D)`` to their positions, or back."""
+        if not self._group.num_pairs:
+            return x
+        cos, sin = self._angles(which)
+        keys = x[:, : self._group.num_heads]
+        keys[...] = rotate(
+            keys,
+            cos,
+            -sin if back else sin,
+            is_traditional=self._group.is_traditional,
+        )
+        return x
 
-    def _turned_on_device(self, wide: mx.array) -> mx.array:
-        if self._rows.side != "k" or not self._layers.group.num_pairs:
-            return wide
+    def _divided_on_device(self, wide: mx.array) -> mx.array:
+        """Do what :func:`divided` does, on MLX's device."""
+        group, (layers, parts, tokens, _) = self._group, wide.shape
+        x = wide.reshape(layers, parts, tokens, 2, group.num_joined, group.head_dim)
+        x = x.transpose(0, 3, 1, 4, 2, 5)
+        return x.reshape(layers, 2 * group.num_heads, tokens, group.head_dim)
+
+    def _turned_on_device(self, x: mx.array) -> mx.array:
+        if not self._group.num_pairs:
+            return x
         cos, sin = map(mx.array, self._angles(self._which))
-        return rotate_on_device(wide, cos, sin, is_traditional=self._is_traditional)
+        keys, values = mx.split(x, 2, axis=1)
+        keys = rotate_on_device(
+            keys, cos, sin, is_traditional=self._group.is_traditional
+        )
+        return mx.concatenate([keys, values], axis=1)
 
     def _angles(self, which: list[int]) -> tuple[Floats, Floats]:
         """Return cosine and sine for every coded row, ``(L, 1, T, pairs)``."""
@@ -351,9 +391,16 @@ class _Plan:
         found = angles(self._layers.frequencies[which], start, self._num_coded)
         return found[0][:, None], found[1][:, None]
 
-    @property
-    def _is_traditional(self) -> bool:
-        return self._layers.group.is_traditional
-
 
 _NONE = np.zeros((0, 0, 0), np.uint8)
+
+
+def exponents_of(told: Floats, weights: Floats) -> Floats:
+    """Return scales in half octaves, of what :func:`describe` returns.
+
+    Args:
+        told: ``(…, G, T, F)``.
+        weights: How much each of that counts, ``(…, G, F)``.
+    """
+    found = np.nan_to_num(np.rint((told @ weights[..., None])[..., 0]))
+    return np.asarray(np.clip(found, -MAX_EXPONENT, MAX_EXPONENT), np.float32)

@@ -1,52 +1,50 @@
 """A basis as arrays to compute with: what a model's rows look like.
 
-Keys are taken before their position rotated them. A row less its mean, divided by its
-own scale, times ``inverse`` gives coefficients; ``matrix`` takes them back.
+Keys are taken before their position rotated them. The keys and values of one token, in
+some heads of a layer, make one long row. Less its mean, divided by its own scale,
+times ``inverse`` it gives coefficients; ``matrix`` takes them back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import IntegrityError
-from ..format.basis import SIDES, BasisFile, BasisGroup
+from ..format.basis import BasisFile, BasisGroup
 from .base import Array, Rows
-from .floats import Floats
+from .floats import Bools, Floats
 
+Number = TypeVar("Number", bound=np.generic)
 _DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8}
 
 
 @dataclass(frozen=True)
-class FittedSide:
-    """Keys or values of some layers, each array of shape ``(L, H, …)``."""
+class FittedLayers:
+    """Some layers of equal shape, each array ``(L, G, …)``."""
 
-    # Coefficients to rows, ``(L, H, D, D)``.
+    group: BasisGroup
+    # Angle per token of each pair of a key's numbers, ``(L, pairs)``.
+    frequencies: npt.NDArray[np.float64]
+    # Coefficients to rows, ``(L, G, N, N)``.
     matrix: Floats
-    # ``(L, H, D)``.
+    # ``(L, G, N)``.
     mean: Floats
-    # Expected size of a coefficient in quarter octaves, ``(L, H, D)``.
+    # Expected size of a coefficient in quarter octaves, ``(L, G, N)``.
     sigma: npt.NDArray[np.int8]
-    # What a row's size says of its scale, ``(L, H, 3)``; for encoding alone.
+    # Mean and deviation of what tells a row's scale; for encoding alone.
+    features: Floats
+    # What they say of it; for encoding alone.
     importance: Floats
 
     @cached_property
     def inverse(self) -> Floats:
-        """Rows to coefficients, ``(L, H, D, D)``; for encoding alone."""
+        """Rows to coefficients, ``(L, G, N, N)``; for encoding alone."""
         return np.linalg.inv(self.matrix.astype(np.float64)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class FittedLayers:
-    """Some layers of equal shape."""
-
-    group: BasisGroup
-    sides: dict[str, FittedSide]
-    # Angle per token of each pair of a key's numbers, ``(L, pairs)``.
-    frequencies: npt.NDArray[np.float64]
 
     def indices(self, layers: tuple[int, ...]) -> list[int]:
         """Return where layers of the model are in the arrays."""
@@ -63,11 +61,11 @@ class Fitted:
 
     def covering(self, rows: Rows) -> FittedLayers | None:
         """Return what covers all of these rows, or ``None``."""
-        if rows.side not in SIDES or not rows.layers:
+        if rows.side != "kv" or not rows.layers:
             return None
         for fitted in self.layers:
             group = fitted.group
-            shape = (group.num_heads, group.head_dim)
+            shape = (2 * group.num_heads, group.head_dim)
             if shape == (rows.shape[1], rows.shape[3]) and set(rows.layers) <= set(
                 group.layers
             ):
@@ -81,34 +79,89 @@ def fitted_from_file(file: BasisFile) -> Fitted:
     Raises:
         IntegrityError: It holds numbers with which nothing can be decoded.
     """
-    specs = file.specs()
-    arrays = {
+    arrays: dict[str, Array] = {
         name: np.frombuffer(file.tensors[name], _DTYPES[dtype]).reshape(shape)
-        for name, (dtype, shape) in specs.items()
+        for name, (dtype, shape) in file.specs().items()
     }
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise IntegrityError(f"tensor {name} of a basis is not finite")
     layers = tuple(
-        FittedLayers(
-            group,
-            {side: _side(arrays, f"{number}.{side}.") for side in SIDES},
-            arrays[f"{number}.frequencies"].astype(np.float64),
+        fitted_from_arrays(
+            group, {name: arrays[f"{number}.{name}"] for name in group.tensors()}
         )
         for number, group in enumerate(file.groups)
     )
     return Fitted(layers, file.steps)
 
 
-def _side(arrays: dict[str, Array], prefix: str) -> FittedSide:
-    matrix, scale, mean, sigma, importance = (
-        arrays[prefix + name]
-        for name in ("matrix", "scale", "mean", "sigma", "importance")
+def fitted_from_arrays(group: BasisGroup, arrays: dict[str, Array]) -> FittedLayers:
+    """Return some layers of a basis to compute with, from its tensors by name."""
+    wide = arrays["matrix"].astype(np.float32)
+    wide *= arrays["scale"].astype(np.float32)[..., None, None]
+    return FittedLayers(
+        group,
+        arrays["frequencies"].astype(np.float64),
+        wide,
+        arrays["mean"].astype(np.float32),
+        arrays["sigma"].astype(np.int8),
+        arrays["features"].astype(np.float32),
+        arrays["importance"].astype(np.float32),
     )
-    scaled = matrix.astype(np.float32) * scale.astype(np.float32)[..., None, None]
-    return FittedSide(
-        scaled,
-        mean.astype(np.float32),
-        sigma.astype(np.int8),
-        importance.astype(np.float32),
-    )
+
+
+def joined(x: npt.NDArray[Number], group: BasisGroup) -> npt.NDArray[Number]:
+    """Return keys and values ``(…, 2 H, T, D)`` as long rows ``(…, G, T, N)``."""
+    parts = np.moveaxis(_heads(x, group), (-4, -2), (-5, -4))
+    return parts.reshape(*parts.shape[:-3], group.width)
+
+
+def divided(long: Floats, group: BasisGroup) -> Floats:
+    """Return long rows ``(…, G, T, N)`` as keys and values ``(…, 2 H, T, D)``."""
+    *more, _, tokens, _ = long.shape
+    parts = long.reshape(*long.shape[:-1], 2, group.num_joined, group.head_dim)
+    x = np.moveaxis(parts, (-5, -4), (-4, -2))
+    return x.reshape(*more, 2 * group.num_heads, tokens, group.head_dim)
+
+
+def put_long(x: Array, group: BasisGroup, where: Bools, long: Array) -> None:
+    """Write long rows, ``(n, N)``, over some of ``x``, ``(2 H, T, D)``.
+
+    Args:
+        x: Keys and values.
+        group: How they are joined.
+        where: Over which, ``(G, T)``.
+        long: The rows, in that order.
+    """
+    parts = np.moveaxis(_heads(x, group), (-4, -2), (-5, -4))
+    parts[where] = long.reshape(-1, 2, group.num_joined, group.head_dim)
+
+
+def describe(centred: Floats, group: BasisGroup, features: Floats) -> Floats:
+    """Return the numbers that tell the scales of long rows, ``(…, G, T, 6 h)``.
+
+    They are the sizes of each head's key and value, less their mean and divided by
+    their deviation, their squares, and the products of neighbours.
+
+    Args:
+        centred: Long rows less their mean, ``(…, G, T, N)``.
+        group: How they are joined.
+        features: Mean and deviation, ``(…, G, 2, 2 h)``.
+    """
+    x = (log_sizes(centred, group) - features[..., :1, :]) / features[..., 1:, :]
+    x = np.clip(np.nan_to_num(x), -4, 4)
+    one = np.ones_like(x[..., :1])
+    return np.concatenate([one, x, x**2, x[..., :-1] * x[..., 1:]], axis=-1)
+
+
+def log_sizes(centred: Floats, group: BasisGroup) -> Floats:
+    """Return the logarithm of each head's key's and value's size, ``(…, 2 h)``."""
+    shape = (*centred.shape[:-1], 2 * group.num_joined, group.head_dim)
+    heads = centred.reshape(shape)
+    sizes = np.maximum(np.linalg.norm(heads, axis=-1), np.float32(1e-6))
+    return np.asarray(np.log2(sizes), np.float32)
+
+
+def _heads(x: npt.NDArray[Number], group: BasisGroup) -> npt.NDArray[Number]:
+    *more, _, tokens, dim = x.shape
+    return x.reshape(*more, 2, group.num_parts, group.num_joined, tokens, dim)

@@ -1,33 +1,42 @@
 """Rows of a model to a basis: what `kvstore calibrate` computes.
 
-Each head gets a matrix of its own, in which its rows' coefficients are uncorrelated and
-an error of one step in any of them does equal harm. What an error does is told by a
-metric; from rows alone, every number of a head is taken to matter alike.
+Keys and values of some heads of a layer get one matrix, in which their coefficients are
+uncorrelated and an error of one step in any of them does equal harm. What an error does
+is told by gradients of what the model says next. From rows alone, every number of a
+head is taken to matter alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..format.basis import SIDES, BasisFile, BasisGroup, basis_to_bytes
+from ..format.basis import BasisFile, BasisGroup, basis_to_bytes
 from ..format.documents import JSON
 from .base import Array, Codec, Rows
-from .fit import NUM_SINKS, Fit
-from .fitted import fitted_from_file
+from .fit import NUM_SINKS, Fit, exponents_of
+from .fitted import describe, fitted_from_file, joined, log_sizes
 from .floats import Floats, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
-RATES = ("1", "1.5", "2", "3", "4")
+RATES = ("1", "1.25", "1.5", "1.75", "2", "2.5", "3", "4")
 """Bits per number that each step is chosen for."""
+MAX_WIDTH = 512
+"""Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
 VALUE_RATIO = 2.4
-"""How much coarser values are than keys, relative to their sizes; measured."""
-_STEPS = range(-48, 49)
+"""How much coarser values are than keys where nothing tells; measured."""
+_MAX_HELD_BYTES = 2**30
+_MAX_HELD = 8
+_STEPS = range(-64, 33)
 _LEAST = 1e-12
+# Of the mean of a metric's diagonal: what few gradients leave open is not neglected.
+_RIDGE = 1e-2
+# How far scales follow what is predicted; measured.
+_POWER = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +47,15 @@ class Sample:
     start: int
     # safetensors name of the element type.
     dtype: str
-    # Each ``(L, H, T, D)``, held as NumPy holds the dtype.
-    keys: Array
-    values: Array
+    # Keys, then values, ``(L, 2 H, T, D)``, held as NumPy holds the dtype.
+    x: Array
+    # Of the log-probability of what the model says next, in float32.
+    gradient: Floats | None = None
 
-    def side(self, name: str) -> Array:
-        """Return keys or values."""
-        return self.keys if name == "k" else self.values
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return self.x.nbytes + (0 if self.gradient is None else self.gradient.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,40 +70,253 @@ class Rotation:
 NO_ROTATION = Rotation(np.zeros(0), is_traditional=False)
 
 
-def fit_rows(
-    samples: Sequence[Sample],
-    layers: tuple[int, ...],
-    rotation: Rotation,
+def make_group(
+    layers: tuple[int, ...], num_heads: int, head_dim: int, rotation: Rotation
+) -> BasisGroup:
+    """Return layers of equal shape, divided into parts that are coded one by one."""
+    most = max(1, MAX_WIDTH // (2 * head_dim))
+    num_joined = max(
+        n for n in range(1, num_heads + 1) if num_heads % n == 0 and n <= most
+    )
+    return BasisGroup(
+        layers,
+        num_heads,
+        head_dim,
+        num_joined,
+        len(rotation.frequencies),
+        rotation.is_traditional,
+    )
+
+
+class GroupFit:
+    """Fits layers of equal shape, sample by sample.
+
+    The first samples are held, to learn from them how the scale of a row is told. Of
+    later ones only sums are kept.
+
+    Args:
+        group: The layers.
+        rotation: How positions rotate keys.
+    """
+
+    def __init__(self, group: BasisGroup, rotation: Rotation) -> None:
+        self.group = group
+        self.samples: list[Sample] = []
+        self._frequencies = np.tile(rotation.frequencies, (len(group.layers), 1))
+        self._held_bytes = 0
+        self._is_begun = False
+        self._num_rows = 0
+        parts = (len(group.layers), group.num_parts)
+        self._covariance = np.zeros((*parts, group.width, group.width))
+        heads = 2 * group.num_joined
+        self._metric = np.zeros((*parts, heads, group.head_dim, group.head_dim))
+
+    def add(self, sample: Sample) -> None:
+        """Learn from a sample; all have gradients, or none has."""
+        if self._is_begun:
+            self._sum(sample)
+            return
+        self.samples.append(sample)
+        self._held_bytes += sample.nbytes
+        if len(self.samples) == _MAX_HELD or self._held_bytes > _MAX_HELD_BYTES:
+            self._begin()
+
+    def finish(self) -> None:
+        """Learn from what is held; nothing can be added any more."""
+        if not self._is_begun:
+            self._begin()
+        self._covariance /= self._num_rows
+        self._metric /= self._num_rows
+
+    @property
+    def power(self) -> float:
+        """What an error as large as the rows does, on average."""
+        matrix = self._wide_metric()
+        return float(np.einsum("lgij,lgji->lg", matrix, self._covariance).mean())
+
+    def tensors(self, power: float) -> dict[str, Array]:
+        """Return the tensors of these layers, by name.
+
+        Args:
+            power: Of all layers: what metrics are divided by.
+        """
+        matrix, scale = solve(self._covariance, self._wide_metric() / power)
+        restored = matrix.astype(np.float64) * scale.astype(np.float64)[..., None, None]
+        inverse = np.linalg.inv(restored)
+        spread = ((inverse @ self._covariance) * inverse).sum(axis=-1)
+        sigma = np.floor(2 * np.log2(np.maximum(spread, _LEAST)))
+        return {
+            "frequencies": self._frequencies,
+            "matrix": matrix,
+            "scale": scale,
+            "mean": self._mean,
+            "sigma": np.clip(sigma, -128, 127),
+            "features": self._features,
+            "importance": self._importance,
+        }
+
+    def _begin(self) -> None:
+        """Learn how scales are told, and sum up what was held."""
+        self._is_begun = True
+        rows = np.concatenate([self._long(s, s.x) for s in self.samples], axis=-2)
+        self._mean = rows.mean(axis=-2)
+        # Values are taken about zero: their size says how much they matter.
+        half = self.group.width // 2
+        self._mean[..., half:] = 0
+        rows -= self._mean[:, :, None]
+        sizes = log_sizes(rows, self.group)
+        deviation = np.maximum(sizes.std(axis=-2), 1e-3)
+        self._features = np.stack([sizes.mean(axis=-2), deviation], axis=-2)
+        told = describe(rows, self.group, self._features)
+        if self.samples[0].gradient is None:
+            self._importance = self._usual_importance()
+            self._spread = np.square(rows).mean(axis=-2)
+        else:
+            self._importance = self._learned_importance(told)
+        for sample in self.samples:
+            self._sum(sample)
+        del self.samples[2:]  # the others are needed no more
+
+    def _sum(self, sample: Sample) -> None:
+        rows = self._long(sample, sample.x) - self._mean[:, :, None]
+        told = describe(rows, self.group, self._features)
+        scale = np.exp2(exponents_of(told, self._importance) / 2)[..., None]
+        rows /= scale
+        self._covariance += rows.swapaxes(-1, -2) @ rows
+        self._num_rows += rows.shape[-2]
+        if sample.gradient is not None:
+            found = self._long(sample, sample.gradient) * scale
+            self._metric += self._products(found)
+
+    def _products(self, gradient: Floats) -> Doubles:
+        """Return products of each head's gradients, ``(L, G, 2 h, D, D)``."""
+        heads = gradient.reshape(*gradient.shape[:-1], -1, self.group.head_dim)
+        heads = np.moveaxis(heads, -2, -3)
+        return np.asarray(heads.swapaxes(-1, -2) @ heads, np.float64)
+
+    def _wide_metric(self) -> Doubles:
+        """Return what an error does, ``(L, G, N, N)``."""
+        group, dim = self.group, self.group.head_dim
+        found = np.zeros(self._covariance.shape)
+        if self.samples[0].gradient is None:
+            self._put_usual_metric(found)
+            return found
+        for head in range(2 * group.num_joined):
+            part = slice(head * dim, (head + 1) * dim)
+            found[..., part, part] = self._metric[:, :, head]
+        ridge = _RIDGE * np.einsum("lgii->lg", found) / group.width
+        return np.asarray(found + ridge[..., None, None] * np.eye(group.width))
+
+    def _put_usual_metric(self, found: Doubles) -> None:
+        """Write that every number of a head matters alike."""
+        heads = self._spread.reshape(
+            *self._spread.shape[:2], 2, -1, self.group.head_dim
+        )
+        size = heads.mean(axis=-1, keepdims=True) * np.ones_like(heads)
+        size[:, :, 1] *= VALUE_RATIO**2
+        diagonal = 1 / np.maximum(size.reshape(self._spread.shape), _LEAST)
+        where = np.arange(self.group.width)
+        found[..., where, where] = diagonal
+
+    def _usual_importance(self) -> Floats:
+        """Return that rows with large values matter less."""
+        joined_heads = self.group.num_joined
+        found = np.zeros((*self._mean.shape[:2], 6 * joined_heads), np.float32)
+        deviation = self._features[..., 1, joined_heads:]
+        values = slice(1 + joined_heads, 1 + 2 * joined_heads)
+        found[..., values] = 2 * USUAL_SLOPE * deviation / joined_heads
+        return found
+
+    def _learned_importance(self, told: Floats) -> Floats:
+        """Return how the scales of rows are told from what they do."""
+        gradients = [
+            self._long(s, s.gradient) for s in self.samples if s.gradient is not None
+        ]
+        for found in gradients:
+            self._metric += self._products(found)
+        metric = self._wide_metric()
+        half = np.linalg.cholesky(np.linalg.inv(metric)).astype(np.float32)
+        whole = np.concatenate(gradients, axis=-2)
+        harm = np.square(whole @ half).mean(axis=-1)
+        harm /= np.maximum(harm.mean(axis=-1, keepdims=True), _LEAST)
+        self._metric[...] = 0
+        weights = np.empty((*told.shape[:2], told.shape[-1]))
+        for where in np.ndindex(*told.shape[:2]):
+            weights[where] = regress(told[where], harm[where])
+            weights[where][0] -= (told[where] @ weights[where]).mean()
+        return np.asarray(-_POWER / np.log(2) * weights, np.float32)
+
+    def _long(self, sample: Sample, x: Array) -> Floats:
+        """Return the rows behind the sinks, or their gradients, keys turned back."""
+        wide = unrotated(sample, x, self._frequencies, self.group)
+        return joined(wide, self.group)
+
+
+USUAL_SLOPE = 0.5
+"""How far, in rows alone, errors may grow with the size of values; measured."""
+
+
+def regress(told: Floats, harm: Floats) -> Doubles:
+    """Return weights with which ``exp(told @ weights)`` is nearest to harm.
+
+    A regression of Gamma-distributed numbers: only their ratios count.
+
+    Args:
+        told: What is known of each row, ``(T, F)``.
+        harm: What an error in it does, ``(T,)``, of mean 1.
+    """
+    x, weights = told.astype(np.float64), np.zeros(told.shape[-1])
+    ridge = 3e-3 * len(x) * np.eye(len(weights))
+    ridge[0, 0] = 0
+    curvature = np.linalg.inv(x.T @ x + ridge + _LEAST * np.eye(len(weights)))
+
+    def loss(tried: Doubles) -> float:
+        said = np.clip(x @ tried, -12, 12)
+        return float((harm * np.exp(-said) + said).sum() + tried @ ridge @ tried / 2)
+
+    best, step = loss(weights), 1.0
+    for _ in range(60):
+        said = np.clip(x @ weights, -12, 12)
+        move = curvature @ (x.T @ (harm * np.exp(-said) - 1) - ridge @ weights)
+        tried = loss(weights + step * move)
+        if tried < best:
+            weights, best, step = weights + step * move, tried, min(1.0, 2 * step)
+        else:
+            step /= 4
+            if step < 1e-4:
+                break
+    return weights
+
+
+def finish_basis(
+    fits: Sequence[GroupFit],
     about: JSON,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> bytes:
-    """Return the file of a basis, fitted to rows alone.
+    """Return the file of a basis of layers that were fitted.
 
     Args:
-        samples: Rows as the model computed them, without loss.
-        layers: Which layers of the model they are of.
-        rotation: How positions rotate keys.
+        fits: The layers; each has seen the same samples.
         about: How they came about.
         progress: Called with (rates done, rates in all).
     """
-    _, heads, _, dim = samples[0].keys.shape
-    group = BasisGroup(
-        layers, heads, dim, len(rotation.frequencies), rotation.is_traditional
-    )
-    tensors: dict[str, Array] = {
-        "0.frequencies": np.tile(rotation.frequencies, (len(layers), 1))
+    for fit in fits:
+        fit.finish()
+    power = float(np.mean([fit.power for fit in fits]))
+    groups = tuple(fit.group for fit in fits)
+    blank = BasisFile(groups, dict.fromkeys(RATES, 0), about, {})
+    tensors = {
+        f"{number}.{name}": array
+        for number, fit in enumerate(fits)
+        for name, array in fit.tensors(power).items()
     }
-    for side in SIDES:
-        for name, array in _fit_side(samples, side, rotation).items():
-            tensors[f"0.{side}.{name}"] = array
-    blank = BasisFile((group,), dict.fromkeys(RATES, 0), about, {})
     raw = {
         name: tensors[name].astype(_HELD[dtype]).tobytes()
         for name, (dtype, _) in blank.specs().items()
     }
-    unset = BasisFile((group,), blank.steps, about, raw)
-    steps = choose_steps(unset, samples, layers, progress)
-    return basis_to_bytes(BasisFile((group,), steps, about, raw))
+    unset = BasisFile(groups, blank.steps, about, raw)
+    steps = choose_steps(unset, [fit.samples for fit in fits], progress)
+    return basis_to_bytes(BasisFile(groups, steps, about, raw))
 
 
 _HELD = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1"}
@@ -100,23 +324,32 @@ _HELD = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1"}
 
 def choose_steps(
     basis: BasisFile,
-    samples: Sequence[Sample],
-    layers: tuple[int, ...],
+    samples: Sequence[Sequence[Sample]],
     progress: Callable[[int, int], None],
 ) -> dict[str, int]:
-    """Return, for each rate, the finest step with which samples take no more bits."""
+    """Return, for each rate, the finest step with which samples take no more bits.
+
+    Args:
+        basis: Its groups and tensors.
+        samples: Some of each group.
+        progress: Called with (rates done, rates in all).
+    """
+    fitted = fitted_from_file(basis)
     sizes: dict[int, float] = {}
 
     def bits(step: int) -> float:
         if step not in sizes:
-            tried = BasisFile(basis.groups, {"0": step}, {}, basis.tensors)
-            sizes[step] = _measure(tried, samples, layers)
+            array = Fit("0", "0" * 64, replace(fitted, steps={"0": step}))
+            sizes[step] = _measure(Codec(array, array.compressor), basis, samples)
         return sizes[step]
 
     steps: dict[str, int] = {}
-    for done, rate in enumerate(RATES):
+    low = _STEPS[-1]
+    for done, rate in enumerate(RATES):  # a higher rate has a finer step
         progress(done, len(RATES))
-        low, high = _STEPS[0], _STEPS[-1]
+        high = low
+        while low > _STEPS[0] and bits(low) <= float(rate):
+            high, low = low, low - 8
         while low < high:
             middle = (low + high) // 2
             if bits(middle) > float(rate):
@@ -129,61 +362,36 @@ def choose_steps(
 
 
 def _measure(
-    basis: BasisFile, samples: Sequence[Sample], layers: tuple[int, ...]
+    codec: Codec, basis: BasisFile, samples: Sequence[Sequence[Sample]]
 ) -> float:
     """Return the bits per number that samples take, without exact sinks."""
-    array = Fit("0", "0" * 64, fitted_from_file(basis))
-    codec = Codec(array, array.compressor)
     nbytes = count = 0
-    for sample in samples:
-        for side in SIDES:
-            x = sample.side(side)
-            shape = (x.shape[0], x.shape[1], x.shape[2], x.shape[3])
-            rows = Rows(side, sample.start, shape, sample.dtype, layers)
-            parts = codec.encode(x, rows, "")
-            nbytes += sum(len(part.data) for part in parts if part.name != "sinks")
-            count += x.size
+    for group, some in zip(basis.groups, samples, strict=True):
+        for sample in some:
+            for start, x in _blocks(sample):
+                layers, heads, tokens, dim = x.shape
+                rows = Rows(
+                    "kv", start, (layers, heads, tokens, dim), sample.dtype,
+                    group.layers,
+                )  # fmt: skip
+                parts = codec.encode(x, rows, "")
+                nbytes += sum(len(p.data) for p in parts if p.name != "sinks")
+                count += x.size
     return nbytes * 8 / count
 
 
-def _fit_side(
-    samples: Sequence[Sample], side: str, rotation: Rotation
-) -> dict[str, Array]:
-    """Return the tensors of keys or of values, by name."""
-    rows = [unrotated(sample, side, rotation) for sample in samples]
-    # Values are taken about zero: their size says how much they matter.
-    mean = _mean(rows) if side == "k" else np.zeros_like(_mean(rows))
-    centred = [x - mean[:, :, None] for x in rows]
-    importance = np.zeros((*mean.shape[:2], 3))
-    if side == "v":
-        importance[..., 0] = -2 * _mean_size(centred)
-        importance[..., 1] = 2
-    scaled = [_scaled(x, importance) for x in centred]
-    covariance = _covariance(scaled)
-    dim = mean.shape[-1]
-    size = np.trace(covariance, axis1=-2, axis2=-1) / dim
-    ratio = VALUE_RATIO if side == "v" else 1.0
-    metric = np.eye(dim) / np.maximum(size, _LEAST)[..., None, None] / ratio**2
-    matrix, scale = solve(covariance, metric)
-    restored = matrix.astype(np.float64) * scale[..., None, None].astype(np.float64)
-    inverse = np.linalg.inv(restored)
-    power = np.einsum("lhij,lhjk,lhik->lhi", inverse, covariance, inverse)
-    sigma = np.floor(2 * np.log2(np.maximum(power, _LEAST)))
-    return {
-        "matrix": matrix,
-        "scale": scale,
-        "mean": mean,
-        "sigma": np.clip(sigma, -128, 127),
-        "importance": importance,
-    }
+def _blocks(sample: Sample) -> Iterator[tuple[int, Array]]:
+    """Yield a sample as blocks of a store: position and rows."""
+    for begin in range(0, sample.x.shape[2], 256):
+        yield sample.start + begin, sample.x[:, :, begin : begin + 256]
 
 
 def solve(covariance: Doubles, metric: Doubles) -> tuple[Array, Array]:
     """Return matrices, float16 with their scales, that uncorrelate and weigh errors.
 
     Args:
-        covariance: Of rows, ``(L, H, D, D)``.
-        metric: What an error does, ``(L, H, D, D)``, positive definite.
+        covariance: Of rows, ``(L, G, N, N)``.
+        metric: What an error does, ``(L, G, N, N)``, positive definite.
     """
     values, vectors = np.linalg.eigh(metric)
     root = np.sqrt(np.maximum(values, _LEAST * values.max(axis=-1, keepdims=True)))
@@ -195,15 +403,27 @@ def solve(covariance: Doubles, metric: Doubles) -> tuple[Array, Array]:
     return (matrix / scale[..., None, None]).astype(np.float16), scale
 
 
-def unrotated(sample: Sample, side: str, rotation: Rotation) -> Floats:
-    """Return the rows behind the sinks, keys rotated back to position 0."""
+def unrotated(
+    sample: Sample, x: Array, frequencies: Doubles, group: BasisGroup
+) -> Floats:
+    """Return rows behind the sinks, or their gradients, keys turned to position 0.
+
+    Args:
+        sample: What they are of.
+        x: The rows or gradients, ``(L, 2 H, T, D)``.
+        frequencies: ``(L, pairs)``.
+        group: The layers.
+    """
     sinks = max(0, NUM_SINKS - sample.start)
-    x = widen(np.ascontiguousarray(sample.side(side)[:, :, sinks:]), sample.dtype)
-    if side == "v" or not len(rotation.frequencies):
-        return x
-    frequencies = rotation.frequencies[None]
-    cos, sin = angles(frequencies, sample.start + sinks, x.shape[2])
-    return rotate(x, cos[0], -sin[0], is_traditional=rotation.is_traditional)
+    dtype = sample.dtype if x is sample.x else "F32"
+    wide = widen(np.ascontiguousarray(x[:, :, sinks:]), dtype)
+    if group.num_pairs:
+        cos, sin = angles(frequencies, sample.start + sinks, wide.shape[2])
+        keys = wide[:, : group.num_heads]
+        keys[...] = rotate(
+            keys, cos[:, None], -sin[:, None], is_traditional=group.is_traditional
+        )
+    return wide
 
 
 def find_rotation(
@@ -212,9 +432,13 @@ def find_rotation(
     """Return the rotation without which keys are the most alike."""
 
     def spread(rotation: Rotation) -> float:
-        rows = [unrotated(sample, "k", rotation) for sample in samples]
-        mean = _mean(rows)
-        covariance = _covariance([x - mean[:, :, None] for x in rows])
+        layers, heads, _, dim = samples[0].x.shape
+        group = make_group(tuple(range(layers)), heads // 2, dim, rotation)
+        frequencies = np.tile(rotation.frequencies, (layers, 1))
+        rows = [unrotated(s, s.x, frequencies, group) for s in samples]
+        keys = np.concatenate([x[:, : heads // 2] for x in rows], axis=2)
+        keys -= keys.mean(axis=2, keepdims=True)
+        covariance = keys.swapaxes(-1, -2) @ keys / keys.shape[2]
         values = np.linalg.eigvalsh(covariance)
         floor = 1e-6 * values.max(axis=-1, keepdims=True)
         return float(np.log(np.maximum(values, floor + _LEAST)).mean())
@@ -235,30 +459,3 @@ def usual_rotations(dim: int, more: Sequence[float] = ()) -> list[Rotation]:
             frequencies = base ** (-np.arange(0, turned - 1, 2) / turned)
             found += [Rotation(frequencies, is_old) for is_old in (False, True)]
     return found
-
-
-def _mean(rows: Sequence[Floats]) -> Doubles:
-    """Return each head's mean, ``(L, H, D)``."""
-    total = sum(x.sum(axis=2, dtype=np.float64) for x in rows)
-    return np.asarray(total / sum(x.shape[2] for x in rows))
-
-
-def _mean_size(rows: Sequence[Array]) -> Doubles:
-    """Return the mean of the logarithm of each head's norms, ``(L, H)``."""
-    sizes = [np.log2(np.maximum(np.linalg.norm(x, axis=-1), 1e-6)) for x in rows]
-    return np.asarray(np.concatenate(sizes, axis=-1).mean(axis=-1))
-
-
-def _scaled(x: Array, importance: Doubles) -> Array:
-    """Return rows divided by the scales that they will have."""
-    size = np.log2(np.maximum(np.linalg.norm(x, axis=-1), 1e-6))
-    constant, linear, square = np.moveaxis(importance[:, :, None], -1, 0)
-    exponents = np.rint(constant + linear * size + square * size**2)
-    return np.asarray(x / np.exp2(np.clip(exponents, -6, 6) / 2)[..., None])
-
-
-def _covariance(rows: Sequence[Array]) -> Doubles:
-    """Return each head's second moments, ``(L, H, D, D)``."""
-    wide = (x.astype(np.float64) for x in rows)
-    total = sum(x.swapaxes(-1, -2) @ x for x in wide)
-    return np.asarray(total / sum(x.shape[2] for x in rows))

@@ -21,7 +21,6 @@ from .safetensors import ITEM_SIZES, MAX_HEADER_BYTES, parse_header
 
 FORMAT = 1
 MAX_BYTES = 256 * 1024 * 1024
-SIDES = ("k", "v")
 _MAX_LAYER = 4096
 _MAX_STEP = 512
 _FIELDS = {"format", "groups", "steps", "about"}
@@ -37,24 +36,35 @@ class BasisGroup:
     num_heads: int
     # ``D``, the length of one head's row.
     head_dim: int
+    # Keys and values of how many heads are coded together; divides ``H``.
+    num_joined: int
     # How many pairs of a key's numbers its position rotates.
     num_pairs: int
     # The pairs are neighbours; else a number's partner is ``num_pairs`` behind it.
     is_traditional: bool
 
+    @property
+    def num_parts(self) -> int:
+        """``G``: into how many parts, coded one by one, a layer is divided."""
+        return self.num_heads // self.num_joined
+
+    @property
+    def width(self) -> int:
+        """``N``, the numbers of a part: its heads' keys, then their values."""
+        return 2 * self.num_joined * self.head_dim
+
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return dtype and shape of every tensor of these layers, by name."""
-        heads = (len(self.layers), self.num_heads)
-        specs: dict[str, tuple[str, tuple[int, ...]]] = {
-            "frequencies": ("F64", (len(self.layers), self.num_pairs))
+        parts, width = (len(self.layers), self.num_parts), self.width
+        return {
+            "frequencies": ("F64", (len(self.layers), self.num_pairs)),
+            "matrix": ("F16", (*parts, width, width)),
+            "scale": ("F32", parts),
+            "mean": ("F32", (*parts, width)),
+            "sigma": ("I8", (*parts, width)),
+            "features": ("F32", (*parts, 2, 2 * self.num_joined)),
+            "importance": ("F32", (*parts, 6 * self.num_joined)),
         }
-        for side in SIDES:
-            specs[f"{side}.matrix"] = ("F16", (*heads, self.head_dim, self.head_dim))
-            specs[f"{side}.scale"] = ("F32", heads)
-            specs[f"{side}.mean"] = ("F32", (*heads, self.head_dim))
-            specs[f"{side}.sigma"] = ("I8", (*heads, self.head_dim))
-            specs[f"{side}.importance"] = ("F32", (*heads, 3))
-        return specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,7 @@ class BasisFile:
     steps: dict[str, int]
     # How it was made; advisory.
     about: JSON
-    # Name to the bytes, little-endian, row-major; ``0.k.matrix`` is of group 0.
+    # Name to the bytes, little-endian, row-major; ``0.matrix`` is of group 0.
     tensors: Mapping[str, bytes | memoryview]
 
     def specs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -165,6 +175,7 @@ def _group_to_json(group: BasisGroup) -> JSON:
         "layers": list(group.layers),
         "num_heads": group.num_heads,
         "head_dim": group.head_dim,
+        "num_joined": group.num_joined,
         "num_pairs": group.num_pairs,
         "is_traditional": group.is_traditional,
     }
@@ -190,6 +201,10 @@ def _parse_group(value: JSON) -> BasisGroup:
     sizes = (group.num_heads, group.head_dim)
     if not all(is_count(size, 2**16) and size for size in sizes):
         raise ValueError("a size is not a small count")
+    if not is_count(group.num_joined, group.num_heads + 1) or not group.num_joined:
+        raise ValueError("it joins more heads than there are, or none")
+    if group.num_heads % group.num_joined:
+        raise ValueError("it joins a number of heads that does not divide all")
     if not is_count(group.num_pairs, group.head_dim // 2 + 1):
         raise ValueError("it rotates more numbers than a row has")
     if type(group.is_traditional) is not bool:

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
+
 from ..caches import live as caches
 from ..caches.layout import group_layers
 from ..caches.snapshot import Snapshot
-from ..caches.stored import CODABLE, Piece, count_extras
+from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
 from ..errors import IntegrityError
 from ..format import shard as shards
@@ -226,7 +228,7 @@ class _Encoder:
         codec = self._codec_of(block)
         twin = lossless_twin(codec)
         parts: list[Part] = []
-        for piece, x in pieces:
+        for piece, x in _join(pieces) if codec.is_joint else pieces:
             name = piece.rows.side
             array_codec = codec if name in CODABLE else twin
             parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
@@ -240,3 +242,16 @@ class _Encoder:
             tuple(parts),
             self.num_extras(block),
         )
+
+
+def _join(
+    pieces: Iterable[tuple[Piece, caches.Array]],
+) -> Iterator[tuple[Piece, caches.Array]]:
+    """Yield keys and values of equal shape as one piece; all else as it is."""
+    found = list(pieces)
+    arrays = iter([x for _, x in found])
+    for piece in join_pieces([piece for piece, _ in found]):
+        x = next(arrays)
+        if piece.rows.side == "kv":
+            x = np.concatenate([x, next(arrays)], axis=1)
+        yield piece, x

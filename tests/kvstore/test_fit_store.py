@@ -44,9 +44,10 @@ def make_basis(seed=5):
     """Return the file of a basis that was fitted to such rows."""
     caches = fitted_cache(512, seed)
     pairs = [[np.array(x)[0] for x in cache.keys_and_values()] for cache in caches]
-    keys, values = (np.stack([pair[side] for pair in pairs]) for side in (0, 1))
-    sample = fitting.Sample(0, "F32", keys, values)
-    return fitting.fit_rows([sample], (0, 1), fitting.NO_ROTATION, {"seed": seed})
+    group = fitting.make_group((0, 1), 2, 16, fitting.NO_ROTATION)
+    fit = fitting.GroupFit(group, fitting.NO_ROTATION)
+    fit.add(fitting.Sample(0, "F32", np.stack([np.concatenate(p) for p in pairs])))
+    return fitting.finish_basis([fit], {"seed": seed})
 
 
 @pytest.fixture(scope="module")
