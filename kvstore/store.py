@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
+    from .ops.tree import Tree
     from .remote.catalog import Listed, Listing
     from .remote.client import Client, Remote
     from .remote.layout import RemoteEntry
@@ -506,6 +507,24 @@ class Store:
             IntegrityError: Its file is damaged.
         """
         return self._catalog.find(ref)
+
+    def last_uses(self, entries: Sequence[Entry]) -> dict[str, float]:
+        """Return when each entry was saved or last loaded, the later of both.
+
+        Returns:
+            Unix seconds by entry id. Loads of processes that still run are not in it.
+        """
+        from .ops.tree import last_uses
+
+        if not self._folder.index.exists():  # which is not made anew for this
+            return {entry.id: entry.updated_at for entry in entries}
+        return self._blocks.run(lambda: last_uses(self._blocks.index, entries))
+
+    def tree(self, entries: Sequence[Entry]) -> Tree:
+        """Return entries as a tree of the prefixes that they share."""
+        from .ops.tree import grow_tree
+
+        return self._blocks.run(lambda: grow_tree(self._blocks, entries))
 
     def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
         """Return the blocks of an entry, first to last, and where they lie.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from .main import Verb, open_store, output_of
 from .output import (
     Column,
     Output,
+    format_ago,
     format_bytes,
     format_count,
     format_fields,
@@ -229,6 +231,8 @@ def _print_removed(
         {"dry_run": dry_run, "entries": [entry_data(entry) for entry in entries]},
         [entry.id for entry in entries],
     )
+    if entries and not purge:
+        output.hint("`kvstore prune` frees the blocks, `kvstore rm --purge` for good")
 
 
 def _entry_fields(
@@ -236,22 +240,51 @@ def _entry_fields(
 ) -> list[tuple[str, str]]:
     codecs = Counter(stored.codec for _, stored in chain)
     config = fingerprint.fields.get("config")
+    is_exact = all(place.is_exact for place, _ in chain)
     return [
         ("name", entry.name or "-"),
+        ("title", entry.title or "-"),
         ("id", entry.id),
         ("tokens", f"{entry.num_tokens:,}"),
         ("size", format_bytes(entry.nbytes)),
-        ("blocks", ", ".join(f"{n} {codec}" for codec, n in codecs.items())),
-        ("exact", "yes" if all(place.is_exact for place, _ in chain) else "no"),
+        *(
+            ("stored", f"{format_count(n, 'block')} as {codec}: {codec_words(codec)}")
+            for codec, n in codecs.items()
+        ),
+        (
+            "exact",
+            "yes: to the bit what the model computed"
+            if is_exact
+            else "no: near to what the model computed; a reply may differ in words",
+        ),
+        ("pinned", "yes: it is never evicted" if entry.pinned else "no"),
         ("model", entry.model),
         ("type", str(config.get("model_type")) if isinstance(config, dict) else "-"),
         ("adapter", str(fingerprint.fields.get("adapter") or "none")),
         ("weights", str(fingerprint.fields.get("weights"))),
         ("fingerprint", fingerprint.digest),
-        ("created", to_rfc3339(entry.created_at)),
-        ("saved", to_rfc3339(entry.updated_at)),
+        ("created", f"{format_ago(entry.created_at)}, {to_rfc3339(entry.created_at)}"),
+        ("saved", f"{format_ago(entry.updated_at)}, {to_rfc3339(entry.updated_at)}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry.made_with.items())),
     ]
+
+
+def codec_words(codec: str) -> str:
+    """Return what a codec's name means."""
+    rows, _, packed = codec.partition("+")
+    words = f"`{rows}`, a codec from elsewhere"
+    if rows == "raw":
+        words = "all bits, as they are in memory"
+    elif rows == "planes":
+        words = "all bits, those of like weight together"
+    elif match := re.fullmatch(r"turbo(\d)(?:v(\d))?", rows):
+        keys, values = match[1], match[2] or match[1]
+        words = f"codes of {keys} bits a number"
+        if values != keys:
+            words = f"codes of {keys} bits a number for keys, of {values} for values"
+    elif match := re.fullmatch(r"fit([\d.]+)@([0-9a-f]{64})", rows):
+        words = f"about {match[1]} bits a number, in the basis {match[2][:_SHORT]}"
+    return f"{words}; then {packed}" if packed else words
 
 
 def _block_data(place: Place, stored: StoredBlock) -> JSON:

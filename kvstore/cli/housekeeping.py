@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,10 @@ def stats(context: click.Context) -> None:
     output.result("\n".join(format_fields(_stats_fields(found))), data)
     if found.nbytes > found.max_bytes < found.kept_bytes:
         output.hint("`kvstore prune --max-size SIZE --named` evicts what has a name")
+    elif found.nbytes > found.reached_bytes:
+        output.hint(
+            "`kvstore prune` frees what no entry needs and is an hour old, `--now` all"
+        )
 
 
 @click.command(cls=Verb)
@@ -213,10 +217,39 @@ def _print_pruned(
         "freed_bytes": freed_bytes,
         "nbytes": plan.nbytes,
         "entries": [entry_data(entry) for entry in plan.entries],
+        "young_bytes": plan.young_bytes,
+        "scattered_bytes": plan.scattered_bytes,
+        "is_whole": plan.is_whole,
         "removed_shards": list(plan.removed),
         "repacked_shards": list(plan.repacked),
     }
     output.result(text, data, [entry.id for entry in plan.entries])
+    for hint in _why_bytes_stay(plan):
+        output.hint(hint)
+
+
+def _why_bytes_stay(plan: PrunePlan) -> Iterator[str]:
+    """Yield what keeps bytes from being freed, and what would free them."""
+    if not plan.is_whole:
+        yield (
+            "an entry is damaged and nobody knows what it needs, so that only what"
+            " evicted entries had is freed: `kvstore verify` names it"
+        )
+    elif plan.young_bytes:
+        yield (
+            f"{format_bytes(plan.young_bytes)} that no entry needs are younger than an"
+            " hour, and stay in case a save is under way: `--now` frees them"
+        )
+    if plan.scattered_bytes:
+        yield (
+            f"{format_bytes(plan.scattered_bytes)} that no entry needs lie in files of"
+            " which most is needed: `--now` rewrites these"
+        )
+    elif plan.is_whole and not (plan.freed_bytes or plan.young_bytes):
+        yield (
+            "entries need all that is left: `--max-size` and `--older-than` let"
+            " entries go, `--named` those with a name too"
+        )
 
 
 def _stats_fields(found: Stats) -> list[tuple[str, str]]:

@@ -1,29 +1,83 @@
-"""The verb ls, over a store or a remote."""
+"""The verb ls: entries of a store, as a list or a tree, or those of a remote."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import StoreLockedError
 from ..format.documents import JSON
 from ..format.entry import Entry
 from .entries import entry_data
 from .main import Verb, open_store, output_of
-from .output import Column, Output, format_bytes, format_count, format_time
+from .output import Column, Output, format_ago, format_bytes, format_count, to_rfc3339
 
 if TYPE_CHECKING:
+    from ..ops.tree import Branch, Tree
     from ..remote.catalog import Listed
     from ..store import Store
 
-_SHORT = 12
+log = logging.getLogger("kvstore")
+# As many digits of an id as tell a thousand entries apart.
+_SHORT = 8
+_MAX_INDENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of a list or a tree: an entry, or what several share."""
+
+    num_tokens: int
+    # Of an entry all of its blocks; in a tree those that are not told higher up.
+    nbytes: int
+    entry: Entry | None = None
+    # Unix seconds; 0 where there is no entry.
+    used_at: float = 0.0
+    # What is shown where there is no entry.
+    label: str = ""
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the entry is called; one without a name by its title."""
+        indent = f"└{'─' * min(self.depth, _MAX_INDENT)} " if self.depth else ""
+        if self.entry is None:
+            return indent + self.label
+        title = f'"{self.entry.title}"' if self.entry.title else "-"
+        return indent + (self.entry.name or title)
+
+
+_ORDERS: dict[str, Any] = {
+    "saved": lambda line: -line.entry.updated_at,
+    "used": lambda line: -line.used_at,
+    "size": lambda line: -line.nbytes,
+    "tokens": lambda line: -line.num_tokens,
+    # Those without one at the end.
+    "name": lambda line: (line.entry.name is None, line.entry.name or ""),
+}
 
 
 @click.command("ls", cls=Verb)
 @click.option(
     "--model", metavar="TEXT", help="Only entries whose MODEL has this in it."
+)
+@click.option("--named", is_flag=True, help="Only entries with a name.")
+@click.option(
+    "--sort",
+    "order",
+    type=click.Choice(list(_ORDERS)),
+    default="saved",
+    show_default=True,
+    help="What comes first: the latest, the largest, or the alphabet.",
+)
+@click.option(
+    "--tree",
+    is_flag=True,
+    help="Show which entries begin alike; each block's size is counted once.",
 )
 @click.option(
     "--remote",
@@ -33,80 +87,163 @@ _SHORT = 12
     help="The entries of a remote; without its name, of the only one.",
 )
 @click.pass_context
-def list_entries(context: click.Context, model: str | None, remote: str | None) -> None:
+def list_entries(
+    context: click.Context,
+    model: str | None,
+    named: bool,
+    order: str,
+    tree: bool,
+    remote: str | None,
+) -> None:
     """List the entries, latest first.
 
-    SIZE counts blocks that entries share with each of them.
+    SIZE counts blocks that entries share with each of them. USED is when an entry was
+    saved or last loaded; what was used least recently is evicted first. An entry
+    without a name is listed by its first words. Where the terminal is narrow, columns
+    are left out.
     """
     output = output_of(context)
+    store = open_store(context)
+
+    def is_wanted(entry: Entry) -> bool:
+        return (model or "") in entry.model and not (named and entry.name is None)
+
     if remote is not None:
-        _print_remote_entries(output, open_store(context), remote or None, model)
+        found = store.remote_entries(remote or None)
+        _print_remote(output, [one for one in found if is_wanted(one.remote.entry)])
         return
-    entries = open_store(context).entries()
-    if model is not None:
-        entries = [entry for entry in entries if model in entry.model]
+    entries = list(filter(is_wanted, store.entries()))
+    if tree:
+        lines = list(_tree_lines(store.tree(entries)))
+    else:
+        lines = _list_lines(store, entries)
+        lines.sort(key=_ORDERS[order])
     output.table(
-        entries,
-        _entry_columns(entries),
-        data=entry_data,
-        id_of=lambda entry: entry.id,
+        lines,
+        _columns(lines, len(entries)),
+        data=_line_data if tree else _entry_data,
+        id_of=lambda line: line.entry.id if line.entry else "",
         empty="no entries",
     )
 
 
-def _entry_columns(entries: Sequence[Entry]) -> list[Column[Entry]]:
-    num_tokens = sum(entry.num_tokens for entry in entries)
-    nbytes = sum(entry.nbytes for entry in entries)
+def _list_lines(store: Store, entries: Sequence[Entry]) -> list[_Line]:
+    try:
+        used_at = store.last_uses(entries)
+    except (StoreLockedError, OSError) as error:
+        log.info("nobody knows when entries were last loaded: %s", error)
+        used_at = {entry.id: entry.updated_at for entry in entries}
+    return [_Line(e.num_tokens, e.nbytes, e, used_at[e.id]) for e in entries]
+
+
+def _tree_lines(tree: Tree) -> Iterator[_Line]:
+    """Yield a line for each entry, and one for what several entries share."""
+    for root in tree.roots:
+        model = model_name(_first_entry(root).model)
+        label = f"{model}: {format_count(root.num_entries, 'entry')}"
+        yield _Line(0, 0, label=label)
+        waiting = _below(root, 1)
+        while waiting:
+            item, depth = waiting.pop()
+            if isinstance(item, tuple):
+                entry, nbytes = item
+                used_at = tree.used_at[entry.id]
+                yield _Line(entry.num_tokens, nbytes, entry, used_at, depth=depth)
+                continue
+            below = _below(item, depth + 1)
+            if len(item.entries) == 1:
+                # What goes on from an entry is shown below it.
+                entry, nbytes = item.entries[0]
+                below[-1] = (entry, item.nbytes + nbytes), depth
+            else:
+                label = f"shared by {item.num_entries:,}"
+                yield _Line(item.num_tokens, item.nbytes, label=label, depth=depth)
+            waiting += below
+
+
+def _below(branch: Branch, depth: int) -> list[tuple[Branch | tuple[Entry, int], int]]:
+    """Return what hangs from a branch, the last first."""
+    found: list[Branch | tuple[Entry, int]] = [*branch.branches[::-1]]
+    found += branch.entries[::-1]
+    return [(one, depth) for one in found]
+
+
+def _first_entry(branch: Branch) -> Entry:
+    while not branch.entries:
+        branch = branch.branches[0]
+    return branch.entries[0][0]
+
+
+def model_name(model: str) -> str:
+    """Return the last part of a model's path or repository."""
+    return model.rstrip("/").rpartition("/")[2] or "-"
+
+
+def _columns(lines: Sequence[_Line], num_entries: int) -> list[Column[_Line]]:
+    held = [line.entry for line in lines if line.entry]
+    num_tokens = sum(entry.num_tokens for entry in held)
+    nbytes = sum(line.nbytes for line in lines)
+
+    def of(get: Callable[[Entry], str]) -> Callable[[_Line], str]:
+        return lambda line: get(line.entry) if line.entry else ""
+
+    def tokens(line: _Line) -> str:
+        return f"{line.num_tokens:,}" if line.num_tokens else ""
+
+    def size(line: _Line) -> str:
+        return format_bytes(line.nbytes) if line.nbytes else ""
+
+    is_any_pinned = any(entry.pinned for entry in held)
+    pins = [Column("PIN", of(lambda e: "yes" if e.pinned else ""))]
     return [
         Column(
-            "NAME",
-            lambda entry: entry.name or "-",
-            total=format_count(len(entries), "entry"),
+            "NAME", lambda line: line.name, total=format_count(num_entries, "entry")
         ),
-        Column("ID", lambda entry: entry.id[:_SHORT]),
+        Column("ID", of(lambda e: e.id[:_SHORT])),
+        Column("TOKENS", tokens, True, f"{num_tokens:,}"),
+        Column("SIZE", size, True, format_bytes(nbytes)),
         Column(
-            "TOKENS", lambda entry: f"{entry.num_tokens:,}", True, f"{num_tokens:,}"
+            "USED", lambda line: format_ago(line.used_at) if line.entry else "", True
         ),
-        Column(
-            "SIZE",
-            lambda entry: format_bytes(entry.nbytes),
-            True,
-            format_bytes(nbytes),
-        ),
-        Column("CODEC", lambda entry: entry.codec),
-        Column("SAVED", lambda entry: format_time(entry.updated_at)),
-        Column("MODEL", lambda entry: entry.model),
+        *(pins if is_any_pinned else []),
+        Column("MODEL", of(lambda e: model_name(e.model)), rank=1),
+        Column("SAVED", of(lambda e: format_ago(e.updated_at)), True, rank=2),
+        Column("CODEC", of(lambda e: e.codec), rank=3),
+        Column("TITLE", of(lambda e: e.title if e.name else ""), rank=4),
     ]
 
 
-def _print_remote_entries(
-    output: Output, store: Store, name: str | None, model: str | None
-) -> None:
-    """Print the entries of a remote; without its name, of the only one."""
-    found = [
-        listed
-        for listed in store.remote_entries(name)
-        if model is None or model in listed.remote.entry.model
-    ]
-    output.table(
-        found,
-        _listed_columns(),
-        data=_listed_data,
-        id_of=lambda listed: listed.key.digest,
-        empty="no entries",
-    )
+def _entry_data(line: _Line) -> JSON:
+    assert line.entry is not None
+    return entry_data(line.entry) | {"used_at": to_rfc3339(line.used_at)}
 
 
-def _listed_columns() -> list[Column[Listed]]:
-    return [
+def _line_data(line: _Line) -> JSON:
+    return {
+        "depth": line.depth,
+        "num_tokens": line.num_tokens,
+        "nbytes": line.nbytes,
+        "entry": _entry_data(line) if line.entry else None,
+    }
+
+
+def _print_remote(output: Output, found: Sequence[Listed]) -> None:
+    columns: list[Column[Listed]] = [
         Column("NAME", lambda listed: listed.remote.entry.name or "-"),
         Column("ID", lambda listed: listed.key.digest[:_SHORT]),
         Column("TOKENS", lambda listed: f"{listed.remote.entry.num_tokens:,}", True),
         Column("SIZE", lambda listed: format_bytes(listed.remote.entry.nbytes), True),
-        Column("CODEC", lambda listed: listed.remote.entry.codec),
-        Column("SAVED", lambda listed: format_time(listed.remote.entry.updated_at)),
-        Column("MODEL", lambda listed: listed.remote.entry.model),
+        Column("SAVED", lambda one: format_ago(one.remote.entry.updated_at), True),
+        Column("MODEL", lambda one: model_name(one.remote.entry.model), rank=1),
+        Column("CODEC", lambda listed: listed.remote.entry.codec, rank=2),
     ]
+    output.table(
+        found,
+        columns,
+        data=_listed_data,
+        id_of=lambda listed: listed.key.digest,
+        empty="no entries",
+    )
 
 
 def _listed_data(listed: Listed) -> JSON:

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import sys
+import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +30,8 @@ T = TypeVar("T")
 Mode = Literal["human", "json", "quiet"]
 _GAP = "  "
 _MIN_WIDTH = 8
+# A text that is cut at fewer columns says little.
+_READABLE = 16
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -44,6 +47,8 @@ class Column(Generic[T]):
     is_number: bool = False
     # What stands in the last line.
     total: str = ""
+    # Where a terminal is narrow, the column of the highest rank goes first; 0 stays.
+    rank: int = 0
 
 
 class NeedsFlagError(click.UsageError):
@@ -286,6 +291,17 @@ def format_time(at: float) -> str:
     return f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M}"
 
 
+def format_ago(at: float) -> str:
+    """Return how long ago a time was, such as ``2 h ago``; the day where it is long."""
+    age = time.time() - at
+    if not -60 < age < 60 * 86_400:
+        return f"{datetime.fromtimestamp(at):%Y-%m-%d}"
+    for unit, seconds in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if age >= seconds:
+            return f"{age / seconds:.0f} {unit} ago"
+    return "now"
+
+
 def to_rfc3339(at: float) -> str:
     """Return a time as programs read it."""
     text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
@@ -314,35 +330,67 @@ def format_table(
     Args:
         items: One per line.
         columns: What to show of them.
-        width: Columns of the terminal; texts are shortened to fit. ``None``
-            shortens nothing.
+        width: Columns of the terminal; columns are left out and texts are shortened
+            to fit. ``None`` shortens nothing.
     """
-    rows = [[column.header for column in columns]]
-    rows += [[one_line(column.cell(item)) for column in columns] for item in items]
+    texts = [
+        [column.header, *(one_line(column.cell(item)) for item in items)]
+        for column in columns
+    ]
     if any(column.total for column in columns):
-        rows.append([column.total for column in columns])
-    widths = [max(map(_cells, cells)) for cells in zip(*rows, strict=True)]
+        for cells, column in zip(texts, columns, strict=True):
+            cells.append(column.total)
+    widths = [max(map(_cells, cells)) for cells in texts]
+    chosen = list(range(len(columns)))
     if width is not None:
-        widths = _fit(widths, columns, width)
-    return [_format_row(row, columns, widths) for row in rows]
+        chosen = _choose(columns, widths, width)
+        widths = _fit(widths, columns, chosen, width)
+    return [
+        _format_row([(row[i], columns[i], widths[i]) for i in chosen])
+        for row in zip(*texts, strict=True)
+    ]
 
 
-def _format_row(
-    row: Sequence[str], columns: Sequence[Column[T]], widths: Sequence[int]
-) -> str:
-    cells = []
-    for text, column, width in zip(row, columns, widths, strict=True):
-        shown = _shorten(text, width)
-        padding = " " * (width - _cells(shown))
-        cells.append(padding + shown if column.is_number else shown + padding)
-    return _GAP.join(cells).rstrip()
+def _format_row(cells: Iterable[tuple[str, Column[T], int]]) -> str:
+    shown = []
+    for text, column, width in cells:
+        short = _shorten(text, width)
+        padding = " " * (width - _cells(short))
+        shown.append(padding + short if column.is_number else short + padding)
+    return _GAP.join(shown).rstrip()
 
 
-def _fit(widths: Sequence[int], columns: Sequence[Column[T]], total: int) -> list[int]:
+def _line_width(widths: Iterable[int]) -> int:
+    return sum(width + len(_GAP) for width in widths) - len(_GAP)
+
+
+def _choose(
+    columns: Sequence[Column[T]], widths: Sequence[int], total: int
+) -> list[int]:
+    """Return the columns to show: as many as leave all that are shown readable."""
+    chosen = list(range(len(columns)))
+    needed = [
+        width if column.is_number else min(width, _READABLE)
+        for width, column in zip(widths, columns, strict=True)
+    ]
+    while _line_width(needed[i] for i in chosen) > total:
+        least = max(chosen, key=lambda i: columns[i].rank)
+        if not columns[least].rank:
+            break
+        chosen.remove(least)
+    return chosen
+
+
+def _fit(
+    widths: Sequence[int],
+    columns: Sequence[Column[T]],
+    chosen: Sequence[int],
+    total: int,
+) -> list[int]:
     """Return narrower widths for texts, so that a line fits; numbers stay whole."""
     fitted = list(widths)
-    texts = [i for i, column in enumerate(columns) if not column.is_number]
-    while sum(fitted) + len(_GAP) * (len(fitted) - 1) > total:
+    texts = [i for i in chosen if not columns[i].is_number]
+    while _line_width(fitted[i] for i in chosen) > total:
         widest = max(texts, key=lambda i: fitted[i], default=None)
         if widest is None or fitted[widest] <= _MIN_WIDTH:
             break

@@ -64,6 +64,10 @@ class PrunePlan:
     leftovers: tuple[Path, ...]
     # Bytes of all shards now.
     nbytes: int
+    # Bytes that nothing needs and that stay: in blocks younger than the grace period,
+    young_bytes: int
+    # and in shards of which too much is needed to be worth rewriting.
+    scattered_bytes: int
     _pruner: Pruner = field(repr=False, compare=False)
     # Every entry can be read and has all of its blocks, so that what is left over is
     # known.
@@ -159,26 +163,29 @@ class Pruner:
         sizes = self._index.shards()
         survey = _Survey(self._folder, self._index, self._policy.needed)
         evicted, gone = self._choose_entries(survey, sum(sizes.values()))
-        kept = {
-            name: sum(place.nbytes for place in self._kept(name, survey, gone))
-            for name in sizes
-        }
-        removed = {name: size for name, size in sizes.items() if not kept[name]}
-        left = sum(sizes.values()) - sum(removed.values())
-        partly = {name: size - kept[name] for name, size in sizes.items() if kept[name]}
+        kept = {name: self._kept(name, survey, gone) for name in sizes}
+        left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
+        removed = {name: size for name, size in sizes.items() if not left[name]}
+        dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
         holed = {
-            name
-            for name in partly
-            if len(self._kept(name, survey, gone)) < len(self._index.places_in(name))
+            name for name in dead if len(kept[name]) < len(self._index.places_in(name))
         }
-        repacked = dict(self._choose_repacks(sizes, partly, holed, left))
-        leftovers = tuple(self._leftovers(set(sizes)))
+        rest = sum(sizes.values()) - sum(removed.values())
+        repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
+        young = (
+            place.nbytes
+            for places in kept.values()
+            for place in places
+            if not survey.is_live(place.hash)
+        )
         return PrunePlan(
             evicted,
             removed,
             repacked,
-            leftovers,
+            tuple(self._leftovers(set(sizes))),
             sum(sizes.values()),
+            sum(young),
+            sum(dead[name] for name in holed - repacked.keys()),
             self,
             survey.is_whole,
         )

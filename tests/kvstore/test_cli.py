@@ -282,9 +282,11 @@ def test_ls_is_a_table(run_cli, two_entries):
         "ID",
         "TOKENS",
         "SIZE",
-        "CODEC",
-        "SAVED",
+        "USED",
         "MODEL",
+        "SAVED",
+        "CODEC",
+        "TITLE",
     ]
     assert [line.split()[0] for line in lines[1:]] == ["two", "one", "2"]
     assert lines[3].split() == ["2", "entries", "2,000", "4.0", "MB"]
@@ -590,7 +592,7 @@ def test_a_verb_without_a_model_imports_no_mlx_lm(saved, tmp_path, words):
 
 
 def test_ls_of_a_thousand_entries_reads_each_once(tmp_path, monkeypatch):
-    """Listing opens the configuration and each entry, and nothing else."""
+    """Listing opens the configuration, each entry and the index, and nothing else."""
     folder = create_folder(tmp_path / "store")
     for number in range(1000):
         entry = make_entry(f"entry-{number}")

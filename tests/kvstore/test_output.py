@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from datetime import datetime
 
 import pytest
 
@@ -13,6 +14,7 @@ from kvstore.cli.output import (
     Column,
     NeedsFlagError,
     Output,
+    format_ago,
     format_bytes,
     format_count,
     format_fields,
@@ -75,6 +77,42 @@ def test_a_table_fits_its_terminal():
     lines = format_table(ITEMS, COLUMNS, width=18)
     assert max(map(len, lines)) == 18
     assert lines[2] == "a name tha…  1,000"
+
+
+def test_a_narrow_table_leaves_columns_out_before_it_cuts_texts():
+    """The columns of the highest rank go first, as many as must."""
+    ranked = [
+        *COLUMNS,
+        Column("LESS", lambda item: "l" * 20, rank=1),
+        Column("LEAST", lambda item: "m" * 20, rank=2),
+    ]
+
+    def headers(width):
+        return format_table(ITEMS, ranked, width)[0].split()
+
+    assert headers(None) == headers(100) == ["NAME", "SIZE", "LESS", "LEAST"]
+    assert headers(58) == headers(41) == ["NAME", "SIZE", "LESS"]
+    assert headers(40) == headers(10) == ["NAME", "SIZE"]
+
+
+@pytest.mark.parametrize(
+    ("age", "text"),
+    [
+        (-5, "now"),
+        (0, "now"),
+        (59, "now"),
+        (60, "1 min ago"),
+        (7200, "2 h ago"),
+        (5 * 86_400, "5 d ago"),
+        (100 * 86_400, "2026-01-01"),
+        (-86_400, "2026-04-12"),
+    ],
+)
+def test_times_for_people_are_relative(monkeypatch, age, text):
+    """What is long ago, or ahead of the clock, is a date."""
+    now = datetime(2026, 4, 11, 12).timestamp()
+    monkeypatch.setattr("time.time", lambda: now)
+    assert format_ago(now - age) == text
 
 
 def test_a_table_that_cannot_fit_keeps_its_numbers():
