@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codecs.base import MLX_DTYPES, Codec, Rows
+from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Codec, Rows
 from ..errors import IntegrityError
 from .kinds import kind_named
 from .kinds.base import capacity
@@ -24,6 +25,9 @@ Array = npt.NDArray[np.generic]
 
 class Restoring(Protocol):
     """A prompt cache being rebuilt, block by block."""
+
+    num_threads: int
+    """How many threads may write at the same time, each another block."""
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
@@ -88,10 +92,14 @@ class _Target:
 class HostRestoring:
     """Decodes layer by layer, in NumPy, into the buffers that the caches will own.
 
+    Writing touches no array of MLX, which belong to the thread that made them.
+
     Args:
         layout: How the prompt cache is built.
         num_tokens: How many tokens' rows there will be.
     """
+
+    num_threads = min(8, os.cpu_count() or 1)
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
@@ -134,6 +142,8 @@ class HostRestoring:
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Hand the buffers over."""
+        for arrays, views in zip(self._arrays, self._views, strict=True):
+            arrays |= {n: mx.array(views[n][None]) for n in views.keys() - arrays}
         # Without the views, a cache is the only owner and grows in place.
         self._views.clear()
         typed = [
@@ -150,10 +160,9 @@ class HostRestoring:
         """Return a layer's buffer, allocated here for what not every block has."""
         views = self._views[layer]
         if name not in views:
-            array = _allocate(group.spec(name), 1)
-            mx.eval(array)
-            self._arrays[layer][name] = array
-            views[name] = np.asarray(array)[0]
+            spec = group.spec(name)
+            shape = (spec.num_heads, 1, spec.head_dim)
+            views[name] = np.zeros(shape, NUMPY_DTYPES[spec.dtype])
         return views[name]
 
 
@@ -164,6 +173,8 @@ class DeviceRestoring:
         layout: How the prompt cache is built.
         num_tokens: How many tokens' rows there will be.
     """
+
+    num_threads = 1
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
 from typing import Literal
@@ -20,6 +21,8 @@ from ..caches.layout import (
 from ..caches.live import Provenance
 from ..caches.restore import Restoring, start_restoring
 from ..caches.stored import is_restorable, open_piece, stored_pieces
+from ..codecs import CodecFamily
+from ..codecs.parallel import map_in_order
 from ..errors import CodecError, FormatError, IntegrityError
 from ..format.block import Block, BlockHash, Progress, StoredBlock
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
@@ -104,6 +107,8 @@ class Hit:
     codec: str | None = None
 
 
+# Of stored blocks that are being decoded.
+_MAX_BYTES = 64 * 1024 * 1024
 Child = tuple[int, Place, StoredBlock]
 """How many tokens of a prompt a block shares, and the block."""
 
@@ -179,15 +184,22 @@ class Loader:
         restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         codecs: Counter[str] = Counter()
+        own = own_codecs(self._folder)
+
+        def decode(block: tuple[StoredBlock, memoryview]) -> StoredBlock:
+            _decode(*block, hit, own, restoring)
+            return block[0]
+
+        decoded = map_in_order(
+            decode,
+            self._read(hit),
+            restoring.num_threads,
+            nbytes=lambda block: len(block[1]),
+            max_bytes=_MAX_BYTES,
+        )
         try:
-            for shard, places in groupby(hit.places, key=lambda place: place.shard):
-                for stored, data in self._blocks.read(shard, list(places), hit.root):
-                    if stored.block.start != done:
-                        name = stored.block.hash.hex()
-                        raise IntegrityError(
-                            f"block {name[:12]} is out of place", block=name
-                        )
-                    self._decode(stored, data, hit, restoring)
+            with closing(decoded):
+                for stored in decoded:
                     codecs[stored.codec] += len(stored.block.tokens)
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)
@@ -204,26 +216,18 @@ class Loader:
         hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
         return caches.convert(restored, hit.classes), hit
 
-    def _decode(
-        self, stored: StoredBlock, data: memoryview, hit: Hit, out: Restoring
-    ) -> None:
-        """Decode one block, layer by layer, into the buffers of the prompt cache."""
-        block = stored.block
-        stop = min(block.start + len(block.tokens), hit.num_tokens)
-        try:
-            whole = block.start + len(block.tokens)
-            own = own_codecs(self._folder)
-            for codec, piece in stored_pieces(stored, group_layers(hit.layout), own):
-                is_state = piece.kind in ("state", "mark")
-                if is_state and whole != hit.num_tokens:
-                    continue
-                parts = open_piece(codec, piece, stored, data)
-                out.write(codec, parts, piece.group, piece.rows, stop)
-        except (IntegrityError, CodecError) as error:
-            name = block.hash.hex()
-            raise IntegrityError(
-                f"block {name[:12]} cannot be decoded: {error}", block=name
-            ) from error
+    def _read(self, hit: Hit) -> Iterator[tuple[StoredBlock, memoryview]]:
+        """Yield the blocks of a hit with their bytes, in order."""
+        end = 0
+        for shard, places in groupby(hit.places, key=lambda place: place.shard):
+            for stored, data in self._blocks.read(shard, list(places), hit.root):
+                if stored.block.start != end:
+                    name = stored.block.hash.hex()
+                    raise IntegrityError(
+                        f"block {name[:12]} is out of place", block=name
+                    )
+                end += len(stored.block.tokens)
+                yield stored, data
 
     def _follow(
         self, request: Request, root: BlockHash, layout_json: object
@@ -386,6 +390,26 @@ def _end_outside_units(
         f" fed whole; it starts at {end:,}"
     )
     return replace(found, reason="unit", detail=detail)
+
+
+def _decode(
+    stored: StoredBlock, data: memoryview, hit: Hit, own: CodecFamily, out: Restoring
+) -> None:
+    """Decode one block, layer by layer, into the buffers of the prompt cache."""
+    block = stored.block
+    whole = block.start + len(block.tokens)
+    try:
+        for codec, piece in stored_pieces(stored, group_layers(hit.layout), own):
+            if piece.kind in ("state", "mark") and whole != hit.num_tokens:
+                continue
+            parts = open_piece(codec, piece, stored, data)
+            stop = min(whole, hit.num_tokens)
+            out.write(codec, parts, piece.group, piece.rows, stop)
+    except (IntegrityError, CodecError) as error:
+        name = block.hash.hex()
+        raise IntegrityError(
+            f"block {name[:12]} cannot be decoded: {error}", block=name
+        ) from error
 
 
 _WHOLE = "all but the last token, which the model must be fed"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from ..caches.layout import group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
+from ..codecs.parallel import map_in_order
 from ..errors import IntegrityError
 from ..format import shard as shards
 from ..format.block import Block, BlockHash, EncodedBlock, Part, Progress
@@ -27,6 +26,8 @@ from .commit import commit, make_room, replaceable
 
 # With two cores, the model has both of them.
 NUM_ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+# Of rows that are being encoded.
+_MAX_BYTES = 256 * 1024 * 1024
 # How often blocks that `prune` takes away meanwhile are written again.
 _TRIES = 3
 
@@ -207,20 +208,15 @@ class _Encoder:
 
     def encode(self, blocks: Sequence[Block]) -> Iterator[EncodedBlock]:
         """Encode blocks in order, some at a time where there are cores for it."""
-        if NUM_ENCODERS == 1:
-            for block in blocks:
-                yield self._encode_one(block, self._rows.read(block))
-            return
-        with ThreadPoolExecutor(NUM_ENCODERS, "kvstore-encoder") as pool:
-            waiting: deque[tuple[Future[EncodedBlock], object]] = deque()
-            for block in blocks:
-                # Read, and let go of, here: MLX's arrays belong to this thread.
-                pieces = list(self._rows.read(block))
-                waiting.append((pool.submit(self._encode_one, block, pieces), pieces))
-                if len(waiting) > NUM_ENCODERS:
-                    yield waiting.popleft()[0].result()
-            while waiting:
-                yield waiting.popleft()[0].result()
+        # Read, and let go of, here: MLX's arrays belong to this thread.
+        read = ((block, list(self._rows.read(block))) for block in blocks)
+        yield from map_in_order(
+            lambda item: self._encode_one(*item),
+            read,
+            NUM_ENCODERS,
+            nbytes=lambda item: sum(x.nbytes for _, x in item[1]),
+            max_bytes=_MAX_BYTES,
+        )
 
     def _encode_one(
         self, block: Block, pieces: Iterable[tuple[Piece, caches.Array]]

@@ -1,0 +1,60 @@
+"""Work on blocks in several threads, its results in order and its memory bounded."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from ..errors import KVStoreError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_threads: int,
+    *,
+    nbytes: Callable[[Item], int],
+    max_bytes: int,
+) -> Generator[Result, None, None]:
+    """Yield what ``work`` returns for each item, in order.
+
+    What cannot be read raises behind the results before it. When this ends, no thread
+    works any more.
+
+    Args:
+        work: Called in one of the threads; with one thread, in the caller's.
+        items: Read in the caller's thread.
+        num_threads: How many items are worked on at a time.
+        nbytes: What an item takes in memory.
+        max_bytes: Items are read on only while those under way take less.
+    """
+    if num_threads == 1:
+        yield from map(work, items)
+        return
+    waiting: deque[tuple[Future[Result], int]] = deque()
+    source, error, under_way = iter(items), None, 0
+    with ThreadPoolExecutor(num_threads, "kvstore-block") as pool:
+        while error is None:
+            try:
+                item = next(source)
+            except StopIteration:
+                break
+            except (KVStoreError, OSError) as failed:  # raised behind what came before
+                error = failed
+                break
+            size = nbytes(item)
+            waiting.append((pool.submit(work, item), size))
+            under_way += size
+            while len(waiting) > num_threads or under_way > max_bytes:
+                future, size = waiting.popleft()
+                under_way -= size
+                yield future.result()
+        while waiting:
+            yield waiting.popleft()[0].result()
+    if error is not None:
+        raise error
