@@ -87,6 +87,8 @@ class Store:
         self._blocks = BlockStore(self._folder)
         self._catalog = Catalog(self._blocks)
         self._notes = LoadNotes()
+        # The last blocks of entries that were saved here, and of those replaced.
+        self._tips: set[BlockHash] = set()
 
     @property
     def path(self) -> Path:
@@ -236,6 +238,9 @@ class Store:
 
         def write() -> Entry:
             self._write_notes()
+            old = self._catalog.holder(name, snapshot.chain.tip.hex())
+            self._tips |= {BlockHash(bytes.fromhex(old.tip))} if old else set()
+            self._tips.add(snapshot.chain.tip)
             return save_entry(
                 self._blocks,
                 self._catalog,
@@ -915,6 +920,22 @@ class Store:
         # A full disk has no room for SQLite's own files either.
         self._blocks.open_in_memory()
         return self._blocks.run(plan)
+
+    def free_tails(self) -> None:
+        """Free what the saves of this object have left behind that no entry needs.
+
+        Each turn of a conversation stores its last, incomplete block; the next turn
+        stores those rows again. For the end of a program, when no more turns come.
+
+        Raises:
+            IntegrityError: An entry cannot be read, so that nobody knows what it needs.
+            StoreLockedError: Another process kept the store or the index locked.
+        """
+        from .ops.tails import free_tails
+
+        tips, self._tips = self._tips, set()
+        if tips:
+            self._blocks.run(lambda: free_tails(self._blocks, self._catalog, tips))
 
     def repair(self) -> list[Finding]:
         """Put right what :meth:`verify` finds, and return what it found.

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ..blas import OPENBLAS_REMEDY, is_openblas_missing
-from ..errors import EntryNotFoundError
+from ..errors import EntryNotFoundError, KVStoreError
 from . import options
 from .entries import entry_data, entry_label
 from .interrupts import Interrupts
-from .main import Verb, load_fast_blas, open_store, output_of
+from .main import Verb, load_fast_blas, log, open_store, output_of
 from .options import (
     ModelOptions,
     PromptOptions,
@@ -220,6 +220,7 @@ def open_models(
             f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
         )
     store = open_store(context, create=True, codec=codec)
+    context.call_on_close(partial(_free_tails, store))
     with output_of(context).progress() as bars, bars.spinner("loading the model"):
         loaded = load_models(
             options.model,
@@ -228,6 +229,13 @@ def open_models(
             trust_remote_code=options.trust_remote_code,
         )
     return store, loaded
+
+
+def _free_tails(store: Store) -> None:
+    try:
+        store.free_tails()
+    except (KVStoreError, OSError) as error:
+        log.info("tails that nothing needs stay until they are pruned: %s", error)
 
 
 def _conversation(
