@@ -19,8 +19,23 @@ if TYPE_CHECKING:
 _MIN_FREE_BYTES = 5_000_000_000
 
 
+class ServeVerb(Verb):
+    """Shows the options of mlx-lm's server too."""
+
+    def format_options(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """Write both."""
+        super().format_options(ctx, formatter)
+        load_fast_blas()
+        from ..server.app import options_help
+
+        formatter.write("\nOptions of mlx_lm.server:\n")
+        formatter.write(options_help())
+
+
 @click.command(
-    cls=Verb,
+    cls=ServeVerb,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
     options_metavar="[OPTIONS] [OPTIONS OF mlx_lm.server]",
 )
@@ -47,6 +62,13 @@ _MIN_FREE_BYTES = 5_000_000_000
     show_default=True,
     help="Neither keep nor read fewer tokens.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Log text, or a JSON object per line; one line per request either way.",
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
 def serve(
@@ -55,12 +77,13 @@ def serve(
     max_size: int | None,
     min_free: int,
     min_tokens: int,
+    log_format: str,
     args: tuple[str, ...],
 ) -> None:
     """Run `mlx_lm.server` with its prompt cache kept on disk.
 
     It takes all options of `mlx_lm.server` too, such as --model, --port and
-    --prompt-cache-size; `mlx_lm.server --help` lists them. A prompt that is not in
+    --prompt-cache-size; `kvstore serve --help` lists them. A prompt that is not in
     memory is looked up in the store, and what was computed is written to it while the
     server goes on. SIGTERM and Ctrl-C end it when what waits is written.
     """
@@ -73,6 +96,7 @@ def serve(
     ) -> DiskPromptCache:
         # Only now: a wrong option or model must not leave an empty store behind.
         store = open_store(context, create=True, codec=codec)
+        _shape_log(log_format)
         if max_size is not None:
             store.set_limit(max_size)
         return DiskPromptCache(
@@ -88,6 +112,21 @@ def serve(
         run(args, make_cache)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
+
+
+def _shape_log(log_format: str) -> None:
+    """Have one line per request, unless more is asked for; mlx-lm logs by now."""
+    from ..server.watch import JSONFormatter, is_no_chatter
+
+    root = logging.getLogger()
+    is_short = root.getEffectiveLevel() >= logging.INFO and not log.level
+    if is_short:
+        logging.getLogger("kvstore.lookup").setLevel(logging.WARNING)
+    for handler in root.handlers:
+        if is_short:
+            handler.addFilter(is_no_chatter)
+        if log_format == "json":
+            handler.setFormatter(JSONFormatter())
 
 
 def _log_like_mlx_lm() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +28,9 @@ from ..models.load import find_model, fingerprint_model
 from .disk import ServedModel
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
+from .watch import Requests, watch
 
+log = logging.getLogger("kvstore")
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
 # tokens, the rows and the states are those of serving alone.
 _LISTS_BATCHED_RIGHT = {
@@ -62,7 +65,8 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         batches.clear()
 
     provider_class = _provider_class(server, give_up)
-    generator_class = _generator_class(server, give_up)
+    requests = Requests()
+    generator_class = _generator_class(server, give_up, requests)
     providers: list[Any] = []
     opened: list[DiskPromptCache] = []
     generators: list[Any] = []
@@ -114,6 +118,7 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
 
     server.BatchGenerator = make_batch  # type: ignore[attr-defined]
     _check_requests(server.APIHandler)
+    watch(server, requests, lambda: opened[-1])
     with _terminated_like_interrupted():
         try:
             server.main()
@@ -122,6 +127,8 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
                 raise
         finally:
             _end(generators, opened)
+            if opened:
+                log.info("kvstore: stopped after %s; all is written", requests.sum())
     for error in _failures(generators):
         raise KVStoreError(
             f"the thread that generates has ended: {type(error).__name__}: {error}",
@@ -296,14 +303,35 @@ def _parser_class(args: Sequence[str]) -> type[argparse.ArgumentParser]:
     return Parser
 
 
+def options_help() -> str:
+    """Return what ``mlx_lm.server --help`` says of its options."""
+    server = _copy_module("mlx_lm.server")
+    found: list[str] = []
+
+    class Parser(argparse.ArgumentParser):
+        def parse_args(self, *_: Any) -> NoReturn:  # type: ignore[override]
+            found.append(self.format_help())
+            raise SystemExit
+
+    server.argparse = SimpleNamespace(  # type: ignore[attr-defined]
+        **{**vars(argparse), "ArgumentParser": Parser}
+    )
+    with suppress(SystemExit):
+        server.main()
+    return found[0].partition("options:\n")[2]
+
+
 def _check(cli_args: argparse.Namespace) -> None:
     """Refuse now what the server would find out in a thread, and live on with.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
+        ValueError: There is no such port.
     """
     import mlx.core as mx
 
+    if not 0 <= cli_args.port < 65_536:  # of more, the system takes the lower bits
+        raise ValueError(f"argument --port: {cli_args.port} is not from 0 to 65535")
     for model in (cli_args.model, cli_args.draft_model):
         if model is not None:
             find_model(model)
@@ -403,12 +431,15 @@ def _has_states(model: Any) -> bool:
     return any(map(is_state, make_prompt_cache(model)))
 
 
-def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:
+def _generator_class(
+    server: Any, give_up: Callable[[], None], requests: Requests
+) -> Any:
     """Return mlx-lm's ``ResponseGenerator``, which also measures prefills.
 
     Args:
         server: The copy of mlx-lm's module.
         give_up: Called when it ends, with what it has begun.
+        requests: Told of each request's prompt and tokens.
     """
 
     class Generator(server.ResponseGenerator):  # type: ignore[misc]
@@ -470,7 +501,8 @@ def _generator_class(server: Any, give_up: Callable[[], None]) -> Any:
                 raise
             # What came before is loading a model, and reading the disk.
             begin = time.monotonic()
-            return found[0], self._alone.until_end(found[1])
+            requests.current.prompt = list(found[0].prompt)
+            return found[0], self._alone.until_end(requests.counted(found[1]))
 
     return Generator
 

@@ -25,6 +25,8 @@ from .lineage import Lineage
 from .writer import Job, Writer
 
 log = logging.getLogger("kvstore")
+# Apart, for a server that tells of each request in a line of its own.
+log_lookup = logging.getLogger("kvstore.lookup")
 MIN_TOKENS = 64
 """Fewer are computed sooner than a file is opened."""
 # How long a read may take at least, since the first of a process may compile kernels,
@@ -82,8 +84,8 @@ class Disk:
         tokens: list[int],
         num_held: int,
         spans: Sequence[Span] = (),
-    ) -> tuple[list[Any], list[int]] | None:
-        """Return more of a prompt than memory holds, or ``None``.
+    ) -> tuple[tuple[list[Any], list[int]] | None, str]:
+        """Return more of a prompt than memory holds, or ``None``, and why.
 
         Args:
             served: The model.
@@ -92,10 +94,15 @@ class Disk:
             spans: Parts of the prompt that are fed whole.
 
         Returns:
-            A prompt cache, evaluated, and the tokens still to be fed.
+            A prompt cache, evaluated, and the tokens still to be fed; and the reason
+            in words.
         """
         with self._reading:
-            return self._read(served, tokens, num_held, spans)
+            found, why = self._read(served, tokens, num_held, spans)
+        log_lookup.info(
+            "kvstore: %d tokens, %d in memory: %s", len(tokens), num_held, why
+        )
+        return found, why
 
     def keep(
         self,
@@ -135,30 +142,26 @@ class Disk:
         tokens: list[int],
         num_held: int,
         spans: Sequence[Span],
-    ) -> tuple[list[Any], list[int]] | None:
-        about = f"{len(tokens)} tokens, {num_held} in memory"
+    ) -> tuple[tuple[list[Any], list[int]] | None, str]:
         if len(tokens) - 1 - num_held < self._min_tokens:
-            log.info("kvstore: %s: no need of the disk", about)
-            return None
+            return None, "no need of the disk"
         _remake(self.store)
         like, match = self._longest(served, tokens, spans)
         reason = self._why_not(served, match, num_held)
         if reason is not None:
-            log.info("kvstore: %s: %s", about, reason)
-            return None
+            return None, reason
         begin = time.monotonic()
         limit = self._limit(served, match.num_tokens - num_held)
         prompt_cache, rest = self.store.load(
             tokens, served.fingerprint, like=like, spans=spans, progress=limit
         )
         if prompt_cache is None:
-            log.info("kvstore: %s: what is on disk turned out to be damaged", about)
-            return None
+            return None, "what is on disk turned out to be damaged"
         num_read, seconds = len(tokens) - len(rest), time.monotonic() - begin
-        log.info("kvstore: %s: %d read from disk in %.3f s", about, num_read, seconds)
         provenance = caches.read_provenance(prompt_cache)
         self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
-        return prompt_cache, rest
+        why = f"{num_read} read from disk in {seconds:.3f} s"
+        return (prompt_cache, rest), why
 
     def _limit(self, served: ServedModel, num_gained: int) -> Progress:
         """Return a callback that ends a load which takes longer than computing.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
@@ -20,6 +22,35 @@ from ..store import Store
 from .disk import MIN_TOKENS, Disk, ServedModel, harmless
 
 log = logging.getLogger("kvstore")
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What was found of one prompt, and why not more."""
+
+    num_prompt_tokens: int
+    from_memory: int
+    from_disk: int
+    reason: str
+
+    def sums(self) -> dict[str, int]:
+        """Return where the rows of the prompt come from."""
+        return {
+            "memory_tokens": self.from_memory,
+            "disk_tokens": self.from_disk,
+            "computed_tokens": self.num_computed,
+        }
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose rows the model computes."""
+        return self.num_prompt_tokens - self.from_memory - self.from_disk
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_prompt_tokens} tokens: {self.from_memory} from memory,"
+            f" {self.from_disk} from disk, {self.num_computed} computed ({self.reason})"
+        )
 
 
 class DiskPromptCache(LRUPromptCache):
@@ -62,6 +93,7 @@ class DiskPromptCache(LRUPromptCache):
             min_free_bytes=min_free_bytes,
             max_queued_bytes=max_queued_bytes,
         )
+        self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0
         """The longest that an insertion has kept the generating thread."""
 
@@ -82,21 +114,36 @@ class DiskPromptCache(LRUPromptCache):
             A prompt cache of the caller's own, or ``None``, and the tokens still to be
             fed, of which there is always one.
         """
+        held, rest, lookup = self._fetch(model, tokens, spans)
+        self._lookups.append((hash(tuple(tokens)), lookup))
+        return held, rest
+
+    def lookup_of(self, tokens: Sequence[int]) -> Lookup | None:
+        """Return what was found of one of the last prompts; any thread may ask."""
+        wanted = hash(tuple(tokens))
+        known = reversed(tuple(self._lookups))
+        return next((found for prompt, found in known if prompt == wanted), None)
+
+    def _fetch(
+        self, model: Any, tokens: list[int], spans: Sequence[Span]
+    ) -> tuple[list[Any] | None, list[int], Lookup]:
         served = self._served(model)
-        held, rest = None, tokens
+        held, rest, why = None, tokens, "the model has no store"
         key = _key(model, served)
         if key is not None:
             with harmless("not looked for in memory"):
                 near, beyond = super().fetch_nearest_cache(key, tokens)
                 near, beyond = _leave_one(near, beyond, tokens)
                 held, rest = _leave_units(near, beyond, tokens, spans)
+        num_held = len(tokens) - len(rest)
         if served is not None:
+            why = "the disk failed"
             with harmless("not read"):
-                num_held = len(tokens) - len(rest)
-                found = self._disk.read(served, tokens, num_held, spans)
+                found, why = self._disk.read(served, tokens, num_held, spans)
                 if found is not None:
-                    return found
-        return held, rest
+                    num_read = len(tokens) - len(found[1])
+                    return *found, Lookup(len(tokens), 0, num_read, why)
+        return held, rest, Lookup(len(tokens), num_held, 0, why)
 
     def insert_cache(
         self,

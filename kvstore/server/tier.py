@@ -86,7 +86,7 @@ class Tier:
         with harmless("not read"):
             prompt = [operator.index(token) for token in tokens]
             if self._end.alive and prompt:
-                found = self._disk.read(self._served, prompt, held, spans)
+                found, _ = self._disk.read(self._served, prompt, held, spans)
                 if found is not None:
                     return self._lookalikes.to_theirs(found[0]), found[1]
         return None, list(tokens)

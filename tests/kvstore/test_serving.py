@@ -496,15 +496,63 @@ def test_the_log_says_what_became_of_each_request(servers, models, tmp_path):
     server.stop()
     logs = "".join(one.text() for one in servers.started)
     for line in (
-        r"kvstore: 46 tokens, 0 in memory: no need of the disk",
+        r"POST /v1/chat/completions: 200: 46 tokens: 0 from memory, 0 from disk, 46"
+        r" computed \(no need of the disk\); 8 generated, the first after \d",
         r"kvstore: not kept: 45 tokens are too few",
-        r"kvstore: 637 tokens, 24 in memory: 0 on disk: nothing of this model is",
+        r" 637 tokens: 24 from memory, .* \(0 on disk: nothing of this model is",
         r"kvstore: kept 645 tokens: \d blocks? new, 0\.\d MB of rows, in \d\.\d+ s",
-        r"kvstore: 637 tokens, 636 in memory: no need of the disk",
-        r"kvstore: 445 tokens, 324 in memory: 256 on disk: the block behind",
-        r"kvstore: 637 tokens, 0 in memory: 636 read from disk in \d\.\d+ s",
+        r" 637 tokens: 636 from memory, .* \(no need of the disk\)",
+        r" 445 tokens: 324 from memory, .* \(256 on disk: the block behind",
+        r" 637 tokens: 0 from memory, 636 from disk, 1 computed \(636 read from",
+        r"kvstore: stopped after 4 requests; all is written",
     ):
         assert re.search(line, logs), line
+    assert logs.count("POST /v1") == 5
+    assert not re.search(r"Prompt Cache:|Prompt processing|in memory: ", logs)
+
+
+def test_an_answer_says_what_came_from_disk(servers, models, tmp_path):
+    """In its usage and its headers; the log has the same numbers as JSON."""
+    options = (tmp_path / "store", models["tiny"], "--log-format", "json")
+    server = servers.kvstore(*options)
+    server.ask(LONG)
+    server.stop()
+    server = servers.kvstore(*options)
+    raw = server.client.chat.completions.with_raw_response.create(
+        model="default_model",
+        max_tokens=8,
+        messages=[{"role": "user", "content": LONG}],
+    )
+    assert raw.headers["X-KVStore-Disk-Tokens"] == "636"
+    usage = json.loads(raw.text)["usage"]["kvstore"]
+    assert usage == {"memory_tokens": 0, "disk_tokens": 636, "computed_tokens": 1}
+    *_, last = server.ask(LONG, stream=True, stream_options={"include_usage": True})
+    assert last.usage.kvstore["memory_tokens"] == 636
+    server.stop()
+    lines = [json.loads(x) for x in server.text().splitlines() if x.startswith("{")]
+    found = [x for x in lines if "path" in x]
+    assert [(x["status"], x["from_disk"], x["from_memory"]) for x in found] == [
+        (200, 636, 0),
+        (200, 0, 636),
+    ]
+    assert "stopped after 2 requests" in lines[-1]["message"]
+
+
+def test_a_client_that_hangs_up_is_one_line(servers, models, tmp_path):
+    """Without a traceback; and where there is no cache of models, ours is listed."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    shutil.rmtree(server.log.parent / "hub")
+    (model,) = server.client.models.list().data
+    assert model.id == str(Path(models["tiny"]).resolve())
+    body = {
+        "messages": [{"role": "user", "content": LONG}],
+        "stream": True,
+        "max_tokens": 2000,
+    }
+    server.leave("/v1/chat/completions", body, b"data: ")
+    server.wait_for("the client hung up")
+    server.stop()
+    assert "Traceback" not in server.text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="priorities are the process's")
@@ -537,7 +585,12 @@ def test_an_unknown_option_is_wrong_usage(models, tmp_path):
     """The one line of the error names it; the hint says where options are listed."""
     store = tmp_path / "store"
     command = ("--store", store, "serve", "--model", models["tiny"])
-    for option in (["--nonsense"], ["--port", "many"], ["--min-tokens", "0"]):
+    for option in (
+        ["--nonsense"],
+        ["--port", "many"],
+        ["--port", "99999999"],
+        ["--min-tokens", "0"],
+    ):
         code, lines, _ = fail([*command, *option])
         assert code == 2
         assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
@@ -575,12 +628,12 @@ def test_a_folder_that_is_no_store_is_left_alone(models, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
-def test_help_is_ours_and_names_the_other(models):
-    """`-h` tells of our options and where mlx-lm's are."""
+def test_help_is_ours_and_the_others():
+    """`-h` tells of our options and of mlx-lm's."""
     words = [sys.executable, "-m", "kvstore", "serve", "-h"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=beside.ROOT)
     assert done.returncode == 0
-    for word in ("--codec", "--max-size", "--min-free", "mlx_lm.server --help"):
+    for word in ("--codec", "--max-size", "--min-free", "--prompt-cache-size"):
         assert word in done.stdout
 
 

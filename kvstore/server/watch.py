@@ -1,0 +1,188 @@
+"""One log line per request of mlx-lm's server; in the answer, what came from disk.
+
+Knows mlx-lm's handler of requests. What was looked up is asked of the prompt cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from huggingface_hub.errors import CacheNotFound
+
+from .prompt_cache import DiskPromptCache, Lookup
+
+log = logging.getLogger("kvstore")
+# What mlx-lm says of each request in several lines.
+_CHATTER = ("Prompt Cache: ", "- ", "Prompt processing progress: ")
+
+
+@dataclass(slots=True)
+class Served:
+    """One request, as its log line tells it."""
+
+    path: str
+    began: float
+    # HTTP's, or ``None`` where nothing was answered.
+    status: int | None = None
+    # The tokens of the prompt, once they are known.
+    prompt: list[int] | None = None
+    num_generated: int = 0
+    # Seconds until the first token was there.
+    first_token_s: float | None = None
+    is_given_up: bool = False
+
+
+class Requests:
+    """The requests that are served now, one for each thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._num_begun = 0
+
+    def begin(self, path: str) -> Served:
+        """Note a request that this thread has begun to serve."""
+        self._local.served = Served(path, time.monotonic())
+        with self._lock:
+            self._num_begun += 1
+        return self.current
+
+    def sum(self) -> str:
+        """Return how many there were."""
+        return f"{self._num_begun} request{'' if self._num_begun == 1 else 's'}"
+
+    @property
+    def current(self) -> Served:
+        """The request that this thread serves."""
+        return self._local.served  # type: ignore[no-any-return]
+
+    def counted(self, responses: Iterable[Any]) -> Iterator[Any]:
+        """Yield what is generated for it."""
+        served = self.current
+        for response in responses:
+            served.num_generated += 1
+            if served.first_token_s is None:
+                served.first_token_s = time.monotonic() - served.began
+            yield response
+
+
+def watch(
+    server: Any, requests: Requests, cache_of: Callable[[], DiskPromptCache]
+) -> None:
+    """Have the server's handler tell of each request, in its answer and in the log.
+
+    Args:
+        server: The copy of mlx-lm's module.
+        requests: Where requests are noted.
+        cache_of: Returns the prompt cache.
+    """
+    handler_class = server.APIHandler
+    post, send = handler_class.do_POST, handler_class.send_response
+    one, usage = (
+        handler_class.generate_response,
+        handler_class.completion_usage_response,
+    )
+    end_headers = handler_class.end_headers
+    scan = server.scan_cache_dir
+
+    def lookup() -> Lookup | None:
+        prompt = requests.current.prompt
+        return None if prompt is None else cache_of().lookup_of(prompt)
+
+    def do_post(handler: Any) -> None:
+        served = requests.begin(handler.path)
+        try:
+            post(handler)
+        except (BrokenPipeError, ConnectionResetError):
+            served.is_given_up = True
+            handler.close_connection = True
+        finally:
+            _log_request(served, lookup())
+
+    def send_response(handler: Any, code: int, message: str | None = None) -> None:
+        if handler.command == "POST":
+            requests.current.status = code
+        send(handler, code, message)
+
+    def log_request(handler: Any, code: Any = "-", size: Any = "-") -> None:
+        if handler.command != "POST":  # which has a line of its own
+            log.info("kvstore: %s %s: %s", handler.command, handler.path, int(code))
+
+    def with_headers(handler: Any) -> None:
+        if handler.command == "POST" and (found := lookup()) is not None:
+            handler.send_header("X-KVStore-Disk-Tokens", str(found.from_disk))
+            handler.send_header("X-KVStore-Memory-Tokens", str(found.from_memory))
+        end_headers(handler)
+
+    def with_source(make: Any) -> Any:
+        def made(handler: Any, *args: Any, **options: Any) -> Any:
+            response = make(handler, *args, **options)
+            found = lookup()
+            if "usage" in response and found is not None:
+                response["usage"]["kvstore"] = found.sums()
+            return response
+
+        return made
+
+    def scan_cache_dir() -> Any:
+        try:
+            return scan()
+        except (CacheNotFound, OSError) as error:
+            log.debug("kvstore: no models of the Hugging Face Hub: %s", error)
+            return SimpleNamespace(repos=())
+
+    handler_class.do_POST = do_post
+    handler_class.send_response = send_response
+    handler_class.log_request = log_request
+    handler_class.end_headers = with_headers
+    handler_class.generate_response = with_source(one)
+    handler_class.completion_usage_response = with_source(usage)
+    server.scan_cache_dir = scan_cache_dir
+
+
+def _log_request(served: Served, lookup: Lookup | None) -> None:
+    seconds = time.monotonic() - served.began
+    status = "the client hung up" if served.is_given_up else served.status
+    parts = [] if lookup is None else [str(lookup)]
+    if served.first_token_s is not None:
+        generated, first = served.num_generated, served.first_token_s
+        parts.append(f"{generated} generated, the first after {first:.2f} s")
+    parts.append(f"{seconds:.2f} s in all")
+    data = {
+        "path": served.path,
+        "status": served.status,
+        "is_given_up": served.is_given_up,
+        "num_generated_tokens": served.num_generated,
+        "first_token_s": served.first_token_s,
+        "elapsed_s": round(seconds, 3),
+        **(asdict(lookup) if lookup else {}),
+    }
+    message = f"kvstore: POST {served.path}: {status}: {'; '.join(parts)}"
+    log.info("%s", message, extra={"request": data})
+
+
+class JSONFormatter(logging.Formatter):
+    """Each record as a JSON object on one line; a request's has its numbers too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        data: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            data["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(data | getattr(record, "request", {}))
+
+
+def is_no_chatter(record: logging.LogRecord) -> bool:
+    """Whether a record is none of those that the line of a request stands for."""
+    return record.name != "root" or not record.getMessage().startswith(_CHATTER)
