@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
@@ -45,9 +46,24 @@ class Restoring(Protocol):
 
 def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
     """Return what rebuilds a prompt cache fastest on MLX's default device."""
-    if mx.default_device() == mx.cpu:
+    if mx.default_device() == mx.cpu or _shares_memory():
         return HostRestoring(layout, num_tokens)
     return DeviceRestoring(layout, num_tokens)
+
+
+@cache
+def _shares_memory() -> bool:
+    """Whether a Mac's GPU sees what NumPy writes into an evaluated array.
+
+    MLX promises a view, and unified memory does the rest. It is tried once all the
+    same, since a copy would leave a prompt cache of zeros.
+    """
+    if not mx.metal.is_available():
+        return False
+    array = mx.zeros((4096,), mx.uint16)
+    mx.eval(array)
+    np.asarray(array)[...] = 1
+    return bool(mx.all(array == 1).item())
 
 
 class _Target:

@@ -1,6 +1,7 @@
 """Restoring on MLX's device gives what restoring in NumPy gives."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import kvstore
@@ -65,3 +66,17 @@ def test_the_device_restores_live_codes(store_path, caches, monkeypatch):
             for a, b in zip(restored, cache, strict=True):
                 got, kept = a.coded_keys.read(length), b.coded_keys.read(length)
                 assert mx.array_equal(got, kept).item()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_mac_decodes_in_numpy_where_the_gpu_sees_it(shares, monkeypatch):
+    """The way is tried first: a copy in place of a view would restore zeros."""
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    if not shares:
+        monkeypatch.setattr(restoring.np, "asarray", np.array)
+    restoring._shares_memory.cache_clear()
+    found = restoring.start_restoring((), 1)
+    wanted = restoring.HostRestoring if shares else restoring.DeviceRestoring
+    assert type(found) is wanted
+    restoring._shares_memory.cache_clear()
