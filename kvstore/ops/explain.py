@@ -84,7 +84,6 @@ class _Trace:
     root: BlockHash
     # Digest of the model's fingerprint.
     fingerprint: str
-    # Whose it is.
     # JSON value that describes the layers.
     layout: Any
     # The prompt's full blocks by hash, stored or not.

@@ -74,7 +74,6 @@ class Request:
     tokens: Sequence[int]
     # Digest of the model's fingerprint.
     fingerprint: str
-    # Whose blocks.
     # Take exact blocks only.
     exact: bool = False
     # Class and parameters of each cache, or ``None`` for any.
