@@ -25,10 +25,10 @@ demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore --store .cache/demo-store demo --model $(MODEL)
 
 test: $(STAMP) $(MODEL)/config.json
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
 
 test-031: $(STAMP_031)
-	$(VENV_031)/bin/pytest -m "not slow and not model" $(TESTS_031)
+	$(VENV_031)/bin/pytest -n auto --dist worksteal -m "not slow and not model" $(TESTS_031)
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest
