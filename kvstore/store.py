@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from .errors import EntryNotFoundError, IntegrityError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import BlockHash, Origin, Progress, StoredBlock
 from .format.entry import Entry, check_name
@@ -40,11 +39,7 @@ if TYPE_CHECKING:
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
     from .ops.tree import Tree
-    from .remote.catalog import Listed, Listing
-    from .remote.client import Client, Remote
-    from .remote.layout import RemoteEntry
-    from .remote.probe import Probe
-    from .remote.push import Pushed
+    from .remote.exchange import Remotes
 
 log = logging.getLogger("kvstore")
 # How often what another process takes away meanwhile is looked for again.
@@ -647,191 +642,13 @@ class Store:
             progress=progress or _ignore,
         )
 
-    def remotes(self) -> list[Remote]:
-        """Return the object stores that this store knows.
+    @property
+    def remotes(self) -> Remotes:
+        """The object stores that this store knows: to push to and to pull from."""
+        from .remote.exchange import Remotes
 
-        Raises:
-            IntegrityError: The file that they are kept in is damaged.
-        """
-        from .remote.remotes import read_remotes
-
-        return read_remotes(self._folder)
-
-    def add_remote(self, remote: Remote) -> Probe:
-        """Note an object store under its name, having tried what it can do.
-
-        Args:
-            remote: From :func:`~kvstore.remote.remotes.make_remote`.
-
-        Raises:
-            RemoteError: It cannot be reached, or can do nothing that is needed.
-            KVStoreError: Another one has this name.
-        """
-        from .remote.client import Client
-        from .remote.probe import probe
-        from .remote.remotes import add_remote
-
-        found = probe(Client(remote, create=True))
-        add_remote(self._folder, remote)
-        return found
-
-    def remove_remote(self, name: str) -> Remote:
-        """Forget an object store, and return it; what lies in it stays.
-
-        Raises:
-            KVStoreError: There is none of this name.
-        """
-        from .remote.remotes import remove_remote
-
-        return remove_remote(self._folder, name)
-
-    def remote_entries(self, remote: str | None = None) -> list[Listed]:
-        """Return the entries of a remote, latest first; of each name the latest.
-
-        What is refused is named in the log.
-
-        Args:
-            remote: Its name; the only one by default.
-
-        Raises:
-            RemoteError: The remote fails, or cannot list.
-        """
-        from .remote.catalog import list_entries
-
-        return _warned(list_entries(self._client(remote)))
-
-    def push(
-        self, ref: str, remote: str | None = None, *, progress: Progress | None = None
-    ) -> Pushed:
-        """Put an entry into a remote; what is there already is not sent again.
-
-        Args:
-            ref: The entry's name, or its id or the start of it.
-            remote: The remote's name; the only one by default.
-            progress: Called with (bytes that are there, bytes in all).
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: A part of it is missing or damaged.
-            RemoteError: The remote fails; pushing again goes on from there.
-        """
-        from .remote.push import push_entry
-
-        entry, client = self.entry(ref), self._client(remote)
-        return push_entry(self._blocks, entry, client, progress or _ignore)
-
-    def pull(
-        self,
-        ref: str,
-        remote: str | None = None,
-        *,
-        fingerprint: Fingerprint | None = None,
-        name: str | None = None,
-        replace: bool = False,
-        progress: Progress | None = None,
-    ) -> Entry:
-        """Take an entry of a remote into the store; only what it lacks is read.
-
-        All of it is checked before any of it can be seen, as :meth:`import_bundle`
-        does.
-
-        Args:
-            ref: The entry's name, or the start of its id in the remote.
-            remote: The remote's name; the only one by default.
-            fingerprint: The model's; ``None`` takes what any model made.
-            name: A name for the entry, in place of its own.
-            replace: Take the name from an entry that this does not continue.
-            progress: Called with (bytes that have come, bytes to come).
-
-        Raises:
-            EntryNotFoundError: There is none, or there are several.
-            IntegrityError: It is not what its names say.
-            EntryExistsError: The name is taken.
-            RemoteError: The remote fails; pulling again goes on from there.
-            ValueError: The name is not one.
-            OSError: The disk is full or fails.
-        """
-        from .remote.catalog import find_entry
-
-        check_name(name)
-        client = self._client(remote)
-        digest = fingerprint.digest if fingerprint else None
-        (listed,) = _warned(find_entry(client, ref, digest))
-        return self._pull(client, listed.remote, name, replace, progress)
-
-    def pull_prompt(
-        self,
-        tokens: Sequence[int],
-        fingerprint: Fingerprint,
-        remote: str | None = None,
-        *,
-        name: str | None = None,
-        replace: bool = False,
-        progress: Progress | None = None,
-    ) -> Entry:
-        """Take what a remote has of a prompt into the store.
-
-        Of an entry that goes on otherwise, that is the full blocks that it shares.
-
-        Args:
-            tokens: The prompt.
-            fingerprint: The model's.
-            remote: The remote's name; the only one by default.
-            name: A name for the entry.
-            replace: Take the name from an entry that this does not continue.
-            progress: Called with (bytes that have come, bytes to come).
-
-        Raises:
-            EntryNotFoundError: It has nothing of it.
-            IntegrityError: Nothing that it has is what its names say.
-            EntryExistsError: The name is taken.
-            RemoteError: The remote fails; pulling again goes on from there.
-            ValueError: The name is not one.
-            OSError: The disk is full or fails.
-        """
-        from .remote.catalog import find_prefixes
-
-        check_name(name)
-        client = self._client(remote)
-        errors: list[KVStoreError] = []
-        for found in find_prefixes(client, _as_tokens(tokens), fingerprint.digest):
-            try:
-                return self._pull(client, found, name, replace, progress)
-            except IntegrityError as error:
-                errors.append(error)  # a shorter one may do
-        if errors:
-            raise errors[0]
-        raise EntryNotFoundError(
-            f"remote `{client.remote.name}` has nothing of this prompt and model",
-            hint="`kvstore ls --remote` lists what it has",
-        )
-
-    def _client(self, name: str | None) -> Client:
-        from .remote.client import Client
-        from .remote.remotes import find_remote
-
-        return Client(find_remote(self._folder, name))
-
-    def _pull(
-        self,
-        client: Client,
-        remote: RemoteEntry,
-        name: str | None,
-        replace: bool,
-        progress: Progress | None,
-    ) -> Entry:
-        from .remote.pull import pull_entry
-
-        self._write_notes()
-        return pull_entry(
-            self._blocks,
-            self._catalog,
-            client,
-            remote,
-            name,
-            replace=replace,
-            progress=progress or _ignore,
-        )
+        self._write_notes()  # what a pull evicts was used last when it was loaded
+        return Remotes(self._blocks, self._catalog)
 
     def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it; its blocks stay until they are pruned.
@@ -1076,13 +893,6 @@ def _as_tokens(tokens: Sequence[int]) -> list[int]:
         TypeError: One is no integer.
     """
     return [operator.index(token) for token in tokens]
-
-
-def _warned(listing: Listing) -> list[Listed]:
-    """Return entries of a remote, having named in the log what was refused."""
-    for error in listing.refused:
-        log.warning("%s", error)
-    return list(listing.found)
 
 
 def _is_usable(request: Request, hit: Hit) -> bool:

@@ -93,11 +93,11 @@ def measure(remote: Remote, folder: Path, megabytes: int, seed: int) -> list[flo
     client = Client(remote, create=True)
     with kvstore.Store(here) as left, kvstore.Store(there) as right:
         for store in (left, right):
-            store.add_remote(remote)
+            store.remotes.add(remote)
         seconds = [
-            timed(lambda: left.push("doc")),
+            timed(lambda: left.remotes.push("doc")),
             timed(lambda: plain_put(client, shards)),
-            timed(lambda: right.pull("doc")),
+            timed(lambda: right.remotes.pull("doc")),
             timed(lambda: plain_get(client, shards, bare)),
         ]
     return [nbytes / second / 1e6 for second in seconds]

@@ -109,7 +109,7 @@ def list_entries(
         return (model or "") in entry.model and not (named and entry.name is None)
 
     if remote is not None:
-        found = store.remote_entries(remote or None)
+        found = store.remotes.entries(remote or None)
         _print_remote(output, [one for one in found if is_wanted(one.remote.entry)])
         return
     entries = list(filter(is_wanted, store.entries()))

@@ -97,7 +97,7 @@ def add(
         made = make_remote(name, url, chosen)
     except ValueError as error:
         raise click.UsageError(str(error), context) from error
-    found = open_store(context, create=True).add_remote(made)
+    found = open_store(context, create=True).remotes.add(made)
     data: JSON = {"remote": _remote_data(made), "probe": asdict(found)}
     text = "\n".join([f"added remote `{name}`: {made.url}", *_describe_probe(found)])
     output.result(text, data, [name])
@@ -123,7 +123,7 @@ def _describe_probe(found: Probe) -> list[str]:
 def list_remotes(context: click.Context) -> None:
     """List the remotes."""
     output_of(context).table(
-        open_store(context).remotes(),
+        open_store(context).remotes.all(),
         [
             Column("NAME", lambda one: one.name),
             Column("URL", lambda one: one.url),
@@ -141,7 +141,7 @@ def list_remotes(context: click.Context) -> None:
 def forget(context: click.Context, name: str) -> None:
     """Forget a remote; what lies in it stays."""
     output = output_of(context)
-    gone = open_store(context).remove_remote(name)
+    gone = open_store(context).remotes.remove(name)
     output.result(f"forgot remote `{name}`: {gone.url}", _remote_data(gone), [name])
 
 
@@ -169,7 +169,9 @@ def push(context: click.Context, refs: tuple[str, ...], remote: str | None) -> N
     begin = time.monotonic()
     with output.progress() as bars:
         done = [
-            store.push(e.id, remote, progress=bars.bar(f"push {entry_label(e)}"))
+            store.remotes.push(
+                e.id, remote, progress=bars.bar(f"push {entry_label(e)}")
+            )
             for e in entries
         ]
     data: JSON = {
@@ -223,7 +225,7 @@ def pull(
         if prompt.prompt is not None:
             tokens, fingerprint, _ = prompt_tokens(model, prompt, prompt.read())
             entries = [
-                store.pull_prompt(
+                store.remotes.pull_prompt(
                     tokens,
                     fingerprint,
                     remote,
@@ -235,7 +237,7 @@ def pull(
         else:
             wanted = _fingerprint(model)
             entries = [
-                store.pull(
+                store.remotes.pull(
                     ref,
                     remote,
                     fingerprint=wanted,

@@ -41,7 +41,7 @@ def opened(stores, remote):
     """Both stores, open and with the remote."""
     with kvstore.Store(stores[0]) as left, kvstore.Store(stores[1]) as right:
         for store in (left, right):
-            store.add_remote(remote)
+            store.remotes.add(remote)
         yield left, right
 
 
@@ -91,8 +91,8 @@ def test_a_server_that_is_not_there_is_not_added(stores, remote, s3_server):
     s3_server.fault = lambda request: 404
     with kvstore.Store(stores[0]) as store:
         with pytest.raises(RemoteError):
-            store.add_remote(remote)
-        assert [] == store.remotes()
+            store.remotes.add(remote)
+        assert [] == store.remotes.all()
 
 
 def test_credentials_that_are_not_set_are_asked_for(remote, monkeypatch, s3_server):
@@ -141,26 +141,26 @@ def test_a_folder_is_a_url(tmp_path, monkeypatch):
 def test_remotes_are_kept_and_forgotten(opened, stores, remote):
     """They are read back as they were, and a name belongs to one."""
     left, _ = opened
-    assert [remote] == left.remotes()
-    left.add_remote(remote)
+    assert [remote] == left.remotes.all()
+    left.remotes.add(remote)
     with pytest.raises(KVStoreError, match="already"):
-        left.add_remote(replace(remote, url=URL + "/else"))
-    assert remote == left.remove_remote("team")
-    assert [] == left.remotes()
+        left.remotes.add(replace(remote, url=URL + "/else"))
+    assert remote == left.remotes.remove("team")
+    assert [] == left.remotes.all()
     with pytest.raises(KVStoreError, match="no remote"):
-        left.push("doc")
+        left.remotes.push("doc")
 
 
 def test_the_name_is_needed_where_there_are_several(opened, remote):
     """With one remote its name may be left out."""
     left, _ = opened
-    left.push("doc")
-    left.add_remote(replace(remote, name="two", url=URL + "/two"))
+    left.remotes.push("doc")
+    left.remotes.add(replace(remote, name="two", url=URL + "/two"))
     with pytest.raises(KVStoreError, match="which remote") as caught:
-        left.push("doc")
+        left.remotes.push("doc")
     assert "`team`, `two`" in caught.value.hint
     with pytest.raises(KVStoreError, match="no remote `three`"):
-        left.push("doc", "three")
+        left.remotes.push("doc", "three")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"remotes":{"a":{"url":1}}}'])
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_named(stores, text):
     """What cannot be read is no empty list."""
     (stores[0] / "remotes.json").write_text(text)
     with kvstore.Store(stores[0]) as store, pytest.raises(IntegrityError, match="json"):
-        store.remotes()
+        store.remotes.all()
 
 
 # --- Entries. ---
@@ -177,22 +177,22 @@ def test_a_damaged_file_is_named(stores, text):
 def test_entries_are_listed_and_pulled_by_name(opened, caches):
     """The latest of each name counts, however often it was pushed."""
     left, right = opened
-    left.push("doc")
-    left.push("other")
+    left.remotes.push("doc")
+    left.remotes.push("other")
     tokens, cache = caches.make_conversation(5, 1, extra=3)
     left.save(tokens, cache, caches.MODEL, name="doc")
-    left.push("doc")
-    listed = left.remote_entries()
+    left.remotes.push("doc")
+    listed = left.remotes.entries()
     assert ["doc", "other"] == [one.remote.entry.name for one in listed]
-    assert 5 * BLOCK + 3 == right.pull("doc").num_tokens
-    assert "other" == right.pull(listed[1].key.digest[:8], name="other").name
+    assert 5 * BLOCK + 3 == right.remotes.pull("doc").num_tokens
+    assert "other" == right.remotes.pull(listed[1].key.digest[:8], name="other").name
     assert tokens == right.load_entry("doc", caches.MODEL)[1]
 
 
 def test_a_list_that_lags_behind_is_asked_again(opened, s3_server, monkeypatch):
     """A replica that does not know the entry yet hides it for a moment only."""
     left, right = opened
-    left.push("doc")
+    left.remotes.push("doc")
     folders, lists = Client.folders, []
 
     def lag(client, prefix):
@@ -200,17 +200,17 @@ def test_a_list_that_lags_behind_is_asked_again(opened, s3_server, monkeypatch):
         return folders(client, prefix) if len(lists) > 2 else []
 
     monkeypatch.setattr(Client, "folders", lag)
-    assert "doc" == right.pull("doc").name
+    assert "doc" == right.remotes.pull("doc").name
     assert 3 == len(lists)
 
 
 def test_a_name_is_found_without_the_list_of_all(opened, s3_server):
     """One list of models and one of the name, however many entries there are."""
     left, right = opened
-    left.push("doc")
-    left.push("other")
+    left.remotes.push("doc")
+    left.remotes.push("other")
     s3_server.log.clear()
-    right.pull("doc")
+    right.remotes.pull("doc")
     lists = [path for _, path in s3_server.log if "list-type" in path]
     assert 2 == len(lists)
     documents = [path for _, path in s3_server.log if path.endswith(".json")]
@@ -220,78 +220,80 @@ def test_a_name_is_found_without_the_list_of_all(opened, s3_server):
 def test_a_whole_key_needs_no_list(opened, s3_server):
     """So a server that cannot list can be pulled from."""
     left, right = opened
-    key = left.push("doc").key
+    key = left.remotes.push("doc").key
     s3_server.can_list = False
-    assert "doc" == right.pull(key.path).name
+    assert "doc" == right.remotes.pull(key.path).name
     with pytest.raises(RemoteError, match="access is denied"):
-        right.pull("doc", name="else")
+        right.remotes.pull("doc", name="else")
     s3_server.can_list = True
     with pytest.raises(IntegrityError, match="not there"):
-        right.pull(key.path.replace(key.digest, "0" * 64), name="else")
+        right.remotes.pull(key.path.replace(key.digest, "0" * 64), name="else")
 
 
 def test_what_is_not_there_is_said(opened, caches):
     """Neither name, nor id, nor model."""
     left, right = opened
-    left.push("doc")
+    left.remotes.push("doc")
     for ref, model in (("else", None), ("doc", caches.OTHER_WEIGHTS), ("", None)):
         with pytest.raises(EntryNotFoundError, match="in remote `team`"):
-            right.pull(ref, fingerprint=model)
+            right.remotes.pull(ref, fingerprint=model)
 
 
 def test_one_name_of_two_models_must_be_told_apart(opened, caches):
     """Each model finds its own."""
     left, right = opened
-    left.push("doc")
+    left.remotes.push("doc")
     cache = caches.make_cache(BLOCK, 7)
     left.save(range(BLOCK), cache, caches.OTHER_WEIGHTS, name="doc", replace=True)
-    left.push("doc")
+    left.remotes.push("doc")
     with pytest.raises(EntryNotFoundError, match="2 entries `doc` of several models"):
-        right.pull("doc")
-    assert BLOCK == right.pull("doc", fingerprint=caches.OTHER_WEIGHTS).num_tokens
-    entry = right.pull("doc", fingerprint=caches.MODEL, name="first")
+        right.remotes.pull("doc")
+    assert (
+        BLOCK == right.remotes.pull("doc", fingerprint=caches.OTHER_WEIGHTS).num_tokens
+    )
+    entry = right.remotes.pull("doc", fingerprint=caches.MODEL, name="first")
     assert 4 * BLOCK + 3 == entry.num_tokens
 
 
 def test_a_prompt_finds_what_it_shares(opened, caches):
     """Of an entry that goes on otherwise, the full blocks that are shared come."""
     left, right = opened
-    left.push("doc")
-    left.push("other")
+    left.remotes.push("doc")
+    left.remotes.push("other")
     tokens, _ = caches.make_conversation(4, 1, extra=3)
     shared = tokens[: 2 * BLOCK + 5]
-    entry = right.pull_prompt([*shared, 7, 7], caches.MODEL)
+    entry = right.remotes.pull_prompt([*shared, 7, 7], caches.MODEL)
     assert (None, 2 * BLOCK) == (entry.name, entry.num_tokens)
     assert 2 * BLOCK == right.lookup([*shared, 7, 7], caches.MODEL).num_tokens
-    entry = right.pull_prompt([*tokens, 7, 7], caches.MODEL, name="mine")
+    entry = right.remotes.pull_prompt([*tokens, 7, 7], caches.MODEL, name="mine")
     assert ("mine", len(tokens)) == (entry.name, entry.num_tokens)
     for prompt, model in (([5, 6, 7], caches.MODEL), (tokens, caches.OTHER_WEIGHTS)):
         with pytest.raises(EntryNotFoundError, match="nothing of this prompt"):
-            right.pull_prompt(prompt, model)
+            right.remotes.pull_prompt(prompt, model)
 
 
 def test_a_poisoned_document_does_not_hide_the_others(opened, s3_server, caplog):
     """It is named in the log; the good ones are listed and pulled."""
     left, right = opened
-    left.push("doc")
-    left.push("other")
+    left.remotes.push("doc")
+    left.remotes.push("other")
     bad = next(k for k in s3_server.keys("/v1/entries/") if "other" not in k)
     parsed = parse_document(
         parse_key(bad.partition("where/")[2]), s3_server.objects[bad]
     )
     s3_server.objects[bad] = s3_server.objects[bad].replace(b"raw", b"rax")
-    listed = right.remote_entries()
+    listed = right.remotes.entries()
     assert 1 == len(listed)
     digest = parse_key(bad.partition("where/")[2]).digest
     assert digest[:12] in caplog.text
     with pytest.raises(IntegrityError, match=digest[:12]):
-        right.pull(parsed.entry.name)
+        right.remotes.pull(parsed.entry.name)
 
 
 def test_a_later_document_that_lies_is_refused(opened, s3_server, caches):
     """Somebody who may write says that the entry of a name is another one."""
     left, right = opened
-    key = left.push("doc").key
+    key = left.remotes.push("doc").key
     (path,) = s3_server.keys("/v1/entries/")
     true = parse_document(key, s3_server.objects[path])
     later = replace(true.entry, updated_at=true.entry.updated_at + 1)
@@ -299,18 +301,18 @@ def test_a_later_document_that_lies_is_refused(opened, s3_server, caches):
     other, data = document_of(lie)
     s3_server.objects[f"bucket/some/where/{other}"] = data
     with pytest.raises(IntegrityError, match="refused"):
-        right.pull("doc")
+        right.remotes.pull("doc")
     assert [] == right.entries()
-    assert 4 * BLOCK + 3 == right.pull(key.digest).num_tokens
+    assert 4 * BLOCK + 3 == right.remotes.pull(key.digest).num_tokens
 
 
 def test_a_share_that_is_not_mounted_is_no_remote(opened, tmp_path):
     """Nothing is written where the folder was."""
     left, _ = opened
-    left.add_remote(Remote("disk", (tmp_path / "share").as_uri()))
+    left.remotes.add(Remote("disk", (tmp_path / "share").as_uri()))
     (tmp_path / "share").rename(tmp_path / "gone")
     with pytest.raises(RemoteError, match="share"):
-        left.push("doc", "disk")
+        left.remotes.push("doc", "disk")
     assert not (tmp_path / "share").exists()
 
 

@@ -1,0 +1,212 @@
+"""Entries of a store to its remotes and back: what ``Store.remotes`` returns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
+from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.entry import Entry, check_name
+from ..storage.blocks import BlockStore
+from ..storage.entries import Catalog
+from .catalog import Listed, Listing, find_entry, find_prefixes, list_entries
+from .client import Client, Remote
+from .layout import RemoteEntry
+from .probe import Probe, probe
+from .pull import pull_entry
+from .push import Pushed, push_entry
+from .remotes import add_remote, find_remote, read_remotes, remove_remote
+
+log = logging.getLogger("kvstore")
+
+
+class Remotes:
+    """The object stores that one store knows, by their names.
+
+    Args:
+        blocks: The store's blocks.
+        catalog: Its entries.
+    """
+
+    def __init__(self, blocks: BlockStore, catalog: Catalog) -> None:
+        self._blocks = blocks
+        self._catalog = catalog
+
+    def all(self) -> list[Remote]:
+        """Return where they are.
+
+        Raises:
+            IntegrityError: The file that they are kept in is damaged.
+        """
+        return read_remotes(self._blocks.folder)
+
+    def add(self, remote: Remote) -> Probe:
+        """Note an object store under its name, having tried what it can do.
+
+        Args:
+            remote: From :func:`~kvstore.remote.remotes.make_remote`.
+
+        Raises:
+            RemoteError: It cannot be reached, or can do nothing that is needed.
+            KVStoreError: Another one has this name.
+        """
+        found = probe(Client(remote, create=True))
+        add_remote(self._blocks.folder, remote)
+        return found
+
+    def remove(self, name: str) -> Remote:
+        """Forget an object store, and return it; what lies in it stays.
+
+        Raises:
+            KVStoreError: There is none of this name.
+        """
+        return remove_remote(self._blocks.folder, name)
+
+    def entries(self, remote: str | None = None) -> list[Listed]:
+        """Return the entries of a remote, latest first; of each name the latest.
+
+        What is refused is named in the log.
+
+        Args:
+            remote: Its name; the only one by default.
+
+        Raises:
+            RemoteError: The remote fails, or cannot list.
+        """
+        return _warned(list_entries(self._client(remote)))
+
+    def push(
+        self, ref: str, remote: str | None = None, *, progress: Progress | None = None
+    ) -> Pushed:
+        """Put an entry into a remote; what is there already is not sent again.
+
+        Args:
+            ref: The entry's name, or its id or the start of it.
+            remote: The remote's name; the only one by default.
+            progress: Called with (bytes that are there, bytes in all).
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: A part of it is missing or damaged.
+            RemoteError: The remote fails; pushing again goes on from there.
+        """
+        entry, client = self._catalog.find(ref), self._client(remote)
+        return push_entry(self._blocks, entry, client, progress or ignore)
+
+    def pull(
+        self,
+        ref: str,
+        remote: str | None = None,
+        *,
+        fingerprint: Fingerprint | None = None,
+        name: str | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Take an entry of a remote into the store; only what it lacks is read.
+
+        All of it is checked before any of it can be seen, as
+        :meth:`kvstore.Store.import_bundle` does.
+
+        Args:
+            ref: The entry's name, or the start of its id in the remote.
+            remote: The remote's name; the only one by default.
+            fingerprint: The model's; ``None`` takes what any model made.
+            name: A name for the entry, in place of its own.
+            replace: Take the name from an entry that this does not continue.
+            progress: Called with (bytes that have come, bytes to come).
+
+        Raises:
+            EntryNotFoundError: There is none, or there are several.
+            IntegrityError: It is not what its names say.
+            EntryExistsError: The name is taken.
+            RemoteError: The remote fails; pulling again goes on from there.
+            ValueError: The name is not one.
+            OSError: The disk is full or fails.
+        """
+        check_name(name)
+        client = self._client(remote)
+        digest = fingerprint.digest if fingerprint else None
+        (listed,) = _warned(find_entry(client, ref, digest))
+        return self._pull(client, listed.remote, name, replace, progress)
+
+    def pull_prompt(
+        self,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        remote: str | None = None,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Take what a remote has of a prompt into the store.
+
+        Of an entry that goes on otherwise, that is the full blocks that it shares.
+
+        Args:
+            tokens: The prompt.
+            fingerprint: The model's.
+            remote: The remote's name; the only one by default.
+            name: A name for the entry.
+            replace: Take the name from an entry that this does not continue.
+            progress: Called with (bytes that have come, bytes to come).
+
+        Raises:
+            EntryNotFoundError: It has nothing of it.
+            IntegrityError: Nothing that it has is what its names say.
+            EntryExistsError: The name is taken.
+            RemoteError: The remote fails; pulling again goes on from there.
+            ValueError: The name is not one.
+            OSError: The disk is full or fails.
+        """
+        check_name(name)
+        client = self._client(remote)
+        errors: list[KVStoreError] = []
+        for found in find_prefixes(
+            client, [int(token) for token in tokens], fingerprint.digest
+        ):
+            try:
+                return self._pull(client, found, name, replace, progress)
+            except IntegrityError as error:
+                errors.append(error)  # a shorter one may do
+        if errors:
+            raise errors[0]
+        raise EntryNotFoundError(
+            f"remote `{client.remote.name}` has nothing of this prompt and model",
+            hint="`kvstore ls --remote` lists what it has",
+        )
+
+    def _client(self, name: str | None) -> Client:
+        return Client(find_remote(self._blocks.folder, name))
+
+    def _pull(
+        self,
+        client: Client,
+        remote: RemoteEntry,
+        name: str | None,
+        replace: bool,
+        progress: Progress | None,
+    ) -> Entry:
+        return pull_entry(
+            self._blocks,
+            self._catalog,
+            client,
+            remote,
+            name,
+            replace=replace,
+            progress=progress or ignore,
+        )
+
+
+def _warned(listing: Listing) -> list[Listed]:
+    """Return entries of a remote, having named in the log what was refused."""
+    for error in listing.refused:
+        log.warning("%s", error)
+    return list(listing.found)
+
+
+def ignore(done: int, total: int) -> None:
+    """Report progress to nobody."""
