@@ -160,6 +160,8 @@ OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
 """
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
+# Blocks that one statement asks for.
+_MAX_LOOKS = 512
 
 
 class Index:
@@ -292,11 +294,17 @@ class Index:
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
         found: list[Place] = []
-        for block in chain:
-            place = self.place(block)
-            if place is None:
-                break
-            found.append(place)
+        size = 1  # grows, so that a miss costs one look and a long hit few
+        while part := chain[len(found) : len(found) + size]:
+            marks = ",".join("?" * len(part))
+            query = f"{_PLACE}WHERE blocks.hash IN ({marks})"
+            rows = self._select(query, part, _PLACE_KINDS)
+            places = {place.hash: place for place in map(_to_place, rows)}
+            for block in part:
+                if block not in places:
+                    return found
+                found.append(places[block])
+            size = min(8 * size, _MAX_LOOKS)
         return found
 
     def children(self, parent: BlockHash, first_token: int) -> list[Place]:
