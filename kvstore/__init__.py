@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .caches.kinds import register_kind
     from .codecs import codec_names, get_codec
     from .errors import (
+        ArgumentError,
         CodecError,
         EntryExistsError,
         EntryNotFoundError,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgumentError",
     "Chat",
     "CodecError",
     "DiskPromptCache",
@@ -84,6 +86,7 @@ __all__ = [
 _HOMES = {
     "codecs": ("codec_names", "get_codec"),
     "errors": (
+        "ArgumentError",
         "CodecError",
         "EntryExistsError",
         "EntryNotFoundError",
@@ -120,3 +123,8 @@ def __getattr__(name: str) -> object:
         if name in names:
             return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for what completes them."""
+    return __all__

@@ -13,6 +13,7 @@
     ├── UnsupportedCacheError            a cache class we cannot store
     ├── IntegrityError                   bytes disagree with their digest or header
     ├── IndexDamagedError                the index is wrong, and could not be rebuilt
+    ├── ArgumentError                    a mistake in a call; also ValueError, TypeError
     └── RemoteError                      an object store fails, or refuses a request
 
 A caller writes::
@@ -23,8 +24,6 @@ A caller writes::
         ...  # compute it
     except kvstore.IntegrityError as error:
         print(error, error.path, error.hint)
-
-Mistakes of the programmer stay ``ValueError`` and ``TypeError``.
 """
 
 from __future__ import annotations
@@ -124,6 +123,10 @@ class IndexDamagedError(KVStoreError):
             hint="`kvstore verify --repair` builds it anew",
         )
         self.path = path
+
+
+class ArgumentError(KVStoreError, ValueError, TypeError):
+    """An argument is not what the call takes; the hint says what it takes."""
 
 
 class RemoteError(KVStoreError):

@@ -6,11 +6,12 @@ import errno
 import logging
 import operator
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from .errors import ArgumentError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import BlockHash, Origin, Progress, StoredBlock
 from .format.entry import Entry, check_name
@@ -79,8 +80,7 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         if codec is not None:
             _ = self._codec  # refuses what the store has no basis for
-        self._blocks = BlockStore(self._folder)
-        self._catalog = Catalog(self._blocks)
+        self._opened: BlockStore | None = BlockStore(self._folder)
         self._notes = LoadNotes()
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
@@ -115,9 +115,44 @@ class Store:
         self.close()
 
     def close(self) -> None:
-        """Close the index, having written down what was loaded."""
-        self._write_notes()
-        self._blocks.close()
+        """Close the index, having written down what was loaded.
+
+        Any other use of the store is an error from then on.
+        """
+        if self._opened is not None:
+            self._write_notes()
+            self._opened.close()
+            self._opened = None
+
+    def __repr__(self) -> str:
+        state = "" if self._opened else ", closed"
+        return f"<kvstore.Store {str(self.path)!r}{state}>"
+
+    def __bool__(self) -> bool:
+        return True  # also where there are no entries
+
+    def __len__(self) -> int:
+        return len(self.entries())
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an entry has this name."""
+        return any(entry.name == name for entry in self.entries() if entry.name)
+
+    @property
+    def _blocks(self) -> BlockStore:
+        if self._opened is None:
+            raise KVStoreError(
+                f"the store is closed: {self.path}",
+                hint="open it again with `kvstore.Store(path)`, or close it later",
+            )
+        return self._opened
+
+    @property
+    def _catalog(self) -> Catalog:
+        return Catalog(self._blocks)
 
     def save(
         self,
@@ -760,7 +795,8 @@ class Store:
         Damaged files go to quarantine, good blocks of damaged shards into new ones, and
         the index is built anew. What is lost stays lost until it is saved again.
         """
-        self.close()
+        self._write_notes()
+        self._blocks.close()
         return check.repair(self._folder)
 
     def set_limit(self, max_bytes: int) -> None:
@@ -787,8 +823,7 @@ class Store:
             return False
         self._blocks.close()
         self._folder = found
-        self._blocks = BlockStore(found)
-        self._catalog = Catalog(self._blocks)
+        self._opened = BlockStore(found)
         return True
 
     def stats(self) -> Stats:
@@ -834,8 +869,11 @@ class Store:
         from .caches.live import signature
         from .ops.load import Request
 
+        _check_fingerprint_type(fingerprint)
         if not tokens:
-            raise ValueError("there are no tokens")
+            raise ArgumentError(
+                "there are no tokens", hint="pass the whole prompt, not its rest"
+            )
         classes = None if like is None else signature(like)
         return Request(
             tokens,
@@ -852,6 +890,8 @@ class Store:
         # Imported here: listing a store needs no MLX.
         from .caches.snapshot import make_chain
 
+        _check_fingerprint_type(model)
+        _check_prompt_cache(prompt_cache)
         size = self._folder.block_size
         return make_chain(model.fields, prompt_cache, tokens, size)
 
@@ -867,6 +907,7 @@ class Store:
         """Refuse an entry that another model made."""
         if given is None:
             return
+        _check_fingerprint_type(given)
         stored = Fingerprint(self._blocks.origin(entry).fingerprint)
         refuse_other(entry.name or entry.id, stored, given)
 
@@ -890,9 +931,32 @@ def _as_tokens(tokens: Sequence[int]) -> list[int]:
     """Return tokens as integers of Python.
 
     Raises:
-        TypeError: One is no integer.
+        ArgumentError: One is no integer.
     """
-    return [operator.index(token) for token in tokens]
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ArgumentError(
+            f"tokens are integers, in a flat list: {error}",
+            hint="`tokenizer.encode(text)` returns them; of a batch, pass one row",
+        ) from error
+
+
+def _check_fingerprint_type(fingerprint: object) -> None:
+    if not isinstance(fingerprint, Fingerprint):
+        raise ArgumentError(
+            f"a fingerprint is no {type(fingerprint).__name__}: {fingerprint!r:.80}",
+            hint="`kvstore.Fingerprint.from_path(path)` makes one of a model's folder",
+        )
+
+
+def _check_prompt_cache(prompt_cache: object) -> None:
+    if not isinstance(prompt_cache, Sequence) or isinstance(prompt_cache, str):
+        raise ArgumentError(
+            f"a prompt cache is a list, one cache per layer, and no"
+            f" {type(prompt_cache).__name__}",
+            hint="mlx-lm's `make_prompt_cache(model)` makes one",
+        )
 
 
 def _is_usable(request: Request, hit: Hit) -> bool:

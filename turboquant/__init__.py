@@ -54,3 +54,8 @@ def __getattr__(name: str) -> object:
 
         return getattr(kv_cache, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for what completes them."""
+    return __all__

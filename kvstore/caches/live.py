@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codecs.base import Rows
-from ..errors import UnsupportedCacheError
+from ..errors import ArgumentError, UnsupportedCacheError
 from .kinds import find_kind, kind_of
 from .kinds.base import Held
 from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
@@ -44,6 +44,9 @@ PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
 # The attribute that carries a restored cache's provenance; copies keep it.
 _PROVENANCE = "kvstore_provenance"
+_ROWS_HINT = (
+    "pass exactly the tokens that the model was fed: of a reply, all but the last"
+)
 
 
 def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
@@ -108,13 +111,16 @@ def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
     check_classes(prompt_cache)
     layout = _read_layers(prompt_cache)
     if not any(layer.rows for layer in flatten(layout)):
-        raise ValueError(f"the prompt cache is empty, for {num_tokens} tokens")
+        raise ArgumentError(
+            f"the prompt cache is empty, for {num_tokens} tokens", hint=_ROWS_HINT
+        )
     for number, cache in enumerate(flatten_caches(prompt_cache)):
         rows = getattr(cache, "offset", num_tokens)
         # A layer that the model never uses stays empty.
         if rows != num_tokens and kind_of(number, cache).held(cache):
-            raise ValueError(
-                f"layer {number} holds {rows} rows for {num_tokens} tokens"
+            raise ArgumentError(
+                f"layer {number} holds {rows} rows for {num_tokens} tokens",
+                hint=_ROWS_HINT,
             )
     return layout
 

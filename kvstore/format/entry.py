@@ -13,7 +13,7 @@ from typing import Any
 
 import blake3
 
-from ..errors import FormatError, IntegrityError
+from ..errors import ArgumentError, FormatError, IntegrityError
 from .documents import JSON, canonical_json, strict_json
 
 MAX_NAME = 200
@@ -80,16 +80,20 @@ def check_name(name: str | None) -> None:
     """Refuse names that could not be typed or printed.
 
     Raises:
-        ValueError: It is one.
+        ArgumentError: It is one.
     """
     if name is None:
         return
     if _ID.fullmatch(name):
-        raise ValueError(f"a name is not like an id, 32 hex digits: {name!r}")
+        raise ArgumentError(
+            f"a name is not like an id, 32 hex digits: {name!r}",
+            hint="choose another name",
+        )
     if not name or len(name) > MAX_NAME or not name.isprintable() or name[0] == "-":
-        raise ValueError(
+        raise ArgumentError(
             f"a name has 1 to {MAX_NAME} printable characters and does not start"
-            f" with `-`: {name!r}"
+            f" with `-`: {name!r}",
+            hint="choose another name",
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import FormatError, IntegrityError, StoreNotFoundError
+from ..errors import ArgumentError, FormatError, IntegrityError, StoreNotFoundError
 from ..format.chain import BLOCK_SIZE
 from ..format.config import (
     CONFIG,
@@ -204,7 +204,7 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
         ValueError: It is not positive.
     """
     if max_bytes <= 0:
-        raise ValueError(f"a size limit is positive: {max_bytes}")
+        raise ArgumentError(f"a size limit is positive: {max_bytes}", hint="in bytes")
     write_config(folder.path, StoreConfig(folder.id, folder.block_size, max_bytes))
     return replace(folder, chosen_bytes=max_bytes)
 

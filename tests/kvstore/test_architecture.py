@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kvstore
+import turboquant
 
 ROOT = Path(kvstore.__file__).parent.parent
 
@@ -251,8 +252,8 @@ def test_every_module_says_what_it_knows(package):
 
 
 PUBLIC = {
-    "Chat", "CodecError", "DiskPromptCache", "Entry", "EntryExistsError",
-    "EntryNotFoundError", "Explanation",
+    "ArgumentError", "Chat", "CodecError", "DiskPromptCache", "Entry",
+    "EntryExistsError", "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
     "IntegrityError", "KVStoreError", "LoadedModel", "Match", "RemoteError",
     "Speeds", "Stats",
@@ -264,7 +265,8 @@ PUBLIC = {
 
 def test_the_public_names_are_these():
     """A name is made public, or taken away, on purpose."""
-    assert sorted(PUBLIC) == kvstore.__all__
+    assert sorted(PUBLIC) == kvstore.__all__ == dir(kvstore)
+    assert {"TurboQuantKVCache", "quantize_prompt_cache"} <= set(dir(turboquant))
 
 
 def test_every_error_is_public():

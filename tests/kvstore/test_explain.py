@@ -204,6 +204,7 @@ def test_a_damaged_block_is_named(make_store, model, flip_bit, block):
     path, name = shard_of(store, "chat", block)
     flip_bit(path, 8 * 60)
     store.close()
+    store = make_store({})
     first = store.explain(TOKENS, model)
     assert first.damage.startswith(f"block {name}: ")
     assert first.match.num_tokens == block * BLOCK
@@ -255,6 +256,7 @@ def test_an_index_that_lies_ends_in_an_answer(make_store, model, store_path, cha
     store = make_store({"chat": TOKENS})
     store.close()
     apsw.Connection(str(store_path / "index.sqlite")).execute(change)
+    store = make_store({})
     found = store.explain(leave_at(3 * BLOCK + 2), model)
     assert found.match.num_tokens <= 3 * BLOCK + 2
     assert found.other is None

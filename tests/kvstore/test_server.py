@@ -203,7 +203,7 @@ def test_a_window_that_is_ahead_is_not_kept(open_tier, caches, log):
     tier.insert_cache(KEY, list(range(19)), held)
     assert any("no rows of exactly 19 tokens" in line for line in log())
     assert tier.fetch_nearest_cache(KEY, list(range(25)))[0] is None
-    tier.close()
+    tier.flush()
     assert not tier.store.entries()
 
 
