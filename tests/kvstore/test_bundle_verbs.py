@@ -118,6 +118,7 @@ def elsewhere():
         yield Path(name), become
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_another_user_goes_on_with_the_same_text(elsewhere, tmp_path):
     """A real model's entry is handed to another user, who goes on from it."""

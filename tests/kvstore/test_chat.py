@@ -1157,6 +1157,7 @@ def test_a_real_chat_goes_on_in_another_process(real_chat, in_one_go):
     assert [first + last, num_turns, tokens] == in_one_go
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_real_draft_model_changes_no_word(real_chat, in_one_go):
     """With a draft model, in two processes, the text is that of the model alone."""

@@ -689,6 +689,7 @@ def test_a_json_option_is_an_object():
         JSONObject().convert("[1]", None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_the_demo_model_goes_on_in_another_process(kvstore_cli, tmp_path):
     """A real model answers from a restored prompt as it does from a computed one."""

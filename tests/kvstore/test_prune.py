@@ -102,6 +102,7 @@ def test_a_shard_that_is_mostly_dead_is_rewritten(store_path, caches):
         assert store.verify() == []
 
 
+@pytest.mark.slow
 def test_two_hundred_saves_never_pass_the_limit_by_more_than_a_shard(
     store_path, caches, save
 ):
