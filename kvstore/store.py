@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .errors import ArgumentError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
-from .format.block import BlockHash, Origin, Progress, StoredBlock
+from .format.block import EXACT_BITS, BlockHash, Origin, Progress, StoredBlock
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops import check
@@ -332,6 +332,7 @@ class Store:
         fingerprint: Fingerprint,
         *,
         exact: bool = False,
+        min_bits: int = 0,
         like: Sequence[Any] | None = None,
         spans: Sequence[Span] = (),
         from_codes: bool = False,
@@ -347,7 +348,10 @@ class Store:
                 whole, so what is restored never ends inside it.
             fingerprint: The model's.
             exact: Take only rows that nothing lossy went into.
-            like: A prompt cache, empty as a rule, of the classes and parameters wanted.
+            min_bits: Take only rows that were coded, and computed from rows that were
+                coded, in no fewer bits per number.
+            like: A prompt cache, empty as a rule, of the classes and parameters wanted;
+                by default any but those of codes, such as ``TurboQuantKVCache``.
             spans: More parts of the prompt that are fed whole, each as the position
                 of its first token and the position behind its last.
             from_codes: Where `like` asks for a ``KVCache``, decode the codes of a live
@@ -363,8 +367,9 @@ class Store:
             OSError: The disk fails; that is no damage.
         """
         token_list = _as_tokens(tokens)
+        bits = EXACT_BITS if exact else min_bits
         request = self._request(
-            token_list, fingerprint, exact, like, spans, from_codes=from_codes
+            token_list, fingerprint, bits, like, spans, from_codes=from_codes
         )
 
         def restore() -> tuple[list[Any] | None, list[int]]:
@@ -426,6 +431,7 @@ class Store:
         fingerprint: Fingerprint,
         *,
         exact: bool = False,
+        min_bits: int = 0,
         like: Sequence[Any] | None = None,
         spans: Sequence[Span] = (),
     ) -> Match:
@@ -433,7 +439,8 @@ class Store:
         from .ops.load import to_match
 
         token_list = _as_tokens(tokens)
-        request = self._request(token_list, fingerprint, exact, like, spans)
+        bits = EXACT_BITS if exact else min_bits
+        request = self._request(token_list, fingerprint, bits, like, spans)
         hit = self._blocks.run(lambda: self._loader().find(request))
         return to_match(hit, len(token_list))
 
@@ -443,6 +450,7 @@ class Store:
         fingerprint: Fingerprint,
         *,
         exact: bool = False,
+        min_bits: int = 0,
         like: Sequence[Any] | None = None,
     ) -> Explanation:
         """Return what :meth:`lookup` does, and what is stored beside it.
@@ -453,7 +461,8 @@ class Store:
         from .ops.load import to_match
 
         token_list = _as_tokens(tokens)
-        request = self._request(token_list, fingerprint, exact, like)
+        bits = EXACT_BITS if exact else min_bits
+        request = self._request(token_list, fingerprint, bits, like)
 
         def work() -> Explanation:
             loader, known = self._loader(), self._catalog.all()
@@ -860,7 +869,7 @@ class Store:
         self,
         tokens: list[int],
         fingerprint: Fingerprint,
-        exact: bool,
+        min_bits: int,
         like: Sequence[Any] | None,
         spans: Sequence[Span] = (),
         *,
@@ -878,7 +887,7 @@ class Store:
         return Request(
             tokens,
             fingerprint.digest,
-            exact=exact,
+            min_bits=min_bits,
             classes=classes,
             spans=spans,
             from_codes=from_codes,

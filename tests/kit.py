@@ -166,6 +166,7 @@ _HOMES = {
     "max_kv_size": ("cache", "max_kv_size"),
     "kv_bits": ("cache", "kv_bits"),
     "kv_group_size": ("cache", "kv_group_size"),
+    "min_bits": ("cache", "min_bits"),
     "prefill_step_size": ("prefilling", "step_size"),
     "checkpoint_every": ("prefilling", "checkpoint_every"),
     "should_stop": ("callbacks", "should_stop"),

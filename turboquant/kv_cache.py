@@ -178,12 +178,16 @@ class TurboQuantKVCache:
     def to_kv_cache(self) -> KVCache:
         """Return a ``KVCache`` with the decoded rows.
 
-        Its attribute ``coded_tokens`` says how many rows went through the codec.
+        Its attribute ``coded_tokens`` says how many rows went through the codec, and
+        ``coded_bits`` the fewest bits per number of their codes.
         """
         cache = KVCache()
         if self.offset:
             cache.update_and_fetch(*self.keys_and_values())
-        setattr(cache, "coded_tokens", self.offset)  # noqa: B010  (mlx-lm's has none)
+        cache.__dict__ |= {  # mlx-lm's has no such attributes
+            "coded_tokens": self.offset,
+            "coded_bits": min(self.coded_keys.bits, self.coded_values.bits),
+        }
         return cache
 
     def update_and_fetch(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..codecs.base import Rows
 from ..errors import ArgumentError, UnsupportedCacheError
+from ..format.block import EXACT_BITS
 from .kinds import find_kind, kind_of
 from .kinds.base import Held
 from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
@@ -33,10 +34,22 @@ class Provenance:
 
     # So many leading tokens' rows went through a lossy codec.
     coded_tokens: int = 0
-    # Nothing lossy went into any row.
-    is_exact: bool = True
+    # The fewest bits per number that a row, or one it was computed from, was coded in.
+    bits: int = EXACT_BITS
     # Some rows were computed behind other tokens than those before them now.
     is_moved: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing lossy went into any row."""
+        return self.bits == EXACT_BITS
+
+    @property
+    def quality(self) -> str:
+        """The same for people."""
+        if self.is_exact:
+            return "exact"
+        return f"{self.bits} bits" if self.bits else "of unknown quality"
 
 
 Array = npt.NDArray[np.generic]
@@ -144,7 +157,7 @@ def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     marks = [_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache))]
     return Provenance(
         max(mark.coded_tokens for mark in marks),
-        all(mark.is_exact for mark in marks),
+        min(mark.bits for mark in marks),
         any(mark.is_moved for mark in marks),
     )
 
@@ -154,8 +167,9 @@ def _provenance_of(number: int, cache: Any) -> Provenance:
     if kept is None:
         # What a cache of codes was decoded to says so itself.
         coded = getattr(cache, "coded_tokens", 0)
-        kept = Provenance(coded, is_exact=not coded)
-    return replace(kept, is_exact=kept.is_exact and kind_of(number, cache).is_exact)
+        bits = getattr(cache, "coded_bits", 0) if coded else EXACT_BITS
+        kept = Provenance(coded, bits)
+    return replace(kept, bits=min(kept.bits, kind_of(number, cache).bits(cache)))
 
 
 def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:

@@ -161,7 +161,7 @@ class TakenRows:
         # Of both, what promises less.
         provenance = Provenance(
             max(mine.coded_tokens, theirs.coded_tokens),
-            mine.is_exact and theirs.is_exact,
+            min(mine.bits, theirs.bits),
         )
         return TakenRows({**more, **self._taken}, provenance) if more else self
 

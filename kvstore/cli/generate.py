@@ -141,7 +141,7 @@ def generate(
     live.check()
     options.check_base(base, name)
     text = prompt.read()
-    store, loaded = open_models(context, model, codec, live.draft_model)
+    store, loaded = open_models(context, model, codec, live)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.generate import stream_generate
     from ..models.session import Callbacks
@@ -206,15 +206,17 @@ def warn_of_size(output: Output, model: Any, max_kv_size: int | None) -> None:
 
 def open_models(
     context: click.Context,
-    options: ModelOptions,
+    chosen: ModelOptions,
     codec: str | None,
-    draft_model: str | None = None,
+    live: options.LiveOptions | None = None,
 ) -> tuple[Store, LoadedModel]:
     """Open the store, and load the model."""
     load_fast_blas()
     from ..models.load import find_model, load_models
 
-    find_model(options.model)  # a wrong name must not leave an empty store behind
+    if live is not None:
+        codec = options.codec_of(codec, live.least_bits)
+    find_model(chosen.model)  # a wrong name must not leave an empty store behind
     if is_openblas_missing():
         output_of(context).warning(
             f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
@@ -223,10 +225,10 @@ def open_models(
     context.call_on_close(partial(_free_tails, store))
     with output_of(context).progress() as bars, bars.spinner("loading the model"):
         loaded = load_models(
-            options.model,
-            options.adapter_path,
-            draft_model,
-            trust_remote_code=options.trust_remote_code,
+            chosen.model,
+            chosen.adapter_path,
+            live.draft_model if live else None,
+            trust_remote_code=chosen.trust_remote_code,
         )
     return store, loaded
 

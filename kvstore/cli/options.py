@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from ..format.block import EXACT_BITS
 from ..format.documents import JSON
 from .main import is_utf8, load_fast_blas
 
@@ -153,19 +154,31 @@ class LiveOptions:
     max_kv_size: int | None
     # A mode of quantization, or ``None``.
     kv_bits: int | str | None
+    # Go on from exact rows only.
+    exact: bool
+    # Go on from rows of at least so many bits only.
+    min_bits: int
+
+    @property
+    def least_bits(self) -> int:
+        """What both options ask for."""
+        return EXACT_BITS if self.exact else self.min_bits
 
     def make_cache_options(self) -> CacheOptions:
         """Return how the prompt cache is made."""
         from ..models.session import CacheOptions
 
-        return CacheOptions(self.max_kv_size, self.kv_bits)
+        return CacheOptions(self.max_kv_size, self.kv_bits, min_bits=self.least_bits)
 
     def check(self) -> None:
         """Refuse what cannot be had together, before a model is loaded.
 
         Raises:
-            click.UsageError: Rows that are dropped can neither be coded nor taken back.
+            click.UsageError: Rows that are dropped can neither be coded nor taken back,
+                and codes are not exact.
         """
+        if self.exact and self.kv_bits is not None:
+            raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
         if self.max_kv_size is None:
             return
         for option, value in (
@@ -456,6 +469,8 @@ def sampling_options(command: F) -> F:
 def live_options(command: F) -> F:
     """Add the options of the live cache; they come as one ``LiveOptions``."""
     for option in (
+        min_bits,
+        exact,
         click.option(
             "--kv-bits",
             metavar="BITS",
@@ -557,6 +572,40 @@ checkpoint_every = click.option(
     show_default=True,
     help="Of a model with recurrent layers, keep the state every N prompt tokens.",
 )
+exact = click.option(
+    "--exact",
+    is_flag=True,
+    help="Go on from stored rows only where nothing lossy went into them; without"
+    " `--codec`, store with planes+zstd.",
+)
+min_bits = click.option(
+    "--min-bits",
+    metavar="N",
+    type=click.IntRange(0, 8),
+    default=0,
+    help="Go on from lossy rows only where they have N bits per number at least.",
+)
+
+
+def codec_of(codec: str | None, least_bits: int) -> str | None:
+    """Return the codec of a run that goes on from no rows of fewer bits.
+
+    Raises:
+        click.UsageError: It would store what it never goes on from.
+    """
+    from ..codecs import DEFAULT_CODEC, get_codec
+
+    chosen = get_codec(codec or DEFAULT_CODEC)
+    if chosen.bits >= least_bits:
+        return codec
+    if codec is None:
+        return "planes+zstd"
+    raise click.UsageError(
+        f"`--codec {codec}` stores {chosen.bits} bits per number, and more are wanted:"
+        " leave it out, or take planes+zstd"
+    )
+
+
 codec = click.option(
     "--codec",
     metavar="CODEC",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..format.block import EXACT_BITS
 from . import options
 from .housekeeping import Size
 from .main import Verb, load_fast_blas, log, open_store
@@ -40,6 +41,8 @@ class ServeVerb(Verb):
     options_metavar="[OPTIONS] [OPTIONS OF mlx_lm.server]",
 )
 @options.codec
+@options.exact
+@options.min_bits
 @click.option(
     "--max-size",
     metavar="SIZE",
@@ -74,6 +77,8 @@ class ServeVerb(Verb):
 def serve(
     context: click.Context,
     codec: str | None,
+    exact: bool,
+    min_bits: int,
     max_size: int | None,
     min_free: int,
     min_tokens: int,
@@ -88,6 +93,9 @@ def serve(
     server goes on. SIGTERM and Ctrl-C end it when what waits is written.
     """
     load_fast_blas()
+    codec = options.codec_of(codec, EXACT_BITS if exact else min_bits)
+    if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
+        raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
     from ..server.app import serve as run
     from ..server.prompt_cache import DiskPromptCache
 
@@ -104,6 +112,8 @@ def serve(
             describe,
             max_size=max_in_memory,
             min_tokens=min_tokens,
+            exact=exact,
+            min_bits=min_bits,
             min_free_bytes=min_free,
         )
 

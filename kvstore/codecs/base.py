@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import IntegrityError
-from ..format.block import Part, TensorSpec
+from ..format.block import EXACT_BITS, Part, TensorSpec
 
 Array = npt.NDArray[np.generic]
 Parts = Mapping[str, Array]
@@ -155,6 +155,13 @@ class Codec:
     def is_joint(self) -> bool:
         """Whether keys and values are coded together, where they have equal shapes."""
         return bool(getattr(self.array, "is_joint", False))
+
+    @property
+    def bits(self) -> int:
+        """``EXACT_BITS`` if lossless; else the fewest that a number is coded in."""
+        if self.is_lossless:
+            return EXACT_BITS
+        return min(getattr(self.array, "bits", 0), EXACT_BITS - 1)
 
     def encode(self, x: Array, rows: Rows, prefix: str) -> list[Part]:
         """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on.

@@ -84,6 +84,11 @@ class Fit:
         """``fit2@`` and the digest of the basis."""
         return f"fit{self.rate}@{self.digest}"
 
+    @property
+    def bits(self) -> int:
+        """The whole bits of its rate."""
+        return int(self.rate.partition(".")[0])
+
     def parts(self, rows: Rows) -> PartSpecs:
         """Return the parts of rows that the basis covers, or planes of others."""
         plan = self._plan(rows)

@@ -76,6 +76,11 @@ class Turbo:
         values = "" if self.key_bits == self.value_bits else f"v{self.value_bits}"
         return f"turbo{self.key_bits}{values}"
 
+    @property
+    def bits(self) -> int:
+        """Those of keys or of values."""
+        return min(self.key_bits, self.value_bits)
+
     def parts(self, rows: Rows) -> PartSpecs:
         """Return codes, norms, mean and sinks as far as these rows have them."""
         layers, heads, tokens, dim = rows.shape

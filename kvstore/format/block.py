@@ -15,6 +15,8 @@ Progress = Callable[[int, int], None]
 """Called with (done, total), like mlx-lm's ``prompt_progress_callback``."""
 
 
+EXACT_BITS = 255
+"""Stands for the bits of rows that nothing lossy went into."""
 STATE_EXTRAS = 2**40
 """What a checkpoint adds to a block's extras; more than all windows have rows."""
 
@@ -57,8 +59,8 @@ class EncodedBlock:
     codec: str
     # That codec loses nothing.
     is_lossless: bool
-    # Lossless, and nothing lossy went into computing the rows.
-    is_exact: bool
+    # As in :class:`Place`.
+    bits: int
     # In the order in which they are written.
     parts: tuple[Part, ...]
     # As in :class:`Place`.
@@ -99,8 +101,8 @@ class StoredBlock:
     codec: str
     # That codec loses nothing.
     is_lossless: bool
-    # Lossless, and nothing lossy went into computing the rows.
-    is_exact: bool
+    # As in :class:`Place`.
+    bits: int
     # As in :class:`Place`.
     num_extras: int
     # BLAKE3 of its bytes in hex.
@@ -111,6 +113,11 @@ class StoredBlock:
     end: int
     # Its parts by name, in the order of their bytes.
     tensors: dict[str, TensorSpec]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing lossy went into its rows."""
+        return self.bits == EXACT_BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import blake3
 
 from ..errors import FormatError
 from .block import (
+    EXACT_BITS,
     Block,
     BlockHash,
     EncodedBlock,
@@ -54,7 +55,7 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
         stored.block,
         stored.codec,
         stored.is_lossless,
-        stored.is_exact,
+        stored.bits,
         parts,
         stored.num_extras,
     )
@@ -141,7 +142,7 @@ def _describe(encoded: EncodedBlock) -> StoredBlock:
         encoded.block,
         encoded.codec,
         encoded.is_lossless,
-        encoded.is_exact,
+        encoded.bits,
         encoded.num_extras,
         digest.hexdigest(),
         0,
@@ -160,6 +161,7 @@ def _row(stored: StoredBlock) -> JSON:
         "codec": stored.codec,
         "lossless": stored.is_lossless,
         "exact": stored.is_exact,
+        **({"bits": stored.bits} if 0 < stored.bits < EXACT_BITS else {}),
         "extras": stored.num_extras,
         "digest": stored.digest,
         "raw": {
@@ -253,11 +255,14 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
     is_lossless, is_exact = _field(row, "lossless", bool), _field(row, "exact", bool)
     if is_exact and not is_lossless:
         raise ValueError("a lossy block calls itself exact")
+    bits = EXACT_BITS if is_exact else row.get("bits", 0)
+    if not is_count(bits) or (bits == EXACT_BITS) != is_exact:
+        raise ValueError("a block's bits are no such number")
     return StoredBlock(
         _parse_chain(row),
         _field(row, "codec", str),
         is_lossless,
-        is_exact,
+        bits,
         extras,
         _field(row, "digest", str),
         begin,

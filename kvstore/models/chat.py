@@ -184,7 +184,10 @@ class Chat:
         # One more than there is: it is the last that is never restored.
         wanted = [*self._tokens, -1]
         return self._store.lookup(
-            wanted, self._fingerprint, like=self._empty
+            wanted,
+            self._fingerprint,
+            min_bits=self._cache_options.min_bits,
+            like=self._empty,
         ).num_tokens
 
     @property

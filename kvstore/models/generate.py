@@ -22,7 +22,6 @@ from .session import (
     Session,
     Stopped,
     encode_text,
-    make_empty_cache,
     prefill,
     speculate,
 )
@@ -88,7 +87,7 @@ def stream_generate(
         live=live,
         callbacks=callbacks,
     )
-    session.begin(make_empty_cache(model, cache))
+    session.begin(cache)
     watch = session.watch()
     responses = (
         mlx_lm.stream_generate(
@@ -168,7 +167,7 @@ def save_prompt(
         live=live,
         callbacks=dataclasses.replace(callbacks, should_stop=None),
     )
-    session.begin(make_empty_cache(model, cache), 0 if live is not None else 1)
+    session.begin(cache, 0 if live is not None else 1)
     watch = session.watch()
     try:
         if model.draft_model is not None:

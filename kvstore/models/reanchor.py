@@ -82,7 +82,7 @@ def reanchor_prompt(
         made.compute(prompt[done : target + num_fresh])
         made.move(source + num_fresh, source + size, target - source)
         done, num_moved = target + size, num_moved + size - num_fresh
-    set_provenance(made.caches, Provenance(done, is_exact=False, is_moved=True))
+    set_provenance(made.caches, Provenance(done, 0, is_moved=True))
     num_computed = done - kept - num_moved
     return Reanchored(made.caches, list(prompt[done:]), kept, num_computed, num_moved)
 

@@ -57,6 +57,8 @@ class CacheOptions:
     kv_bits: int | str | None = None
     # Numbers that share a scale, where ``kv_bits`` is a number.
     kv_group_size: int = 64
+    # Go on from no rows of fewer bits per number; ``EXACT_BITS`` for exact ones.
+    min_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,20 +318,22 @@ class Session:
         # Of the model; a draft model may have less.
         self._num_rows = self._num_draft_rows = 0
 
-    def begin(self, empty: list[Any], num_left: int = 1) -> None:
+    def begin(self, options: CacheOptions, num_left: int = 1) -> None:
         """Find what is held of the tokens.
 
         Args:
-            empty: A prompt cache of the kind wanted.
+            options: What kind of prompt cache is wanted.
             num_left: Tokens that are to be fed in any case, 0 or 1.
         """
+        empty = make_empty_cache(self.model, options)
         self._check_name(empty)
-        if not self._take_live(empty, num_left):
+        if not self._take_live(empty, num_left, options.min_bits):
             # One more than there is: it is the last that is never restored.
             wanted = [*self._tokens, *[-1] * (1 - num_left)]
             held, rest = self._store.load(
                 wanted,
                 self.model.fingerprint,
+                min_bits=options.min_bits,
                 like=empty,
                 progress=self._callbacks.on_load,
             )
@@ -338,7 +342,7 @@ class Session:
         if self._live is not None:
             self._live.clear()
 
-    def _take_live(self, empty: list[Any], num_left: int) -> bool:
+    def _take_live(self, empty: list[Any], num_left: int, min_bits: int) -> bool:
         """Go on from the live cache, if it is good for anything."""
         if self._live is None or not self._live.tokens:
             return False
@@ -350,6 +354,8 @@ class Session:
         if not num_rows or (is_longer and not caches.is_cuttable(held)):
             return False
         if caches.signature(held) != caches.signature(empty):
+            return False
+        if caches.read_provenance(held).bits < min_bits:
             return False
         if is_longer:
             caches.cut(held, num_rows)

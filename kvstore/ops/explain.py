@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from ..caches.kinds import known_layout
-from ..caches.layout import Signature, fits, flatten, layer_signature
+from ..caches.layout import Signature, flatten, layer_signature
 from ..errors import FormatError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.block import Block, BlockHash, StoredBlock
@@ -20,7 +20,7 @@ from ..format.chain import hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
 from ..storage.index import Link, Place
-from .load import Child, Hit, Loader, Match, Request
+from .load import Child, Hit, Loader, Match, Request, can_give
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,9 +399,10 @@ def _kind_difference(trace: _Trace, request: Request) -> str | None:
     except IntegrityError as error:
         return f"layers: {error}"
     wanted = request.classes
-    decoding = request.from_codes and not request.exact
-    if wanted is None or fits(layout, wanted, decoding=decoding):
+    if can_give(layout, request):
         return None
+    if wanted is None:
+        return "layers: stored as codes of a live cache, given none"
     stored = [layer_signature(layer) for layer in flatten(layout)]
     if len(stored) != len(wanted):
         return f"layers: stored {len(stored)}, given {len(wanted)}"

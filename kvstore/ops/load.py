@@ -10,7 +10,7 @@ from itertools import groupby, takewhile
 from typing import Literal
 
 from ..caches import live as caches
-from ..caches.kinds import known_layout
+from ..caches.kinds import holds_codes, known_layout
 from ..caches.layout import (
     Layout,
     Signature,
@@ -24,7 +24,7 @@ from ..caches.stored import is_restorable, open_piece, stored_pieces
 from ..codecs import CodecFamily
 from ..codecs.parallel import map_in_order
 from ..errors import CodecError, FormatError, IntegrityError
-from ..format.block import Block, BlockHash, Progress, StoredBlock
+from ..format.block import EXACT_BITS, Block, BlockHash, Progress, StoredBlock
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..format.spans import Span, last_end
@@ -46,10 +46,11 @@ Reason = Literal[
 
 ``whole``: all but the last token, which the model must be fed; ``end``: what is
 stored ends there; ``divergence``: other tokens follow; ``inexact``: the next block
-is lossy and exact rows, or a part of it, were asked for; ``unit``: more is stored, and
-ends inside an image or another part that must be fed whole; ``fingerprint``: nothing
-of this model is stored; ``checkpoint``: more is stored, and windows or states can be
-rebuilt no further; ``damaged``: the next block is stored and cannot be used.
+is of fewer bits than were asked for, or lossy and a part of it is wanted; ``unit``:
+more is stored, and ends inside an image or another part that must be fed whole;
+``fingerprint``: nothing of this model is stored; ``checkpoint``: more is stored, and
+windows or states can be rebuilt no further; ``damaged``: the next block is stored and
+cannot be used.
 """
 
 
@@ -74,8 +75,8 @@ class Request:
     tokens: Sequence[int]
     # Digest of the model's fingerprint.
     fingerprint: str
-    # Take exact blocks only.
-    exact: bool = False
+    # Take no rows of fewer bits per number: ``EXACT_BITS`` takes exact ones only.
+    min_bits: int = 0
     # Class and parameters of each cache, or ``None`` for any.
     classes: tuple[Signature, ...] | None = None
     # Parts of the prompt inside which a hit must not end.
@@ -239,9 +240,7 @@ class Loader:
         except IntegrityError:
             return None  # of a class that only another release knows
         wanted = request.classes
-        # Decoded codes are never exact rows.
-        decoding = request.from_codes and not request.exact
-        if wanted and not fits(layout, wanted, decoding=decoding):
+        if not can_give(layout, request):
             return None
         size = self._folder.block_size
         chain = [
@@ -353,13 +352,10 @@ class Loader:
                 return replace(hit, detail=f"what is stored ends at token {at:,}")
             detail = f"what is stored goes on otherwise at token {at:,}"
             return replace(hit, reason="divergence", detail=detail)
-        run, _, stored = max(children, key=_run_of)
+        run, place, stored = max(children, key=_run_of)
         further = stored.block.start + run
         if further > at:
-            detail = f"the block behind token {at:,} is not exact"
-            if not request.exact:
-                detail = f"the block behind token {at:,} is lossy and cannot be cut"
-            return replace(hit, reason="inexact", detail=detail)
+            return replace(hit, reason="inexact", detail=_inexact(at, place, request))
         if run == len(stored.block.tokens):
             return replace(hit, detail=f"what is stored ends at token {at:,}")
         detail = (
@@ -414,6 +410,16 @@ def _decode(
 _WHOLE = "all but the last token, which the model must be fed"
 
 
+def _inexact(at: int, place: Place, request: Request) -> str:
+    """Return why a block that has more of the prompt is not taken."""
+    about = f"the block behind token {at:,} is"
+    if _is_usable(place, request):
+        return f"{about} lossy and cannot be cut"
+    if request.min_bits == EXACT_BITS:
+        return f"{about} not exact"
+    return f"{about} of {place.bits} bits, and at least {request.min_bits} are wanted"
+
+
 def _leave_one(hit: Hit, block_size: int) -> Hit:
     """Return a hit on the whole prompt, less the token that must be fed."""
     if hit.places[-1].is_lossless:
@@ -433,8 +439,16 @@ def _is_as_stored(hit: Hit) -> bool:
     return not hit.classes or fits(hit.layout, hit.classes, decoding=False)
 
 
+def can_give(layout: Layout, request: Request) -> bool:
+    """Whether caches of the classes that are wanted can be had from a layout."""
+    if request.classes is None:
+        # What a run kept in codes is for runs that ask for codes.
+        return request.from_codes or not holds_codes(layout)
+    return fits(layout, request.classes, decoding=request.from_codes)
+
+
 def _is_usable(place: Place, request: Request) -> bool:
-    return place.is_exact or not request.exact
+    return place.bits >= request.min_bits
 
 
 def _can_cut(place: Place, request: Request) -> bool:
@@ -449,5 +463,5 @@ def _add(provenance: Provenance, stored: StoredBlock, done: int) -> Provenance:
     """Return a provenance with one more block in it."""
     return Provenance(
         provenance.coded_tokens if stored.is_lossless else done,
-        provenance.is_exact and stored.is_exact,
+        min(provenance.bits, stored.bits),
     )

@@ -132,8 +132,8 @@ def _is_wanted(blocks: BlockStore, encoder: _Encoder, block: Block) -> bool:
     place = blocks.index.place_of(block)
     if place is None or not blocks.has(place):
         return True
-    own = encoder.num_extras(block), encoder.is_exact(block)
-    return is_better(own, (place.num_extras, place.is_exact))
+    own = encoder.num_extras(block), encoder.bits(block)
+    return is_better(own, (place.num_extras, place.bits))
 
 
 def _write_missing(
@@ -195,9 +195,9 @@ class _Encoder:
         """Return how many rows of windows and states a block brings."""
         return count_extras(self._rows.pieces(block))
 
-    def is_exact(self, block: Block) -> bool:
-        """Whether a block will hold exactly what the model computes without a store."""
-        return self._rows.provenance.is_exact and self._codec_of(block).is_lossless
+    def bits(self, block: Block) -> int:
+        """Return the fewest bits per number that rows of a block went through."""
+        return min(self._rows.provenance.bits, self._codec_of(block).bits)
 
     def _codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
@@ -234,7 +234,7 @@ class _Encoder:
             block,
             codec.name,
             codec.is_lossless,
-            self.is_exact(block),
+            self.bits(block),
             tuple(parts),
             self.num_extras(block),
         )

@@ -52,6 +52,7 @@ class Disk:
         store: Where prompts are looked up. Each lookup and each load locks it, so it is
             this object's from now on.
         min_tokens: Fewer tokens are neither kept nor read for.
+        min_bits: Rows of fewer bits per number are not read.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
     """
@@ -61,6 +62,7 @@ class Disk:
         store: Store,
         *,
         min_tokens: int = MIN_TOKENS,
+        min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = 4_000_000_000,
     ) -> None:
@@ -70,6 +72,7 @@ class Disk:
         self._taker: Store | None = None
         self._taking = threading.Lock()
         self._min_tokens = min_tokens
+        self._min_bits = min_bits
         self._lineage = Lineage()
         self._read_again_at = 0.0
         self._writer = Writer(
@@ -153,12 +156,24 @@ class Disk:
         begin = time.monotonic()
         limit = self._limit(served, match.num_tokens - num_held)
         prompt_cache, rest = self.store.load(
-            tokens, served.fingerprint, like=like, spans=spans, progress=limit
+            tokens,
+            served.fingerprint,
+            min_bits=self._min_bits,
+            like=like,
+            spans=spans,
+            progress=limit,
         )
         if prompt_cache is None:
             return None, "what is on disk turned out to be damaged"
         num_read, seconds = len(tokens) - len(rest), time.monotonic() - begin
         provenance = caches.read_provenance(prompt_cache)
+        log.info(
+            "kvstore: %s: %d read from disk in %.3f s, %s",
+            about,
+            num_read,
+            seconds,
+            provenance.quality,
+        )
         self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
         why = f"{num_read} read from disk in {seconds:.3f} s"
         return (prompt_cache, rest), why
@@ -193,7 +208,13 @@ class Disk:
         found = [
             (
                 like,
-                self.store.lookup(tokens, served.fingerprint, like=like, spans=spans),
+                self.store.lookup(
+                    tokens,
+                    served.fingerprint,
+                    min_bits=self._min_bits,
+                    like=like,
+                    spans=spans,
+                ),
             )
             for like in served.empty_caches
         ]
@@ -259,7 +280,7 @@ class Disk:
         provenance = replace(
             kept,
             coded_tokens=max(kept.coded_tokens, known.coded_tokens),
-            is_exact=kept.is_exact and known.is_exact,
+            bits=min(kept.bits, known.bits),
         )
         if provenance != kept:
             caches.set_provenance(prompt_cache, provenance)

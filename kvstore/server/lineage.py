@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..caches.live import Provenance
-from ..format.block import BlockHash
+from ..format.block import EXACT_BITS, BlockHash
 from ..format.chain import BLOCK_SIZE, split_tokens
 
 Step = tuple[str, BlockHash, int]
@@ -22,7 +22,7 @@ class Lineage:
 
     def __init__(self) -> None:
         self._coded: set[Step] = set()
-        self._inexact: set[Step] = set()
+        self._bits: dict[Step, int] = {}
 
     def note(
         self, fingerprint: str, tokens: Sequence[int], provenance: Provenance
@@ -37,19 +37,19 @@ class Lineage:
         if provenance.is_exact:
             return
         for start, _, step in _steps(fingerprint, tokens):
-            self._inexact.add(step)
+            self._bits[step] = min(self._bits.get(step, EXACT_BITS), provenance.bits)
             if start < provenance.coded_tokens:
                 self._coded.add(step)
 
     def of(self, fingerprint: str, tokens: Sequence[int]) -> Provenance:
         """Return what rows computed for these tokens may have gone through."""
-        if not self._inexact:
+        if not self._bits:
             return Provenance()
-        coded, is_exact = 0, True
+        coded, bits = 0, EXACT_BITS
         for _, stop, step in _steps(fingerprint, tokens):
-            is_exact = is_exact and step not in self._inexact
+            bits = min(bits, self._bits.get(step, EXACT_BITS))
             coded = stop if step in self._coded else coded
-        return Provenance(coded, is_exact)
+        return Provenance(coded, bits)
 
 
 def _steps(fingerprint: str, tokens: Sequence[int]) -> Iterator[tuple[int, int, Step]]:

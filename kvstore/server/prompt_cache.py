@@ -17,6 +17,7 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from ..caches import live as caches
+from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
 from ..store import Store
 from .disk import MIN_TOKENS, Disk, ServedModel, harmless
@@ -70,6 +71,8 @@ class DiskPromptCache(LRUPromptCache):
         max_size: Prompt caches held in memory.
         max_bytes: Their bytes.
         min_tokens: Fewer tokens are neither kept nor read for.
+        exact: Read only rows that nothing lossy went into.
+        min_bits: Read only rows of at least so many bits per number.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
     """
@@ -82,6 +85,8 @@ class DiskPromptCache(LRUPromptCache):
         max_size: int = 10,
         max_bytes: int = 1 << 63,
         min_tokens: int = MIN_TOKENS,
+        exact: bool = False,
+        min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = 4_000_000_000,
     ) -> None:
@@ -90,6 +95,7 @@ class DiskPromptCache(LRUPromptCache):
         self._disk = Disk(
             store,
             min_tokens=min_tokens,
+            min_bits=EXACT_BITS if exact else min_bits,
             min_free_bytes=min_free_bytes,
             max_queued_bytes=max_queued_bytes,
         )

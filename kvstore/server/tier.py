@@ -19,6 +19,7 @@ from typing import Any
 from ..caches import live as caches
 from ..caches.lookalike import Lookalikes
 from ..fingerprint import Fingerprint
+from ..format.block import EXACT_BITS
 from ..format.spans import Span
 from ..models.load import fingerprint_model
 from ..store import Store
@@ -157,6 +158,8 @@ def tier(
     path: str | Path | None = None,
     codec: str | None = None,
     min_tokens: int = MIN_TOKENS,
+    exact: bool = False,
+    min_bits: int = 0,
     min_free_bytes: int = 0,
     max_queued_bytes: int = 4_000_000_000,
 ) -> Tier:
@@ -174,6 +177,8 @@ def tier(
         path: The store's folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
         codec: What full blocks are saved with; ``turbo4+zstd`` by default.
         min_tokens: Fewer tokens are neither kept nor read for.
+        exact: Read only rows that nothing lossy went into.
+        min_bits: Read only rows of at least so many bits per number.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
 
@@ -193,6 +198,7 @@ def tier(
     disk = Disk(
         Store(path, codec),
         min_tokens=min_tokens,
+        min_bits=EXACT_BITS if exact else min_bits,
         min_free_bytes=min_free_bytes,
         max_queued_bytes=max_queued_bytes,
     )

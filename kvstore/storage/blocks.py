@@ -547,7 +547,7 @@ def place_in(shard: str, stored: StoredBlock) -> Place:
         len(stored.block.tokens),
         stored.end - stored.begin,
         stored.is_lossless,
-        stored.is_exact,
+        stored.bits,
         stored.num_extras,
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import apsw
 
 from ..errors import FormatError, IndexDamagedError, StoreLockedError
-from ..format.block import STATE_EXTRAS, Block, BlockHash
+from ..format.block import EXACT_BITS, STATE_EXTRAS, Block, BlockHash
 from ..format.documents import JSON
 from . import files
 
@@ -37,11 +37,17 @@ class Place:
     nbytes: int
     # Its codec loses nothing.
     is_lossless: bool
-    # Lossless, and nothing lossy went into computing it.
-    is_exact: bool
+    # The fewest bits per number that its rows, or rows that they were computed from,
+    # were coded in; ``EXACT_BITS`` where none were, 0 where nobody knows.
+    bits: int
     # How much it holds of windows and states: the rows of all its windows, outweighed
     # by a checkpoint. More makes a copy the better one.
     num_extras: int = 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing lossy went into its rows."""
+        return self.bits == EXACT_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ CREATE TABLE blocks (
     first_token INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL,
     nbytes INTEGER NOT NULL,
-    quality INTEGER NOT NULL,  -- 0 lossy, 1 lossless, 2 exact
+    quality INTEGER NOT NULL,  -- its bits, doubled; 1 more where it is lossless
     extras INTEGER NOT NULL  -- rows of windows and states held
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
@@ -507,7 +513,7 @@ class Index:
                 block.tokens[0],
                 len(block.tokens),
                 place.nbytes,
-                place.is_lossless + place.is_exact,
+                2 * place.bits + place.is_lossless,
                 place.num_extras,
                 place.shard,
             ),
@@ -660,14 +666,14 @@ class Index:
         return 0 if has_room and has_inodes else errno.ENOSPC
 
 
-def is_better(new: tuple[int, bool], old: tuple[int, bool]) -> bool:
+def is_better(new: tuple[int, int], old: tuple[int, int]) -> bool:
     """Whether a copy of a block replaces another.
 
     It must be the better in one respect and the worse in none; but a checkpoint, which
     an entry cannot be restored without, counts above all.
 
     Args:
-        new: Its extras, and whether it is exact.
+        new: Its extras and bits.
         old: The same of the copy that is there.
     """
     if new[0] >= STATE_EXTRAS > old[0]:
@@ -695,5 +701,11 @@ def _touch(path: Path) -> None:
 def _to_place(row: tuple[bytes, str, int, int, int, int]) -> Place:
     block, shard, num_tokens, nbytes, quality, extras = row
     return Place(
-        BlockHash(block), shard, num_tokens, nbytes, quality > 0, quality > 1, extras
+        BlockHash(block),
+        shard,
+        num_tokens,
+        nbytes,
+        is_lossless=quality % 2 == 1,
+        bits=quality // 2,
+        num_extras=extras,
     )

@@ -652,10 +652,10 @@ LIES = {
     "an unknown codec": edit_block(0, codec="zip"),
     "another codec": edit_block(0, codec="planes"),
     "a lossy codec": edit_block(
-        0, codec="turbo4", is_lossless=False, is_exact=False
+        0, codec="turbo4", is_lossless=False, bits=4
     ),
     "a lossless block that says it is lossy": edit_block(
-        0, is_lossless=False, is_exact=False
+        0, is_lossless=False, bits=4
     ),
     "a lossy block that says it is not": edit_block(0, codec="turbo4"),
     "a frame that is none": edit_block(

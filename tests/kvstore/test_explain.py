@@ -174,7 +174,10 @@ def test_another_kind_of_cache_is_told_of(make_store, caches, model):
     mx.eval([c.state for c in cache])
     store = make_store({})
     store.save(TOKENS, cache, model, name="quantized")
-    assert store.explain(TOKENS, model).other is None
+    assert store.explain(TOKENS, model, like=cache).other is None
+    assert store.explain(TOKENS, model).other.difference == (
+        "layers: stored as codes of a live cache, given none"
+    )
     like = caches.make_cache(1)
     found = store.explain(TOKENS, model, like=like)
     assert (found.match.num_tokens, found.other.entry) == (0, "quantized")

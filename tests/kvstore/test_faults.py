@@ -463,9 +463,9 @@ LIES = {
     "one block lies in the other shard": f"UPDATE blocks SET shard = {OTHER}"
     " WHERE hash = (SELECT min(hash) FROM blocks)",
     "blocks lie in no shard": "UPDATE blocks SET shard = 77",
-    "all blocks are exact": "UPDATE blocks SET quality = 2",
-    "all blocks are lossless": "UPDATE blocks SET quality = 1",
-    "all blocks are lossy": "UPDATE blocks SET quality = 0",
+    "all blocks are exact": "UPDATE blocks SET quality = 511",
+    "all blocks are lossless": "UPDATE blocks SET quality = 9",
+    "all blocks are lossy": "UPDATE blocks SET quality = 8",
     "blocks are empty": "UPDATE blocks SET num_tokens = 0, nbytes = 0",
     "blocks are huge": "UPDATE blocks SET num_tokens = 1 << 40, nbytes = 1 << 50",
     "blocks have no parent": "UPDATE blocks SET parent = zeroblob(32)",
@@ -523,7 +523,7 @@ def test_a_save_by_an_index_that_lies_takes_nothing_that_is_needed(broken, lie):
 
 def test_a_lie_about_exactness_gives_no_lossy_rows(broken):
     """Exact rows are asked of the shard, not of the index."""
-    change_index(broken, "UPDATE blocks SET quality = 2")
+    change_index(broken, "UPDATE blocks SET quality = 511")
     tokens = broken.world.saved["a"][0]
     with kvstore.Store(broken.path, create=False) as store:
         restored, _ = store.load([*tokens, 7], broken.caches.MODEL, exact=True)

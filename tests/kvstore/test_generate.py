@@ -14,6 +14,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 import kvstore
 from kvstore.models.load import LoadedModel
 from kvstore.models.session import (
+    CacheOptions,
     LiveCache,
     entry_tokens,
     make_empty_cache,
@@ -405,8 +406,11 @@ def test_a_quantized_live_cache_is_kept_as_its_codes(
         return [response.token for response in responses]
 
     first = say(PROMPT, 8)
-    match = store.lookup([*PROMPT, *first, 5], fingerprint)
-    assert match.num_tokens >= len(PROMPT)
+    longer = [*PROMPT, *first, 5]
+    assert store.lookup(longer, fingerprint).num_tokens == 0  # no codes unasked
+    options = CacheOptions(kv_bits=kv_bits, kv_group_size=32)
+    like = make_empty_cache(LoadedModel(*loaded[:3]), options)
+    assert store.lookup(longer, fingerprint, like=like).num_tokens >= len(PROMPT)
     entry = store.entries()[0]
     cache, tokens = store.load_entry(entry.id, fingerprint)
     assert {type(layer).__name__ for layer in cache} == {cache_class}

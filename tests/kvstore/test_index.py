@@ -15,7 +15,7 @@ from kvstore.errors import (
     KVStoreError,
     StoreLockedError,
 )
-from kvstore.format.block import Block
+from kvstore.format.block import EXACT_BITS, Block
 from kvstore.format.chain import hash_block_tokens, hash_root, split_tokens
 from kvstore.storage.index import MAX_CHILDREN, Index, Place
 
@@ -43,9 +43,9 @@ def index(path):
     opened.close()
 
 
-def place_of(block, shard=SHARD, *, lossless=True, exact=True, nbytes=100):
+def place_of(block, shard=SHARD, *, lossless=True, bits=EXACT_BITS, nbytes=100):
     """Return a place for a block."""
-    return Place(block.hash, shard, len(block.tokens), nbytes, lossless, exact)
+    return Place(block.hash, shard, len(block.tokens), nbytes, lossless, bits)
 
 
 def fill(index, blocks=CHAIN, shard=SHARD, **options):
@@ -104,20 +104,20 @@ def test_so_many_children_and_no_more(index):
     assert MAX_CHILDREN == len(index.children(ROOT, 7))
 
 
-QUALITIES = [(False, False), (True, False), (True, True)]
+QUALITIES = [(False, 3), (True, 3), (False, 4), (True, 4), (True, EXACT_BITS)]
 
 
-@pytest.mark.parametrize("first", range(3))
-@pytest.mark.parametrize("second", range(3))
+@pytest.mark.parametrize("first", range(len(QUALITIES)))
+@pytest.mark.parametrize("second", range(len(QUALITIES)))
 def test_only_a_better_copy_replaces_an_older_one(index, first, second):
-    """Lossy gives way to lossless, and that to exact; equals stay."""
+    """More bits win, then what is lossless; equals stay."""
     for number, shard in ((first, SHARD), (second, OTHER)):
-        lossless, exact = QUALITIES[number]
-        fill(index, CHAIN[:1], shard, lossless=lossless, exact=exact)
+        lossless, bits = QUALITIES[number]
+        fill(index, CHAIN[:1], shard, lossless=lossless, bits=bits)
     place = index.place(CHAIN[0].hash)
-    lossless, exact = QUALITIES[max(first, second)]
+    lossless, bits = QUALITIES[max(first, second)]
     shard = OTHER if second > first else SHARD
-    assert place_of(CHAIN[0], shard, lossless=lossless, exact=exact) == place
+    assert place_of(CHAIN[0], shard, lossless=lossless, bits=bits) == place
 
 
 def test_a_damaged_copy_stays_out(index):

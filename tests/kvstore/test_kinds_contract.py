@@ -111,9 +111,11 @@ def test_a_cut_hit_goes_on_as_a_cache_that_saw_no_more(
     stored, more = rows[..., :TOTAL, :], rows[..., TOTAL:, :]
     is_exact = kind in CODED or not codec.startswith("turbo") or kind == "ArraysCache"
     with kvstore.Store(store_path, codec=codec) as store:
-        store.save(list(range(TOTAL)), fed(kind, stored), caches.MODEL)
+        cache = fed(kind, stored)
+        store.save(list(range(TOTAL)), cache, caches.MODEL)
         for cut in CUTS:
-            restored, rest = store.load([*range(cut), -7], caches.MODEL)
+            prompt = [*range(cut), -7]
+            restored, rest = store.load(prompt, caches.MODEL, like=cache)
             held = cut + 1 - len(rest)
             assert rest == [*range(held, cut), -7]
             assert (restored is None) == (held == 0)

@@ -101,7 +101,7 @@ def test_a_second_turn_writes_its_rows_and_one_block_at_most(store_path, caches,
         per_token = first.nbytes / 40
         written = store.stats().counters["written_bytes"] - first.nbytes
         assert written < 26 * per_token + 10_000
-        again, _ = store.load(list(range(41)), caches.MODEL)
+        again, _ = store.load(list(range(41)), caches.MODEL, like=cache)
         assert fetched(again) == before
 
 
@@ -111,23 +111,26 @@ def test_a_hit_may_end_anywhere_in_lossless_blocks(store_path, caches, kind):
     rows = caches.random_rows(40, 1)
     for cut in (1, 2, 3, 4, 5, 15, 16, 17, 33):
         with kvstore.Store(store_path, codec="raw") as store:
-            store.save(list(range(40)), filled(kind, rows), caches.MODEL, name="x")
-            restored, rest = store.load([*range(cut), -7], caches.MODEL)
+            cache = filled(kind, rows)
+            store.save(list(range(40)), cache, caches.MODEL, name="x")
+            restored, rest = store.load([*range(cut), -7], caches.MODEL, like=cache)
         assert rest == [-7]
         assert fetched(restored) == fetched(filled(kind, rows[..., :cut, :]))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if "Quant" in kind])
 def test_live_codes_are_kept_to_the_bit_and_are_not_exact(store_path, caches, kind):
-    """A quantized live cache loses nothing more, and is never served as exact."""
+    """A quantized live cache loses nothing more, and is for who asks for codes only."""
     cache = filled(kind, caches.random_rows(40, 1))
     prompt = [*range(40), -1]
     with kvstore.Store(store_path, codec="turbo2+zstd") as store:
         store.save(list(range(40)), cache, caches.MODEL, name="x")
         assert all(row.is_lossless for _, row in store.chain("x"))
-        restored, _ = store.load(prompt, caches.MODEL)
+        restored, _ = store.load(prompt, caches.MODEL, like=cache)
         assert fetched(restored) == fetched(cache)
-        assert store.load(prompt, caches.MODEL, exact=True) == (None, prompt)
+        options = {"like": cache, "exact": True}
+        assert store.load(prompt, caches.MODEL, **options) == (None, prompt)
+        assert store.load(prompt, caches.MODEL) == (None, prompt)
 
 
 def test_decoded_codes_are_not_exact_either(store_path, caches):

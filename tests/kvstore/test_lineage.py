@@ -14,7 +14,7 @@ PROMPT = list(range(3 * BLOCK_SIZE))
 def lineage():
     """A lineage that knows one restore: two coded blocks, and a tail behind them."""
     known = Lineage()
-    known.note(MODEL, PROMPT[:600], Provenance(2 * BLOCK_SIZE, is_exact=False))
+    known.note(MODEL, PROMPT[:600], Provenance(2 * BLOCK_SIZE, 4))
     return known
 
 
@@ -28,7 +28,7 @@ def test_nothing_known_is_exact():
 def test_what_goes_on_from_a_restore_is_known(lineage):
     """The rows that were coded are, and nothing behind them is exact."""
     longer = [*PROMPT[:600], 7, 8, 9]
-    assert lineage.of(MODEL, longer) == Provenance(2 * BLOCK_SIZE, is_exact=False)
+    assert lineage.of(MODEL, longer) == Provenance(2 * BLOCK_SIZE, 4)
 
 
 @pytest.mark.parametrize("shared", [1, 255, 256, 257, 511, 512])
@@ -49,5 +49,5 @@ def test_what_shares_nothing_is_exact(lineage):
 def test_rows_on_a_lossy_prefix_are_inexact_and_not_coded():
     """A lossless restore of what was computed on codes is inexact all the same."""
     known = Lineage()
-    known.note(MODEL, PROMPT[:300], Provenance(0, is_exact=False))
-    assert known.of(MODEL, PROMPT[:400]) == Provenance(0, is_exact=False)
+    known.note(MODEL, PROMPT[:300], Provenance(0, 4))
+    assert known.of(MODEL, PROMPT[:400]) == Provenance(0, 4)

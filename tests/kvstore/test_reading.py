@@ -143,8 +143,8 @@ def test_a_damaged_block_is_dropped_alone(folder, index, reader, flip_bit):
     [
         {"num_tokens": 15},
         {"nbytes": 1},
-        {"is_exact": False},
-        {"is_lossless": False, "is_exact": False},
+        {"bits": 4},
+        {"is_lossless": False, "bits": 4},
         {"hash": bytes(32)},
     ],
 )
@@ -197,7 +197,7 @@ def test_a_block_at_a_wrong_place_is_not_restored_there(folder, index, caches):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"codec": "turbo4", "is_exact": False, "is_lossless": False},
+        {"codec": "turbo4", "bits": 4, "is_lossless": False},
         {"codec": "raw+zstd"},
         {"codec": "planes"},
         {"codec": "nonsense"},

@@ -138,7 +138,7 @@ def test_a_server_does_not_forget_the_mark(model, rotations, store_path, caches)
     tier = DiskPromptCache(
         kvstore.Store(store_path, "raw"), lambda key: served, min_tokens=1
     )
-    lossy = Provenance(len(PROMPT), is_exact=False)
+    lossy = Provenance(len(PROMPT), 4)
     tier._disk._lineage.note(caches.MODEL.digest, PROMPT, lossy)
     found = reanchor_prompt(model, rotations, held, TOKENS, PROMPT)
     mx.eval(model(mx.array([found.rest]), cache=found.prompt_cache))

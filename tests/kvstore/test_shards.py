@@ -14,7 +14,7 @@ import safetensors
 
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import shard as shards
-from kvstore.format.block import EncodedBlock, Origin, Part
+from kvstore.format.block import EXACT_BITS, EncodedBlock, Origin, Part
 from kvstore.format.chain import hash_root, split_tokens
 from kvstore.format.documents import canonical_json
 from kvstore.storage import files
@@ -50,7 +50,7 @@ def encode(number, block):
         make_part("0.k.mean", "F16", (2, 2, 5), number + 100),
         make_part("0.v.rows", "F32", (2, 1, 3), number + 200),
     )
-    return EncodedBlock(block, "turbo4+zstd", False, False, parts)
+    return EncodedBlock(block, "turbo4+zstd", False, 4, parts)
 
 
 ENCODED = [encode(number, block) for number, block in enumerate(BLOCKS)]
@@ -345,7 +345,7 @@ def test_a_quarantined_shard_keeps_its_bytes(tmp_path, shard):
 def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path):
     """A block that our own check refuses is never acknowledged."""
     (tmp_path / "tmp").mkdir()
-    odd = replace(ENCODED[0], is_exact=True)
+    odd = replace(ENCODED[0], bits=EXACT_BITS)
     with (
         pytest.raises(ValueError, match="calls itself exact"),
         staged_shard(tmp_path / "tmp", ORIGIN, [odd]),
@@ -470,6 +470,9 @@ HOSTILE = {
     "a format of text": edit_about(format="1"),
     "a format of true": edit_about(format=True),
     "no format": edit_about(format=None),
+    "bits of text": edit_row(bits="4"),
+    "bits below none": edit_row(bits=-1),
+    "bits of exact rows": edit_row(bits=255),
     **{
         f"no {name}": drop(name)
         for name in ("hash", "parent", "start", "tokens", "codec", "lossless",

@@ -74,6 +74,11 @@ def known_layout(value: Any) -> Layout:
     return layout
 
 
+def holds_codes(layout: Layout) -> bool:
+    """Whether a layer of a layout keeps codes, as a run does that was asked to."""
+    return any(not kind_named(layer.cache_class).is_exact for layer in flatten(layout))
+
+
 def find_kind(cache: Any) -> CacheKind | None:
     """Return the kind of one layer's cache, if its class can be stored."""
     return next((kind for kind in _KINDS if kind.owns(cache)), None)

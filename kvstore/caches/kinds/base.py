@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from ...codecs.base import MLX_DTYPES
 from ...errors import UnsupportedCacheError
+from ...format.block import EXACT_BITS
 from ..layout import LayerLayout, RowSpec
 from .saved import IN_0_32, FileArrays, FileForm, SavedCache, as_counts, as_list
 
@@ -38,7 +39,7 @@ class CacheKind(Protocol):
     """Of the class."""
 
     is_exact: bool
-    """Whether it keeps what the model computed, to the bit."""
+    """Whether it keeps what the model computed, to the bit; else codes of it."""
 
     is_cuttable: bool = False
     """Whether ``trim`` can drop the last rows at any time, and leaves the others."""
@@ -54,6 +55,10 @@ class CacheKind(Protocol):
 
     def owns(self, cache: Any) -> bool:
         """Whether a cache is of this very class; a subclass may keep more."""
+
+    def bits(self, cache: Any) -> int:
+        """Return the bits per number of codes, the fewest; ``EXACT_BITS`` of none."""
+        return EXACT_BITS if self.is_exact else 0
 
     def read(self, cache: Any) -> LayerLayout:
         """Return the layout of a cache, without rows where it is empty."""

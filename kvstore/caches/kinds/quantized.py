@@ -45,6 +45,10 @@ class AffineRows(PlainRows):
 
         return type(cache) is QuantizedKVCache
 
+    def bits(self, cache: Any) -> int:
+        """Return its own."""
+        return int(cache.bits)
+
     def read(self, cache: Any) -> LayerLayout:
         """Return what it keeps, with group size and bits."""
         specs = row_specs(self.held(cache))

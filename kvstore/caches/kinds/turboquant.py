@@ -27,6 +27,10 @@ class TurboRows(PlainRows):
         """Whether it is a ``TurboQuantKVCache``; asking imports nothing."""
         return type(cache).__module__ == "turboquant.kv_cache"
 
+    def bits(self, cache: Any) -> int:
+        """Return those of keys or of values."""
+        return int(min(side.bits for _, side in self._sides(cache)))
+
     def read(self, cache: Any) -> LayerLayout:
         """Return what it keeps, as far as the sinks tell; there may be no codes yet."""
         specs: dict[str, RowSpec] = {}
