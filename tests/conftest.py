@@ -111,6 +111,13 @@ def small_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def short_model(tmp_path_factory):
+    """A folder with a model that was made for 128 tokens."""
+    folder = tmp_path_factory.mktemp("models") / "short"
+    return write_model(folder, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="session")
 def loaded(tiny_model):
     """Model, tokenizer and fingerprint of the tiny model."""
     from kvstore.models.load import load_model

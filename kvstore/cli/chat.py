@@ -45,6 +45,8 @@ Ctrl-C ends a reply, Ctrl-D the chat."""
 _SHOWN = 200
 # Fewer tokens are computed before a bar can be read.
 _LONG = 512
+# From this part of the model's context on, a chat is told what is left.
+_NEAR = 0.9
 
 
 @click.command(cls=Verb)
@@ -122,7 +124,7 @@ def chat(
             ),
         )
         _check_system_prompt(talk, template.system_prompt)
-        session = _Session(output, bars, talk, interrupts)
+        session = _Session(output, bars, talk, interrupts, loaded.context_length)
         try:
             session.run()
         except OSError:
@@ -142,12 +144,18 @@ class _Session:
     """
 
     def __init__(
-        self, output: Output, bars: Bars, chat: Chat, interrupts: Interrupts
+        self,
+        output: Output,
+        bars: Bars,
+        chat: Chat,
+        interrupts: Interrupts,
+        context_length: int | None = None,
     ) -> None:
         self._output = output
         self._bars = bars
         self._chat = chat
         self._interrupts = interrupts
+        self._context_length = context_length
         self._is_person = sys.stdin.isatty()
         self._reads_line = self._is_person and sys.stdout.isatty()
         self.is_failed = False
@@ -281,8 +289,23 @@ class _Session:
             self._fail(error)
         elif last is not None:
             self._note(self._told(last, before.num_restored_tokens))
+            self._warn_of_context()
         if self._interrupts.is_pending:
             self._interrupted(last)
+
+    def _warn_of_context(self) -> None:
+        """Say that the chat comes near to the end of the model's context."""
+        length, num_tokens = self._context_length, self._chat.stats().num_tokens
+        if length is None or num_tokens < _NEAR * length:
+            return
+        if num_tokens > length:
+            self._output.warning(
+                f"the chat has {num_tokens:,} tokens, and the model was made for"
+                f" {length:,}: `/rewind K` takes turns back"
+            )
+        else:
+            left = length - num_tokens
+            self._note(f"{left:,} of the model's {length:,} tokens are left")
 
     def _told(self, last: Any, num_before: int) -> str:
         """Return a line on a turn: what was held, what computed, and how fast."""

@@ -69,6 +69,7 @@ def save(
     from ..models.session import Callbacks
 
     tokens = options.encode_source(loaded.tokenizer, source, prompt, is_open=True)
+    warn_of_context(output, loaded, len(tokens))
     begin = time.monotonic()
     with output.progress() as bars, Interrupts(bars.say_stopping) as interrupts:
         try:
@@ -149,6 +150,7 @@ def generate(
     # With a base, the name is a new one.
     begun = name if base is None and not replace else None
     tokens = _conversation(store, loaded, prompt, text, base, begun)
+    warn_of_context(output, loaded, len(tokens))
     is_kept = base is None or name is not None
     saved: list[Entry] = []
     with (
@@ -202,6 +204,15 @@ def warn_of_size(output: Output, model: Any, max_kv_size: int | None) -> None:
     """Say where mlx-lm has no use for the size that was asked for."""
     if max_kv_size is not None and hasattr(model, "make_cache"):
         output.warning("`--max-kv-size` has no effect: the model makes its own caches")
+
+
+def warn_of_context(output: Output, model: LoadedModel, num_tokens: int) -> None:
+    """Say that a prompt is longer than the model was made for."""
+    from ..models.context import past_context
+
+    warning = past_context(num_tokens, model.context_length)
+    if warning is not None:
+        output.warning(warning)
 
 
 def open_models(

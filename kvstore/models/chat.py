@@ -29,6 +29,7 @@ from .session import (
     PrefillOptions,
     SamplingOptions,
     base_tokens,
+    check_kv_bits,
     entry_tokens,
     make_empty_cache,
 )
@@ -126,6 +127,7 @@ class Chat:
         if system_prompt is not None and self._template.is_plain:
             raise ValueError("a system prompt needs a chat template, and none is used")
         self._empty = make_empty_cache(model, cache)
+        check_kv_bits(model, cache)
         self._sampling = sampling
         self._cache_options = cache
         self._prefilling = prefilling

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 # As the families of models spell it.
@@ -31,3 +33,22 @@ def context_length(config: Mapping[str, Any]) -> int | None:
             if type(value) is int and value > 0:
                 return value
     return None
+
+
+def read_context_length(folder: Path) -> int | None:
+    """Return the same of a model's folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return context_length(config) if isinstance(config, dict) else None
+
+
+def past_context(num_tokens: int, length: int | None) -> str | None:
+    """Return a warning of a prompt that is longer than its model was made for."""
+    if length is None or num_tokens <= length:
+        return None
+    return (
+        f"the prompt has {num_tokens:,} tokens, and the model was made for {length:,}:"
+        " what it says may be of no use"
+    )

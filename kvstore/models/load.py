@@ -15,6 +15,7 @@ from typing import Any
 from ..caches.mlx_files import open_cache_file
 from ..errors import FingerprintError, KVStoreError
 from ..fingerprint import Fingerprint
+from .context import read_context_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class LoadedModel:
     # A smaller model with the same vocabulary, which guesses what comes. mlx-lm puts
     # its caches behind those of the model.
     draft_model: Any = None
+    # Tokens that it was made for; ``None`` where it does not say.
+    context_length: int | None = None
 
     def parts(self, prompt_cache: list[Any]) -> list[tuple[Any, list[Any]]]:
         """Return each model with its own part of a prompt cache."""
@@ -133,8 +136,9 @@ def load_models(
     loaded, tokenizer, fingerprint = load_model(
         model, adapter_path, trust_remote_code=trust_remote_code
     )
+    length = read_context_length(find_model(model))
     if draft_model is None:
-        return LoadedModel(loaded, tokenizer, fingerprint)
+        return LoadedModel(loaded, tokenizer, fingerprint, None, length)
     draft, theirs, drafted = load_model(
         draft_model, trust_remote_code=trust_remote_code
     )
@@ -143,7 +147,8 @@ def load_models(
             f"the draft model `{draft_model}` has another vocabulary than `{model}`",
             hint="give a smaller model of the same family",
         )
-    return LoadedModel(loaded, tokenizer, fingerprint.with_draft(drafted), draft)
+    both = fingerprint.with_draft(drafted)
+    return LoadedModel(loaded, tokenizer, both, draft, length)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:

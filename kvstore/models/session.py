@@ -34,6 +34,7 @@ from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.entry import Entry, check_name
 from ..store import Store
+from .fits import check_codes
 from .load import LoadedModel
 from .titles import make_title
 
@@ -153,6 +154,16 @@ def make_empty_cache(
     empty = caches.quantize(empty, options.kv_bits, options.kv_group_size)
     caches.check_classes(empty)
     return empty
+
+
+def check_kv_bits(model: LoadedModel, options: CacheOptions) -> None:
+    """Refuse codes that a model, or its draft model, cannot run with.
+
+    Raises:
+        UnsupportedCacheError: It says why, and which codes it can run with.
+    """
+    for one, _ in model.parts([]):
+        check_codes(one, options.kv_bits, options.kv_group_size)
 
 
 def prefill(
@@ -326,6 +337,8 @@ class Session:
             num_left: Tokens that are to be fed in any case, 0 or 1.
         """
         empty = make_empty_cache(self.model, options)
+        if self._live is None:  # else whoever has it has asked
+            check_kv_bits(self.model, options)
         self._check_name(empty)
         if not self._take_live(empty, num_left, options.min_bits):
             # One more than there is: it is the last that is never restored.

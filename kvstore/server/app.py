@@ -24,8 +24,10 @@ from typing import Any, NoReturn
 from ..caches.live import is_cuttable, quantize
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
+from ..models.context import past_context, read_context_length
+from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
-from .disk import ServedModel
+from .disk import ServedModel, log
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
 from .watch import Requests, watch
@@ -130,6 +132,8 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
             if opened:
                 log.info("kvstore: stopped after %s; all is written", requests.sum())
     for error in _failures(generators):
+        if isinstance(error, KVStoreError):
+            raise error
         raise KVStoreError(
             f"the thread that generates has ended: {type(error).__name__}: {error}",
             hint="the log says where; start the server again",
@@ -353,6 +357,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
 
     class Provider(server.ModelProvider):  # type: ignore[misc]
         loaded: Fingerprint | Exception | None = None
+        context_length: int | None = None
 
         def reset(self) -> None:
             # mlx-lm calls this when it ends, and rows are kept by the model's key.
@@ -374,6 +379,8 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             except (KVStoreError, OSError) as error:
                 self.loaded = error  # served without the store
             super()._load(model, adapter_path, draft)
+            self.context_length = read_context_length(Path(model))
+            self._check_codes()
             if not _is_batched_right(self.model):
                 self.is_batchable = False
             # By which it is asked for again.
@@ -386,6 +393,23 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             if key != self.model_key or self.loaded is None:
                 raise KVStoreError("another model was loaded meanwhile")
             return ServedModel(self.loaded, self._empty_caches())
+
+        def _check_codes(self) -> None:
+            """Refuse, before any prompt, codes that the model cannot run with."""
+            bits = getattr(self.cli_args, "kv_bits", None)
+            if bits is None:
+                return
+            from mlx_lm.generate import maybe_quantize_kv_cache
+
+            def coded(empty: list[Any]) -> list[Any]:
+                maybe_quantize_kv_cache(empty, 0, self.cli_args.kv_group_size, bits)
+                return empty
+
+            models = [self.model, self.draft_model or self.model]
+            why = next(filter(None, (why_not(m, coded) for m in models)), None)
+            if why is not None:
+                self.reset()  # or it would be taken for loaded
+                raise refused(bits, why, "leave it out")
 
         def _empty_caches(self) -> tuple[list[Any], ...]:
             from mlx_lm.models.cache import make_prompt_cache
@@ -470,6 +494,9 @@ def _generator_class(
             # Raised in here, an error is the request's; later on it ends the thread.
             if not all(isinstance(token, int) for token in found[0]):
                 raise ValueError("the prompt is no list of tokens")
+            warning = past_context(len(found[0]), self.model_provider.context_length)
+            if warning is not None:
+                log.warning("kvstore: %s", warning)
             key = self.model_provider.model_key
             self._make_state_machine(key, tokenizer, args.stop_words)
             vision = found[4] if len(found) > 4 else None  # mlx-lm 0.31 has none
