@@ -27,7 +27,7 @@ from ..fingerprint import Fingerprint
 from ..models.context import past_context, read_context_length
 from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
-from .disk import ServedModel, log
+from .disk import ServedModel
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
 from .watch import Requests, watch

@@ -167,15 +167,9 @@ class Disk:
             return None, "what is on disk turned out to be damaged"
         num_read, seconds = len(tokens) - len(rest), time.monotonic() - begin
         provenance = caches.read_provenance(prompt_cache)
-        log.info(
-            "kvstore: %s: %d read from disk in %.3f s, %s",
-            about,
-            num_read,
-            seconds,
-            provenance.quality,
-        )
         self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
-        why = f"{num_read} read from disk in {seconds:.3f} s"
+        quality = provenance.quality
+        why = f"{num_read} read from disk in {seconds:.3f} s, {quality}"
         return (prompt_cache, rest), why
 
     def _limit(self, served: ServedModel, num_gained: int) -> Progress:

@@ -62,7 +62,8 @@ def test_the_device_restores_live_codes(store_path, caches, monkeypatch):
     with kvstore.Store(store_path) as store:
         store.save(list(range(50)), cache, caches.MODEL)
         for length in (2, 4, 5, 50):
-            restored, _ = store.load([*range(length), -1], caches.MODEL)
+            prompt = [*range(length), -1]
+            restored, _ = store.load(prompt, caches.MODEL, like=cache)
             for a, b in zip(restored, cache, strict=True):
                 got, kept = a.coded_keys.read(length), b.coded_keys.read(length)
                 assert mx.array_equal(got, kept).item()
