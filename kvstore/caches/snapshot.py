@@ -69,14 +69,27 @@ class Chain:
 
     def continues(self, entry: Entry) -> bool:
         """Whether an entry's tokens and model are those that this starts with."""
-        if entry.root != self.root.hex() or entry.num_tokens > self.num_tokens:
+        if entry.root != self.root.hex():
             return False
-        size = len(self.blocks[0].tokens)
-        whole, rest = divmod(entry.num_tokens, size)
+        return self._has_end(bytes.fromhex(entry.tip), entry.num_tokens)
+
+    def contains(self, other: Chain) -> bool:
+        """Whether every prefix of another chain can be restored from this one."""
+        return (
+            self.root == other.root
+            and self.has_only_rows
+            and self._has_end(other.tip, other.num_tokens)
+        )
+
+    def _has_end(self, tip: bytes, num_tokens: int) -> bool:
+        """Whether a chain that ends there is the beginning of this one."""
+        if num_tokens > self.num_tokens:
+            return False
+        whole, rest = divmod(num_tokens, len(self.blocks[0].tokens))
         if not rest:
-            return entry.tip == self.blocks[whole - 1].hash.hex()
+            return tip == self.blocks[whole - 1].hash
         block = self.blocks[whole]
-        return entry.tip == hash_block_tokens(block.parent, block.tokens[:rest]).hex()
+        return tip == hash_block_tokens(block.parent, block.tokens[:rest])
 
 
 class LiveRows:

@@ -66,6 +66,15 @@ class ServeVerb(Verb):
     help="Neither keep nor read fewer tokens.",
 )
 @click.option(
+    "--max-queue",
+    metavar="SIZE",
+    type=Size(min=1),
+    default=2_000_000_000,
+    show_default="2GB",
+    help="Rows that may wait in memory to be written; more are not kept. They count for"
+    " --prompt-cache-bytes.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -82,6 +91,7 @@ def serve(
     max_size: int | None,
     min_free: int,
     min_tokens: int,
+    max_queue: int,
     log_format: str,
     args: tuple[str, ...],
 ) -> None:
@@ -90,7 +100,8 @@ def serve(
     It takes all options of `mlx_lm.server` too, such as --model, --port and
     --prompt-cache-size; `kvstore serve --help` lists them. A prompt that is not in
     memory is looked up in the store, and what was computed is written to it while the
-    server goes on. SIGTERM and Ctrl-C end it when what waits is written.
+    server goes on. SIGTERM and Ctrl-C end it when what waits is written, which takes
+    7 seconds at most; what is not kept then is logged.
     """
     load_fast_blas()
     codec = options.codec_of(codec, EXACT_BITS if exact else min_bits)
@@ -115,6 +126,7 @@ def serve(
             exact=exact,
             min_bits=min_bits,
             min_free_bytes=min_free,
+            max_queued_bytes=max_queue,
         )
 
     _log_like_mlx_lm()

@@ -43,6 +43,8 @@ _LISTS_BATCHED_RIGHT = {
     "longcat_flash",
     "longcat_flash_ngram",
 }
+# Docker kills ten seconds after it asks; launchd and systemd wait longer.
+_WRITE_S = 7.0
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 """Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
 
@@ -266,7 +268,7 @@ def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
             _wait_for_end(generator._generation_thread)
     finally:
         for prompt_cache in opened:
-            prompt_cache.close()
+            prompt_cache.close(_WRITE_S)
 
 
 def _wait_for_end(thread: threading.Thread) -> None:

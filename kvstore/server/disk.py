@@ -29,6 +29,8 @@ log = logging.getLogger("kvstore")
 log_lookup = logging.getLogger("kvstore.lookup")
 MIN_TOKENS = 64
 """Fewer are computed sooner than a file is opened."""
+MAX_QUEUED_BYTES = 2_000_000_000
+"""What may wait in memory to be written."""
 # How long a read may take at least, since the first of a process may compile kernels,
 # and where nobody knows what computing takes; and how long a disk that was slower is
 # left alone.
@@ -64,7 +66,7 @@ class Disk:
         min_tokens: int = MIN_TOKENS,
         min_bits: int = 0,
         min_free_bytes: int = 0,
-        max_queued_bytes: int = 4_000_000_000,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         self.store = store
         self._reading = threading.Lock()
@@ -131,9 +133,18 @@ class Disk:
         """Wait until all that was kept is on disk or given up; say whether it is."""
         return self._writer.flush(timeout_s)
 
-    def close(self) -> None:
-        """Write what waits, and close the stores; nothing more is kept then."""
-        self._writer.close()
+    @property
+    def queued_bytes(self) -> int:
+        """What the rows take in memory that wait to be written."""
+        return self._writer.queued_bytes
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write what waits, and close the stores; nothing more is kept then.
+
+        Args:
+            timeout_s: How long writing may take; the rest is given up, and logged.
+        """
+        self._writer.close(timeout_s)
         with self._taking, self._reading:
             for store in (self._taker, self.store):
                 if store is not None:

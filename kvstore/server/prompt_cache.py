@@ -20,7 +20,7 @@ from ..caches import live as caches
 from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
 from ..store import Store
-from .disk import MIN_TOKENS, Disk, ServedModel, harmless
+from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless
 
 log = logging.getLogger("kvstore")
 
@@ -69,7 +69,7 @@ class DiskPromptCache(LRUPromptCache):
         describe: Returns what a key of the server's stands for; asked for each
             request, so it should remember.
         max_size: Prompt caches held in memory.
-        max_bytes: Their bytes.
+        max_bytes: Their bytes, and those of rows that wait to be written.
         min_tokens: Fewer tokens are neither kept nor read for.
         exact: Read only rows that nothing lossy went into.
         min_bits: Read only rows of at least so many bits per number.
@@ -88,7 +88,7 @@ class DiskPromptCache(LRUPromptCache):
         exact: bool = False,
         min_bits: int = 0,
         min_free_bytes: int = 0,
-        max_queued_bytes: int = 4_000_000_000,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         super().__init__(max_size, max_bytes)
         self._describe = describe
@@ -97,7 +97,7 @@ class DiskPromptCache(LRUPromptCache):
             min_tokens=min_tokens,
             min_bits=EXACT_BITS if exact else min_bits,
             min_free_bytes=min_free_bytes,
-            max_queued_bytes=max_queued_bytes,
+            max_queued_bytes=min(max_queued_bytes, max_bytes),
         )
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0
@@ -219,9 +219,35 @@ class DiskPromptCache(LRUPromptCache):
         """Wait until everything inserted is on disk; say whether it is."""
         return self._disk.flush(timeout_s)
 
-    def close(self) -> None:
-        """Write what waits, and close the store."""
-        self._disk.close()
+    def close(self, timeout_s: float | None = None) -> None:
+        """Write what waits, and close the store.
+
+        Args:
+            timeout_s: How long writing may take; the rest is given up, and logged.
+        """
+        self._disk.close(timeout_s)
+
+    @property
+    def max_bytes(self) -> int:
+        """What mlx-lm's part may take: rows that wait to be written count too."""
+        return max(0, self._max_bytes - self._disk.queued_bytes)
+
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        self._max_bytes = value
+
+    def trim_to(
+        self, *, n_sequences: int | None = None, n_bytes: int | None = None
+    ) -> None:
+        """Let go of prompt caches until there are so many, of so many bytes.
+
+        Args:
+            n_sequences: How many may stay.
+            n_bytes: What they and the rows that wait to be written may take.
+        """
+        if n_bytes is not None:
+            n_bytes -= self._disk.queued_bytes
+        super().trim_to(n_sequences=n_sequences, n_bytes=n_bytes)
 
     def _served(self, model: Any) -> ServedModel | None:
         """Return what a key stands for; where that fails, there is only memory."""

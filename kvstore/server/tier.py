@@ -23,7 +23,7 @@ from ..format.block import EXACT_BITS
 from ..format.spans import Span
 from ..models.load import fingerprint_model
 from ..store import Store
-from .disk import MIN_TOKENS, Disk, ServedModel, harmless, log
+from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless, log
 
 
 class Tier:
@@ -161,7 +161,7 @@ def tier(
     exact: bool = False,
     min_bits: int = 0,
     min_free_bytes: int = 0,
-    max_queued_bytes: int = 4_000_000_000,
+    max_queued_bytes: int = MAX_QUEUED_BYTES,
 ) -> Tier:
     """Return the disk tier of a server's prompt caches.
 

@@ -88,8 +88,10 @@ class Writer:
         self._max_queued_bytes = max_queued_bytes
         self._jobs: deque[Job] = deque()
         self._queued_bytes = 0
+        # The first of the queue is being written.
+        self._has_begun = False
         self._changed = threading.Condition()
-        self._is_closing = False
+        self._is_closing = self._is_given_up = False
         # Blocks that the next job builds on, or has; one job at a time is made.
         self._reserved: frozenset[BlockHash] = frozenset()
         self._is_evicting = False
@@ -98,6 +100,11 @@ class Writer:
             target=self._run, name="kvstore-writer", daemon=True
         )
         self._thread.start()
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of all rows that wait, which are copies in memory."""
+        return self._queued_bytes
 
     @property
     def pending(self) -> frozenset[BlockHash]:
@@ -129,33 +136,74 @@ class Writer:
             return self._reserved.union(*chains)
 
     def put(self, job: Job) -> bool:
-        """Have something saved soon; ``False`` if too much waits, or it has closed."""
+        """Have something saved soon; ``False`` if too much waits, or it has closed.
+
+        What waits of the same conversation is saved with it.
+        """
         with self._changed:
             queued = self._queued_bytes + job.rows.nbytes
             if self._is_closing or (self._jobs and queued > self._max_queued_bytes):
                 why = "it is closed" if self._is_closing else "too much is waiting"
                 log.warning("kvstore: not kept: %s for the disk", why)
                 return False
-            self._queued_bytes = queued
-            self._jobs.append(job)
+            self._jobs.append(self._merged(job))
+            self._queued_bytes = sum(each.rows.nbytes for each in self._jobs)
             self._changed.notify_all()
         return True
+
+    def _merged(self, job: Job) -> Job:
+        """Return a job with what waits of its conversation, and empty the queue of it.
+
+        One end is written then in the place of several, with one sync.
+        """
+        waiting = list(self._jobs)[self._has_begun :]
+        for old in reversed(waiting):
+            later = waiting[waiting.index(old) + 1 :]
+            if old.is_shared or not job.snapshot.chain.contains(old.snapshot.chain):
+                continue
+            # Others may build on its blocks, and are written before this one.
+            if not any(
+                other.snapshot.chain.hashes & old.rows.hashes for other in later
+            ):
+                job = job.joined(old)
+                waiting.remove(old)
+                self._jobs.remove(old)
+        return job
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait until all that was put is saved or given up; say whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, timeout_s)
 
-    def close(self) -> None:
-        """Save what waits, and end the thread; Ctrl-C gives the rest up."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Save what waits, and end the thread.
+
+        Args:
+            timeout_s: How long that may take; what waits then is given up, as it is
+                where Ctrl-C comes.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
         try:
-            self._thread.join()
-        except KeyboardInterrupt:
-            log.warning("kvstore: not kept: what waits, %d in all", len(self._jobs))
-            raise
+            self._thread.join(timeout_s)
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Write no further job, and say what is lost; nothing where all is written."""
+        with self._changed:
+            self._is_given_up = True
+            if not self._jobs:
+                return
+            tokens = sum(job.snapshot.chain.num_tokens for job in self._jobs)
+            log.warning(
+                "kvstore: not kept: %d prompts of %d tokens in all, %.1f MB of rows:"
+                " the disk was too slow to write them before the end",
+                len(self._jobs),
+                tokens,
+                self._queued_bytes / 1e6,
+            )
 
     def _run(self) -> None:
         _give_way()
@@ -180,12 +228,13 @@ class Writer:
         """Return the next job, still in the queue; ``None`` at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
-            return self._jobs[0] if self._jobs else None
+            self._has_begun = bool(self._jobs) and not self._is_given_up
+            return self._jobs[0] if self._has_begun else None
 
     def _finish(self, job: Job, is_saved: bool) -> None:
         with self._changed:
             self._jobs.popleft()
-            self._is_evicting = False
+            self._is_evicting = self._has_begun = False
             self._queued_bytes -= job.rows.nbytes
             if not is_saved:
                 self._hand_on(job)

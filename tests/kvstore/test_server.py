@@ -398,8 +398,21 @@ def test_only_so_much_may_wait(open_tier, caches, slow_disk, log):
         tier.insert_cache(KEY, *caches.make_conversation(2, seed))
     assert sum("too much is waiting" in line for line in log()) == 2
     slow_disk.set()
-    tier.flush()
-    assert len(tier.store.entries()) == 1
+
+
+def test_what_waits_counts_for_memory(open_tier, caches, slow_disk):
+    """Prompt caches in memory give way to rows that wait to be written."""
+    held = caches.make_conversation(2, 1)[1]
+    size = sum(cache.nbytes for cache in held)
+    tier = open_tier(max_bytes=2 * size)
+    for seed in (1, 2, 3):
+        tier.insert_cache(KEY, *caches.make_conversation(2, seed))
+    waiting = tier._disk.queued_bytes
+    assert waiting > 0
+    assert tier.nbytes == size  # two would take all that is allowed
+    tier.trim_to(n_bytes=waiting)
+    assert tier.nbytes == 0
+    slow_disk.set()
 
 
 def test_what_is_computed_sooner_is_not_read(open_tier, caches, log):

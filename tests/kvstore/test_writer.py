@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import pytest
 
@@ -187,3 +188,63 @@ def test_no_save_is_lost_to_what_an_earlier_one_evicts(
     disk.close()
     assert rest == [1]
     assert caches.rows_of(found) == caches.rows_of(old_cache)
+
+
+def turns_of(caches, seed, lengths):
+    """Return the tokens and prompt cache of a conversation after each of its turns."""
+    tokens, _ = caches.make_conversation(9, seed)
+    rows = caches.random_rows(len(tokens), seed)
+    return [(tokens[:n], caches.grow(None, rows[..., :n, :])) for n in lengths]
+
+
+def test_what_waits_of_one_conversation_is_saved_once(writer, store, caches, saves):
+    """The last of its turns takes the others with it; their ends are not written."""
+    put(writer, store, caches, *caches.make_conversation(2, 1))
+    turns = turns_of(caches, 2, (40, 70, 100))
+    for turn in turns:
+        put(writer, store, caches, *turn)
+    assert [job.snapshot.chain.num_tokens for job in writer._jobs] == [32, 100]
+    assert writer.queued_bytes == sum(job.rows.nbytes for job in writer._jobs)
+    saves.go_on.set()
+    assert writer.flush(30)
+    assert sorted(entry.num_tokens for entry in store.entries()) == [32, 100]
+    found, rest = store.load([*turns[-1][0], 1], caches.MODEL)
+    assert rest == [1]
+    assert caches.rows_of(found) == caches.rows_of(turns[-1][1])
+
+
+def test_what_others_build_on_waits_in_its_place(writer, store, caches, saves):
+    """A turn from which another conversation went on, and what is shared, stay."""
+    put(writer, store, caches, *caches.make_conversation(2, 1))
+    first, last = turns_of(caches, 2, (40, 100))
+    put(writer, store, caches, *first)
+    beginning, held = turns_of(caches, 2, (32,))[0]
+    fork = [*beginning, *range(9)], caches.grow(held, caches.random_rows(9, 5))
+    put(writer, store, caches, *fork)
+    put(writer, store, caches, *last)
+    put(writer, store, caches, *turns_of(caches, 3, (40,))[0], is_shared=True)
+    put(writer, store, caches, *turns_of(caches, 3, (70,))[0])
+    lengths = [job.snapshot.chain.num_tokens for job in writer._jobs]
+    assert lengths == [32, 40, 41, 100, 40, 70]
+    saves.go_on.set()
+    assert writer.flush(30)
+    for tokens, held in (fork, last):
+        found, rest = store.load([*tokens, 1], caches.MODEL)
+        assert rest == [1]
+        assert caches.rows_of(found) == caches.rows_of(held)
+
+
+def test_an_end_with_a_time_limit_says_what_is_not_kept(
+    writer, store, caches, saves, log
+):
+    """A disk that is too slow costs what waits, and not more than that time."""
+    for seed in (1, 2, 3):
+        put(writer, store, caches, *caches.make_conversation(2, seed))
+    begin = time.monotonic()
+    writer.close(0.1)
+    assert time.monotonic() - begin < 5
+    (line,) = [line for line in log() if "not kept" in line]
+    assert "not kept: 3 prompts of 96 tokens in all, 0.1 MB of rows" in line
+    saves.go_on.set()
+    writer._thread.join(30)
+    assert len(store.entries()) == 1  # the one that was being written
