@@ -496,7 +496,7 @@ def test_a_cache_may_be_quantized_later(store_path):
         cache = [c.to_quantized(group_size=32, bits=8) for c in cache]
         feed(model, cache, TOKENS[40:])
         store.save(TOKENS, cache, MODEL, name="late")
-        late, _ = store.load([*TOKENS, *TURN], MODEL)
+        late, _ = store.load([*TOKENS, *TURN], MODEL, like=cache)
         assert [type(c) for c in late] == [QuantizedKVCache] * 4
         assert bits([feed(model, late, TURN)]) == bits([feed(model, cache, TURN)])
         early, rest = store.load([*TOKENS, *TURN], MODEL, like=like)
