@@ -68,11 +68,20 @@ def put(writer, store, caches, tokens, held, *, is_shared=False):
     assert writer.put(Job(snapshot, is_shared))
 
 
+def wait_for_begin(writer):
+    """Wait until the first of the queue is being written."""
+    deadline = time.monotonic() + 30
+    while not writer._has_begun:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_what_fails_is_written_with_what_builds_on_it(writer, store, caches, saves):
     """An error costs an entry, and not those that were copied without its blocks."""
     tokens, held = caches.make_conversation(3, 1)
     other, other_held = caches.make_conversation(2, 2)
     put(writer, store, caches, tokens[:32], caches.make_cache(32, 1))
+    wait_for_begin(writer)  # or the third would take it with it
     before = caches.rows_of(caches.make_cache(32, 1))
     put(writer, store, caches, other, other_held)
     longer = caches.grow(caches.make_cache(32, 1), caches.random_rows(9, 3))
@@ -240,6 +249,7 @@ def test_an_end_with_a_time_limit_says_what_is_not_kept(
     """A disk that is too slow costs what waits, and not more than that time."""
     for seed in (1, 2, 3):
         put(writer, store, caches, *caches.make_conversation(2, seed))
+    wait_for_begin(writer)
     begin = time.monotonic()
     writer.close(0.1)
     assert time.monotonic() - begin < 5
