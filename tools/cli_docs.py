@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from kvstore.cli import cli
+from kvstore.cli.verbs import EXAMPLES
 
 PATH = Path(__file__).parent.parent / "docs/CLI.md"
 
@@ -46,6 +47,9 @@ def describe(context: click.Context) -> Iterator[str]:
     rows = list(filter(None, map(option_row, options(context))))
     if rows:
         yield from ("", "| option | meaning |", "|---|---|", *rows)
+    examples = EXAMPLES.get(context.command_path.partition(" ")[2])
+    if examples:
+        yield from ("", "```", *examples, "```")
 
 
 def options(context: click.Context) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,6 @@ from . import transfer as _transfer
 from .failures import run
 from .main import cli
 
-# In the order in which `kvstore --help` lists them.
 for _verb in (
     _generate.save,
     _entries.load,
@@ -52,6 +51,7 @@ for _verb in (
     _demo.demo,
     _housekeeping.show_dir,
     _housekeeping.completion,
+    _housekeeping.show_help,
 ):
     cli.add_command(_verb)
 

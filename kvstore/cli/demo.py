@@ -65,6 +65,7 @@ def demo(
     process resumes it, is asked a question, and answers.
     """
     output = output_of(context)
+    model = model.chosen(context)
     load_fast_blas()
     from ..models.demo import CODECS, run_demo
 

@@ -19,7 +19,7 @@ from .output import has_colour, one_line
 if TYPE_CHECKING:
     from ..ops.doctor import Diagnosis
 
-optional_model = partial(model_options, required=False)
+optional_model = partial(model_options, is_needed=False)
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red"}
 
 

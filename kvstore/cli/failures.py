@@ -53,18 +53,20 @@ def run(command: click.Command, args: Sequence[str] | None) -> int:
     _open_closed_streams()
     start_logging()
     _allow_any_text()
+    words = set(sys.argv[1:] if args is None else args)
+    as_json = "--json" in words and not words & {"-q", "--quiet"}
     try:
         # Verbs return nothing; click returns the code of `context.exit(code)`, and is
         # quiet itself when nobody reads stdout any more.
         code = command.main(args, prog_name="kvstore", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt) as error:
         hint = getattr(error, "hint", "the same command goes on from what is kept")
-        print_failure("interrupted", hint)
+        print_failure("interrupted", hint, INTERRUPTED, as_json=as_json)
         return INTERRUPTED
     except Exception as error:
         failure = explain(error)
         log.debug("where it happened:", exc_info=error)
-        print_failure(failure.message, failure.hint)
+        print_failure(failure.message, failure.hint, failure.exit_code, as_json=as_json)
         return failure.exit_code
     return code or 0
 

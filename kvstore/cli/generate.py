@@ -14,8 +14,9 @@ from ..blas import OPENBLAS_REMEDY, is_openblas_missing
 from ..errors import EntryNotFoundError, KVStoreError
 from . import options
 from .entries import entry_data, entry_label
+from .housekeeping import Size
 from .interrupts import Interrupts
-from .main import Verb, load_fast_blas, log, open_store, output_of
+from .main import Verb, load_fast_blas, log, open_store, output_of, store_path
 from .options import (
     ModelOptions,
     PromptOptions,
@@ -24,6 +25,7 @@ from .options import (
     prompt_options,
 )
 from .output import Output, format_bytes, format_count
+from .settings import setting
 
 if TYPE_CHECKING:
     from ..format.documents import JSON
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @model_options
-@partial(prompt_options, required=False)
+@prompt_options
 @options.request
 @options.name
 @options.codec
@@ -142,7 +144,7 @@ def generate(
     live.check()
     options.check_base(base, name)
     text = prompt.read()
-    store, loaded = open_models(context, model, codec, live)
+    store, loaded = open_models(context, model, codec, live, ref=base or name)
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.generate import stream_generate
     from ..models.session import Callbacks
@@ -220,8 +222,11 @@ def open_models(
     chosen: ModelOptions,
     codec: str | None,
     live: options.LiveOptions | None = None,
+    *,
+    ref: str | None = None,
 ) -> tuple[Store, LoadedModel]:
-    """Open the store, and load the model."""
+    """Open the store, and load the model, or the one that made the entry `ref`."""
+    chosen = chosen.chosen(context, ref)
     load_fast_blas()
     from ..models.load import find_model, load_models
 
@@ -232,7 +237,7 @@ def open_models(
         output_of(context).warning(
             f"prompts are read about 12 times faster with OpenBLAS: {OPENBLAS_REMEDY}"
         )
-    store = open_store(context, create=True, codec=codec)
+    store = make_store(context, codec)
     context.call_on_close(partial(_free_tails, store))
     with output_of(context).progress() as bars, bars.spinner("loading the model"):
         loaded = load_models(
@@ -242,6 +247,19 @@ def open_models(
             trust_remote_code=chosen.trust_remote_code,
         )
     return store, loaded
+
+
+def make_store(context: click.Context, codec: str | None) -> Store:
+    """Open the store with the user's usual codec, or make it with the usual limit."""
+    from ..storage.folder import default_path
+
+    text = setting("limit")
+    limit = text and Size(min=1).convert(text, None, context)
+    is_new = not (store_path(context) or default_path()).exists()
+    store = open_store(context, create=True, codec=codec or setting("codec"))
+    if limit and is_new:
+        store.set_limit(limit)
+    return store
 
 
 def _free_tails(store: Store) -> None:

@@ -396,6 +396,20 @@ def completion(shell: str | None) -> None:
     click.echo(found(cli, {}, "kvstore", "_KVSTORE_COMPLETE").source())
 
 
+@click.command("help", cls=Verb)
+@click.argument("verb", metavar="[VERB]", required=False)
+@click.pass_context
+def show_help(context: click.Context, verb: str | None) -> None:
+    """Show the help of a verb, or the list of all."""
+    parent = context.parent
+    assert parent is not None
+    command = cli.get_command(parent, verb) if verb else cli
+    if command is None:
+        raise click.UsageError(f"no such command `{verb}`", context)
+    shown = click.Context(command, info_name=command.name, parent=parent)
+    click.echo(command.get_help(shown if verb else parent))
+
+
 def _print_findings(output: Output, findings: Sequence[Finding]) -> None:
     columns: list[Column[Finding]] = [
         Column("KIND", lambda finding: finding.kind),

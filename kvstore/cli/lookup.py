@@ -34,7 +34,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @click.command(cls=Verb)
 @model_options
-@partial(prompt_options, required=False)
+@prompt_options
 @options.request
 @click.option(
     "--explain",
@@ -59,6 +59,7 @@ def lookup(
     does. No weights are loaded.
     """
     output = output_of(context)
+    model = model.chosen(context)
     source = options.read_source(prompt, request)
     store = open_store(context)
     tokens, fingerprint, tokenizer = prompt_tokens(model, prompt, source)

@@ -13,6 +13,7 @@ import click
 from .. import __version__
 from ..errors import StoreNotFoundError
 from .output import Mode, Output
+from .verbs import ALIASES, EXAMPLES, GROUPS
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -76,21 +77,48 @@ def _general_options(*, hidden: bool) -> list[click.Option]:
 
 
 class Verb(click.Command):
-    """A verb; takes the general options too."""
+    """A verb; takes the general options too, and shows examples."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.params += _general_options(hidden=True)
 
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        lines = EXAMPLES.get(ctx.command_path.partition(" ")[2])
+        if lines:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in lines))
+
 
 class Root(click.Group):
-    """The command; lists its verbs in the order of their use."""
+    """The command; lists its verbs by what they are for."""
 
     command_class = Verb
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the verbs as they were added."""
-        return list(self.commands)
+        """Return the names of the verbs in the order of the groups."""
+        grouped = [name for names in GROUPS.values() for name in names]
+        return sorted(self.commands, key=[*grouped, *self.commands].index)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb by its name, or another that people try."""
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+    def format_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        """Write the verbs, a section for each group."""
+        for title, names in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name, _first_sentence(self.commands[name])) for name in names]
+                )
+
+
+def _first_sentence(command: click.Command) -> str:
+    text = " ".join((command.help or "").partition("\n\n")[0].split())
+    return text.partition(". ")[0].rstrip(".")
 
 
 @click.group(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -14,9 +16,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from ..errors import EntryNotFoundError, StoreNotFoundError
 from ..format.block import EXACT_BITS
 from ..format.documents import JSON
 from .main import is_utf8, load_fast_blas
+from .settings import setting
 
 if TYPE_CHECKING:
     from ..models.session import CacheOptions, PrefillOptions
@@ -28,27 +32,57 @@ if TYPE_CHECKING:
 else:
     # Older releases of click cannot be asked for the type.
     JSONParam = PartParam = click.ParamType
+_ARGUMENT = "kvstore.prompt"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# What completion offers; names of other codecs are taken too.
+_CODECS = (
+    *("raw", "planes", "turbo2", "turbo3", "turbo4", "turbo5v3"),
+    *("planes+zstd", "turbo2+zstd", "turbo3+zstd", "turbo4+zstd", "turbo5v3+zstd"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
     """Which model."""
 
-    # A folder or a Hugging Face repository.
+    # A folder or a Hugging Face repository; ``None`` until it is chosen.
     model: str
     # Folder of an adapter, or ``None``.
     adapter_path: str | None
     # Let it bring code of its own.
     trust_remote_code: bool
 
+    def chosen(self, context: click.Context, ref: str | None = None) -> ModelOptions:
+        """Return the same with a model; that of an entry where none is named.
+
+        Args:
+            context: Of the verb.
+            ref: The entry that is gone on with, or asked.
+
+        Raises:
+            click.UsageError: There is none.
+        """
+        from .main import open_store
+
+        model: str | None = self.model
+        if model is None and ref is not None:
+            with suppress(StoreNotFoundError, EntryNotFoundError):
+                model = open_store(context).entry(ref).model
+        if model is None:
+            error = click.UsageError("missing option `--model`", context)
+            error.hint = "`$KVSTORE_MODEL` sets one for all"  # type: ignore[attr-defined]
+            raise error
+        return dataclasses.replace(self, model=model)
+
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
     """What to say to it."""
 
-    # The text, or ``-`` for stdin.
-    prompt: str
+    # The text, or ``-`` for stdin; ``None`` where it is an argument, or piped.
+    prompt: str | None
     # What the system says before.
     system_prompt: str | None
     # More variables for the chat template.
@@ -62,12 +96,20 @@ class PromptOptions:
         Raises:
             click.UsageError: There is none.
         """
+        words = click.get_current_context().meta.get(_ARGUMENT)
+        if words is not None and self.prompt is not None:
+            raise click.UsageError("give the prompt once: as an argument or `--prompt`")
+        given = self.prompt if words is None else words
+        is_piped = given is None and not sys.stdin.isatty()
         try:
-            text = sys.stdin.read() if self.prompt == "-" else self.prompt
+            text = sys.stdin.read() if is_piped or given == "-" else given
         except UnicodeDecodeError:
             text = "\udcff"
         if not text:
-            raise click.UsageError("the prompt is empty")
+            is_missing = given is None
+            raise click.UsageError(
+                "missing option `--prompt`" if is_missing else "the prompt is empty"
+            )
         if not is_utf8(text):
             raise click.UsageError("the prompt is not UTF-8")
         return text
@@ -79,10 +121,10 @@ def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
     Raises:
         click.UsageError: There are both, or neither, or it is no JSON object.
     """
-    if (file is None) == (prompt.prompt is None):
-        raise click.UsageError("give either `--prompt` or `--request`")
     if file is None:
         return prompt.read()
+    if prompt.prompt is not None or _ARGUMENT in click.get_current_context().meta:
+        raise click.UsageError("give either a prompt or `--request`")
     if prompt.system_prompt is not None or prompt.ignore_chat_template:
         raise click.UsageError(
             "`--request` has its own messages: leave out `--system-prompt` and"
@@ -241,7 +283,11 @@ class EntryName(click.ParamType[str]):
 
 
 name = click.option(
-    "--name", metavar="NAME", type=EntryName(), help="A name for the entry."
+    "--name",
+    metavar="NAME",
+    type=EntryName(),
+    shell_complete=lambda *args: complete_entries(*args),
+    help="A name for the entry.",
 )
 
 
@@ -370,7 +416,7 @@ class KVBits(click.ParamType[int | str]):
         return text
 
 
-def model_options(command: F, *, required: bool = True) -> F:
+def model_options(command: F, *, is_needed: bool = True) -> F:
     """Add the options that choose a model; they come as one ``ModelOptions``."""
     for option in (
         click.option(
@@ -388,23 +434,39 @@ def model_options(command: F, *, required: bool = True) -> F:
             "--model",
             metavar="MODEL",
             type=Text(is_needed=True),
-            required=required,
-            help="Folder of the model, or its Hugging Face repository.",
+            default=(lambda: setting("model")) if is_needed else None,
+            shell_complete=complete_models,
+            help="Folder of the model, or its Hugging Face repository."
+            + ("  [default: $KVSTORE_MODEL, or that of the entry]" * is_needed),
         ),
     ):
         command = option(command)
     return command
 
 
-def prompt_options(command: F, *, required: bool = True) -> F:
+def prompt_options(command: F, *, is_argument: bool = True) -> F:
     """Add the options that make a prompt; they come as one ``PromptOptions``."""
     prompt = click.option(
         "--prompt",
         metavar="TEXT",
-        required=required,
-        help="The prompt; `-` reads it from stdin.",
+        help="The prompt; `-` reads it from stdin."
+        + ("  [default: PROMPT, else what is piped]" * is_argument),
     )
-    return prompt(template_options(command))
+    if not is_argument:
+        return prompt(template_options(command))
+    words = click.argument(
+        "words",
+        metavar="[PROMPT]",
+        required=False,
+        expose_value=False,
+        callback=_note_argument,
+    )
+    return words(prompt(template_options(command)))
+
+
+def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta[_ARGUMENT] = value
 
 
 def template_options(command: F) -> F:
@@ -532,11 +594,26 @@ def complete_entries(
     return [CompletionItem(name) for name in names if name.startswith(incomplete)]
 
 
+def complete_models(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return that a folder is wanted, or else a repository of an entry."""
+    from ..errors import KVStoreError
+    from .main import open_store
+
+    try:
+        models = {entry.model for entry in open_store(context).entries()}
+    except (KVStoreError, OSError):
+        models = set()
+    named = [CompletionItem(m) for m in sorted(models) if m.startswith(incomplete)]
+    return named if incomplete and named else [CompletionItem(incomplete, type="dir")]
+
+
 request = click.option(
     "--request",
     metavar="FILE.json",
     type=click.File("rb"),
-    help="In place of `--prompt`: what a client posts to /v1/chat/completions, rendered"
+    help="In place of a prompt: what a client posts to /v1/chat/completions, rendered"
     " as `serve` renders it; `-` reads stdin. `--chat-template-config` is then the"
     " server's `--chat-template-args`.",
 )
@@ -595,7 +672,7 @@ def codec_of(codec: str | None, least_bits: int) -> str | None:
     """
     from ..codecs import DEFAULT_CODEC, get_codec
 
-    chosen = get_codec(codec or DEFAULT_CODEC)
+    chosen = get_codec(codec or setting("codec") or DEFAULT_CODEC)
     if chosen.bits >= least_bits:
         return codec
     if codec is None:
@@ -610,8 +687,11 @@ codec = click.option(
     "--codec",
     metavar="CODEC",
     type=CodecName(),
+    shell_complete=lambda _context, _parameter, incomplete: [
+        CompletionItem(found) for found in _CODECS if found.startswith(incomplete)
+    ],
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
-    " with +zstd or not.  [default: turbo4+zstd]",
+    " with +zstd or not.  [default: $KVSTORE_CODEC, else turbo4+zstd]",
 )
 replace = click.option(
     "--replace",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Mode = Literal["human", "json", "quiet"]
 _GAP = "  "
+# The JSON that was printed: stdout has one document.
+_documents: list[Any] = []
 _MIN_WIDTH = 8
 # A text that is cut at fewer columns says little.
 _READABLE = 16
@@ -165,6 +167,7 @@ class Output:
         """
         if self.mode == "json":
             # In ASCII: what a bundle says of itself may hold what moves a cursor.
+            _documents.append(data)
             click.echo(json.dumps(data, indent=2))
         elif self.mode == "quiet":
             for name in ids:
@@ -254,10 +257,23 @@ def print_line(label: str, message: str, colour: str) -> None:
     click.echo(f"{label}: {one_line(message)}", err=True)
 
 
-def print_failure(message: str, hint: str) -> None:
-    """Print an error, and what can be done about it."""
+def print_failure(
+    message: str, hint: str, exit_code: int = 1, *, as_json: bool = False
+) -> None:
+    """Print an error, and what can be done about it.
+
+    Args:
+        message: What is wrong.
+        hint: What can be done.
+        exit_code: What the process will exit with.
+        as_json: Print it on stdout too, unless there is a document already.
+    """
     print_line("error", message, "red")
     print_line("hint", hint, "cyan")
+    if as_json and not _documents:
+        error = {"message": message, "hint": hint, "exit_code": exit_code}
+        Output("json").result("", {"error": error})
+    _documents.clear()
 
 
 def has_colour(stream: TextIO) -> bool:

@@ -193,8 +193,8 @@ def _describe_pushed(done: Pushed) -> str:
 @click.command(cls=Verb)
 @click.argument("refs", metavar="[NAME]...", nargs=-1)
 @_remote_option
-@partial(options.model_options, required=False)
-@partial(options.prompt_options, required=False)
+@partial(options.model_options, is_needed=False)
+@partial(options.prompt_options, is_argument=False)
 @options.name
 @options.replace
 @click.pass_context

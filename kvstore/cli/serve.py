@@ -10,8 +10,9 @@ import click
 
 from ..format.block import EXACT_BITS
 from . import options
+from .generate import make_store
 from .housekeeping import Size
-from .main import Verb, load_fast_blas, log, open_store
+from .main import Verb, load_fast_blas, log
 
 if TYPE_CHECKING:
     from ..server.disk import ServedModel
@@ -114,7 +115,7 @@ def serve(
         describe: Callable[[Any], ServedModel], max_in_memory: int
     ) -> DiskPromptCache:
         # Only now: a wrong option or model must not leave an empty store behind.
-        store = open_store(context, create=True, codec=codec)
+        store = make_store(context, codec)
         _shape_log(log_format)
         if max_size is not None:
             store.set_limit(max_size)

@@ -45,13 +45,13 @@ _OF_CACHE_FILES = (
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
 )
-@partial(options.model_options, required=False)
+@partial(options.model_options, is_needed=False)
 @click.option(
     "--draft-model",
     metavar="MODEL",
     help="The draft model, where a bundle was made with one.",
 )
-@partial(options.prompt_options, required=False)
+@partial(options.prompt_options, is_argument=False)
 @options.name
 @options.codec
 @options.replace

@@ -1,5 +1,6 @@
 """`--request`: a captured request is rendered as the server renders it."""
 
+import io
 import json
 
 import pytest
@@ -99,8 +100,8 @@ def test_a_date_in_front_is_found_and_told(run_cli, tiny_model, write_request):
 @pytest.mark.parametrize(
     ("options", "text", "message"),
     [
-        ((), None, "either `--prompt` or `--request`"),
-        (("--prompt", "x"), "{}", "either `--prompt` or `--request`"),
+        ((), None, "missing option `--prompt`"),
+        (("--prompt", "x"), "{}", "either a prompt or `--request`"),
         (("--system-prompt", "x"), "{}", "has its own messages"),
         ((), "{no", "not valid JSON"),
         ((), "[1]", "not a JSON object"),
@@ -109,9 +110,10 @@ def test_a_date_in_front_is_found_and_told(run_cli, tiny_model, write_request):
 )
 @pytest.mark.parametrize("verb", ["save", "lookup"])
 def test_a_wrong_request_is_told_in_two_lines(
-    run_cli, tiny_model, tmp_path, verb, options, text, message
+    run_cli, tiny_model, tmp_path, monkeypatch, verb, options, text, message
 ):
     """The last two are an error and a hint."""
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     if text is not None:
         (tmp_path / "body.json").write_text(text)
         options = (*options, "--request", tmp_path / "body.json")

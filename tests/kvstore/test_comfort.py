@@ -1,0 +1,124 @@
+"""What is used every day needs few words: defaults, aliases, examples, pipes."""
+
+import io
+import json
+
+import pytest
+
+from kvstore.cli import cli
+from kvstore.cli.verbs import ALIASES, EXAMPLES, GROUPS
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch, tmp_path):
+    """A user without settings; returns where the file would be."""
+    for name in ("MODEL", "CODEC", "LIMIT"):
+        monkeypatch.delenv(f"KVSTORE_{name}", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "config/kvstore").mkdir(parents=True)
+    return tmp_path / "config/kvstore/config.toml"
+
+
+def test_every_verb_is_in_a_group():
+    """And every alias and example belongs to a verb."""
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(cli.commands)
+    assert set(ALIASES.values()) <= set(names)
+    assert not ALIASES.keys() & set(names)
+    assert EXAMPLES.keys() == set(names) - {"dir", "help"}
+
+
+def test_settings_come_from_variables_and_a_file(
+    run_cli, tiny_model, monkeypatch, no_settings
+):
+    """A variable wins over the file; the limit is that of a new store."""
+    lines = ['model = "nowhere"', 'codec = "raw"', 'limit = "3GB"']
+    no_settings.write_text("\n".join(lines))
+    assert "nowhere" in run_cli("save", "Some words.")[2]
+    monkeypatch.setenv("KVSTORE_MODEL", str(tiny_model))
+    code, out, err = run_cli("save", "--json", "Some words.", "--name", "doc")
+    assert code == 0, err
+    assert json.loads(out)["entry"]["codec"] == "raw"
+    assert json.loads(run_cli("stats", "--json")[1])["max_bytes"] == 3e9
+    no_settings.write_text("modell = 1")
+    monkeypatch.delenv("KVSTORE_MODEL")
+    assert "has more than" in run_cli("save", "Some words.")[2]
+
+
+def test_a_name_brings_its_model(run_cli, tiny_model, monkeypatch):
+    """What is gone on with, or asked, is so by the model that made it."""
+    run_cli("save", "--model", tiny_model, "--prompt", "Some words.", "--name", "doc")
+    for words in (
+        ("generate", "--name", "doc", "More."),
+        ("generate", "--from", "doc", "More."),
+    ):
+        code, _, err = run_cli(*words, "--max-tokens", 2)
+        assert code == 0, err
+    monkeypatch.setattr("sys.stdin", io.StringIO("And more.\n"))
+    assert run_cli("chat", "--name", "doc", "--max-tokens", 2)[0] == 0
+    code, _, err = run_cli("generate", "--name", "other", "More.")
+    assert (code, "missing option `--model`" in err) == (2, True)
+
+
+def test_a_prompt_is_an_argument_an_option_or_piped(run_cli, tiny_model, monkeypatch):
+    """All three are the same prompt; two at once are refused."""
+    model = ("--model", tiny_model)
+
+    def count(*words, piped=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(piped))
+        code, out, err = run_cli("lookup", *model, *words, "--json")
+        assert code == 0, err
+        return json.loads(out)["num_prompt_tokens"]
+
+    run_cli("save", *model, "One.")
+    as_option = count("--prompt", "Some words.")
+    assert count("Some words.") == count(piped="Some words.") == as_option
+    assert count("-", piped="Some words.") == as_option
+    assert run_cli("lookup", *model, "Some", "--prompt", "words.")[0] == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "missing option `--prompt`" in run_cli("lookup", *model)[2]
+
+
+@pytest.mark.parametrize("alias", ["remove", "delete"])
+def test_other_names_of_verbs_work(run_cli, tiny_model, alias):
+    """What people try first is taken."""
+    run_cli("save", "--model", tiny_model, "Words.", "--name", "doc")
+    assert run_cli(alias, "doc", "-y")[0] == 0
+
+
+def test_help_has_examples(run_cli):
+    """Of each verb, and with `help` in front of it."""
+    assert "kvstore prune --older-than 30d -n" in run_cli("prune", "-h")[1]
+    assert "Look after the store" in run_cli("help")[1]
+    assert "Examples:" in run_cli("help", "remove")[1]
+    assert run_cli("help", "nothing")[0] == 2
+
+
+def test_failures_are_documents_too(run_cli, tmp_path):
+    """With `--json` stdout has the error, once."""
+    code, out, err = run_cli("ls", "--json")
+    error = json.loads(out)["error"]
+    assert (code, error["exit_code"]) == (10, 10)
+    assert f"error: {error['message']}\nhint: {error['hint']}\n" == err
+    assert json.loads(run_cli("--json", "lss")[1])["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "start", "expected"),
+    [
+        ("save", "codec", "turbo5", {"turbo5v3", "turbo5v3+zstd"}),
+        ("chat", "name", "d", {"doc"}),
+        ("generate", "base", "d", {"doc"}),
+        ("chat", "model", "./x", {"./x"}),
+    ],
+)
+def test_values_of_options_are_completed(
+    tiny_model, run_cli, tmp_path, verb, option, start, expected
+):
+    """Codecs, names of entries, and folders of models."""
+    run_cli("save", "--model", tiny_model, "Words.", "--name", "doc")
+    command = cli.commands[verb]
+    (parameter,) = (p for p in command.params if p.name == option)
+    root = cli.make_context("kvstore", ["--store", str(tmp_path / "store"), verb])
+    found = parameter.shell_complete(root, start)
+    assert {item.value for item in found} == expected
