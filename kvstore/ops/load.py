@@ -354,15 +354,19 @@ class Loader:
             return replace(hit, reason="divergence", detail=detail)
         run, place, stored = max(children, key=_run_of)
         further = stored.block.start + run
+        rest = stored.block.tokens[run:]
+        # Of a prompt that is stored to its last token, nothing differs.
+        is_other = bool(rest) and further < len(request.tokens) - 1
+        where = f"token {further:,} differs"
+        if is_other:
+            where += f": stored {rest[0]}, given {request.tokens[further]}"
         if further > at:
-            return replace(hit, reason="inexact", detail=_inexact(at, place, request))
-        if run == len(stored.block.tokens):
+            why = _inexact(at, place, request)
+            detail = f"{where}; {why}" if is_other else why
+            return replace(hit, reason="inexact", detail=detail)
+        if not rest:
             return replace(hit, detail=f"what is stored ends at token {at:,}")
-        detail = (
-            f"token {at:,} differs: stored {stored.block.tokens[run]},"
-            f" given {request.tokens[at]}"
-        )
-        return replace(hit, reason="divergence", detail=detail)
+        return replace(hit, reason="divergence", detail=where)
 
 
 def _end_outside_units(

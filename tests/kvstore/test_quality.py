@@ -51,6 +51,17 @@ def test_rows_of_fewer_bits_than_are_asked_for_are_refused(tmp_path, caches):
     ]
 
 
+def test_where_a_prompt_differs_is_told_of_a_lossy_block_too(tmp_path, caches):
+    """The cause of a miss comes first, then why the block before it is no help."""
+    save(tmp_path, caches.make_cache(600, 1), caches, "turbo4")
+    block = "the block behind token 256 is lossy and cannot be cut"
+    with kvstore.Store(tmp_path) as store:
+        other = store.lookup([*range(300), 1, 2], caches.MODEL)
+        shorter = store.lookup(list(range(301)), caches.MODEL)
+    assert other.detail == f"token 300 differs: stored 300, given 1; {block}"
+    assert (shorter.num_tokens, shorter.detail) == (256, block)
+
+
 def test_what_is_computed_behind_lossy_rows_has_no_more_bits(tmp_path, caches):
     """Rows that went on from 3 bits are of 3 bits, whatever stores them."""
     save(tmp_path, caches.make_cache(600, 1), caches, "turbo3")
