@@ -595,13 +595,11 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: Its last block is missing or damaged.
         """
+        from .caches.fit import wanted_of, why_unfit
         from .caches.kinds import known_layout
-        from .caches.layout import fits
-        from .caches.live import signature
 
         layout = known_layout(self._origin(ref).layout)
-        wanted = signature(prompt_cache)
-        return fits(layout, wanted, decoding=False)
+        return why_unfit(layout, wanted_of(prompt_cache)) is None
 
     def export_bundle(
         self, ref: str, file: IO[bytes], *, progress: Progress | None = None
@@ -636,6 +634,7 @@ class Store:
         file: IO[bytes] | BundleReader,
         *,
         fingerprint: Fingerprint | None = None,
+        like: Sequence[Any] | None = None,
         name: str | None = None,
         replace: bool = False,
         progress: Progress | None = None,
@@ -654,6 +653,8 @@ class Store:
                 what it can before a store is made.
             fingerprint: The model's; ``None`` takes what any model made, which only
                 that model will find.
+            like: The model's empty prompt cache, of :func:`make_empty_cache`: what has
+                other layers, heads, dimensions or dtypes is refused.
             name: A name for the entry, in place of its own. It moves from an entry that
                 this continues.
             replace: Take the name from an entry that this does not continue.
@@ -683,6 +684,7 @@ class Store:
             bundle,
             name,
             replace=replace,
+            like=like,
             progress=progress or _ignore,
         )
 
@@ -875,7 +877,7 @@ class Store:
         *,
         from_codes: bool = False,
     ) -> Request:
-        from .caches.live import signature
+        from .caches.fit import wanted_of
         from .ops.load import Request
 
         _check_fingerprint_type(fingerprint)
@@ -883,12 +885,11 @@ class Store:
             raise ArgumentError(
                 "there are no tokens", hint="pass the whole prompt, not its rest"
             )
-        classes = None if like is None else signature(like)
         return Request(
             tokens,
             fingerprint.digest,
             min_bits=min_bits,
-            classes=classes,
+            wanted=None if like is None else wanted_of(like),
             spans=spans,
             from_codes=from_codes,
         )

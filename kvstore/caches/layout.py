@@ -15,24 +15,8 @@ from ..format.documents import JSON
 
 Signature = tuple[str, tuple[tuple[str, int], ...]]
 """Class of a cache, and the parameters that it was made with."""
-
-
-def fits(layout: Layout, wanted: Sequence[Signature], *, decoding: bool) -> bool:
-    """Whether caches of these classes and parameters can be had from a layout.
-
-    Args:
-        layout: How the stored cache is built.
-        wanted: Class and parameters of each cache.
-        decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
-    """
-    stored = [layer_signature(layer) for layer in flatten(layout)]
-    # What is decoded lies in no CacheList.
-    decoding = decoding and not any(isinstance(layer, ListLayout) for layer in layout)
-    decodable = ("TurboQuantKVCache", "KVCache")
-    return len(stored) == len(wanted) and all(
-        was == asked or (decoding and (was[0], asked[0]) == decodable)
-        for was, asked in zip(stored, wanted, strict=True)
-    )
+Shapes = dict[str, tuple[int, int, str]]
+"""Heads, dimension and dtype of what a model computes for a layer, by name."""
 
 
 def layer_signature(layer: LayerLayout) -> Signature:

@@ -194,13 +194,10 @@ def signature(prompt_cache: Sequence[Any]) -> tuple[Signature, ...]:
     return tuple(map(layer_signature, flatten(_read_layers(prompt_cache))))
 
 
-def convert(
-    prompt_cache: PromptCache, wanted: Sequence[Signature] | None
-) -> PromptCache:
+def convert(prompt_cache: PromptCache, classes: Sequence[str] | None) -> PromptCache:
     """Decode the caches of codes whose place a ``KVCache`` is wanted in."""
-    classes = [name for name, _ in wanted or ()]
     stored = [type(cache).__name__ for cache in flatten_caches(prompt_cache)]
-    if wanted is None or classes == stored:
+    if classes is None or classes == stored:
         return prompt_cache
     converted: PromptCache = []
     # No cache of codes lies in a CacheList, so layers and classes agree in number.

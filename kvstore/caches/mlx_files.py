@@ -38,6 +38,7 @@ from .kinds.saved import (
     as_list,
 )
 from .layout import layout_to_json
+from .restore import memory_bytes
 
 
 def check_cache_path(path: Path, *, overwrite: bool = False) -> None:
@@ -222,7 +223,7 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], Mapping[str, str], int
     rest = status.st_size - 8 - length
     if length > MAX_HEADER_BYTES or rest < 0:
         raise ValueError(f"it is not a safetensors file: a header of {length} bytes")
-    if rest > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if rest > memory_bytes():
         raise ValueError(f"{rest} bytes of arrays are more than this machine's memory")
     tensors, metadata = parse_header(file.read(length), rest)
     return tensors, metadata, 8 + length

@@ -245,13 +245,19 @@ def _sides(rows: Rows) -> tuple[str, ...]:
     return ("k", "v") if rows.side == "kv" else (rows.side,)
 
 
+def memory_bytes() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_layout(layout: Layout, num_tokens: int) -> None:
     """Refuse a layout that no prompt cache of so many tokens has.
 
     One is built of buffers that are never filled, and its layout read again.
 
     Raises:
-        IntegrityError: It cannot be built, or has another layout.
+        IntegrityError: It cannot be built, has another layout, or takes more memory
+            than this machine has.
     """
     target = _Target(layout, num_tokens)
     try:
@@ -263,6 +269,12 @@ def check_layout(layout: Layout, num_tokens: int) -> None:
             }
             for layer in target.layers
         ]
+        nbytes = sum(array.nbytes for held in buffers for array in held.values())
+        if nbytes > memory_bytes():
+            raise ValueError(
+                f"{num_tokens:,} tokens take {nbytes / 1e9:,.1f} GB, which is more than"
+                " this machine's memory"
+            )
         built = _build_layers(layout, iter(buffers), num_tokens)
         found = read_layout(built, num_tokens)
     except Exception as error:  # whatever a class, mlx-lm's or another, says to it

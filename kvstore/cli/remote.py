@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -224,23 +224,26 @@ def pull(
     with output.progress() as bars:
         if prompt.prompt is not None:
             tokens, fingerprint, _ = prompt_tokens(model, prompt, prompt.read())
+            like, _ = _made_by(model)
             entries = [
                 store.remotes.pull_prompt(
                     tokens,
                     fingerprint,
                     remote,
+                    like=like,
                     name=name,
                     replace=replace,
                     progress=bars.bar("pull"),
                 )
             ]
         else:
-            wanted = _fingerprint(model)
+            like, wanted = _made_by(model)
             entries = [
                 store.remotes.pull(
                     ref,
                     remote,
                     fingerprint=wanted,
+                    like=like,
                     name=name,
                     replace=replace,
                     progress=bars.bar(f"pull `{ref}`"),
@@ -281,12 +284,15 @@ def _check_wanted(
         raise click.UsageError("`--name` is for one entry", context)
 
 
-def _fingerprint(model: ModelOptions) -> Fingerprint | None:
+def _made_by(model: ModelOptions) -> tuple[list[Any] | None, Fingerprint | None]:
+    """Return empty cache and fingerprint of the model that entries must be of."""
     if model.model is None:
-        return None
-    from ..models.load import fingerprint_model
+        return None, None
+    from ..models.session import load_empty_cache
 
-    return fingerprint_model(model.model, model.adapter_path)
+    return load_empty_cache(
+        model.model, model.adapter_path, trust_remote_code=model.trust_remote_code
+    )
 
 
 def _pushed_data(done: Pushed) -> JSON:

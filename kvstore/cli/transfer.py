@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 # What a bundle knows itself.
 _OF_CACHE_FILES = (
-    "trust_remote_code",
     "prompt",
     "system_prompt",
     "chat_template_config",
@@ -73,7 +72,7 @@ def import_file(
     A bundle is what `kvstore export` writes; `-` reads one from stdin. It is checked to
     the last byte before anything of it is kept. Whoever made it decided what the model
     has read: import one only from whom you would take a model from. With `--model` it
-    is refused if another model made it.
+    is refused if another model made it, or if its rows are not such as that computes.
 
     A cache file does not hold the prompt, so give it as it was given then, and the
     model. Files of all releases of mlx-lm are read; one that does not fit the model is
@@ -87,8 +86,10 @@ def import_file(
         )
     if _is_bundle(path):
         _refuse_given(context, _OF_CACHE_FILES, "a bundle")
-        fingerprint = _fingerprint(context, model, draft_model)
-        _import_bundle(context, output, path, fingerprint, name=name, replace=replace)
+        like, fingerprint = _made_by(context, model, draft_model)
+        _import_bundle(
+            context, output, path, fingerprint, like, name=name, replace=replace
+        )
         return
     _refuse_given(context, ("draft_model",), "a cache file")
     if model.model is None or prompt.prompt is None:
@@ -124,19 +125,24 @@ def _refuse_given(context: click.Context, names: tuple[str, ...], what: str) -> 
             raise click.UsageError(f"`{option}` is not for {what}", context)
 
 
-def _fingerprint(
+def _made_by(
     context: click.Context, model: ModelOptions, draft_model: str | None
-) -> Fingerprint | None:
-    """Return the fingerprint of the model that a bundle must be of, if one is given."""
+) -> tuple[list[Any] | None, Fingerprint | None]:
+    """Return empty cache and fingerprint of the model that a bundle must be of."""
     if model.model is None:
         if model.adapter_path is not None or draft_model is not None:
             raise click.UsageError(
                 "`--adapter-path` and `--draft-model` need `--model`", context
             )
-        return None
-    from ..models.load import fingerprint_model
+        return None, None
+    from ..models.session import load_empty_cache
 
-    return fingerprint_model(model.model, model.adapter_path, draft_model)
+    return load_empty_cache(
+        model.model,
+        model.adapter_path,
+        draft_model,
+        trust_remote_code=model.trust_remote_code,
+    )
 
 
 @contextmanager
@@ -153,6 +159,7 @@ def _import_bundle(
     output: Output,
     path: Path,
     fingerprint: Fingerprint | None,
+    like: list[Any] | None,
     *,
     name: str | None,
     replace: bool,
@@ -168,6 +175,7 @@ def _import_bundle(
             entry = store.import_bundle(
                 bundle,
                 fingerprint=fingerprint,
+                like=like,
                 name=name,
                 replace=replace,
                 progress=bars.bar("import"),

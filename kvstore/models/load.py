@@ -120,6 +120,7 @@ def load_models(
     draft_model: str | None = None,
     *,
     trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> LoadedModel:
     """Load a model and, if one is named, a draft model for it.
 
@@ -128,19 +129,20 @@ def load_models(
         adapter_path: Folder with an adapter's weights and configuration.
         draft_model: As ``model``; ``None`` for none.
         trust_remote_code: Let models and tokenizers bring code of their own.
+        lazy: Read the weights when they are used.
 
     Raises:
         KVStoreError: There is no such model, mlx-lm cannot load it, or the draft model
             has another vocabulary.
     """
     loaded, tokenizer, fingerprint = load_model(
-        model, adapter_path, trust_remote_code=trust_remote_code
+        model, adapter_path, trust_remote_code=trust_remote_code, lazy=lazy
     )
     length = read_context_length(find_model(model))
     if draft_model is None:
         return LoadedModel(loaded, tokenizer, fingerprint, None, length)
     draft, theirs, drafted = load_model(
-        draft_model, trust_remote_code=trust_remote_code
+        draft_model, trust_remote_code=trust_remote_code, lazy=lazy
     )
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise KVStoreError(

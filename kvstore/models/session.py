@@ -8,6 +8,7 @@ mlx-lm has said that it is done, whatever the cache's own offset says.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -21,6 +22,8 @@ from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..caches import live as caches
+from ..caches.fit import expect_rows, feed, shapes_of
+from ..caches.layout import Shapes
 from ..errors import (
     EntryExistsError,
     EntryNotFoundError,
@@ -35,7 +38,7 @@ from ..format.chain import common_run
 from ..format.entry import Entry, check_name
 from ..store import Store
 from .fits import check_codes
-from .load import LoadedModel
+from .load import LoadedModel, load_models
 from .titles import make_title
 
 PREFILL_STEP_SIZE = 2048
@@ -146,13 +149,20 @@ def make_empty_cache(
         UnsupportedCacheError: It cannot be stored, or is none that a draft model can be
             used with.
     """
-    empty = list(make_prompt_cache(model.model, options.max_kv_size))
+    empty = _make_plain_cache(model, options)
     if model.draft_model is not None:
-        is_divided = len(empty) == len(model.model.layers)
-        empty += make_prompt_cache(model.draft_model, options.max_kv_size)
+        is_divided = len(make_prompt_cache(model.model)) == len(model.model.layers)
         _check_draft(empty, is_divided)
     empty = caches.quantize(empty, options.kv_bits, options.kv_group_size)
     caches.check_classes(empty)
+
+    def find_shapes() -> list[Shapes]:
+        made = _make_plain_cache(model, options)
+        for part, mine in model.parts(made):
+            feed(part, mine)
+        return shapes_of(made)
+
+    expect_rows(empty, functools.cache(find_shapes))
     return empty
 
 
@@ -164,6 +174,37 @@ def check_kv_bits(model: LoadedModel, options: CacheOptions) -> None:
     """
     for one, _ in model.parts([]):
         check_codes(one, options.kv_bits, options.kv_group_size)
+
+
+def _make_plain_cache(model: LoadedModel, options: CacheOptions) -> list[Any]:
+    models = [m for m in (model.model, model.draft_model) if m is not None]
+    return [c for m in models for c in make_prompt_cache(m, options.max_kv_size)]
+
+
+def load_empty_cache(
+    model: str,
+    adapter_path: str | None = None,
+    draft_model: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> tuple[list[Any], Fingerprint]:
+    """Return a model's empty prompt cache, and its fingerprint; no weights are read.
+
+    The arguments are those of :func:`~kvstore.models.load.load_models`.
+
+    Raises:
+        KVStoreError: There is no such model, mlx-lm cannot load it, or the draft model
+            has another vocabulary.
+        UnsupportedCacheError: Its prompt cache cannot be stored.
+    """
+    loaded = load_models(
+        model,
+        adapter_path,
+        draft_model,
+        trust_remote_code=trust_remote_code,
+        lazy=True,
+    )
+    return make_empty_cache(loaded), loaded.fingerprint
 
 
 def prefill(

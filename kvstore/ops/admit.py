@@ -13,7 +13,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+from ..caches.fit import wanted_of, why_foreign
 from ..caches.kinds import known_layout
 from ..caches.layout import group_layers
 from ..caches.restore import check_layout
@@ -83,6 +85,7 @@ class Inspector:
         origin: What its shards say that computed them.
         block_size: Tokens in a full block.
         own: The codecs that the store alone has.
+        like: The prompt cache of the model that it must be of, empty.
 
     Attributes:
         blocks: Those that were found good.
@@ -91,15 +94,22 @@ class Inspector:
 
     Raises:
         CodecError: There is no such codec.
-        IntegrityError: The layout cannot be that of a prompt cache.
+        IntegrityError: The layout cannot be that of a prompt cache, or of this one.
     """
 
     def __init__(
-        self, entry: Entry, origin: Origin, block_size: int, own: CodecFamily
+        self,
+        entry: Entry,
+        origin: Origin,
+        block_size: int,
+        own: CodecFamily,
+        like: Sequence[Any] | None = None,
     ) -> None:
         self._own = own
         self._entry, self._origin, self._block_size = entry, origin, block_size
         self._layout = known_layout(origin.layout)
+        if like is not None and (why := why_foreign(self._layout, wanted_of(like))):
+            raise IntegrityError(f"its rows are not of this model: {why}")
         check_layout(self._layout, entry.num_tokens)
         find_codec(entry.codec, own)
         self._groups = group_layers(self._layout)

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 from ..caches.kinds import known_layout
-from ..caches.layout import Signature, flatten, layer_signature
 from ..errors import FormatError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.block import Block, BlockHash, StoredBlock
@@ -20,7 +19,7 @@ from ..format.chain import hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
 from ..storage.index import Link, Place
-from .load import Child, Hit, Loader, Match, Request, can_give
+from .load import Child, Hit, Loader, Match, Request, why_unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,20 +397,4 @@ def _kind_difference(trace: _Trace, request: Request) -> str | None:
         layout = known_layout(trace.layout)
     except IntegrityError as error:
         return f"layers: {error}"
-    wanted = request.classes
-    if can_give(layout, request):
-        return None
-    if wanted is None:
-        return "layers: stored as codes of a live cache, given none"
-    stored = [layer_signature(layer) for layer in flatten(layout)]
-    if len(stored) != len(wanted):
-        return f"layers: stored {len(stored)}, given {len(wanted)}"
-    pairs = enumerate(zip(stored, wanted, strict=True))
-    layer, was, asked = next((i, a, b) for i, (a, b) in pairs if a != b)
-    return f"layer {layer}: stored {_show(was)}, given {_show(asked)}"
-
-
-def _show(signature: Signature) -> str:
-    name, params = signature
-    inside = ", ".join(f"{key}={value}" for key, value in params)
-    return f"{name}({inside})" if inside else name
+    return why_unusable(layout, request)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ..errors import CodecError, IntegrityError, KVStoreError
 from ..fingerprint import Fingerprint, refuse_other
@@ -39,6 +39,7 @@ def import_entry(
     name: str | None,
     *,
     replace: bool,
+    like: Sequence[Any] | None = None,
     progress: Progress,
 ) -> Entry:
     """Take a bundle's entry into a store and return it.
@@ -49,6 +50,7 @@ def import_entry(
         bundle: From :func:`open_bundle`.
         name: A name in place of the entry's own.
         replace: Take the name from an entry that this one does not continue.
+        like: The empty prompt cache of the model that it must be of.
         progress: Called with (tokens checked, tokens in all).
 
     Raises:
@@ -61,7 +63,7 @@ def import_entry(
     """
     _check_block_size(bundle, blocks.folder)
     name = bundle.entry.name if name is None else name
-    with _unpacked(blocks.folder, bundle, progress) as found:
+    with _unpacked(blocks.folder, bundle, like, progress) as found:
         # Before the blocks that name them can be seen.
         for basis in bundle.bases.values():
             add_basis(blocks.folder, basis)
@@ -102,7 +104,10 @@ def _check_block_size(bundle: BundleReader, folder: StoreFolder) -> None:
 
 @contextmanager
 def _unpacked(
-    folder: StoreFolder, bundle: BundleReader, progress: Progress
+    folder: StoreFolder,
+    bundle: BundleReader,
+    like: Sequence[Any] | None,
+    progress: Progress,
 ) -> Iterator[Incoming]:
     """Stage the shards of a bundle and check all of it; remove what is not published.
 
@@ -117,6 +122,7 @@ def _unpacked(
             bundle.origin,
             bundle.block_size,
             carried_codecs(folder, bundle.bases),
+            like,
         )
     found: list[StagedShard] = []
     touched_at = time.monotonic()

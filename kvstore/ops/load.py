@@ -10,16 +10,11 @@ from itertools import groupby, takewhile
 from typing import Literal
 
 from ..caches import live as caches
+from ..caches.fit import Wanted, why_unfit
 from ..caches.kinds import holds_codes, known_layout
-from ..caches.layout import (
-    Layout,
-    Signature,
-    fits,
-    group_layers,
-    has_only_rows,
-)
+from ..caches.layout import Layout, group_layers, has_only_rows
 from ..caches.live import Provenance
-from ..caches.restore import Restoring, start_restoring
+from ..caches.restore import Restoring, check_layout, start_restoring
 from ..caches.stored import is_restorable, open_piece, stored_pieces
 from ..codecs import CodecFamily
 from ..codecs.parallel import map_in_order
@@ -77,8 +72,8 @@ class Request:
     fingerprint: str
     # Take no rows of fewer bits per number: ``EXACT_BITS`` takes exact ones only.
     min_bits: int = 0
-    # Class and parameters of each cache, or ``None`` for any.
-    classes: tuple[Signature, ...] | None = None
+    # What each layer's cache must be, or ``None`` for anything.
+    wanted: tuple[Wanted, ...] | None = None
     # Parts of the prompt inside which a hit must not end.
     spans: Sequence[Span] = ()
     # Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
@@ -102,7 +97,7 @@ class Hit:
     # The same as a sentence.
     detail: str
     # What was asked for, or ``None`` for what the layout says.
-    classes: tuple[Signature, ...] | None = None
+    wanted: tuple[Wanted, ...] | None = None
     # What most of its tokens were decoded from, once it is restored.
     codec: str | None = None
 
@@ -138,13 +133,14 @@ class Loader:
 
     def _longest(self, request: Request) -> Hit | str:
         """Return the longest stored prefix, wherever it ends."""
-        hits = [
-            hit
+        found = [
+            self._follow(request, root, layout)
             for root, layout in self._index.roots(request.fingerprint)
-            if (hit := self._follow(request, root, layout)) is not None
         ]
+        hits = [hit for hit in found if isinstance(hit, Hit)]
         if not hits:
-            return "nothing of this model is stored"
+            unfit = [why for why in found if isinstance(why, str)]
+            return unfit[0] if unfit else _NOTHING
         return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
 
     def entry_hit(self, entry: Entry) -> tuple[Hit, list[int]]:
@@ -181,6 +177,12 @@ class Loader:
         Raises:
             IntegrityError: Damage, where ``strict``.
         """
+        try:
+            check_layout(hit.layout, hit.num_tokens)  # before anything is allocated
+        except IntegrityError as error:
+            if strict:
+                raise
+            return [], replace(hit, num_tokens=0, reason="damaged", detail=str(error))
         restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         codecs: Counter[str] = Counter()
@@ -214,7 +216,7 @@ class Loader:
                 return [], hit
         restored = restoring.finish(done, provenance)
         hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
-        return caches.convert(restored, hit.classes), hit
+        return caches.convert(restored, _classes(hit)), hit
 
     def _read(self, hit: Hit) -> Iterator[tuple[StoredBlock, memoryview]]:
         """Yield the blocks of a hit with their bytes, in order."""
@@ -231,17 +233,16 @@ class Loader:
 
     def _follow(
         self, request: Request, root: BlockHash, layout_json: object
-    ) -> Hit | None:
-        """Return the longest prefix under one root, or ``None`` for another layout."""
+    ) -> Hit | str | None:
+        """Return the longest prefix under one root, or why its layout does not fit."""
         if hash_root(request.fingerprint, layout_json) != root:
             return None  # a damaged row of the index: it names no root of ours
         try:
             layout = known_layout(layout_json)
         except IntegrityError:
             return None  # of a class that only another release knows
-        wanted = request.classes
-        if not can_give(layout, request):
-            return None
+        if why := why_unusable(layout, request):
+            return f"what is stored of this model does not fit it: {why}"
         size = self._folder.block_size
         chain = [
             block
@@ -249,7 +250,7 @@ class Loader:
             if len(block.tokens) == size
         ]
         held = self._held(request, chain)
-        start = Hit(root, layout, held, len(held) * size, "end", "", wanted)
+        start = Hit(root, layout, held, len(held) * size, "end", "", request.wanted)
         if start.num_tokens == len(request.tokens):
             return self._fit(request, _leave_one(start, size))
         parent = chain[len(held) - 1].hash if held else root
@@ -347,7 +348,7 @@ class Loader:
             return replace(hit, reason="whole", detail=_WHOLE)
         if not children:
             if at == 0 and not self._index.has_children(parent):
-                return replace(hit, detail="nothing of this model is stored")
+                return replace(hit, detail=_NOTHING)
             if not self._index.has_children(parent):
                 return replace(hit, detail=f"what is stored ends at token {at:,}")
             detail = f"what is stored goes on otherwise at token {at:,}"
@@ -411,6 +412,7 @@ def _decode(
         ) from error
 
 
+_NOTHING = "nothing of this model is stored"
 _WHOLE = "all but the last token, which the model must be fed"
 
 
@@ -440,15 +442,21 @@ def _leave_one(hit: Hit, block_size: int) -> Hit:
 
 
 def _is_as_stored(hit: Hit) -> bool:
-    return not hit.classes or fits(hit.layout, hit.classes, decoding=False)
+    return not hit.wanted or why_unfit(hit.layout, hit.wanted) is None
 
 
-def can_give(layout: Layout, request: Request) -> bool:
-    """Whether caches of the classes that are wanted can be had from a layout."""
-    if request.classes is None:
-        # What a run kept in codes is for runs that ask for codes.
-        return request.from_codes or not holds_codes(layout)
-    return fits(layout, request.classes, decoding=request.from_codes)
+def _classes(hit: Hit) -> list[str] | None:
+    return [layer.signature[0] for layer in hit.wanted] if hit.wanted else None
+
+
+def why_unusable(layout: Layout, request: Request) -> str | None:
+    """Return why the caches that are wanted cannot be had from a layout, if so."""
+    if request.wanted is not None:
+        return why_unfit(layout, request.wanted, decoding=request.from_codes)
+    if request.from_codes or not holds_codes(layout):
+        return None
+    # What a run kept in codes is for runs that ask for codes.
+    return "layers: stored as codes of a live cache, given none"
 
 
 def _is_usable(place: Place, request: Request) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
 from ..fingerprint import Fingerprint
@@ -101,6 +102,7 @@ class Remotes:
         remote: str | None = None,
         *,
         fingerprint: Fingerprint | None = None,
+        like: Sequence[Any] | None = None,
         name: str | None = None,
         replace: bool = False,
         progress: Progress | None = None,
@@ -114,6 +116,7 @@ class Remotes:
             ref: The entry's name, or the start of its id in the remote.
             remote: The remote's name; the only one by default.
             fingerprint: The model's; ``None`` takes what any model made.
+            like: The model's empty prompt cache, as ``import_bundle`` takes it.
             name: A name for the entry, in place of its own.
             replace: Take the name from an entry that this does not continue.
             progress: Called with (bytes that have come, bytes to come).
@@ -130,7 +133,7 @@ class Remotes:
         client = self._client(remote)
         digest = fingerprint.digest if fingerprint else None
         (listed,) = _warned(find_entry(client, ref, digest))
-        return self._pull(client, listed.remote, name, replace, progress)
+        return self._pull(client, listed.remote, name, replace, like, progress)
 
     def pull_prompt(
         self,
@@ -138,6 +141,7 @@ class Remotes:
         fingerprint: Fingerprint,
         remote: str | None = None,
         *,
+        like: Sequence[Any] | None = None,
         name: str | None = None,
         replace: bool = False,
         progress: Progress | None = None,
@@ -150,6 +154,7 @@ class Remotes:
             tokens: The prompt.
             fingerprint: The model's.
             remote: The remote's name; the only one by default.
+            like: The model's empty prompt cache, as ``import_bundle`` takes it.
             name: A name for the entry.
             replace: Take the name from an entry that this does not continue.
             progress: Called with (bytes that have come, bytes to come).
@@ -169,7 +174,7 @@ class Remotes:
             client, [int(token) for token in tokens], fingerprint.digest
         ):
             try:
-                return self._pull(client, found, name, replace, progress)
+                return self._pull(client, found, name, replace, like, progress)
             except IntegrityError as error:
                 errors.append(error)  # a shorter one may do
         if errors:
@@ -188,6 +193,7 @@ class Remotes:
         remote: RemoteEntry,
         name: str | None,
         replace: bool,
+        like: Sequence[Any] | None,
         progress: Progress | None,
     ) -> Entry:
         return pull_entry(
@@ -197,6 +203,7 @@ class Remotes:
             remote,
             name,
             replace=replace,
+            like=like,
             progress=progress or ignore,
         )
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..caches.snapshot import Chain
 from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
@@ -77,6 +78,7 @@ def pull_entry(
     name: str | None,
     *,
     replace: bool,
+    like: Sequence[Any] | None = None,
     progress: Progress,
 ) -> Entry:
     """Take an entry of a remote into a store, and return it.
@@ -88,6 +90,7 @@ def pull_entry(
         remote: The entry.
         name: A name for it, or ``None`` for its own.
         replace: Take the name from an entry that this one does not continue.
+        like: The empty prompt cache of the model that it must be of.
         progress: Called with (bytes that have come, bytes to come).
 
     Raises:
@@ -110,7 +113,7 @@ def pull_entry(
     name = remote.entry.name if name is None else name
 
     def work() -> Entry:
-        plan = _plan(blocks, client, remote)
+        plan = _plan(blocks, client, remote, like)
         # Before anything large has come.
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
@@ -126,7 +129,12 @@ def pull_entry(
         return blocks.run(work)
 
 
-def _plan(blocks: BlockStore, client: Client, remote: RemoteEntry) -> _Plan:
+def _plan(
+    blocks: BlockStore,
+    client: Client,
+    remote: RemoteEntry,
+    like: Sequence[Any] | None,
+) -> _Plan:
     """Read the headers of what the store lacks, and check all that they tell.
 
     Raises:
@@ -152,7 +160,8 @@ def _plan(blocks: BlockStore, client: Client, remote: RemoteEntry) -> _Plan:
     known = came | held
     with _refusing(remote):
         own = own_codecs(blocks.folder)
-        inspector = Inspector(remote.entry, origin, remote.block_size, own)
+        size = remote.block_size
+        inspector = Inspector(remote.entry, origin, size, own, like)
         for block, _ in remote.blocks:
             inspector.follow(known[_to_hash(block)])
         return _Plan(inspector, _finish(inspector, bool(held)), arriving)

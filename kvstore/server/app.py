@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+from ..caches.fit import expect_rows, feed, shapes_of
+from ..caches.layout import Shapes
 from ..caches.live import is_cuttable, quantize
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
@@ -360,6 +363,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
     class Provider(server.ModelProvider):  # type: ignore[misc]
         loaded: Fingerprint | Exception | None = None
         context_length: int | None = None
+        find_shapes: Callable[[], list[Shapes]]
 
         def reset(self) -> None:
             # mlx-lm calls this when it ends, and rows are kept by the model's key.
@@ -383,6 +387,9 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             super()._load(model, adapter_path, draft)
             self.context_length = read_context_length(Path(model))
             self._check_codes()
+            self.find_shapes = cache(
+                partial(_find_shapes, self.model, self.draft_model)
+            )
             if not _is_batched_right(self.model):
                 self.is_batchable = False
             # By which it is asked for again.
@@ -417,11 +424,14 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             from mlx_lm.models.cache import make_prompt_cache
 
             models = [m for m in (self.model, self.draft_model) if m is not None]
-            plain = [cache for model in models for cache in make_prompt_cache(model)]
+            made = [make_prompt_cache(model) for model in models]
+            kinds = [[cache for caches in made for cache in caches]]
             bits = getattr(self.cli_args, "kv_bits", None)
-            if bits is None:
-                return (plain,)
-            return plain, quantize(plain, bits, self.cli_args.kv_group_size)
+            if bits is not None:
+                kinds.append(quantize(kinds[0], bits, self.cli_args.kv_group_size))
+            for empty in kinds:
+                expect_rows(empty, self.find_shapes)
+            return tuple(kinds)
 
     return Provider
 
@@ -437,6 +447,16 @@ def _is_batched_right(model: Any) -> bool:
     if not any(isinstance(cache, CacheList) for cache in make_prompt_cache(model)):
         return True
     return type(model).__module__.rpartition(".")[2] in _LISTS_BATCHED_RIGHT
+
+
+def _find_shapes(*models: Any) -> list[Shapes]:
+    """Return what these models fill their caches with."""
+    found = []
+    for model in [model for model in models if model is not None]:
+        made = _make_caches(model)
+        feed(model, made)
+        found += shapes_of(made)
+    return found
 
 
 def _make_caches(model: Any) -> list[Any]:

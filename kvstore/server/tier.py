@@ -12,11 +12,14 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..caches import live as caches
+from ..caches.fit import expect_rows, feed, shapes_of
+from ..caches.layout import Shapes
 from ..caches.lookalike import Lookalikes
 from ..fingerprint import Fingerprint
 from ..format.block import EXACT_BITS
@@ -195,6 +198,17 @@ def tier(
     fingerprint = fingerprint or Fingerprint.of(model)
     empty = make_cache() if make_cache else make_prompt_cache(model)
     lookalikes = Lookalikes(empty)
+
+    def find_shapes() -> list[Shapes] | None:
+        # A server's model may have to be fed otherwise.
+        with harmless("what is read is not held against the model"):
+            fed = make_cache() if make_cache else make_prompt_cache(model)
+            feed(model, fed)
+            return shapes_of(lookalikes.to_ours(fed))
+        return None
+
+    if model is not None:
+        expect_rows(lookalikes.empty, cache(find_shapes))
     disk = Disk(
         Store(path, codec),
         min_tokens=min_tokens,

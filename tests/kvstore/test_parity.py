@@ -10,6 +10,7 @@ from kit import load_beside
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 import kvstore
+from kvstore.caches.fit import feed, shapes_of
 from kvstore.storage.folder import create_folder
 
 architectures = load_beside("architectures")
@@ -100,6 +101,16 @@ def class_names(prompt_cache):
         class_names(cache.caches) if type(cache) is CacheList else type(cache).__name__
         for cache in prompt_cache
     ]
+
+
+@pytest.mark.parametrize("name", mostly_slow(COVERED))
+def test_rows_are_known_before_they_are_computed(name):
+    """What a model fills its caches with is known without a prompt."""
+    model = architectures.make_model(name)
+    unfed, full = make_prompt_cache(model), make_prompt_cache(model)
+    feed(model, unfed)
+    architectures.feed(model, full, PROMPT)
+    assert shapes_of(full) == shapes_of(unfed)
 
 
 def converse(model, keep, pieces, *, num_tokens=32):

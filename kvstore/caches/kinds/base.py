@@ -20,7 +20,7 @@ import mlx.core as mx
 from ...codecs.base import MLX_DTYPES
 from ...errors import UnsupportedCacheError
 from ...format.block import EXACT_BITS
-from ..layout import LayerLayout, RowSpec
+from ..layout import LayerLayout, RowSpec, Shapes
 from .saved import IN_0_32, FileArrays, FileForm, SavedCache, as_counts, as_list
 
 _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
@@ -65,6 +65,14 @@ class CacheKind(Protocol):
 
     def held(self, cache: Any) -> Held:
         """Return what the cache holds."""
+
+    def shapes(self, layout: LayerLayout) -> Shapes:
+        """Return what a model computes that fills such a cache, by side or state."""
+        return {
+            name.partition(".")[0]: (spec.num_heads, spec.head_dim, spec.dtype)
+            for name, spec in layout.rows
+            if spec.kind != "mark"
+        }
 
     def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
         """Return the first position that a cache of so many tokens needs a row of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..layout import LayerLayout
+from ..layout import LayerLayout, Shapes
 from .base import make_layout, row_specs
 from .plain import PlainRows
 from .saved import (
@@ -62,6 +62,16 @@ class AffineRows(PlainRows):
             return {}
         arrays = zip(self._names, (*cache.keys, *cache.values), strict=True)
         return {name: (array, 0) for name, array in arrays}
+
+    def shapes(self, layout: LayerLayout) -> Shapes:
+        """Return what the codes stand for."""
+        rows, bits = dict(layout.rows), dict(layout.params)["bits"]
+        return {
+            side: (codes.num_heads, codes.head_dim * 32 // bits, scales.dtype)
+            for side in "kv"
+            if (codes := rows.get(f"{side}.codes"))
+            and (scales := rows.get(f"{side}.scales"))
+        }
 
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``QuantizedKVCache``."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..layout import LayerLayout, RowSpec
+from ..layout import LayerLayout, RowSpec, Shapes
 from .base import make_layout, row_spec
 from .plain import PlainRows
 
@@ -55,6 +56,12 @@ class TurboRows(PlainRows):
                 found[f"{side}.codes"] = (held.codes, _SINKS)
                 found[f"{side}.norms"] = (held.norms[..., None], _SINKS)
         return found
+
+    def shapes(self, layout: LayerLayout) -> Shapes:
+        """Return what the sinks are, which are not coded."""
+        return super().shapes(
+            replace(layout, rows=tuple(r for r in layout.rows if "sinks" in r[0]))
+        )
 
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``TurboQuantKVCache``."""
