@@ -149,6 +149,11 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _STAMPED = {"created_at", "updated_at"}
 
 
+def is_id(text: str) -> bool:
+    """Whether a text has the form of an entry's id."""
+    return _ID.fullmatch(text) is not None
+
+
 def entry_id(name: str | None, tip: str) -> str:
     """Return the id of an entry: a name's own, or its tip's where it has none."""
     text = f"tip {tip}" if name is None else f"name {normalize_name(name)}"

@@ -119,12 +119,18 @@ def make_room(
         needed: Returns the blocks that must stay: those of this save, and those that
             other saves build on. Called only if something has to be evicted.
     """
-    limit = blocks.folder.max_bytes
-    if nbytes <= limit < sum(blocks.index.shards().values()) + nbytes:
-        # A little more than needed, or every save would have to.
-        max_bytes = max(0, limit - limit // 20 - nbytes)
-        policy = Policy(max_bytes=max_bytes, needed=needed())
-        with suppress(FormatError):  # a later release's entries stay as they are
-            if plan_prune(blocks, policy).entries:
-                blocks.confirm()
-                plan_prune(blocks, policy).execute()
+    limit, index = blocks.folder.max_bytes, blocks.index
+    used, evictable = index.nbytes(), index.evictable_bytes()
+    if not nbytes <= limit < used + nbytes or not evictable:
+        return
+    # A little more than needed, or every save would have to.
+    max_bytes = max(0, limit - limit // 20 - nbytes)
+    # Where entries with names fill the store, what has none makes little room: it is
+    # evicted when there is more of it, or every save would look through all entries.
+    if used - evictable > max_bytes and evictable < limit // 20:
+        return
+    policy = Policy(max_bytes=max_bytes, needed=needed())
+    with suppress(FormatError):  # a later release's entries stay as they are
+        if plan_prune(blocks, policy).entries:
+            blocks.confirm()
+            plan_prune(blocks, policy).execute()

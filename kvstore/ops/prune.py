@@ -19,9 +19,10 @@ from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage import files
 from ..storage.blocks import BlockStore
-from ..storage.entries import copied_entry, list_ids, read_entry, remove_entry
+from ..storage.entries import copied_entry, read_entry, remove_entries
 from ..storage.folder import StoreFolder
 from ..storage.index import Index, Place
+from ..storage.ledger import read_entries
 from ..storage.shards import (
     list_shards,
     open_shard,
@@ -104,8 +105,10 @@ class _Survey:
     def __init__(
         self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
     ) -> None:
+        self.shards = index.contents()
+        self.links = index.links()
         self.entries, self._unreadable = _known_entries(folder, index)
-        self._chains = {entry.id: _chain(index, entry) for entry in self.entries}
+        self._chains = {entry.id: self.chain(entry) for entry in self.entries}
         self._references = Counter(
             block for chain in self._chains.values() for block in chain
         )
@@ -114,8 +117,26 @@ class _Survey:
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
         self.is_whole = not self._unreadable and all(
-            _first_parent(index, entry) == entry.root for entry in self.entries
+            self._first_parent(entry) == entry.root for entry in self.entries
         )
+
+    def chain(self, entry: Entry) -> list[BlockHash]:
+        """Return the blocks of an entry, last first, as far as the chain holds."""
+        block, found = BlockHash(bytes.fromhex(entry.tip)), dict[BlockHash, None]()
+        # An index may say anything, circles included.
+        while block in self.links and block not in found:
+            found[block] = None
+            block = self.links[block].parent
+        return list(found)
+
+    def _first_parent(self, entry: Entry) -> str:
+        """Return what the chain of an entry leads to: its root, where it is whole."""
+        chain = self._chains[entry.id]
+        return self.links[chain[-1]].parent.hex() if chain else entry.tip
+
+    def places_in(self, shard: str) -> list[Place]:
+        """Return the blocks of a shard."""
+        return self.shards[shard][1] if shard in self.shards else []
 
     def is_live(self, block: BlockHash) -> bool:
         """Whether an entry needs a block."""
@@ -167,9 +188,7 @@ class Pruner:
         left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
         removed = {name: size for name, size in sizes.items() if not left[name]}
         dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
-        holed = {
-            name for name in dead if len(kept[name]) < len(self._index.places_in(name))
-        }
+        holed = {name for name in dead if len(kept[name]) < len(survey.places_in(name))}
         rest = sum(sizes.values()) - sum(removed.values())
         repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
         young = (
@@ -196,28 +215,26 @@ class Pruner:
 
     def _execute(self, plan: PrunePlan) -> int:
         with files.locked(self._folder.lock, exclusive=True):
-            gone = {
-                block
-                for entry in plan.entries
-                if self._remove_entry(entry)
-                for block in _chain(self._index, entry)
-            }
-        survey = _Survey(self._folder, self._index, self._policy.needed)
-        before = sum(self._index.shards().values())
+            survey = _Survey(self._folder, self._index, self._policy.needed)
+            removed = list(filter(self._is_unchanged, plan.entries))
+            remove_entries(self._blocks, [entry.id for entry in removed])
+            gone = {block for entry in removed for block in survey.chain(entry)}
+        before = self._index.nbytes()
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)
+        survey = _Survey(self._folder, self._index, self._policy.needed)
         for name in repacked:
             kept = {place.hash for place in self._kept(name, survey, gone)}
             self._blocks.repack(name, kept)
         with files.locked(self._folder.lock, exclusive=True):
             # The second look: entries committed since then keep their blocks.
             survey = _Survey(self._folder, self._index, self._policy.needed)
-            for name in (*plan.removed, *repacked):
-                if not self._kept(name, survey, gone):
-                    self._blocks.drop_shard(name)
+            names = (*plan.removed, *repacked)
+            dead = [name for name in names if not self._kept(name, survey, gone)]
+            self._blocks.drop_shards(dead)
         for path in plan.leftovers:
             self._remove_leftover(path)
-        freed = before - sum(self._index.shards().values())
+        freed = before - self._index.nbytes()
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
@@ -236,17 +253,17 @@ class Pruner:
             if is_old or is_over:
                 released = survey.release(entry)
                 gone |= set(released)
-                left -= sum(self._index.block_bytes(block) for block in released)
+                left -= sum(survey.links[block].nbytes for block in released)
                 evicted.append(entry)
         return tuple(evicted), gone
 
     def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
         """Return the blocks of a shard that stay."""
-        added_at = self._index.added_at(shard)
+        added_at = survey.shards[shard][0] if shard in survey.shards else 0.0
         is_young = _age(added_at) < self._policy.grace_s
         return [
             place
-            for place in self._index.places_in(shard)
+            for place in survey.places_in(shard)
             if survey.is_live(place.hash)
             or (place.hash not in gone and (is_young or not survey.is_whole))
         ]
@@ -293,14 +310,12 @@ class Pruner:
         except (IntegrityError, FormatError, OSError):
             return False
 
-    def _remove_entry(self, entry: Entry) -> bool:
-        """Remove an entry's file, unless it was saved again meanwhile."""
-        with suppress(IntegrityError):
-            if read_entry(self._folder.entries, entry.id) != entry:
-                return False
-        remove_entry(self._folder.entries, entry.id)
-        self._index.drop_entry(entry.id)
-        return True
+    def _is_unchanged(self, entry: Entry) -> bool:
+        """Whether an entry was not saved again since the plan was made."""
+        try:
+            return read_entry(self._folder.entries, entry.id) == entry
+        except IntegrityError:
+            return True  # damaged since, and still the one that may go
 
 
 def _past(stamp: float) -> float:
@@ -328,24 +343,13 @@ def _known_entries(folder: StoreFolder, index: Index) -> tuple[list[Entry], list
         FormatError: A later release wrote one; who knows what it needs.
     """
     found, unreadable = [], []
-    for entry_id in list_ids(folder.entries):
-        try:
-            entry = read_entry(folder.entries, entry_id)
-        except (IntegrityError, OSError):
-            entry = copied_entry(folder, index, entry_id)
-            unreadable += [] if entry else [entry_id]
-        found += [entry] if entry else []
+    for entry_id, entry in read_entries(index, folder).items():
+        if isinstance(entry, FormatError):
+            raise entry
+        if not isinstance(entry, Entry):
+            copied = copied_entry(folder, index, entry_id)
+            unreadable += [] if copied else [entry_id]
+            found += [copied] if copied else []
+        else:
+            found.append(entry)
     return found, unreadable
-
-
-def _first_parent(index: Index, entry: Entry) -> str:
-    """Return what the chain of an entry leads to: its root, where it is whole."""
-    tip = BlockHash(bytes.fromhex(entry.tip))
-    *_, (_, parent) = ((None, tip), *index.chain(tip))
-    return parent.hex()
-
-
-def _chain(index: Index, entry: Entry) -> list[BlockHash]:
-    """Return the blocks of an entry, last first, as far as the chain holds."""
-    tip = BlockHash(bytes.fromhex(entry.tip))
-    return [place.hash for place, _ in index.chain(tip)]

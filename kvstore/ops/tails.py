@@ -42,7 +42,7 @@ def free_tails(blocks: BlockStore, catalog: Catalog, tips: Iterable[BlockHash]) 
         dead -= _needed(blocks, catalog)
         for shard in {found[tip] for tip in dead}:
             if all(place.hash in dead for place in blocks.index.places_in(shard)):
-                blocks.drop_shard(shard)
+                blocks.drop_shards([shard])
 
 
 def _shard_of_tail(blocks: BlockStore, tip: BlockHash) -> Iterator[str]:

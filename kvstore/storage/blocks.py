@@ -9,9 +9,10 @@ import errno
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
@@ -25,7 +26,8 @@ from ..format.chain import (
 from ..format.entry import MAX_BYTES, Entry, parse_entry
 from . import files
 from .folder import StoreFolder
-from .index import Index, Place, index_identity
+from .index import Index, Place, index_identity, is_better
+from .ledger import see_entries, stamp_of
 from .shards import (
     StagedShard,
     list_shards,
@@ -139,10 +141,15 @@ def _temporary_index(folder: StoreFolder) -> Index:
 
 def _copy_entries(index: Index, folder: StoreFolder) -> None:
     """Put the second copy of every readable entry into a new index."""
+    read = []
     for path in folder.entries.glob("*.json"):
         with suppress(OSError, ValueError, EOFError, IntegrityError, FormatError):
+            stamp = stamp_of(path.lstat())
             data = files.read_small(path, MAX_BYTES)
-            index.put_entry(parse_entry(path, data).id, data)
+            entry = parse_entry(path, data)
+            index.put_entry(entry.id, data)
+            read.append((entry, stamp))
+    see_entries(index, read)
 
 
 _MAX_HEADERS = 256
@@ -311,17 +318,19 @@ class BlockStore:
             with self.index.transaction():
                 self.index.add_root(root, digest, origin.layout)
 
-    def drop_shard(self, name: str) -> None:
-        """Drop a shard's rows, then its file."""
+    def drop_shards(self, names: Sequence[str]) -> None:
+        """Drop the rows of shards, then their files."""
         with self.index.transaction():
-            self.index.drop_shard(name)
-        self.remove_unknown(name)
+            for name in names:
+                self.index.drop_shard(name)
+        for name in names:
+            self.remove_unknown(name)
 
     def remove_unknown(self, name: str) -> None:
         """Remove the file of a shard, unless somebody has just published it again."""
         # Who publishes holds the same write lock of the index.
         with self.index.transaction():
-            if name not in self.index.shards():
+            if not self.index.has_shard(name):
                 with suppress(FileNotFoundError):
                     files.remove(shard_path(self.folder.shards, name))
 
@@ -568,11 +577,15 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
         IndexDamagedError: The index says something else.
     """
     copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
-    for name, header in _index_each(index, folder):
+    told = index.all_blocks()
+    for name, header in _index_each(index, folder, told):
         for stored in filter(is_sound, header.blocks):
             copy = (place_in(name, stored), stored.block.parent)
             copies.setdefault(stored.block.hash, []).append(copy)
     for block, known in copies.items():
+        if told.get(block) in known:
+            continue
+        # Others save and prune meanwhile.
         found = next(index.chain(block), None)
         # Gone with their shards, which another process has pruned, or set aside.
         left = [p for p, _ in known if not index.is_damaged(block, p.shard)]
@@ -603,8 +616,19 @@ def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
         return False
 
 
-def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardHeader]]:
-    """Tell the index of one shard after the other, and yield name and header."""
+def _index_each(
+    index: Index,
+    folder: StoreFolder,
+    told: Mapping[BlockHash, tuple[Place, BlockHash]] = MappingProxyType({}),
+) -> Iterator[tuple[str, ShardHeader]]:
+    """Tell the index of one shard after the other, and yield name and header.
+
+    Args:
+        index: The index.
+        folder: The store.
+        told: What the index says of blocks; a shard that it knows is not told again.
+    """
+    shards, roots = set(index.shards()), {root for root, *_ in index.all_roots()}
     for name in list_shards(folder.shards):
         try:
             with open_shard(folder.shards, name) as opened:
@@ -612,6 +636,10 @@ def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardH
             added_at = shard_path(folder.shards, name).stat().st_mtime
         except (IntegrityError, FormatError, OSError):
             continue  # it stays where it is, and `verify` reports it
+        is_told = name in shards and origin_root(header.origin) in roots
+        if is_told and all(_is_told(told, name, b) for b in header.blocks):
+            yield name, header
+            continue
         with index.transaction():
             # `prune` holds the same write lock while it removes the file.
             is_there = shard_path(folder.shards, name).exists()
@@ -619,3 +647,17 @@ def _index_each(index: Index, folder: StoreFolder) -> Iterator[tuple[str, ShardH
                 index_shard(index, name, header, added_at)
         if is_there:
             yield name, header
+
+
+def _is_told(
+    told: Mapping[BlockHash, tuple[Place, BlockHash]], name: str, stored: StoredBlock
+) -> bool:
+    """Whether the index knows this copy of a block, or another one."""
+    known = told.get(stored.block.hash)
+    if known is None:
+        return False
+    mine = place_in(name, stored)
+    if known[0].shard == name:
+        return known == (mine, stored.block.parent)
+    new, old = ((place.num_extras, place.bits) for place in (mine, known[0]))
+    return not is_better(new, old)

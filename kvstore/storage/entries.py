@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +12,18 @@ from ..errors import (
     EntryExistsError,
     EntryNotFoundError,
     FormatError,
+    IndexDamagedError,
     IntegrityError,
     StoreLockedError,
 )
 from ..format import entry as entries
 from ..format.entry import (
-    _ID,
     MAX_BYTES,
     Entry,
     check_name,
     damaged_entry,
     entry_to_bytes,
+    is_id,
     normalize_name,
     parse_entry,
 )
@@ -29,6 +31,7 @@ from . import files
 from .blocks import BlockStore
 from .folder import StoreFolder
 from .index import Index
+from .ledger import read_entries, see_entries, stamp_of
 
 
 def entry_path(folder: Path, entry: str) -> Path:
@@ -78,12 +81,21 @@ def copied_entry(folder: StoreFolder, index: Index, entry: str) -> Entry | None:
 def list_ids(folder: Path) -> list[str]:
     """Return the ids of all entries, sorted."""
     stems = (path.stem for path in folder.glob("*.json"))
-    return sorted(stem for stem in stems if _ID.fullmatch(stem))
+    return sorted(stem for stem in stems if is_id(stem))
 
 
-def remove_entry(folder: Path, entry: str) -> None:
-    """Remove an entry's file durably."""
-    files.remove(entry_path(folder, entry))
+def remove_entries(blocks: BlockStore, ids: Sequence[str]) -> None:
+    """Remove the files of entries durably, then their copies; the lock is held."""
+    for entry_id in ids:
+        entry_path(blocks.folder.entries, entry_id).unlink()
+    files.sync_dir(blocks.folder.entries)
+    # Nobody reads a copy whose file is gone, and `prune` drops those that are left.
+    with (
+        suppress(OSError, StoreLockedError, FormatError, IndexDamagedError),
+        blocks.index.transaction(),
+    ):
+        for entry_id in ids:
+            blocks.index.drop_entry(entry_id)
 
 
 MIN_ID = 4
@@ -109,12 +121,8 @@ class Catalog:
 
     def all(self) -> list[Entry]:
         """Return all entries that can be read, latest first."""
-        found = []
-        for entry_id in list_ids(self._folder.entries):
-            with suppress(IntegrityError, FormatError, OSError):
-                entry = read_entry(self._folder.entries, entry_id)
-                # Another process may have removed it just now.
-                found += [entry] if entry else []
+        known = self._blocks.run(lambda: read_entries(self._blocks.index, self._folder))
+        found = [entry for entry in known.values() if isinstance(entry, Entry)]
         return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
 
     def find(self, ref: str) -> Entry:
@@ -175,20 +183,16 @@ class Catalog:
             aside = f"entry-{entry.id}-{secrets.token_hex(4)}.json"
             files.publish(path, folder.quarantine / aside)
         write_entry(folder.entries, entry, folder.staging)
+        with suppress(IndexDamagedError, OSError):
+            see_entries(self._blocks.index, [(entry, stamp_of(path.lstat()))])
         return entry
 
     def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it."""
         with files.locked(self._folder.lock, exclusive=True):
             entry = self._current(ref)
-            self._remove(entry.id)
+            remove_entries(self._blocks, [entry.id])
         return entry
-
-    def _remove(self, entry_id: str) -> None:
-        remove_entry(self._folder.entries, entry_id)
-        with suppress(OSError, StoreLockedError, FormatError):
-            # Nobody reads a copy whose file is gone.
-            self._blocks.run(lambda: self._blocks.index.drop_entry(entry_id))
 
     def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first.
@@ -210,7 +214,7 @@ class Catalog:
                 )
             renamed = replace(old, id=entries.entry_id(name, old.tip), name=name)
             self.commit(renamed)
-            self._remove(old.id)
+            remove_entries(self._blocks, [old.id])
         return renamed
 
     def pin(self, ref: str, *, pinned: bool) -> Entry:

@@ -150,14 +150,31 @@ CREATE TABLE IF NOT EXISTS timings (  -- may be lost
     PRIMARY KEY (fingerprint, codec)
 ) WITHOUT ROWID
 """
+# What the entries' files are known to hold, for as long as nobody touches them; made
+# where an index of an earlier release lacks it.
+_SEEN = """
+CREATE TABLE IF NOT EXISTS seen (
+    id TEXT PRIMARY KEY,
+    stamp TEXT NOT NULL,  -- of the file when it was read
+    digest BLOB NOT NULL,  -- of its bytes, which are those of its copy
+    evictable INTEGER NOT NULL  -- its bytes, where a save may evict it; else 0
+) WITHOUT ROWID
+"""
+# No file was seen yet, but what may be evicted counts from now on.
+_SEE_COPIES = """
+INSERT OR IGNORE INTO seen SELECT id, '', x'', iif(
+    json_extract(CAST(body AS TEXT), '$.name', '$.pinned') = '[null,false]',
+    json_extract(CAST(body AS TEXT), '$.nbytes'), 0
+) FROM entries
+"""
 _TIMING_COLUMNS = (
     "fingerprint, codec, model, num, tokens, seconds, squares, products, measured_at"
 )
-_PLACE = """
-SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes, blocks.quality,
-    blocks.extras
-FROM blocks JOIN shards ON shards.id = blocks.shard
-"""
+_FROM = "FROM blocks JOIN shards ON shards.id = blocks.shard "
+_COLUMNS = """SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,
+    blocks.quality, blocks.extras"""
+_PLACE = f"{_COLUMNS} {_FROM}"
+_PLACE_AND_PARENT = f"{_COLUMNS}, blocks.parent {_FROM}"
 # The same as `is_better`, of the copy that is new against the one that is there.
 _BETTER = f"""
 (excluded.extras >= {STATE_EXTRAS} AND blocks.extras < {STATE_EXTRAS})
@@ -285,17 +302,20 @@ class Index:
 
         The index's word only: whoever deletes by it checks where the chain ends.
         """
-        query = (
-            "SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,"
-            " blocks.quality, blocks.extras, blocks.parent FROM blocks"
-            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
-        )
+        query = _PLACE_AND_PARENT + "WHERE blocks.hash = ?"
         seen: set[BlockHash] = set()
         kinds = (*_PLACE_KINDS, bytes)
         while tip not in seen and (rows := self._select(query, (tip,), kinds)):
             seen.add(tip)
             tip = BlockHash(rows[0][6])
             yield _to_place(rows[0][:6]), tip
+
+    def all_blocks(self) -> dict[BlockHash, tuple[Place, BlockHash]]:
+        """Return where every block lies, and its parent."""
+        rows = self._select(_PLACE_AND_PARENT, (), (*_PLACE_KINDS, bytes))
+        return {
+            BlockHash(row[0]): (_to_place(row[:6]), BlockHash(row[6])) for row in rows
+        }
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
@@ -369,21 +389,30 @@ class Index:
         query = "SELECT name, nbytes FROM shards ORDER BY name"
         return dict(self._select(query, (), (str, int)))
 
+    def nbytes(self) -> int:
+        """Return the bytes of all shards."""
+        query = "SELECT coalesce(sum(nbytes), 0) FROM shards"
+        return int(self._select(query, (), (int,))[0][0])
+
+    def has_shard(self, name: str) -> bool:
+        """Whether it knows a shard."""
+        return bool(self._query("SELECT 1 FROM shards WHERE name = ?", (name,)))
+
+    def contents(self) -> dict[str, tuple[float, list[Place]]]:
+        """Return when each shard was added, Unix seconds, and the blocks in it."""
+        query = "SELECT name, added_at FROM shards ORDER BY name"
+        rows = self._select(query, (), (str, float))
+        found: dict[str, tuple[float, list[Place]]] = {n: (at, []) for n, at in rows}
+        for row in self._select(_PLACE + "ORDER BY blocks.hash", (), _PLACE_KINDS):
+            if row[1] in found:  # else it was added just now
+                found[row[1]][1].append(_to_place(row))
+        return found
+
     def added_at(self, shard: str) -> float:
         """Return when a shard was added, Unix seconds; 0 for one not known."""
         query = "SELECT added_at FROM shards WHERE name = ?"
         rows = self._select(query, (shard,), (float,))
         return float(rows[0][0]) if rows else 0.0
-
-    def block_bytes(self, block: BlockHash) -> int:
-        """Return a block's share of its shard, header included; 0 for one not known."""
-        query = (
-            "SELECT blocks.nbytes * shards.nbytes / (SELECT sum(nbytes) FROM blocks"
-            " AS others WHERE others.shard = shards.id) FROM blocks"
-            " JOIN shards ON shards.id = blocks.shard WHERE blocks.hash = ?"
-        )
-        rows = self._select(query, (block,), (int,))
-        return int(rows[0][0]) if rows else 0
 
     def uses(self) -> dict[BlockHash, float]:
         """Return when a hit last ended in each block, Unix seconds."""
@@ -475,6 +504,38 @@ class Index:
     def drop_entry(self, entry_id: str) -> None:
         """Forget an entry."""
         self._query("DELETE FROM entries WHERE id = ?", (entry_id,))
+        self._query("DELETE FROM seen WHERE id = ?", (entry_id,))
+
+    def entries(self) -> dict[str, tuple[bytes, str, bytes]]:
+        """Return the copies of entries whose files were seen, by their ids.
+
+        Each with the stamp of its file then, and the digest of the file's bytes.
+        """
+        query = "SELECT id, body, stamp, digest FROM entries JOIN seen USING (id)"
+        rows = self._select(query, (), (str, bytes, str, bytes))
+        return {entry_id: (body, *rest) for entry_id, body, *rest in rows}
+
+    def see_entry(
+        self, entry_id: str, body: bytes, stamp: str, digest: bytes, evictable: int
+    ) -> None:
+        """Note what an entry's file holds, inside a transaction.
+
+        A copy that is there stays: it may be newer than the file that was read.
+        """
+        query = "INSERT OR IGNORE INTO entries VALUES (?, ?)"
+        self._query(query, (entry_id, body))
+        values = (entry_id, stamp, digest, evictable)
+        self._query("INSERT OR REPLACE INTO seen VALUES (?, ?, ?, ?)", values)
+
+    def entry_ids(self) -> set[str]:
+        """Return the ids of all entries of which there is a copy."""
+        rows = self._select("SELECT id FROM entries", (), (str,))
+        return {entry_id for (entry_id,) in rows}
+
+    def evictable_bytes(self) -> int:
+        """Return the bytes of the entries that a save may evict, shared ones too."""
+        query = "SELECT coalesce(sum(evictable), 0) FROM seen"
+        return int(self._select(query, (), (int,))[0][0])
 
     def count_blocks(self) -> int:
         """Return how many blocks there are."""
@@ -547,12 +608,10 @@ class Index:
 
     def drop_shard(self, name: str) -> None:
         """Forget a shard and all blocks in it."""
-        self._query(
-            "DELETE FROM blocks WHERE shard = (SELECT id FROM shards WHERE name = ?)",
-            (name,),
-        )
+        blocks = "FROM blocks WHERE shard = (SELECT id FROM shards WHERE name = ?)"
+        self._query(f"DELETE FROM uses WHERE hash IN (SELECT hash {blocks})", (name,))
+        self._query(f"DELETE {blocks}", (name,))
         self._query("DELETE FROM shards WHERE name = ?", (name,))
-        self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
 
     def compact(self) -> None:
         """Write the file anew, so that no byte of a deleted row is left in it.
@@ -616,6 +675,10 @@ class Index:
                     self._connection.execute(_SCHEMA)
                     self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._check_version()
+        if not self._query("SELECT 1 FROM sqlite_master WHERE name = 'seen'"):
+            with self.transaction():
+                self._connection.execute(_SEEN)
+                self._connection.execute(_SEE_COPIES)
 
     def _check_version(self) -> None:
         version = self._version()
