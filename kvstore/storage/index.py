@@ -666,6 +666,7 @@ class Index:
             "synchronous = FULL",
             "journal_size_limit = 4194304",
             "trusted_schema = OFF",
+            "secure_delete = ON",  # of what is removed, no name is left in it
             "cell_size_check = ON",
         ):
             self._connection.execute(f"PRAGMA {pragma}")
