@@ -22,6 +22,7 @@ from . import search as _search
 from . import serve as _serve
 from . import show as _show
 from . import transfer as _transfer
+from . import view as _view
 from .failures import run
 from .main import cli
 
@@ -47,6 +48,7 @@ for _verb in (
     _housekeeping.prune,
     _housekeeping.verify,
     _housekeeping.stats,
+    _view.view,
     _doctor.doctor,
     _demo.demo,
     _housekeeping.show_dir,

@@ -164,7 +164,7 @@ def stats(context: click.Context) -> None:
         for speeds in found.speeds
     ]
     data = asdict(found) | {"speeds": speeds}
-    output.result("\n".join(format_fields(_stats_fields(found))), data)
+    output.result("\n".join(format_fields(stats_fields(found))), data)
     if found.nbytes > found.max_bytes < found.kept_bytes:
         output.hint("`kvstore prune --max-size SIZE --named` evicts what has a name")
     elif found.nbytes > found.reached_bytes:
@@ -252,7 +252,8 @@ def _why_bytes_stay(plan: PrunePlan) -> Iterator[str]:
         )
 
 
-def _stats_fields(found: Stats) -> list[tuple[str, str]]:
+def stats_fields(found: Stats) -> list[tuple[str, str]]:
+    """Return what `stats` shows, as names and texts."""
     counters = found.counters
     hits, misses = counters.get("hits", 0), counters.get("misses", 0)
     saved = found.seconds_saved

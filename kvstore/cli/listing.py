@@ -28,7 +28,7 @@ _MAX_INDENT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class Line:
     """One line of a list or a tree: an entry, or what several share."""
 
     num_tokens: int
@@ -114,7 +114,7 @@ def list_entries(
         return
     entries = list(filter(is_wanted, store.entries()))
     if tree:
-        lines = list(_tree_lines(store.tree(entries)))
+        lines = list(tree_lines(store.tree(entries)))
     else:
         lines = _list_lines(store, entries)
         lines.sort(key=_ORDERS[order])
@@ -127,28 +127,28 @@ def list_entries(
     )
 
 
-def _list_lines(store: Store, entries: Sequence[Entry]) -> list[_Line]:
+def _list_lines(store: Store, entries: Sequence[Entry]) -> list[Line]:
     try:
         used_at = store.last_uses(entries)
     except (StoreLockedError, OSError) as error:
         log.info("nobody knows when entries were last loaded: %s", error)
         used_at = {entry.id: entry.updated_at for entry in entries}
-    return [_Line(e.num_tokens, e.nbytes, e, used_at[e.id]) for e in entries]
+    return [Line(e.num_tokens, e.nbytes, e, used_at[e.id]) for e in entries]
 
 
-def _tree_lines(tree: Tree) -> Iterator[_Line]:
+def tree_lines(tree: Tree) -> Iterator[Line]:
     """Yield a line for each entry, and one for what several entries share."""
     for root in tree.roots:
         model = model_name(_first_entry(root).model)
         label = f"{model}: {format_count(root.num_entries, 'entry')}"
-        yield _Line(0, 0, label=label)
+        yield Line(0, 0, label=label)
         waiting = _below(root, 1)
         while waiting:
             item, depth = waiting.pop()
             if isinstance(item, tuple):
                 entry, nbytes = item
                 used_at = tree.used_at[entry.id]
-                yield _Line(entry.num_tokens, nbytes, entry, used_at, depth=depth)
+                yield Line(entry.num_tokens, nbytes, entry, used_at, depth=depth)
                 continue
             below = _below(item, depth + 1)
             if len(item.entries) == 1:
@@ -157,7 +157,7 @@ def _tree_lines(tree: Tree) -> Iterator[_Line]:
                 below[-1] = (entry, item.nbytes + nbytes), depth
             else:
                 label = f"shared by {item.num_entries:,}"
-                yield _Line(item.num_tokens, item.nbytes, label=label, depth=depth)
+                yield Line(item.num_tokens, item.nbytes, label=label, depth=depth)
             waiting += below
 
 
@@ -179,18 +179,18 @@ def model_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2] or "-"
 
 
-def _columns(lines: Sequence[_Line], num_entries: int) -> list[Column[_Line]]:
+def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
     held = [line.entry for line in lines if line.entry]
     num_tokens = sum(entry.num_tokens for entry in held)
     nbytes = sum(line.nbytes for line in lines)
 
-    def of(get: Callable[[Entry], str]) -> Callable[[_Line], str]:
+    def of(get: Callable[[Entry], str]) -> Callable[[Line], str]:
         return lambda line: get(line.entry) if line.entry else ""
 
-    def tokens(line: _Line) -> str:
+    def tokens(line: Line) -> str:
         return f"{line.num_tokens:,}" if line.num_tokens else ""
 
-    def size(line: _Line) -> str:
+    def size(line: Line) -> str:
         return format_bytes(line.nbytes) if line.nbytes else ""
 
     is_any_pinned = any(entry.pinned for entry in held)
@@ -213,12 +213,12 @@ def _columns(lines: Sequence[_Line], num_entries: int) -> list[Column[_Line]]:
     ]
 
 
-def _entry_data(line: _Line) -> JSON:
+def _entry_data(line: Line) -> JSON:
     assert line.entry is not None
     return entry_data(line.entry) | {"used_at": to_rfc3339(line.used_at)}
 
 
-def _line_data(line: _Line) -> JSON:
+def _line_data(line: Line) -> JSON:
     return {
         "depth": line.depth,
         "num_tokens": line.num_tokens,

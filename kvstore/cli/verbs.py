@@ -2,7 +2,7 @@
 
 GROUPS = {
     "Keep, and go on": ("save", "generate", "chat", "serve", "demo"),
-    "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats"),
+    "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats", "view"),
     "Hand over": ("load", "export", "import", "remote", "push", "pull"),
     "Look after the store": ("rename", "pin", "rm", "prune", "verify", "doctor"),
     "Help": ("dir", "completion", "help"),
@@ -38,6 +38,7 @@ EXAMPLES = {
     "inspect": ["kvstore inspect handbook"],
     "lookup": ["kvstore lookup --model M --explain < prompt.txt"],
     "stats": ["kvstore stats --json"],
+    "view": ["kvstore view", "kvstore view -o store.html"],
     "load": ["kvstore load handbook -o handbook.safetensors"],
     "export": ["kvstore export handbook -o handbook.kvbundle"],
     "import": ["kvstore import handbook.kvbundle --name manual"],
