@@ -738,6 +738,31 @@ class Store:
         """
         return self._catalog.rename(ref, name)
 
+    def adopt(self, ref: str, fingerprint: Fingerprint) -> Entry:
+        """Take an entry over for another model, for which the caller vouches.
+
+        It leaves the model that made it, and says from then on where it came from.
+
+        Args:
+            ref: Its name, or its id or the start of it.
+            fingerprint: Of the model that computes the very same rows, label included.
+
+        Raises:
+            EntryNotFoundError: There is none.
+            FingerprintError: It is of this model already.
+            IntegrityError: A part of it is missing or damaged.
+            OSError: The disk is full or fails; the entry stays as it is.
+        """
+        from .ops.adopt import adopt_entry
+
+        entry = self.entry(ref)
+        adopted = self._blocks.run_again(
+            lambda: adopt_entry(self._blocks, self._catalog, entry, fingerprint)
+        )
+        if adopted.id != entry.id:
+            self.remove(entry)
+        return adopted
+
     def pin(self, ref: str, *, pinned: bool = True) -> Entry:
         """Keep an entry from ever being evicted, or no longer, and return it.
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from . import adopt as _adopt
 from . import chat as _chat
 from . import demo as _demo
 from . import doctor as _doctor
@@ -43,6 +44,7 @@ for _verb in (
     _show.show,
     _search.search,
     _housekeeping.rename,
+    _adopt.adopt,
     _housekeeping.pin,
     _entries.remove,
     _housekeeping.prune,

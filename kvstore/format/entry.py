@@ -19,6 +19,8 @@ from .documents import JSON, canonical_json, strict_json
 MAX_NAME = 200
 MAX_LABEL = 1000
 MAX_TITLE = 80
+ADOPTED = "adopted from"
+"""What an entry that was taken over says in ``made_with``: from which model."""
 _JOINERS = "\u200c\u200d"
 """Of Persian, of Hindi, and of emoji: part of a text, though nothing is printed."""
 

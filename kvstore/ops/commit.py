@@ -13,7 +13,7 @@ from dataclasses import replace as changed
 from ..caches.snapshot import Chain
 from ..errors import EntryExistsError, FormatError
 from ..format.block import BlockHash
-from ..format.entry import MAX_LABEL, Entry, make_entry
+from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from .prune import Policy, plan_prune
@@ -91,6 +91,9 @@ def commit(
         codec=codec,
         model=model,
     )
+    if old is not None and ADOPTED in old.made_with and chain.continues(old):
+        note = {ADOPTED: old.made_with[ADOPTED]}
+        entry = changed(entry, made_with=entry.made_with | note)
     return catalog.commit(entry if described is None else _as(described, entry, old))
 
 

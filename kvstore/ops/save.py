@@ -145,7 +145,7 @@ def _write_missing(
     """
     chain = encoder.snapshot.chain
     progress(0, chain.num_tokens)
-    for batch in _batches(encoder.encode(_missing(blocks, encoder))):
+    for batch in batches(encoder.encode(_missing(blocks, encoder))):
         with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
             make_room(staged.header.nbytes)
             with blocks.index.transaction():
@@ -156,7 +156,7 @@ def _write_missing(
     progress(chain.num_tokens, chain.num_tokens)
 
 
-def _batches(blocks: Iterable[EncodedBlock]) -> Iterator[list[EncodedBlock]]:
+def batches(blocks: Iterable[EncodedBlock]) -> Iterator[list[EncodedBlock]]:
     """Group blocks to shards."""
     batch: list[EncodedBlock] = []
     for encoded in blocks:

@@ -37,6 +37,7 @@ OPS = {  # and inside of ops
     "doctor": {"selftest"},
     "explain": {"load"},
     "admit": {"commit"},
+    "adopt": {"commit", "save"},
     "import_bundle": {"admit", "bases"},
     "load": {"bases"},
     "purge": {"check", "prune"},

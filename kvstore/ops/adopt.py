@@ -1,0 +1,94 @@
+"""An entry of one model, taken over for another one: its blocks under new hashes.
+
+Nothing shows that two models compute the same rows, so somebody vouches for it, and the
+entry says so for as long as it lives. Bytes are copied, never decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from ..caches.kinds import known_layout
+from ..caches.layout import group_layers
+from ..caches.snapshot import Chain
+from ..errors import FingerprintError, IntegrityError
+from ..fingerprint import Fingerprint
+from ..format.block import BlockHash, EncodedBlock, Origin
+from ..format.chain import digest_fields, hash_root, split_tokens
+from ..format.entry import ADOPTED, MAX_LABEL, Entry
+from ..format.shard import as_written
+from ..storage import files
+from ..storage.blocks import BlockStore
+from ..storage.entries import Catalog
+from ..storage.shards import staged_shard
+from .commit import commit, make_room, replaceable
+from .save import batches
+
+
+def adopt_entry(
+    blocks: BlockStore, catalog: Catalog, entry: Entry, given: Fingerprint
+) -> Entry:
+    """Copy an entry's blocks for another model, give its name to them, and return it.
+
+    Raises:
+        FingerprintError: It is of that model already.
+        IntegrityError: A part of it is missing or damaged.
+        OSError: The disk is full or fails.
+    """
+    origin = blocks.origin(entry)
+    stored = Fingerprint(origin.fingerprint)
+    if stored == given:
+        raise FingerprintError(
+            f"`{entry.name or entry.id}` is of this model already",
+            hint="nothing needs to be done",
+        )
+    chain = _chain(blocks, entry, Origin(given.fields, origin.layout))
+    needed = chain.hashes.union(place.hash for place, _ in blocks.chain(entry))
+    token_bytes = sum(group.token_bytes for group in group_layers(chain.layout))
+    for batch in batches(_copies(blocks, entry, chain)):
+        with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
+            make_room(blocks, staged.header.nbytes, lambda: needed)
+            with blocks.index.transaction():
+                blocks.add_new([staged], token_bytes)
+    blocks.add_root(chain.root, chain.origin)
+    label = given.label[:MAX_LABEL]
+    note = {ADOPTED: f"{entry.model}, fingerprint {stored.digest[:12]}"}
+    with files.locked(blocks.folder.lock, exclusive=True):
+        adopted = commit(
+            blocks,
+            catalog,
+            chain,
+            replaceable(catalog, entry.name, chain, entry),
+            name=entry.name,
+            codec=entry.codec,
+            model=label,
+            described=replace(entry, model=label, made_with=entry.made_with | note),
+        )
+    if adopted is None:
+        raise IntegrityError(
+            "blocks vanish from the store while they are taken over", hint="try again"
+        )
+    return adopted
+
+
+def _chain(blocks: BlockStore, entry: Entry, origin: Origin) -> Chain:
+    """Return the chain that an entry's tokens make for another model."""
+    tokens = [t for _, stored in blocks.chain(entry) for t in stored.block.tokens]
+    root = hash_root(digest_fields(origin.fingerprint), origin.layout)
+    split = tuple(split_tokens(root, tokens, blocks.folder.block_size))
+    return Chain(root, known_layout(origin.layout), origin, split)
+
+
+def _copies(blocks: BlockStore, entry: Entry, chain: Chain) -> Iterator[EncodedBlock]:
+    """Yield an entry's blocks as those of a chain, but what the store has of it."""
+    root = BlockHash(bytes.fromhex(entry.root))
+    number = 0
+    places = (place for place, _ in blocks.chain(entry))
+    for shard, run in groupby(places, key=lambda place: place.shard):
+        for stored, data in blocks.read(shard, list(run), root):
+            new = chain.blocks[number]
+            number += 1
+            if blocks.index.place_of(new) is None:
+                yield replace(as_written(stored, data), block=new)
