@@ -231,7 +231,7 @@ class Pruner:
             survey = _Survey(self._folder, self._index, self._policy.needed)
             names = (*plan.removed, *repacked)
             dead = [name for name in names if not self._kept(name, survey, gone)]
-            self._blocks.drop_shards(dead)
+            self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
         for path in plan.leftovers:
             self._remove_leftover(path)
         freed = before - self._index.nbytes()

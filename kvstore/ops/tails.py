@@ -40,9 +40,10 @@ def free_tails(blocks: BlockStore, catalog: Catalog, tips: Iterable[BlockHash]) 
     with files.locked(blocks.folder.lock, exclusive=True):
         # The second look: a save may have committed one meanwhile.
         dead -= _needed(blocks, catalog)
-        for shard in {found[tip] for tip in dead}:
-            if all(place.hash in dead for place in blocks.index.places_in(shard)):
-                blocks.drop_shards([shard])
+        left = {found[tip]: blocks.index.places_in(found[tip]) for tip in dead}
+        blocks.drop_shards(
+            {s: ps for s, ps in left.items() if all(p.hash in dead for p in ps)}
+        )
 
 
 def _shard_of_tail(blocks: BlockStore, tip: BlockHash) -> Iterator[str]:

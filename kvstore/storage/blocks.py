@@ -318,12 +318,22 @@ class BlockStore:
             with self.index.transaction():
                 self.index.add_root(root, digest, origin.layout)
 
-    def drop_shards(self, names: Sequence[str]) -> None:
-        """Drop the rows of shards, then their files."""
+    def drop_shards(self, shards: Mapping[str, Sequence[Place]]) -> None:
+        """Drop the rows of shards, then their files.
+
+        Args:
+            shards: What is to go, and the blocks that each was seen to hold. One that
+                another process has pointed blocks at since then stays.
+        """
         with self.index.transaction():
-            for name in names:
+            gone = [
+                name
+                for name, places in shards.items()
+                if set(self.index.places_in(name)) == set(places)
+            ]
+            for name in gone:
                 self.index.drop_shard(name)
-        for name in names:
+        for name in gone:
             self.remove_unknown(name)
 
     def remove_unknown(self, name: str) -> None:

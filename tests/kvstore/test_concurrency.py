@@ -144,3 +144,23 @@ def test_an_entry_is_read_however_often_prune_moves_it(store, caches, monkeypatc
     monkeypatch.setattr(BlockStore, "chain", moved_twice)
     store.load_entry("one", caches.MODEL)
     assert len(looks) == 3
+
+
+def test_a_shard_that_gets_a_needed_block_meanwhile_is_not_dropped(
+    store, caches, monkeypatch
+):
+    """Another `prune` may have just packed blocks into a shard that looked dead."""
+    save(store, caches, 2, "two")
+    kept, dead = store.chain("one"), store.chain("two")
+    store.remove("two")
+    drop = BlockStore.drop_shards
+
+    def move_and_drop(self, shards):
+        for place, _ in kept:
+            self.index.move_block(place.hash, place.shard, dead[0][0].shard)
+        drop(self, shards)
+
+    monkeypatch.setattr(BlockStore, "drop_shards", move_and_drop)
+    store.plan_prune(now=True).execute()
+    index = store._blocks.index
+    assert all(index.place(place.hash) is not None for place, _ in kept)
