@@ -271,7 +271,7 @@ def stats_fields(found: Stats) -> list[tuple[str, str]]:
             "compression",
             f"{found.compression_ratio:.2f}x: what entries need, against memory",
         ),
-        *_quarantine_fields(found),
+        *_aside_fields(found),
         ("hits", f"{hits:,} of {hits + misses:,} loads"),
         ("not recomputed", format_count(counters.get("restored_tokens", 0), "token")),
         ("recomputed", format_count(counters.get("missed_tokens", 0), "token")),
@@ -293,11 +293,14 @@ def _describe_size(found: Stats) -> str:
     return text
 
 
-def _quarantine_fields(found: Stats) -> list[tuple[str, str]]:
-    if not found.num_quarantined:
-        return []
-    nbytes = format_bytes(found.quarantine_bytes)
-    return [("quarantine", f"{format_count(found.num_quarantined, 'file')}, {nbytes}")]
+def _aside_fields(found: Stats) -> Iterator[tuple[str, str]]:
+    """Yield what lies in quarantine and in `tmp`, which counts for the limit too."""
+    for name, num, nbytes in (
+        ("quarantine", found.num_quarantined, found.quarantine_bytes),
+        ("unfinished", found.num_staged, found.staged_bytes),
+    ):
+        if num:
+            yield name, f"{format_count(num, 'file')}, {format_bytes(nbytes)}"
 
 
 def _describe_speeds(speeds: ModelSpeeds) -> str:

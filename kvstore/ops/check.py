@@ -30,12 +30,12 @@ from ..storage.shards import (
     OpenShard,
     list_shards,
     open_shard,
-    open_shard_at,
     publish_shard,
     quarantine_shard,
     shard_path,
     staged_copy,
 )
+from .quarantine import take_back
 
 FindingKind = Literal[
     "damaged-entry",
@@ -134,17 +134,6 @@ def _replace_entry(folder: StoreFolder, path: Path) -> None:
     files.publish(path, folder.quarantine / aside)
     if entry is not None:
         write_entry(folder.entries, entry, folder.staging)
-
-
-def take_back(folder: StoreFolder) -> None:
-    """Take shards out of the quarantine that are whole: they were misread once."""
-    for path in folder.quarantine.glob("*.safetensors"):
-        with suppress(IntegrityError, FormatError, OSError, ValueError):
-            with open_shard_at(path) as opened:
-                is_whole = opened.sha256() == path.stem
-            target = shard_path(folder.shards, path.stem)
-            if is_whole and not target.exists():
-                files.publish(path, target)
 
 
 def _is_broken(folder: StoreFolder, entry_id: str) -> bool:

@@ -14,9 +14,10 @@ from ..caches.snapshot import Chain
 from ..errors import EntryExistsError, FormatError
 from ..format.block import BlockHash
 from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
+from ..storage import files
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .prune import Policy, plan_prune
+from .prune import Policy, forgotten, plan_prune
 
 
 def replaceable(
@@ -123,17 +124,27 @@ def make_room(
             other saves build on. Called only if something has to be evicted.
     """
     limit, index = blocks.folder.max_bytes, blocks.index
-    used, evictable = index.nbytes(), index.evictable_bytes()
-    if not nbytes <= limit < used + nbytes or not evictable:
+    put_aside = sum(files.sizes_in(blocks.folder.quarantine).values())
+    left = forgotten(blocks.folder)
+    used = index.nbytes() + put_aside
+    if not nbytes <= limit < used + sum(left.values()) + nbytes:
+        return
+    for path in left:
+        with suppress(FileNotFoundError):
+            files.remove_any(path)
+    evictable = index.evictable_bytes()
+    if used + nbytes <= limit or not (evictable or put_aside):
         return
     # A little more than needed, or every save would have to.
     max_bytes = max(0, limit - limit // 20 - nbytes)
     # Where entries with names fill the store, what has none makes little room: it is
     # evicted when there is more of it, or every save would look through all entries.
-    if used - evictable > max_bytes and evictable < limit // 20:
+    is_little = evictable + put_aside < limit // 20
+    if is_little and used - evictable > max_bytes and used - put_aside + nbytes > limit:
         return
     policy = Policy(max_bytes=max_bytes, needed=needed())
     with suppress(FormatError):  # a later release's entries stay as they are
-        if plan_prune(blocks, policy).entries:
+        plan = plan_prune(blocks, policy)
+        if plan.entries or plan.quarantine_bytes:
             blocks.confirm()
             plan_prune(blocks, policy).execute()

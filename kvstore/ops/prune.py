@@ -19,7 +19,7 @@ from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage import files
 from ..storage.blocks import BlockStore
-from ..storage.entries import copied_entry, read_entry, remove_entries
+from ..storage.entries import copied_entry, list_ids, read_entry, remove_entries
 from ..storage.folder import StoreFolder
 from ..storage.index import Index, Place
 from ..storage.ledger import read_entries
@@ -28,6 +28,7 @@ from ..storage.shards import (
     open_shard,
     shard_path,
 )
+from .quarantine import empty_quarantine
 
 GRACE_S = 3600.0
 _SLACK_BYTES = 65_536
@@ -39,7 +40,8 @@ _SKEW_S = 60.0
 class Policy:
     """What may go."""
 
-    # Evict until all shards together have at most so many bytes.
+    # Evict until shards and quarantine have at most so many bytes; quarantine is
+    # emptied where that is not enough.
     max_bytes: int | None = None
     # Evict what was not used for so many seconds.
     older_than_s: float | None = None
@@ -63,6 +65,9 @@ class PrunePlan:
     repacked: dict[str, int]
     # Files of crashed saves.
     leftovers: tuple[Path, ...]
+    # Bytes in quarantine, where that is to be emptied; else 0. It stays while an entry
+    # lacks a block, which may be in it.
+    quarantine_bytes: int
     # Bytes of all shards now.
     nbytes: int
     # Bytes that nothing needs and that stay: in blocks younger than the grace period,
@@ -77,7 +82,8 @@ class PrunePlan:
     @property
     def freed_bytes(self) -> int:
         """Bytes that executing the plan frees."""
-        return sum(self.removed.values()) + sum(self.repacked.values())
+        shards = sum(self.removed.values()) + sum(self.repacked.values())
+        return shards + self.quarantine_bytes
 
     def execute(self) -> int:
         """Do it, and return the bytes freed.
@@ -97,6 +103,13 @@ def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
         FormatError: A later release wrote entries into the store.
     """
     return Pruner(blocks, policy).plan()
+
+
+def forgotten(folder: StoreFolder) -> dict[Path, int]:
+    """Return what crashed saves have left in ``tmp``, with its bytes."""
+    staged = files.sizes_in(folder.staging)
+    # A save may be writing a younger one, whatever a policy says.
+    return {path: size for path, size in staged.items() if _is_older(path, GRACE_S)}
 
 
 class _Survey:
@@ -183,14 +196,18 @@ class Pruner:
         """Return what would go."""
         sizes = self._index.shards()
         survey = _Survey(self._folder, self._index, self._policy.needed)
-        evicted, gone = self._choose_entries(survey, sum(sizes.values()))
+        put_aside = sum(files.sizes_in(self._folder.quarantine).values())
+        used = sum(sizes.values()) + put_aside
+        evicted, gone = self._choose_entries(survey, used)
         kept = {name: self._kept(name, survey, gone) for name in sizes}
         left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
         removed = {name: size for name, size in sizes.items() if not left[name]}
         dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
         holed = {name for name in dead if len(kept[name]) < len(survey.places_in(name))}
-        rest = sum(sizes.values()) - sum(removed.values())
+        rest = used - sum(removed.values())
         repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
+        rest -= sum(repacked.values())
+        limit = self._policy.max_bytes
         young = (
             place.nbytes
             for places in kept.values()
@@ -202,6 +219,7 @@ class Pruner:
             removed,
             repacked,
             tuple(self._leftovers(set(sizes))),
+            put_aside if survey.is_whole and limit and rest > limit else 0,
             sum(sizes.values()),
             sum(young),
             sum(dead[name] for name in holed - repacked.keys()),
@@ -232,9 +250,16 @@ class Pruner:
             names = (*plan.removed, *repacked)
             dead = [name for name in names if not self._kept(name, survey, gone)]
             self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
+            # Of entries that were removed while the index was locked.
+            left = self._index.entry_ids() - set(list_ids(self._folder.entries))
+            for entry_id in left:
+                self._index.drop_entry(entry_id)
+            put_aside = empty_quarantine(self._folder) if plan.quarantine_bytes else 0
+        if plan.quarantine_bytes:
+            self._blocks.confirm()  # which tells the index of what was taken back
         for path in plan.leftovers:
             self._remove_leftover(path)
-        freed = before - self._index.nbytes()
+        freed = before - self._index.nbytes() + put_aside
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
@@ -285,10 +310,7 @@ class Pruner:
 
     def _leftovers(self, known: set[str]) -> Iterator[Path]:
         """Yield what crashed saves left: staged files, and shards without rows."""
-        for path in self._folder.staging.iterdir():
-            # A save may be writing it, whatever the policy says.
-            if _is_older(path, GRACE_S):
-                yield path
+        yield from forgotten(self._folder)
         for name in list_shards(self._folder.shards):
             path = shard_path(self._folder.shards, name)
             is_old = _is_older(path, self._policy.grace_s)

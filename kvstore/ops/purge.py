@@ -9,8 +9,9 @@ from __future__ import annotations
 from ..errors import KVStoreError
 from ..storage import files
 from ..storage.blocks import BlockStore
-from .check import repair, take_back
+from .check import repair
 from .prune import Policy, plan_prune
+from .quarantine import empty_quarantine, take_back
 
 
 def purge(blocks: BlockStore) -> None:
@@ -45,8 +46,7 @@ def _empty(blocks: BlockStore) -> None:
     """Remove everything in quarantine, and in ``tmp`` what nobody is writing."""
     folder = blocks.folder
     with files.locked(folder.lock, exclusive=True):
-        for path in folder.quarantine.iterdir():
-            files.remove_any(path)
+        empty_quarantine(folder)
         busy = [p for p in folder.staging.iterdir() if not files.remove_unused(p)]
     if busy:
         raise KVStoreError(

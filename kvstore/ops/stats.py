@@ -5,17 +5,15 @@ From entries and index alone, so that it takes a moment. Knows no arrays.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..format.safetensors import ITEM_SIZES
+from ..storage import files
 from ..storage.blocks import BlockStore
-from ..storage.folder import StoreFolder
 from ..storage.index import Link, Timing
 from .speeds import ModelSpeeds, Speeds, is_current, is_sound
 
@@ -46,6 +44,10 @@ class Stats:
     num_quarantined: int
     # Bytes of these.
     quarantine_bytes: int
+    # Files that are being written, or that a crash has left, in ``tmp``.
+    num_staged: int
+    # Bytes of these.
+    staged_bytes: int
     # ``entry_bytes`` over ``reached_bytes``.
     dedup_ratio: float
     # What the blocks that entries reach would take as they are in memory, over what
@@ -83,7 +85,10 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
     for entry in entries:
         if not _is_kept(entry):
             reach.add(entry)
-    quarantined = list(_sizes_in(folder))
+    quarantined, staged = (
+        list(files.sizes_in(path).values())
+        for path in (folder.quarantine, folder.staging)
+    )
     saved_ms = counters.get("saved_ms")
     return Stats(
         num_entries=len(entries),
@@ -97,6 +102,8 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
         max_bytes=folder.max_bytes,
         num_quarantined=len(quarantined),
         quarantine_bytes=sum(quarantined),
+        num_staged=len(staged),
+        staged_bytes=sum(staged),
         dedup_ratio=_ratio(reach.entry_bytes, reach.nbytes),
         compression_ratio=_ratio(reach.raw_bytes, reach.coded_bytes),
         seconds_saved=None if saved_ms is None else saved_ms / 1000,
@@ -146,14 +153,6 @@ class _Reach:
 def _is_kept(entry: Entry) -> bool:
     """Whether no save evicts an entry."""
     return entry.name is not None or entry.pinned
-
-
-def _sizes_in(folder: StoreFolder) -> Iterable[int]:
-    """Yield the bytes of every file in quarantine."""
-    with suppress(FileNotFoundError), os.scandir(folder.quarantine) as found:
-        for item in found:
-            with suppress(FileNotFoundError):
-                yield item.stat(follow_symlinks=False).st_size
 
 
 def _token_bytes(layout: Any) -> int:

@@ -146,18 +146,55 @@ def write_atomic(target: Path, data: bytes, staging: Path) -> None:
         publish(path, target)
 
 
+_UNFINISHED = ".kvstore-"
+
+
+def _create_nameless(folder: Path) -> int | None:
+    """Return a new private file in a folder that has no name; ``None`` for no such."""
+    flags = getattr(os, "O_TMPFILE", 0)
+    if not flags or not os.path.exists("/proc/self/fd"):
+        return None
+    try:
+        return os.open(folder, flags | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None  # the file system has none; what else is wrong, a name will tell
+
+
 @contextmanager
 def written_whole(target: Path) -> Iterator[int]:
-    """Yield a new private file that takes the place of ``target`` if all goes well."""
-    path = target.with_name(f".kvstore-{secrets.token_hex(8)}")
-    descriptor = create(path)
+    """Yield a new private file that takes the place of ``target`` if all goes well.
+
+    Where the system can, it has no name until then, so that a kill leaves nothing. What
+    a kill has left elsewhere goes when the next file is written into the folder.
+    """
+    for left in target.parent.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):  # another user's, say
+            remove_unused(left)
+    path = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    descriptor, has_name = _create_nameless(target.parent), False
+    if descriptor is None:
+        descriptor, has_name = create(path), True
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield descriptor
         sync(descriptor)
+        if not has_name:
+            # The folder is for nothing but to have the link followed.
+            os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
         publish(path, target)
     finally:
         os.close(descriptor)
         path.unlink(missing_ok=True)
+
+
+def sizes_in(folder: Path) -> dict[Path, int]:
+    """Return the bytes of everything in a folder; what vanishes is left out."""
+    found = {}
+    with suppress(FileNotFoundError), os.scandir(folder) as items:
+        for item in items:
+            with suppress(FileNotFoundError):
+                found[Path(item.path)] = item.stat(follow_symlinks=False).st_size
+    return found
 
 
 def remove(path: Path) -> None:
