@@ -133,9 +133,10 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
             if not _failures(generators):
                 raise
         finally:
-            _end(generators, opened)
+            is_written = _end(generators, opened)
             if opened:
-                log.info("kvstore: stopped after %s; all is written", requests.sum())
+                what = "all is written" if is_written else "not all is written"
+                log.info("kvstore: stopped after %s; %s", requests.sum(), what)
     for error in _failures(generators):
         if isinstance(error, KVStoreError):
             raise error
@@ -263,15 +264,21 @@ def check_body(path: str, body: dict[str, Any]) -> None:
         raise ValueError("stop must be a string or a list of strings, none empty")
 
 
-def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> None:
-    """Stop what generates, and write what waits, even where Ctrl-C comes again."""
+def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> bool:
+    """Stop what generates, and write what waits, even where Ctrl-C comes again.
+
+    Returns:
+        Whether all is written.
+    """
+    is_written = True
     try:
         for generator in generators:
             generator.stop_and_join()  # or it would live on where no port is free
             _wait_for_end(generator._generation_thread)
     finally:
         for prompt_cache in opened:
-            prompt_cache.close(_WRITE_S)
+            is_written = prompt_cache.close(_WRITE_S) and is_written
+    return is_written
 
 
 def _wait_for_end(thread: threading.Thread) -> None:

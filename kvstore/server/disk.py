@@ -138,17 +138,21 @@ class Disk:
         """What the rows take in memory that wait to be written."""
         return self._writer.queued_bytes
 
-    def close(self, timeout_s: float | None = None) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
         """Write what waits, and close the stores; nothing more is kept then.
 
         Args:
             timeout_s: How long writing may take; the rest is given up, and logged.
+
+        Returns:
+            Whether nothing was given up.
         """
-        self._writer.close(timeout_s)
+        is_written = self._writer.close(timeout_s)
         with self._taking, self._reading:
             for store in (self._taker, self.store):
                 if store is not None:
                     store.close()
+        return is_written
 
     def _read(
         self,

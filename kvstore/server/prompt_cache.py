@@ -219,13 +219,16 @@ class DiskPromptCache(LRUPromptCache):
         """Wait until everything inserted is on disk; say whether it is."""
         return self._disk.flush(timeout_s)
 
-    def close(self, timeout_s: float | None = None) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
         """Write what waits, and close the store.
 
         Args:
             timeout_s: How long writing may take; the rest is given up, and logged.
+
+        Returns:
+            Whether nothing was given up.
         """
-        self._disk.close(timeout_s)
+        return self._disk.close(timeout_s)
 
     @property
     def max_bytes(self) -> int:

@@ -175,8 +175,8 @@ class Writer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, timeout_s)
 
-    def close(self, timeout_s: float | None = None) -> None:
-        """Save what waits, and end the thread.
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Save what waits, end the thread, and say whether nothing was given up.
 
         Args:
             timeout_s: How long that may take; what waits then is given up, as it is
@@ -188,14 +188,15 @@ class Writer:
         try:
             self._thread.join(timeout_s)
         finally:
-            self._give_up()
+            is_written = self._give_up()
+        return is_written
 
-    def _give_up(self) -> None:
+    def _give_up(self) -> bool:
         """Write no further job, and say what is lost; nothing where all is written."""
         with self._changed:
             self._is_given_up = True
             if not self._jobs:
-                return
+                return True
             tokens = sum(job.snapshot.chain.num_tokens for job in self._jobs)
             log.warning(
                 "kvstore: not kept: %d prompts of %d tokens in all, %.1f MB of rows:"
@@ -204,6 +205,7 @@ class Writer:
                 tokens,
                 self._queued_bytes / 1e6,
             )
+            return False
 
     def _run(self) -> None:
         _give_way()

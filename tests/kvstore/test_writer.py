@@ -251,7 +251,7 @@ def test_an_end_with_a_time_limit_says_what_is_not_kept(
         put(writer, store, caches, *caches.make_conversation(2, seed))
     wait_for_begin(writer)
     begin = time.monotonic()
-    writer.close(0.1)
+    assert not writer.close(0.1)
     assert time.monotonic() - begin < 5
     (line,) = [line for line in log() if "not kept" in line]
     assert "not kept: 3 prompts of 96 tokens in all, 0.1 MB of rows" in line
