@@ -22,7 +22,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test test-031 test-all bench serve-bench quality check format docs clean
 
 demo: $(STAMP) $(MODEL)/config.json
-	$(BIN)/kvstore --store .cache/demo-store demo --model $(MODEL)
+	$(BIN)/kvstore demo --model $(MODEL)
 
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
@@ -65,6 +65,7 @@ KERNELS := hatch_build.py $(wildcard turboquant/kernels/*.cpp turboquant/kernels
 $(STAMP): pyproject.toml $(KERNELS)
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 to 3.13 with pip and venv"; \
 	echo "hint: install one, or set PYTHON=/path/to/python3"; exit 1; }
+	@echo "installing MLX, mlx-lm and the tools into $(VENV): some 400 MB, about a minute"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"

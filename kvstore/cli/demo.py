@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..storage.folder import default_path
-from .main import Verb, load_fast_blas, output_of, store_path
+from .main import Verb, load_fast_blas, output_of
 from .options import CodecName, ModelOptions, Text, gathered, model_options
 from .output import Column, format_bytes, format_table, terminal_width
 
@@ -62,7 +61,8 @@ def demo(
     """Show the main job on a model, with the seconds and bytes that it takes.
 
     Prefills a document and saves it, with several codecs. For each of them a new
-    process resumes it, is asked a question, and answers.
+    process resumes it, is asked a question, and answers. All in a temporary folder:
+    nothing is left behind.
     """
     output = output_of(context)
     model = model.chosen(context)
@@ -72,7 +72,6 @@ def demo(
     with output.progress() as bars:
         result = run_demo(
             model.model,
-            store=store_path(context) or default_path(),
             adapter_path=model.adapter_path,
             trust_remote_code=model.trust_remote_code,
             document=document,
@@ -83,13 +82,10 @@ def demo(
             bar=bars.bar,
             note=output.note,
         )
-    names = [row.name for row in result.rows if row.name is not None]
-    text = format_result(result, terminal_width())
-    output.result(text, result.to_json(), names)
+    output.result(format_result(result, terminal_width()), result.to_json())
     output.hint(
-        f"`kvstore save --model {model.model} --prompt - --name NAME < FILE` keeps a"
-        f" text of yours, `kvstore generate --model {model.model} --from NAME --prompt"
-        " QUESTION` asks it"
+        f"now with a text of yours: `kvstore save --model {model.model} --name doc <"
+        ' FILE`, then `kvstore generate --from doc "QUESTION"`'
     )
 
 
@@ -102,13 +98,24 @@ def format_result(result: DemoResult, width: int | None = None) -> str:
     """
     lines = [f"{result.num_tokens:,} tokens of a document, read by `{result.model}`"]
     lines += ["", *format_table(result.rows, _COLUMNS, width)]
-    lines += ["", f"question: {result.question}"]
+    lines += ["", *_compare(result), "", f"question: {result.question}"]
     lines += [
         f"{row.way}: {' '.join(row.answer.split())}"
         for row in result.rows
         if row.is_reference or not row.is_same
     ]
     return "\n".join(lines)
+
+
+def _compare(result: DemoResult) -> list[str]:
+    """Return why a store is worth more than a file that loads sooner."""
+    sizes = [row.nbytes for row in result.rows if row.nbytes]
+    smaller = max(sizes) / min(sizes)
+    return [
+        "mlx-lm's own file loads sooner: it is neither checked nor compressed. A store",
+        f"is up to {smaller:.1f} times smaller, checks every byte, finds prompts by",
+        "their tokens, and keeps what they share once.",
+    ]
 
 
 def _size_cell(row: DemoRow) -> str:
@@ -122,7 +129,7 @@ def _speedup_cell(row: DemoRow) -> str:
 def _same_cell(row: DemoRow) -> str:
     if row.is_same:
         return "" if row.is_reference else "yes"
-    return f"first {row.num_same} of {row.num_answer} tokens"
+    return f"first {row.num_same} of {row.num_answer}"
 
 
 _COLUMNS: tuple[Column[DemoRow], ...] = (
@@ -130,6 +137,6 @@ _COLUMNS: tuple[Column[DemoRow], ...] = (
     Column("SIZE", _size_cell, is_number=True),
     Column("FIRST TOKEN", lambda row: f"{row.first_s:.2f} s", is_number=True),
     Column("FASTER", _speedup_cell, is_number=True),
-    Column("ANSWER BEGINS", lambda row: f"{row.answer_s:.2f} s", is_number=True),
-    Column("SAME ANSWER", _same_cell),
+    Column("ANSWER", lambda row: f"{row.answer_s:.2f} s", is_number=True),
+    Column("SAME WORDS", _same_cell),
 )

@@ -6,9 +6,7 @@ question about the document and answers. The answer is compared with that of the
 that never stopped; both feed the model the same tokens in the same steps.
 
 A store keeps one copy of a block, whatever codec it was saved with. So each codec has a
-salt of its own here, in one store: `kvstore ls` shows them beside each other. The
-salt also bears a digest of the rows, so that what an earlier demo left is taken up
-only where it is the same to the last bit, and a second demo writes nothing new.
+store of its own here, in a temporary folder: nothing is left behind.
 
 Run as a program, this module is that new process: a job on stdin, a run on stdout. It
 imports nothing that imports MLX before OpenBLAS has had its chance.
@@ -22,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,6 @@ from ..errors import KVStoreError
 from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.documents import JSON
-from ..storage.shards import shard_path
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -89,12 +86,9 @@ class Job:
     question: list[int]
     # Tokens of the answer, at most.
     max_tokens: int
-    # The store to restore from.
-    store: str = ""
-    # What keeps its blocks apart from those of other codecs.
-    salt: str = ""
-    # Restore from this file of mlx-lm, and from no store.
-    mlx_file: str = ""
+    # What to restore from: a store, or a file of mlx-lm's.
+    path: str = ""
+    is_store: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +110,6 @@ class DemoRow:
 
     # `prefill`, mlx-lm's own file, or a codec.
     way: str
-    # Of the entry in the store, if it is there.
-    name: str | None
     # On disk; `None` where nothing is.
     nbytes: int | None
     # Seconds to the first logits behind the document.
@@ -147,8 +139,6 @@ class DemoResult:
 
     # The model's name.
     model: str
-    # The store's folder.
-    store: str
     # Of the document.
     num_tokens: int
     # What was asked.
@@ -161,20 +151,9 @@ class DemoResult:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A saved prompt cache: what a line is called, its size, and the job to resume."""
-
-    way: str
-    name: str | None
-    nbytes: int
-    job: Job
-
-
 def run_demo(
     model: str,
     *,
-    store: Path,
     adapter_path: str | None = None,
     trust_remote_code: bool = False,
     document: Path | None = None,
@@ -189,8 +168,6 @@ def run_demo(
 
     Args:
         model: Folder or repository that mlx-lm loads.
-        store: Where the prompt caches are kept; made where there is none. The entries
-            are called `demo-` and the codec's name.
         adapter_path: Folder of an adapter.
         trust_remote_code: Let the model bring code of its own.
         document: Text to read; a part of Python's manual by default.
@@ -214,12 +191,12 @@ def run_demo(
     for codec in codecs:
         get_codec(codec)  # a wrong name is told at once
     source = Source(model, adapter_path, trust_remote_code)
-    demo = _Demo(source, store, bar or _show_nothing, note or _say_nothing)
+    demo = _Demo(source, bar or _show_nothing, note or _say_nothing)
     question = question or QUESTION
     tokens = demo.make_tokens(text, question, num_tokens)
     job = Job(source, *tokens, max_tokens)
     rows = demo.run(job, codecs)
-    return DemoResult(model, str(store), len(job.document), question, tuple(rows))
+    return DemoResult(model, len(job.document), question, tuple(rows))
 
 
 class _Demo:
@@ -227,15 +204,13 @@ class _Demo:
 
     Args:
         source: The model.
-        store: The store's folder.
         bar: Returns the progress callback of what is named.
         note: Called with a sentence on what happens.
     """
 
-    def __init__(self, source: Source, store: Path, bar: Bar, note: Note) -> None:
+    def __init__(self, source: Source, bar: Bar, note: Note) -> None:
         note(f"loading `{source.model}`")
         self._model, self._tokenizer, self._fingerprint = source.load()
-        self._store = store
         self._bar = bar
         self._note = note
         self._cache = _empty_cache(self._model)
@@ -263,51 +238,39 @@ class _Demo:
         _read(self._model, self._cache, job.document, progress)
         prefill_s = time.perf_counter() - start
         with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
-            saved = [self._save_file(job, Path(folder))]
-            saved += [self._save(job, codec) for codec in codecs]
+            ways = {MLX_LM: self._save_file(Path(folder))}
+            ways |= {codec: self._save(job, codec, Path(folder)) for codec in codecs}
             run = _answer(self._model, self._tokenizer, self._cache, job, prefill_s)
-            rows = [self._make_row(PREFILL, None, None, run, run)]
-            for one in saved:
-                self._note(f"resuming from {one.way} in a new process")
-                resumed = _start_process(one.job)
-                rows.append(self._make_row(one.way, one.name, one.nbytes, resumed, run))
+            rows = [self._make_row(PREFILL, None, run, run)]
+            for number, (way, (path, nbytes)) in enumerate(ways.items(), 1):
+                self._note(f"{number} of {len(ways)}: {way} in a new process")
+                task = replace(job, path=str(path), is_store=way != MLX_LM)
+                rows.append(self._make_row(way, nbytes, _start_process(task), run))
         return rows
 
-    def _save_file(self, job: Job, folder: Path) -> _Saved:
-        """Save with mlx-lm, to compare with."""
+    def _save_file(self, folder: Path) -> tuple[Path, int]:
+        """Save with mlx-lm, to compare with; return the file and its size."""
         from mlx_lm.models.cache import save_prompt_cache
 
         path = folder / "prompt_cache.safetensors"
         save_prompt_cache(str(path), self._cache)
-        return _Saved(
-            MLX_LM, None, path.stat().st_size, replace(job, mlx_file=str(path))
-        )
+        return path, path.stat().st_size
 
-    def _save(self, job: Job, codec: str) -> _Saved:
+    def _save(self, job: Job, codec: str, folder: Path) -> tuple[Path, int]:
+        """Save in a store of its own; return its folder and its size."""
         from ..store import Store
 
-        name = f"demo-{codec}"
-        salt = f"{name} {_digest_rows(self._cache)}"
-        with Store(self._store, codec) as store:
-            store.save(
-                job.document,
-                self._cache,
-                self._fingerprint.with_salt(salt),
-                name=name,
-                replace=True,
-                progress=self._bar(f"save {codec}"),
-            )
-            nbytes = _shard_bytes(store, name)
-        job = replace(job, store=str(self._store), salt=salt)
-        return _Saved(codec, name, nbytes, job)
+        with Store(folder / codec, codec) as store:
+            progress = self._bar(f"save {codec}")
+            store.save(job.document, self._cache, self._fingerprint, progress=progress)
+            return store.path, store.stats().nbytes
 
     def _make_row(
-        self, way: str, name: str | None, nbytes: int | None, run: Run, without: Run
+        self, way: str, nbytes: int | None, run: Run, without: Run
     ) -> DemoRow:
         """Return a line of the table, compared with the run without a store."""
         return DemoRow(
             way,
-            name,
             nbytes,
             run.first_s,
             without.first_s / run.first_s,
@@ -379,42 +342,19 @@ def _empty_cache(model: Any) -> list[Any]:
 def _read(
     model: Any, prompt_cache: list[Any], tokens: list[int], progress: Progress
 ) -> None:
-    """Feed tokens as ``generate_step`` does: in steps, and no logits are computed."""
+    """Feed tokens in steps between which the bar moves; no logits are computed."""
     import mlx.core as mx
 
-    from ..models.session import PREFILL_STEP_SIZE
+    from ..models.session import usual_step_size
 
+    size = usual_step_size()
     progress(0, len(tokens))
-    for begin in range(0, len(tokens), PREFILL_STEP_SIZE):
-        step = tokens[begin : begin + PREFILL_STEP_SIZE]
+    for begin in range(0, len(tokens), size):
+        step = tokens[begin : begin + size]
         model(mx.array([step]), cache=prompt_cache)
         mx.eval([cache.state for cache in prompt_cache])
         mx.clear_cache()
         progress(begin + len(step), len(tokens))
-
-
-def _digest_rows(prompt_cache: Sequence[Any]) -> str:
-    """Return a digest of the bits in a prompt cache."""
-    import blake3
-    import mlx.core as mx
-    import numpy as np
-    from mlx.utils import tree_flatten
-
-    digest = blake3.blake3()
-    states = dict(tree_flatten([cache.state for cache in prompt_cache]))
-    for name, value in states.items():
-        digest.update(name.encode())
-        if isinstance(value, mx.array):
-            octets = mx.contiguous(value).reshape(-1).view(mx.uint8)
-            digest.update(np.asarray(octets).data)
-    return str(digest.hexdigest(8))
-
-
-def _shard_bytes(store: Store, name: str) -> int:
-    """Return the size of the shards that an entry lies in."""
-    names = {place.shard for place, _ in store.chain(name)}
-    paths = (shard_path(store.path / "shards", shard) for shard in names)
-    return sum(path.stat().st_size for path in paths)
 
 
 def _answer(
@@ -477,32 +417,27 @@ def _read_job(data: JSON) -> Job:
 def _resume(job: Job) -> Run:
     """Restore the prompt cache and answer; runs in the new process."""
     model, tokenizer, fingerprint = job.source.load()
-    with _open_store(job) as store:
+    from mlx_lm.models.cache import load_prompt_cache
+
+    from ..store import Store
+
+    opened = Store(job.path, create=False) if job.is_store else nullcontext()
+    with opened as store:
         start = time.perf_counter()
-        prompt_cache = _restore(job, store, fingerprint.with_salt(job.salt))
+        if store is None:
+            prompt_cache = list(load_prompt_cache(job.path))
+        else:
+            prompt_cache = _restore(job, store, fingerprint)
         restored_s = time.perf_counter() - start
         return _answer(model, tokenizer, prompt_cache, job, restored_s)
 
 
-def _open_store(job: Job) -> AbstractContextManager[Store | None]:
-    """Open the store, unless mlx-lm's file is used."""
-    if job.mlx_file:
-        return nullcontext()
-    from ..store import Store
-
-    return Store(job.store, create=False)
-
-
-def _restore(job: Job, store: Store | None, fingerprint: Fingerprint) -> list[Any]:
+def _restore(job: Job, store: Store, fingerprint: Fingerprint) -> list[Any]:
     """Return the prompt cache of the document.
 
     Raises:
         KVStoreError: The store has lost a part of it.
     """
-    if store is None:
-        from mlx_lm.models.cache import load_prompt_cache
-
-        return list(load_prompt_cache(job.mlx_file))
     prompt = job.document + job.question
     found, rest = store.load(prompt, fingerprint)
     if found is None or len(rest) != len(job.question):
