@@ -3,7 +3,7 @@
 GROUPS = {
     "Keep, and go on": ("save", "generate", "chat", "serve", "demo"),
     "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats", "view"),
-    "Hand over": ("load", "export", "import", "remote", "push", "pull"),
+    "Hand over": ("load", "export", "import", "remote", "push", "pull", "adopt"),
     "Look after the store": ("rename", "pin", "rm", "prune", "verify", "doctor"),
     "Help": ("dir", "completion", "help"),
 }
@@ -45,6 +45,7 @@ EXAMPLES = {
     "remote": ["kvstore remote add team s3://bucket/prefix"],
     "push": ["kvstore push handbook"],
     "pull": ["kvstore pull handbook"],
+    "adopt": ["kvstore adopt handbook --model M"],
     "rename": ["kvstore rename daily archive"],
     "pin": ["kvstore pin handbook", "kvstore pin handbook --off"],
     "rm": ["kvstore rm daily", "kvstore rm daily --purge -y"],

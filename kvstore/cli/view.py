@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import tempfile
-import webbrowser
 from collections.abc import Iterator
 from importlib import resources
 from itertools import accumulate
@@ -62,6 +61,8 @@ def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
             file.write(text)
     output.result(str(written), {"path": str(written)}, [str(written)])
     if path is None and sys.stdout.isatty() and output.mode == "human":
+        import webbrowser  # slow to import
+
         webbrowser.open(written.as_uri())
 
 
