@@ -37,6 +37,7 @@ def adopt(
     changed configuration. Nothing checks that: rows of another model make it talk
     nonsense. Each entry leaves the model that made it; `inspect` says where it is from.
     """
+    model = model.chosen(context)
     load_fast_blas()
     from ..models.load import fingerprint_model
 

@@ -91,7 +91,8 @@ def chat(
     the chat up again at its last token. `--from` begins with what an entry holds and
     leaves that as it is: nothing is kept until there is a name. Ctrl-C ends a reply and
     keeps what was said; Ctrl-D, or Ctrl-C where nothing is typed, ends the chat. In it,
-    `/help` lists the commands. From a pipe, each line is a message.
+    `/help` lists the commands. From a pipe, each line is a message. Where no model is
+    named, it is that of the entry.
     """
     output = output_of(context)
     if output.mode == "json":

@@ -138,7 +138,8 @@ def generate(
     `--from` asks what is kept and leaves it as it is. With `--name` of an entry, the
     prompt continues that conversation, and the entry grows. Else the whole prompt is
     looked up, and what the store holds of it is not computed again. Ctrl-C ends the
-    text and keeps what was said so far, and so does SIGTERM.
+    text and keeps what was said so far, and so does SIGTERM. Where no model is named,
+    it is that of the entry.
     """
     output = output_of(context)
     live.check()

@@ -437,7 +437,7 @@ def model_options(command: F, *, is_needed: bool = True) -> F:
             default=(lambda: setting("model")) if is_needed else None,
             shell_complete=complete_models,
             help="Folder of the model, or its Hugging Face repository."
-            + ("  [default: $KVSTORE_MODEL, or that of the entry]" * is_needed),
+            + ("  [default: $KVSTORE_MODEL]" * is_needed),
         ),
     ):
         command = option(command)

@@ -60,6 +60,17 @@ def test_a_name_brings_its_model(run_cli, tiny_model, monkeypatch):
     assert (code, "missing option `--model`" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("adopt", "doc"), ("demo",), ("lookup", "x"), ("save", "x"), ("chat",)],
+)
+def test_a_model_is_asked_for(run_cli, words):
+    """Where neither an option, a setting nor an entry names one."""
+    code, _, err = run_cli(*words)
+    assert (code, "missing option `--model`" in err) == (2, True)
+    assert "KVSTORE_MODEL" in err
+
+
 def test_a_prompt_is_an_argument_an_option_or_piped(run_cli, tiny_model, monkeypatch):
     """All three are the same prompt; two at once are refused."""
     model = ("--model", tiny_model)
