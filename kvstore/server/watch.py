@@ -60,8 +60,8 @@ class Requests:
 
     @property
     def current(self) -> Served:
-        """The request that this thread serves."""
-        return self._local.served  # type: ignore[no-any-return]
+        """The request that this thread serves, or was refused before it began."""
+        return getattr(self._local, "served", Served("", time.monotonic()))
 
     def counted(self, responses: Iterable[Any]) -> Iterator[Any]:
         """Yield what is generated for it."""

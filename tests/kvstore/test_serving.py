@@ -549,6 +549,11 @@ def test_a_client_that_hangs_up_is_one_line(servers, models, tmp_path):
         "stream": True,
         "max_tokens": 2000,
     }
+    too_long = [f"X-{number}: x" for number in range(200)]
+    head = "\r\n".join(["POST /v1/chat/completions HTTP/1.1", *too_long, "", ""])
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode())
+        assert b" 431 " in connection.recv(4096)
     server.leave("/v1/chat/completions", body, b"data: ")
     server.wait_for("the client hung up")
     server.stop()
