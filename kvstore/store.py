@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
+    from .ops.traces import Traces
     from .ops.tree import Tree
     from .remote.exchange import Remotes
 
@@ -707,22 +708,37 @@ class Store:
         """
         return self._catalog.remove(ref)
 
-    def purge(self) -> None:
+    def traces_of(self, ref: str) -> Traces:
+        """Return by what an entry would be known in any file, for :meth:`purge`.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+        """
+        from .ops.traces import traces_of
+
+        return self._blocks.run(lambda: traces_of(self._blocks, self.entry(ref)))
+
+    def purge(self, removed: Traces | None = None) -> None:
         """Remove every byte of what was removed: shards, quarantine, tmp, index.
 
         Blocks that other entries need stay. Quarantine is emptied; what is whole there
         is taken back first. A save that is under way elsewhere has to write its blocks
         again.
 
+        Args:
+            removed: What :meth:`traces_of` returned before it was removed: every file
+                of the store is searched for it in the end.
+
         Raises:
-            KVStoreError: An entry cannot be read or lacks a block, so that nobody can
-                say what it needs; or another process is writing.
+            KVStoreError: A trace was found; or an entry cannot be read or lacks a
+                block, so that nobody can say what it needs; or another process is
+                writing.
             StoreLockedError: Another process kept the store or the index locked.
         """
         from .ops.purge import purge
 
         self._write_notes()
-        self._blocks.run(lambda: purge(self._blocks))
+        self._blocks.run(lambda: purge(self._blocks, removed or {}))
 
     def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first, and return it.

@@ -33,6 +33,7 @@ from .output import (
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
+    from ..ops.traces import Traces
 
 _SHORT = 12
 
@@ -141,8 +142,8 @@ def remove(
 
     REF is a name, an id, or the start of an id. The blocks stay in the store: other
     entries may share them, and the same prompt finds them again. With --purge they go
-    at once, unless another entry needs them, and quarantine/ and tmp/ are emptied; REF
-    may be left out then.
+    at once, unless another entry needs them, and quarantine/ and tmp/ are emptied; then
+    every file of the store is searched for what was removed. REF may be left out.
     """
     if not (refs or purge):
         raise click.MissingParameter(None, context, context.command.params[0])
@@ -154,9 +155,12 @@ def remove(
         wanted = _describe(entries) if entries else "what no entry needs"
         question = f"remove {wanted}{' for good' if purge else ''}?"
         confirm_removal(output, question, is_answered=yes)
+        traces: Traces = {}
+        for entry in entries if purge else ():
+            traces |= store.traces_of(entry.id)
         entries = [store.remove(entry.id) for entry in entries]
         if purge:
-            store.purge()
+            store.purge(traces)
     _print_removed(output, entries, dry_run, purge=purge)
 
 

@@ -12,18 +12,24 @@ from ..storage.blocks import BlockStore
 from .check import repair
 from .prune import Policy, plan_prune
 from .quarantine import empty_quarantine, take_back
+from .traces import Traces, find_traces
 
 
-def purge(blocks: BlockStore) -> None:
+def purge(blocks: BlockStore, removed: Traces) -> None:
     """Remove every byte of blocks that no entry needs.
 
     What lies damaged in the store goes to quarantine, what is whole there comes back,
     and then quarantine and ``tmp`` are emptied. A save that is under way elsewhere has
     to write its blocks again.
 
+    Args:
+        blocks: The store's blocks.
+        removed: What was removed; that no byte of it is left is proven in the end.
+
     Raises:
         KVStoreError: An entry cannot be read or lacks a block, so that nobody can say
-            what it needs; or a save is under way. Nothing needed is gone.
+            what it needs; or a save is under way; or a trace of what was removed was
+            found. Nothing needed is gone.
     """
     blocks.close()
     if not repair(blocks.folder):
@@ -40,6 +46,11 @@ def purge(blocks: BlockStore) -> None:
         )
     _empty(blocks)
     blocks.index.compact()
+    if (path := find_traces(blocks, removed)) is not None:
+        raise KVStoreError(
+            f"a part of what was removed is still in the store: {path}",
+            hint="is another process saving it again? `--purge` again",
+        )
 
 
 def _empty(blocks: BlockStore) -> None:

@@ -7,6 +7,7 @@ another one writes.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from .lineage import Lineage
 from .writer import Job, Writer
 
 log = logging.getLogger("kvstore")
+# What another conversation says is not for the log.
+_TOKENS = re.compile(r": stored -?\d+, given -?\d+")
 # Apart, for a server that tells of each request in a line of its own.
 log_lookup = logging.getLogger("kvstore.lookup")
 MIN_TOKENS = 64
@@ -234,7 +237,7 @@ class Disk:
         about = f"{match.num_tokens} on disk"
         gain = match.num_tokens - num_held
         if gain <= 0:
-            return f"{about}: {match.detail}"
+            return f"{about}: {_TOKENS.sub('', match.detail)}"
         if gain < self._min_tokens:
             return f"{about}: too few more to read them"
         if time.monotonic() < self._read_again_at:

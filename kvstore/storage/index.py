@@ -619,6 +619,9 @@ class Index:
         Raises:
             StoreLockedError: Another process reads or writes it.
         """
+        self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
+        shards = "SELECT name FROM shards"
+        self._query(f"DELETE FROM damaged WHERE shard NOT IN ({shards})")
         self._query("VACUUM")
         if self._query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
             raise StoreLockedError(

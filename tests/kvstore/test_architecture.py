@@ -42,7 +42,7 @@ OPS = {  # and inside of ops
     "load": {"bases"},
     "check": {"quarantine"},
     "prune": {"quarantine"},
-    "purge": {"check", "prune", "quarantine"},
+    "purge": {"check", "prune", "quarantine", "traces"},
     "export_bundle": {"bases"},
     "stats": {"speeds"},
     "usage": {"load", "speeds"},

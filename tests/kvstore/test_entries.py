@@ -12,13 +12,15 @@ from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import entry as entries
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import MAX_BYTES, Entry
+from kvstore.storage.blocks import BlockStore
 from kvstore.storage.entries import (
     entry_path,
     list_ids,
     read_entry,
-    remove_entry,
+    remove_entries,
     write_entry,
 )
+from kvstore.storage.folder import open_folder
 
 ENTRY = Entry(
     id=entries.entry_id("handbök", ""),
@@ -95,10 +97,13 @@ def test_an_entry_that_is_not_there_is_none(folder):
     assert read_entry(folder, "0" * 32) is None
 
 
-def test_a_removed_entry_is_gone(folder):
+def test_a_removed_entry_is_gone(store_path):
     """What was removed is neither read nor listed."""
-    write(folder)
-    remove_entry(folder, ENTRY.id)
+    blocks = BlockStore(open_folder(store_path))
+    folder = blocks.folder.entries
+    write_entry(folder, ENTRY, blocks.folder.staging)
+    remove_entries(blocks, [ENTRY.id])
+    blocks.close()
     assert read_entry(folder, ENTRY.id) is None
     assert [] == list_ids(folder)
 

@@ -102,3 +102,34 @@ def test_rm_purges(store, store_path):
     assert [] == traces(store_path)
     done = subprocess.run([*command, "--purge"], check=True, capture_output=True)
     assert b"removed nothing, for good" in done.stdout + done.stderr
+
+
+FORMS = {
+    "hash in hex": lambda block, tokens: block.hex().encode(),
+    "hash": lambda block, tokens: bytes(block),
+    "tokens": lambda block, tokens: b",".join(str(t).encode() for t in tokens[8:16]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_trace_that_is_left_is_found(store, store_path, form):
+    """Wherever a purge does not come, and in whatever form."""
+    ((block, _),) = store.traces_of("secret").items()
+    traces = store.traces_of("secret") | store.traces_of("kept")
+    (store_path / "notes").write_bytes(b"x" + FORMS[form](block, SECRET) + b"x")
+    store.remove("secret")
+    with pytest.raises(kvstore.KVStoreError, match=r"still in the store: .*notes"):
+        store.purge(traces)
+    (store_path / "notes").unlink()
+    store.purge(traces)
+
+
+def test_what_another_entry_shares_is_not_looked_for(store, caches):
+    """Its blocks stay, and so does another conversation that says the same."""
+    tokens = list(SECRET)
+    other = caches.OTHER_WEIGHTS
+    store.save(tokens, caches.make_cache(16, 5), other, name="same text")
+    traces = store.traces_of("secret") | store.traces_of("kept")
+    store.remove("secret")
+    store.purge(traces)
+    assert store.load([*tokens, 1], other)[0] is not None
