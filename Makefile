@@ -25,10 +25,10 @@ demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore demo --model $(MODEL)
 
 test: $(STAMP) $(MODEL)/config.json
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 test-031: $(STAMP_031)
-	$(VENV_031)/bin/pytest -n auto --dist worksteal -m "not slow and not model" $(TESTS_031)
+	$(VENV_031)/bin/pytest -n auto --dist loadfile -m "not slow and not model" $(TESTS_031)
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest

@@ -66,6 +66,7 @@ def continuations(model_dir, tmp_path_factory):
     return start("save", model_dir, folder), start("resume", model_dir, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("codec", EXACT_CODECS)
 @pytest.mark.parametrize(
