@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .caches.snapshot import Chain, Snapshot
     from .codecs import Codec
     from .format.bundle import BundleReader
+    from .format.calibration import Calibration
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
@@ -688,6 +689,39 @@ class Store:
             like=like,
             progress=progress or _ignore,
         )
+
+    def calibrate(
+        self,
+        fingerprint: Fingerprint | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Calibration:
+        """Make a basis of what is stored without loss, and note it for the model.
+
+        Nothing is measured: see :func:`kvstore.models.calibrate.calibrate_model`.
+
+        Args:
+            fingerprint: The model's; the only model's by default.
+            progress: Called with (blocks read, blocks to read).
+
+        Raises:
+            KVStoreError: There are too few such rows, or several models' of them.
+            IntegrityError: A block is missing or damaged.
+        """
+        from .format.calibration import Calibration
+        from .ops.calibrate import fit_stored
+        from .storage.bases import add_basis, write_calibration
+
+        digest = fingerprint.digest if fingerprint else None
+        data, model = self._blocks.run(
+            lambda: fit_stored(
+                self._blocks, self.entries(), digest, progress or _ignore
+            )
+        )
+        basis = add_basis(self._folder, data)
+        found = Calibration(model.digest, model.label, basis, 0, ())
+        write_calibration(self._folder, found)
+        return found
 
     @property
     def remotes(self) -> Remotes:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from . import adopt as _adopt
+from . import calibrate as _calibrate
 from . import chat as _chat
 from . import demo as _demo
 from . import doctor as _doctor
@@ -51,6 +52,7 @@ for _verb in (
     _housekeeping.verify,
     _housekeeping.stats,
     _view.view,
+    _calibrate.calibrate,
     _doctor.doctor,
     _demo.demo,
     _housekeeping.show_dir,

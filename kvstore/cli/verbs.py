@@ -4,7 +4,15 @@ GROUPS = {
     "Keep, and go on": ("save", "generate", "chat", "serve", "demo"),
     "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats", "view"),
     "Hand over": ("load", "export", "import", "remote", "push", "pull", "adopt"),
-    "Look after the store": ("rename", "pin", "rm", "prune", "verify", "doctor"),
+    "Look after the store": (
+        "rename",
+        "pin",
+        "rm",
+        "prune",
+        "verify",
+        "calibrate",
+        "doctor",
+    ),
     "Help": ("dir", "completion", "help"),
 }
 ALIASES = {
@@ -51,6 +59,7 @@ EXAMPLES = {
     "rm": ["kvstore rm daily", "kvstore rm daily --purge -y"],
     "prune": ["kvstore prune --older-than 30d -n", "kvstore prune --limit 20GB"],
     "verify": ["kvstore verify --read-data=10%"],
+    "calibrate": ["kvstore calibrate --model M", "kvstore calibrate --from-store"],
     "doctor": ["kvstore doctor --model M"],
     "completion": ['eval "$(kvstore completion)"'],
 }

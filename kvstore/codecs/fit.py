@@ -235,10 +235,9 @@ class _Plan:
         exact = joined(coded, self._group)
         is_exact |= self._is_large(exact)
         q[is_exact] = 0
+        marks = exponents.astype(np.int16) + MAX_EXPONENT
         parts: dict[str, Array] = {
-            "exponents": np.where(is_exact, _EXACT, exponents + MAX_EXPONENT).astype(
-                np.uint8
-            ),
+            "exponents": np.where(is_exact, _EXACT, marks).astype(np.uint8),
             "exact": exact[is_exact],
         }
         by_coefficient = q.swapaxes(-1, -2)

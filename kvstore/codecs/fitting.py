@@ -31,7 +31,7 @@ VALUE_RATIO = 2.4
 """How much coarser values are than keys where nothing tells; measured."""
 _MAX_HELD_BYTES = 2**30
 _MAX_HELD = 8
-_STEPS = range(-64, 33)
+_STEPS = range(-128, 33)
 _LEAST = 1e-12
 # Of the mean of a metric's diagonal: what few gradients leave open is not neglected.
 _RIDGE = 1e-2

@@ -1,4 +1,8 @@
-"""The bases of a store: immutable files, named by the SHA-256 of their bytes."""
+"""The bases of a store, and what was measured of its models' codecs.
+
+A basis is an immutable file, named by the SHA-256 of its bytes. A calibration is named
+by the fingerprint of its model, and the next one replaces it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,12 @@ from pathlib import Path
 
 from ..errors import IntegrityError
 from ..format.basis import MAX_BYTES, BasisFile, basis_digest, parse_basis
+from ..format.calibration import MAX_BYTES as MAX_CALIBRATION
+from ..format.calibration import (
+    Calibration,
+    calibration_to_bytes,
+    parse_calibration,
+)
 from . import files
 from .folder import StoreFolder
 
@@ -80,3 +90,47 @@ def read_basis_bytes(folder: StoreFolder, digest: str) -> bytes:
 def remove_basis(folder: StoreFolder, digest: str) -> None:
     """Remove a basis; no block may name it any more."""
     files.remove(basis_path(folder, digest))
+
+
+def calibration_path(folder: StoreFolder, fingerprint: str) -> Path:
+    """Return where the calibration of a model lies.
+
+    Raises:
+        ValueError: That is no digest of a fingerprint.
+    """
+    if not _DIGEST.fullmatch(fingerprint):
+        raise ValueError(f"not the digest of a fingerprint: {fingerprint!r}")
+    return folder.bases / f"{fingerprint}.json"
+
+
+def list_calibrations(folder: StoreFolder) -> list[str]:
+    """Return the fingerprints of all models that were calibrated, sorted."""
+    stems = (path.stem for path in folder.bases.glob("*.json"))
+    return sorted(stem for stem in stems if _DIGEST.fullmatch(stem))
+
+
+def write_calibration(folder: StoreFolder, calibration: Calibration) -> None:
+    """Keep a calibration in place of an earlier one of this model."""
+    data = calibration_to_bytes(calibration)
+    parse_calibration(data, calibration.fingerprint)
+    path = calibration_path(folder, calibration.fingerprint)
+    files.write_atomic(path, data, folder.staging)
+
+
+def read_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | None:
+    """Return the calibration of a model, or ``None`` where there is none.
+
+    Raises:
+        IntegrityError: It is damaged.
+        FormatError: A newer release wrote it.
+    """
+    path = calibration_path(folder, fingerprint)
+    try:
+        data = files.read_small(path, MAX_CALIBRATION)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError) as error:
+        raise IntegrityError(
+            f"calibration cannot be read: {error}", path=path
+        ) from error
+    return parse_calibration(data, fingerprint)

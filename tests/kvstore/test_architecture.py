@@ -32,6 +32,7 @@ ORDER = [
     {"__main__"},
 ]
 OPS = {  # and inside of ops
+    "calibrate": {"bases"},
     "save": {"commit"},
     "commit": {"prune"},
     "doctor": {"selftest"},
@@ -61,7 +62,12 @@ ALLOWED = {
     "obstore": {"remote.client"},
 }
 ALLOWED_AT_TOP = {
-    "mlx_lm": {"models.session", "models.generate", "server.prompt_cache"},
+    "mlx_lm": {
+        "models.calibrate",
+        "models.session",
+        "models.generate",
+        "server.prompt_cache",
+    },
     "obstore": set(),
     "rich": set(),
     "transformers": set(),

@@ -1,0 +1,120 @@
+"""What was measured of a model's codecs, as JSON, and which codec a quality means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..errors import FormatError, IntegrityError
+from .documents import JSON, canonical_json, strict_json
+
+FORMAT = 1
+MAX_BYTES = 65_536
+Quality = Literal["exact", "high", "balanced", "small"]
+BOUNDS: dict[str, float] = {"high": 0.001, "balanced": 0.003, "small": 0.01}
+"""The most that each may move what the model says next: KL divergence in nats."""
+QUALITIES = ("exact", *BOUNDS)
+EXACT = "planes+zstd"
+UNMEASURED = {"high": "turbo8+zstd", "balanced": "turbo4+zstd", "small": "turbo3+zstd"}
+"""What is taken of a model that nobody measured."""
+_NAME = re.compile(r"[a-z0-9.]{1,20}(?:@[0-9a-f]{64})?(?:\+zstd)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a codec does to what a model says next, on contexts left out."""
+
+    codec: str
+    # Per number of the rows, everything counted but the basis.
+    bits: float
+    # Mean KL divergence from what it says without a store, in nats.
+    kl: float
+    # Its standard error, over contexts.
+    kl_error: float
+    # How often the first choice is the same, 0 to 1.
+    same_choice: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is known of one model's codecs."""
+
+    # Digest of the model's fingerprint.
+    fingerprint: str
+    # What the model was called; advisory.
+    model: str
+    # Digest of its basis, or ``None``.
+    basis: str | None
+    # How many contexts were left out to measure with.
+    num_contexts: int
+    measured: tuple[Measured, ...]
+
+    def choose(self, quality: str) -> str:
+        """Return the smallest codec that was measured to meet a quality."""
+        if quality == "exact":
+            return EXACT
+        if not self.measured:
+            return UNMEASURED[quality]
+        good = [one for one in self.measured if one.kl <= BOUNDS[quality]]
+        return min(good, key=lambda one: one.bits).codec if good else EXACT
+
+    def find(self, codec: str) -> Measured | None:
+        """Return what was measured of a codec, if it was."""
+        return next((one for one in self.measured if one.codec == codec), None)
+
+
+def calibration_to_bytes(calibration: Calibration) -> bytes:
+    """Return a calibration as canonical JSON."""
+    return canonical_json({"format": FORMAT, **asdict(calibration)})
+
+
+def parse_calibration(data: bytes, fingerprint: str) -> Calibration:
+    """Return the calibration that bytes spell.
+
+    Args:
+        data: The file's.
+        fingerprint: Digest of the fingerprint that it must be of.
+
+    Raises:
+        IntegrityError: It is damaged, or another model's.
+        FormatError: A newer release wrote it.
+    """
+    try:
+        body = strict_json(data, allow_floats=True)
+        form = body.pop("format")
+        if type(form) is int and form != FORMAT:
+            raise FormatError(f"calibration has format {form}, this release reads 1")
+        measured = tuple(map(parse_measured, body.pop("measured")))
+        found = Calibration(**body, measured=measured)
+        if data != calibration_to_bytes(found) or not _is_sound(found, fingerprint):
+            raise ValueError("it is not as it was written")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(
+            f"calibration {fingerprint[:12]} cannot be read: {error}",
+            hint="`kvstore calibrate` makes it anew",
+        ) from error
+    return found
+
+
+def parse_measured(value: JSON) -> Measured:
+    """Return what was measured of a codec, from JSON.
+
+    Raises:
+        ValueError: It is not that.
+    """
+    found = Measured(**value)
+    numbers = (found.bits, found.kl, found.kl_error, found.same_choice)
+    if not isinstance(found.codec, str) or not _NAME.fullmatch(found.codec):
+        raise ValueError("a codec has no name")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("what was measured is no number")
+    return found
+
+
+def _is_sound(found: Calibration, fingerprint: str) -> bool:
+    basis: Any = found.basis
+    is_basis = basis is None or (isinstance(basis, str) and _DIGEST.fullmatch(basis))
+    types = isinstance(found.model, str) and type(found.num_contexts) is int
+    return bool(found.fingerprint == fingerprint and is_basis and types)

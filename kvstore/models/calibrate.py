@@ -1,0 +1,328 @@
+"""A model's basis, and what codecs do to what it says: by feeding it texts.
+
+A basis is fitted to the rows of many contexts, and to gradients: what the model says
+behind each context is drawn from itself, and how its log-probability changes with each
+row tells what an error in that row does. Codecs are then measured in a store of their
+own, on contexts that the basis has not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from ..caches import live as caches
+from ..caches.layout import Group, group_layers
+from ..caches.stored import rows_of
+from ..codecs.fitting import GroupFit, Sample, finish_basis
+from ..errors import KVStoreError, UnsupportedCacheError
+from ..fingerprint import Fingerprint
+from ..format.block import Progress
+from ..format.calibration import Calibration, Measured
+from ..ops.calibrate import coverable, start_fit
+from ..storage.bases import (
+    add_basis,
+    read_basis,
+    read_basis_bytes,
+    read_calibration,
+    write_calibration,
+)
+from ..storage.folder import create_folder, open_folder
+from ..store import Store
+from .corpus import Stretches
+from .load import LoadedModel
+from .session import prefill, usual_step_size
+
+PREFIX = 1024
+FOLLOWING = 256
+CONTEXT = PREFIX + FOLLOWING
+"""Tokens of a context: those whose rows are coded, and those that follow."""
+NUM_LEARNED = 4
+"""Contexts that are learned from for each that is measured with."""
+TURBO = ("turbo8+zstd", "turbo5v3+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
+
+
+def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -> bytes:
+    """Return a basis that is fitted to a model.
+
+    Args:
+        model: From ``mlx_lm.load``.
+        contexts: Each of ``CONTEXT`` tokens.
+        label: What the model is called.
+        progress: Called with (contexts read, contexts in all).
+
+    Raises:
+        UnsupportedCacheError: None of its layers can be coded in a basis.
+    """
+    fits: list[GroupFit] = []
+    for number, tokens in enumerate(contexts):
+        progress(number, len(contexts))
+        prompt_cache = _read(model, tokens[:PREFIX])
+        groups = _groups(prompt_cache)
+        samples = _samples(model, prompt_cache, groups, tokens[PREFIX:], seed=number)
+        if not fits:
+            pairs = zip(groups, samples, strict=True)
+            fits = [start_fit(group, [sample]) for group, sample in pairs]
+        for fit, sample in zip(fits, samples, strict=True):
+            fit.add(sample)
+    progress(len(contexts), len(contexts))
+    return finish_basis(
+        fits, {"made_from": "gradients", "contexts": len(contexts), "model": label}
+    )
+
+
+def calibrate_model(
+    loaded: LoadedModel,
+    store: Store,
+    contexts: Stretches,
+    *,
+    measure_only: bool = False,
+    bar: Callable[[str], Progress],
+) -> Calibration:
+    """Fit a basis to a model, measure its codecs, and keep both in a store.
+
+    Args:
+        loaded: The model; of a draft model nothing is measured.
+        store: Where they are kept.
+        contexts: Each of ``CONTEXT`` tokens; every fifth is measured with.
+        measure_only: Measure with the basis that there is, or with none.
+        bar: Returns the progress callback of what is named.
+
+    Raises:
+        KVStoreError: There are too few contexts.
+        UnsupportedCacheError: None of the model's layers can be coded in a basis.
+    """
+    left_out = contexts[NUM_LEARNED :: NUM_LEARNED + 1] or contexts[-1:]
+    learned = [tokens for tokens in contexts if tokens not in left_out]
+    if not left_out or not (learned or measure_only):
+        raise KVStoreError(
+            f"the texts are too short: {CONTEXT:,} tokens are needed twice",
+            hint="give more with `--text`",
+        )
+    model, label = loaded.model, loaded.fingerprint.label
+    folder = open_folder(store.path)
+    old = read_calibration(folder, loaded.fingerprint.digest)
+    basis = old.basis if old else None
+    if not measure_only:
+        basis = add_basis(folder, fit_model(model, learned, label, bar("fit")))
+    bases = [read_basis_bytes(folder, basis)] if basis else []
+    rates = read_basis(folder, basis).steps if basis else []
+    codecs = [*(f"fit{rate}@{basis}+zstd" for rate in rates), *TURBO]
+    measured = measure(model, left_out, codecs, bases, bar("measure"))
+    found = Calibration(
+        loaded.fingerprint.digest, label, basis, len(left_out), tuple(measured)
+    )
+    write_calibration(folder, found)
+    return found
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one codec did, context by context."""
+
+    bits: list[float]
+    kl: list[float]
+    same: list[float]
+
+
+def measure(
+    model: Any,
+    contexts: Stretches,
+    codecs: Sequence[str],
+    bases: Sequence[bytes],
+    progress: Progress,
+) -> list[Measured]:
+    """Return what codecs do to what a model says next.
+
+    Args:
+        model: From ``mlx_lm.load``.
+        contexts: Each of ``CONTEXT`` tokens.
+        codecs: Their names.
+        bases: Those that the names name.
+        progress: Called with (steps done, steps in all).
+    """
+    tallies = {codec: _Tally([], [], []) for codec in codecs}
+    total = len(contexts) * (1 + len(codecs))
+    progress(0, total)
+    for number, tokens in enumerate(contexts):
+        prefix, following = tokens[:PREFIX], tokens[PREFIX:]
+        with tempfile.TemporaryDirectory(prefix="kvstore-") as temporary:
+            stores = _Stores(Path(temporary), bases)
+            prompt_cache = _read(model, prefix)
+            count = _count_numbers(prompt_cache)
+            for codec, tally in tallies.items():
+                tally.bits.append(stores.save(codec, prefix, prompt_cache) * 8 / count)
+            exact = log_probabilities(model, prompt_cache, following)
+            progress(number * (1 + len(codecs)) + 1, total)
+            for done, (codec, tally) in enumerate(tallies.items(), 2):
+                found = log_probabilities(model, stores.load(codec), following)
+                kl, same = compare(exact, found)
+                tally.kl.append(float(kl.mean()))
+                tally.same.append(float(same.mean()))
+                progress(number * (1 + len(codecs)) + done, total)
+    return [_sum_up(codec, tally) for codec, tally in tallies.items()]
+
+
+def log_probabilities(
+    model: Any, prompt_cache: list[Any], tokens: Sequence[int]
+) -> mx.array:
+    """Return those of all tokens behind each of some, ``(T, V)``."""
+    logits = model(mx.array([list(tokens)]), cache=prompt_cache)[0].astype(mx.float32)
+    found: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(found)
+    return found
+
+
+def compare(exact: mx.array, found: mx.array) -> tuple[Any, Any]:
+    """Return KL divergence, and whether the first choice is the same, by token."""
+    kl = (mx.exp(exact) * (exact - found)).sum(axis=-1)
+    same = exact.argmax(axis=-1) == found.argmax(axis=-1)
+    return np.asarray(kl, np.float64), np.asarray(same)
+
+
+class _Stores:
+    """A store for each codec, of one prompt."""
+
+    def __init__(self, folder: Path, bases: Sequence[bytes]) -> None:
+        self._folder, self._bases = folder, bases
+        self._model = Fingerprint({"weights": "measured"}, "measured")
+
+    def save(
+        self, codec: str, tokens: Sequence[int], prompt_cache: Sequence[Any]
+    ) -> int:
+        """Save a prompt, and return the bytes of its blocks."""
+        path = self._path(codec)
+        made = create_folder(path)
+        for basis in self._bases:
+            add_basis(made, basis)
+        with Store(path, codec) as store:
+            return store.save(tokens, prompt_cache, self._model, name="it").nbytes
+
+    def load(self, codec: str) -> list[Any]:
+        """Return what was saved."""
+        with Store(self._path(codec), create=False) as store:
+            return store.load_entry("it", self._model)[0]
+
+    def _path(self, codec: str) -> Path:
+        return self._folder / codec.replace("+", "-")
+
+
+def _sum_up(codec: str, tally: _Tally) -> Measured:
+    error = np.std(tally.kl, ddof=1) / len(tally.kl) ** 0.5 if tally.kl[1:] else 0.0
+    return Measured(
+        codec,
+        float(np.mean(tally.bits)),
+        max(0.0, float(np.mean(tally.kl))),
+        float(error),
+        float(np.mean(tally.same)),
+    )
+
+
+def _read(model: Any, tokens: Sequence[int]) -> list[Any]:
+    """Return the prompt cache of some tokens."""
+    prompt_cache: list[Any] = make_prompt_cache(model)
+    step = usual_step_size()
+    return prefill(model, tokens, prompt_cache, prefill_step_size=step)
+
+
+def _count_numbers(prompt_cache: Sequence[Any]) -> int:
+    held = caches.hold(prompt_cache)
+    return sum(array.size for arrays in held for array, _ in arrays.values())
+
+
+def _groups(prompt_cache: Sequence[Any]) -> list[Group]:
+    """Return the layers that a basis can cover."""
+    layout = caches.read_layout(prompt_cache, PREFIX)
+    groups = coverable(group_layers(layout))
+    if not groups or any(caches.is_list(cache) for cache in prompt_cache):
+        raise UnsupportedCacheError(
+            "none of this model's layers can be coded in a basis",
+            hint="`turbo4+zstd` is what its blocks are stored with",
+        )
+    return groups
+
+
+def _samples(
+    model: Any,
+    prompt_cache: list[Any],
+    groups: Sequence[Group],
+    following: Sequence[int],
+    seed: int,
+) -> list[Sample]:
+    """Return the rows of each group, and their gradients."""
+    layers = [layer for group in groups for layer in group.layers]
+    held = caches.hold(prompt_cache)
+    gradients = dict(
+        zip(layers, _gradients(model, prompt_cache, layers, following, seed),
+            strict=True)
+    )  # fmt: skip
+    found = []
+    for group in groups:
+        pair = [rows_of(group, side, 0, PREFIX) for side in ("k", "v")]
+        halves = [caches.split(held, group, rows.side, rows) for rows in pair]
+        gradient = np.stack([gradients[layer] for layer in group.layers])
+        x = np.concatenate(halves, axis=1)
+        found.append(Sample(0, pair[0].dtype, x, gradient))
+    return found
+
+
+class _Joining(KVCache):
+    """A cache that joins rows, so that gradients reach them."""
+
+    def __init__(self, keys: mx.array, values: mx.array) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values, self.offset = keys, values, keys.shape[2]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Put rows behind those that there are."""
+        pairs = ((self.keys, keys), (self.values, values))
+        self.keys, self.values = (_joined(*pair) for pair in pairs)
+        self.offset += keys.shape[2]
+        return self.keys, self.values
+
+
+def _joined(*rows: Any) -> mx.array:
+    return mx.concatenate(list(rows), axis=2)
+
+
+def _gradients(
+    model: Any,
+    prompt_cache: list[Any],
+    layers: Sequence[int],
+    following: Sequence[int],
+    seed: int,
+) -> list[Any]:
+    """Return, of each layer, how what is said depends on its rows, ``(2 H, T, D)``.
+
+    That is the gradient of the log-probability of tokens that the model itself draws,
+    each behind what was really said.
+    """
+    rows = [
+        tuple(x[..., :PREFIX, :] for x in prompt_cache[layer].keys_and_values())
+        for layer in layers
+    ]
+
+    def said(rows: list[tuple[mx.array, mx.array]]) -> mx.array:
+        used: list[Any] = [
+            None if layer in layers else copy.deepcopy(cache)
+            for layer, cache in enumerate(prompt_cache)
+        ]
+        for layer, (keys, values) in zip(layers, rows, strict=True):
+            used[layer] = _Joining(keys, values)
+        logits = model(mx.array([list(following)]), cache=used)[0].astype(mx.float32)
+        drawn = mx.random.categorical(mx.stop_gradient(logits), key=mx.random.key(seed))
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.take_along_axis(logprobs, drawn[:, None], axis=-1).sum()
+
+    found = mx.grad(said)(rows)
+    wide = [mx.concatenate(pair, axis=1)[0].astype(mx.float32) for pair in found]
+    mx.eval(wide)
+    return [np.array(x) for x in wide]

@@ -1,0 +1,145 @@
+"""Texts to calibrate a model with: what Python and the system bring, of many kinds.
+
+No licence, no Perl manual and no release notes of Rust are among them: those are for
+reports (`tools/quality.py`), which must not be on texts that a basis has seen.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import inspect
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_MODULES = ("statistics", "shutil", "textwrap", "random", "subprocess", "pathlib")
+_CODE = ("argparse", "tarfile", "typing", "_pydecimal", "turtle", "http.server")
+_MANUALS = Path("/usr/share/man")
+_LANGUAGES = ("de", "fr", "ja", "es", "ru", "zh_CN", "pt_BR", "it", "ko", "pl")
+_MAX_LETTERS = 60_000
+"""Of one text; a kind has several."""
+Stretches = list[list[int]]
+
+
+def usual_contexts(tokenizer: Any, count: int, length: int) -> Stretches:
+    """Return stretches of the usual texts, of all kinds in turn.
+
+    Args:
+        tokenizer: The model's.
+        count: How many; fewer where there are not enough texts.
+        length: Tokens of each.
+    """
+    kinds = [
+        cut([tokenizer.encode(text) for text in texts], length)
+        for texts in _usual_texts(tokenizer)
+    ]
+    return _in_turn(kinds, count)
+
+
+def given_contexts(
+    tokenizer: Any, texts: Sequence[str], count: int, length: int
+) -> Stretches:
+    """Return stretches of texts, of all in turn."""
+    kinds = [cut([tokenizer.encode(text)], length) for text in texts]
+    return _in_turn(kinds, count)
+
+
+def cut(texts: Sequence[list[int]], length: int) -> Iterator[list[int]]:
+    """Yield stretches of texts, which share no token: the middle ones first."""
+    waiting: list[tuple[float, int, list[int]]] = []
+    for tokens in texts:
+        number = len(tokens) // length
+        for i in range(number):
+            begin = (len(tokens) - length) * i // max(1, number - 1)
+            # Of every text one, before any has a second.
+            order = abs(i - (number - 1) / 2)
+            waiting.append((order, len(waiting), tokens[begin : begin + length]))
+    yield from (tokens for _, _, tokens in sorted(waiting))
+
+
+def _in_turn(kinds: list[Iterator[list[int]]], count: int) -> Stretches:
+    found: Stretches = []
+    while kinds and len(found) < count:
+        for kind in list(kinds):
+            tokens = next(kind, None)
+            if tokens is None:
+                kinds.remove(kind)
+            elif len(found) < count:
+                found.append(tokens)
+    return found
+
+
+def _usual_texts(tokenizer: Any) -> Iterator[list[str]]:
+    """Yield the texts of each kind."""
+    from pydoc_data.topics import topics
+
+    manual = "\n\n".join(topics[name] for name in sorted(topics))
+    yield [manual[i : i + _MAX_LETTERS] for i in range(0, len(manual), _MAX_LETTERS)]
+    yield [inspect.getsource(importlib.import_module(name)) for name in _CODE]
+    yield list(_manual_pages(_MANUALS / "man1", 8))
+    yield [_chat(tokenizer)]
+    yield [page for name in _LANGUAGES for page in _manual_pages(_MANUALS / name, 1)]
+    yield ["\n\n".join(_read_mes())]
+    yield [json.dumps(list(_tools()), indent=1)]
+
+
+def _functions() -> Iterator[tuple[str, Any, str]]:
+    """Yield functions of the standard library: name, itself, what it says of itself."""
+    for module in _MODULES:
+        for name, value in inspect.getmembers(importlib.import_module(module)):
+            said = inspect.getdoc(value)
+            is_own = getattr(value, "__module__", "") == module
+            if said and is_own and callable(value) and not name.startswith("_"):
+                yield f"{module}.{name}", value, said
+
+
+def _chat(tokenizer: Any) -> str:
+    """Return a long conversation, as the model's template renders it."""
+    turns = []
+    for name, _, said in _functions():
+        turns.append({"role": "user", "content": f"What does `{name}` do in Python?"})
+        turns.append({"role": "assistant", "content": textwrap.dedent(said)})
+    if getattr(tokenizer, "chat_template", None):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def _tools() -> Iterator[dict[str, Any]]:
+    """Yield functions of the standard library as agents are given tools."""
+    for name, value, said in _functions():
+        try:
+            parameters = list(inspect.signature(value).parameters)
+        except (TypeError, ValueError):
+            continue
+        properties = {each: {"type": "string"} for each in parameters}
+        schema = {"type": "object", "properties": properties, "required": parameters}
+        function = {"name": name, "description": said[:300], "parameters": schema}
+        yield {"type": "function", "function": function}
+
+
+def _read_mes() -> Iterator[str]:
+    """Yield what installed packages say of themselves, in Markdown as a rule."""
+    for distribution in metadata.distributions():
+        described: Any = distribution.metadata["Description"]
+        if isinstance(described, str) and len(described) > 2000:
+            yield described[: _MAX_LETTERS // 8]
+
+
+def _manual_pages(folder: Path, count: int) -> Iterator[str]:
+    """Yield the largest manual pages under a folder, without their markup."""
+    paths = {
+        path.resolve()
+        for path in folder.glob("**/*.[1-8]*")
+        if path.is_file() and "perl" not in path.name
+    }
+    for path in sorted(paths, key=lambda path: path.stat().st_size)[-count:]:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        text = data.decode(errors="replace")[:_MAX_LETTERS]
+        text = re.sub(r"^[.'].?\"?\w* ?", "", text, flags=re.MULTILINE)
+        yield re.sub(r"\\f.|\\\(..|\\[-&,/]", "", text)

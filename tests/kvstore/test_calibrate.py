@@ -1,0 +1,184 @@
+"""Calibration: a basis from rows or from a model, what is measured, what it is for."""
+
+from dataclasses import replace
+
+import kit
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import kvstore
+from kvstore.cli import cli
+from kvstore.cli.calibrate import format_calibration
+from kvstore.codecs import fitting
+from kvstore.errors import IntegrityError
+from kvstore.format.calibration import (
+    Calibration,
+    Measured,
+    calibration_to_bytes,
+    parse_calibration,
+)
+from kvstore.models import calibrate, corpus
+from kvstore.storage.bases import list_bases, read_calibration
+from kvstore.storage.folder import open_folder
+
+architectures = kit.load_beside("architectures")
+fitted = kit.load_beside("test_fit_store")
+DIGEST = "ab" * 32
+FOUND = Calibration(
+    "cd" * 32,
+    "model",
+    DIGEST,
+    4,
+    (
+        Measured(f"fit1@{DIGEST}+zstd", 1.1, 0.006, 0.001, 0.95),
+        Measured(f"fit2@{DIGEST}+zstd", 2.1, 0.0009, 0.0001, 0.98),
+        Measured("turbo4+zstd", 4.2, 0.004, 0.0005, 0.97),
+    ),
+)
+
+
+def test_a_quality_is_the_smallest_codec_that_meets_it():
+    """Where none does, nothing is lost; where nothing was measured, it is as usual."""
+    assert f"fit2@{DIGEST}+zstd" == FOUND.choose("high")
+    assert f"fit2@{DIGEST}+zstd" == FOUND.choose("balanced")
+    assert f"fit1@{DIGEST}+zstd" == FOUND.choose("small")
+    assert "planes+zstd" == FOUND.choose("exact")
+    assert "planes+zstd" == replace(FOUND, measured=FOUND.measured[2:]).choose("high")
+    assert "turbo4+zstd" == replace(FOUND, measured=()).choose("balanced")
+
+
+def test_a_calibration_comes_back():
+    """What is read is what was written; what was changed or is another's is refused."""
+    data = calibration_to_bytes(FOUND)
+    assert FOUND == parse_calibration(data, FOUND.fingerprint)
+    for wrong in (data + b" ", data.replace(b"0.006", b'"x"'), b"{}", b"[]", b""):
+        with pytest.raises(IntegrityError):
+            parse_calibration(wrong, FOUND.fingerprint)
+    with pytest.raises(IntegrityError):
+        parse_calibration(data, "ef" * 32)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Return a store with rows of one model, stored without loss."""
+    monkeypatch.setattr(fitting, "RATES", ("3",))
+    with kvstore.Store(tmp_path / "store", "planes+zstd") as store:
+        for seed in range(4):
+            tokens = [(seed + 1) * 1000 + i for i in range(600)]
+            store.save(tokens, fitted.fitted_cache(600, seed), fitted.MODEL)
+        yield store
+
+
+def test_a_basis_is_made_of_what_is_stored(saved):
+    """It needs no model, and codes its rows in few bits."""
+    found = saved.calibrate()
+    assert fitted.MODEL.digest == found.fingerprint
+    assert [found.basis] == list_bases(open_folder(saved.path))
+    assert found == read_calibration(open_folder(saved.path), fitted.MODEL.digest)
+    with kvstore.Store(saved.path, f"fit3@{found.basis}+zstd") as store:
+        cache = fitted.fitted_cache(600, 9)
+        entry = store.save(fitted.TOKENS, cache, fitted.MODEL)
+        assert entry.nbytes * 8 < 13 * 600 * 2 * fitted.LAYERS * 2 * 16
+        loaded, _ = store.load([*fitted.TOKENS, 7], fitted.MODEL)
+    error = fitted.relative_error(fitted.rows_of(cache), fitted.rows_of(loaded))
+    assert error < 0.05
+
+
+def test_the_verb_makes_a_basis_of_what_is_stored(saved):
+    """It names the basis; measuring or reading texts needs a model."""
+    runner = CliRunner()
+    options = ["--store", str(saved.path), "calibrate", "--from-store"]
+    done = runner.invoke(cli, [*options, "-q"])
+    assert 0 == done.exit_code, done.output
+    assert list_bases(open_folder(saved.path)) == done.stdout.split()
+    assert 2 == runner.invoke(cli, [*options, "--measure-only"]).exit_code
+
+
+def test_what_is_measured_is_shown():
+    """Each codec has a line, and each quality says what it means."""
+    text = format_calibration(FOUND)
+    assert "turbo4  4.20  0.00400  0.00050" in text
+    assert f"balanced: fit2@{DIGEST[:12]}+zstd" in text
+
+
+def test_what_was_coded_is_not_learned_from(tmp_path):
+    """Lossy rows, too few rows and several models' make no basis."""
+    with kvstore.Store(tmp_path / "store") as store:
+        for seed in range(5):
+            tokens = [seed * 1000 + i for i in range(512)]
+            store.save(tokens, fitted.fitted_cache(512, seed), fitted.MODEL)
+        with pytest.raises(kvstore.KVStoreError, match="without loss"):
+            store.calibrate()
+    with kvstore.Store(tmp_path / "two", "planes") as store:
+        for name in ("one", "two"):
+            model = kvstore.Fingerprint({"weights": name}, name)
+            store.save(fitted.TOKENS, fitted.fitted_cache(600), model)
+        with pytest.raises(kvstore.KVStoreError, match="several models"):
+            store.calibrate()
+    assert [] == list_bases(open_folder(tmp_path / "store"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make contexts short."""
+    monkeypatch.setattr(calibrate, "PREFIX", 256)
+    monkeypatch.setattr(calibrate, "CONTEXT", 272)
+    monkeypatch.setattr(calibrate, "TURBO", ("turbo4",))
+    monkeypatch.setattr(fitting, "RATES", ("2", "4"))
+
+
+def test_gradients_say_what_an_error_does(small):
+    """They are what the log-probability of drawn tokens changes by."""
+    model = architectures.make_model("llama")
+    tokens = np.random.default_rng(1).integers(3, 60, 272).tolist()
+    prompt_cache = calibrate._read(model, tokens[:256])
+    groups = calibrate._groups(prompt_cache)
+    (sample,) = calibrate._samples(model, prompt_cache, groups, tokens[256:], seed=1)
+    assert sample.gradient.shape == sample.x.shape
+    assert np.isfinite(sample.gradient).all()
+    assert (np.abs(sample.gradient).max(axis=(1, 2, 3)) > 0).all()
+
+
+def test_a_model_is_calibrated(small, tmp_path):
+    """The basis lies in the store, and every codec was measured."""
+    model = architectures.make_model("llama")
+    loaded = kit.LoadedModel(model, None, fitted.MODEL)
+    random = np.random.default_rng(1)
+    contexts = random.integers(3, 60, (6, 272)).tolist()
+    with kvstore.Store(tmp_path / "store") as store:
+        found = calibrate.calibrate_model(
+            loaded, store, contexts, bar=lambda what: lambda done, total: None
+        )
+    names = [one.codec.partition("@")[0] for one in found.measured]
+    assert ["fit2", "fit4", "turbo4"] == names
+    assert found.measured[0].kl > found.measured[1].kl >= 0
+    assert [found.basis] == list_bases(open_folder(tmp_path / "store"))
+    assert found == read_calibration(
+        open_folder(tmp_path / "store"), fitted.MODEL.digest
+    )
+
+
+class Words:
+    """A tokenizer of letters."""
+
+    chat_template = None
+
+    def encode(self, text):
+        """Return a token for each letter."""
+        return list(text.encode())
+
+
+def test_stretches_share_no_token():
+    """Of each text the same number comes, none twice."""
+    texts = [list(range(100)), list(range(1000, 1035))]
+    found = list(corpus.cut(texts, 10))
+    assert 13 == len(found)
+    assert 130 == len({token for stretch in found for token in stretch})
+
+
+def test_usual_texts_are_of_many_kinds():
+    """There is enough of them on any machine."""
+    found = corpus.usual_contexts(Words(), 40, 1280)
+    assert 40 == len(found)
+    assert 40 == len(set(map(tuple, found)))
