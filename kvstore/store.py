@@ -740,7 +740,7 @@ class Store:
         Raises:
             EntryNotFoundError: There is none.
         """
-        return self._catalog.remove(ref)
+        return self._blocks.run(lambda: self._catalog.remove(ref))
 
     def traces_of(self, ref: str) -> Traces:
         """Return by what an entry would be known in any file, for :meth:`purge`.
@@ -786,7 +786,7 @@ class Store:
             EntryExistsError: The name is taken.
             ValueError: The name could not be typed.
         """
-        return self._catalog.rename(ref, name)
+        return self._blocks.run(lambda: self._catalog.rename(ref, name))
 
     def adopt(self, ref: str, fingerprint: Fingerprint) -> Entry:
         """Take an entry over for another model, for which the caller vouches.
@@ -819,7 +819,7 @@ class Store:
         Raises:
             EntryNotFoundError: There is none.
         """
-        return self._catalog.pin(ref, pinned=pinned)
+        return self._blocks.run(lambda: self._catalog.pin(ref, pinned=pinned))
 
     def plan_prune(
         self,

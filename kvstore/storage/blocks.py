@@ -176,6 +176,7 @@ class BlockStore:
     def __init__(self, folder: StoreFolder) -> None:
         self.folder = folder
         self._opened: Index | None = None
+        self._is_running = False
         self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
 
     @property
@@ -217,7 +218,20 @@ class BlockStore:
             self._opened = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """Run ``work``; where the index turns out to be damaged, rebuild it first."""
+        """Run ``work``; where the index turns out to be damaged, rebuild it first.
+
+        Inside ``work``, another run leaves that to this one: rebuilding takes the
+        store's lock, which ``work`` may hold there.
+        """
+        if self._is_running:
+            return work()
+        self._is_running = True
+        try:
+            return self._run(work)
+        finally:
+            self._is_running = False
+
+    def _run(self, work: Callable[[], T]) -> T:
         index = self._opened
         # Another process may have put a new one in its place.
         is_file = index is not None and not index.is_temporary

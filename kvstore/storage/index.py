@@ -714,6 +714,12 @@ class Index:
             ) from error
         except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
             number = self._disk_error() or errno.EACCES
+            places = (self.path, self.path.parent)
+            is_writable = all(os.access(place, os.W_OK) for place in places)
+            is_refused = isinstance(error, apsw.ReadOnlyError)
+            if is_refused and is_writable and number == errno.EACCES:
+                # A flipped bit in its header makes SQLite take it for read-only.
+                raise self._damaged(str(error)) from error
             raise OSError(number, str(error), str(self.path)) from error
         except apsw.IOError as error:
             number = self._disk_error() or errno.EIO
