@@ -73,16 +73,13 @@ def read_shard(path):
     return blocks
 
 
-def rank(copy):
-    """Return what makes a copy of a block the better one (7.4)."""
-    return copy["extras"], copy["exact"], copy.get("bits", 0), copy["lossless"]
-
-
 def restore(store, entry):
     """Return tokens, and each layer's (H, T, D) by name, BF16 as float32 (7.4, 8)."""
     paths = store.glob("shards/??/*.safetensors")
     copies = [block for path in paths for block in read_shard(path)]
-    copies.sort(key=rank)
+    copies.sort(
+        key=lambda c: [c["extras"], c["exact"], c.get("bits", 0), c["lossless"]]
+    )
     best = {copy["hash"]: copy for copy in copies if copy["root"] == entry["root"]}
     chain, name, stop = [], entry["tip"], entry["num_tokens"]
     while stop > 0:

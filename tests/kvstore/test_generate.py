@@ -617,7 +617,7 @@ def test_a_window_takes_no_draft_model(loaded, store, drafts, monkeypatch):
     """Guesses cannot be taken back from a window, which mlx-lm would not tell."""
     monkeypatch.setattr(
         "kvstore.models.session.make_prompt_cache",
-        lambda model, _: [RotatingKVCache(512) for _ in model.layers],
+        lambda model, *_: [RotatingKVCache(512) for _ in model.layers],
     )
     with pytest.raises(kvstore.UnsupportedCacheError, match="layer 0 is a Rotating"):
         generate(loaded, store, PROMPT, draft_model=drafts["always right"])

@@ -144,7 +144,8 @@ def test_a_server_does_not_forget_the_mark(model, rotations, store_path, caches)
     mx.eval(model(mx.array([found.rest]), cache=found.prompt_cache))
     tier.insert_cache("m", PROMPT, found.prompt_cache)
     tier.close()
-    assert not tier.store.entries()
+    with kvstore.Store(store_path) as store:
+        assert not store.entries()
 
 
 def test_other_caches_and_tokens_are_refused(model, rotations):
