@@ -69,7 +69,7 @@ def read_shard(path):
         chained = sha256(bytes.fromhex(block["parent"]) + tokens).hexdigest()
         check(digest == block["digest"] and chained == block["hash"], "damaged block")
         block |= {"tensors": mine, "stop": block["start"] + len(block["tokens"])}
-        block |= {"root": root, "layout": about["layout"]}
+        block |= {"root": root, "layout": about["layout"], "bits": block.get("bits", 0)}
     return blocks
 
 
@@ -77,9 +77,7 @@ def restore(store, entry):
     """Return tokens, and each layer's (H, T, D) by name, BF16 as float32 (7.4, 8)."""
     paths = store.glob("shards/??/*.safetensors")
     copies = [block for path in paths for block in read_shard(path)]
-    copies.sort(
-        key=lambda c: [c["extras"], c["exact"], c.get("bits", 0), c["lossless"]]
-    )
+    copies.sort(key=lambda c: (c["extras"], c["exact"], c["bits"], c["lossless"]))
     best = {copy["hash"]: copy for copy in copies if copy["root"] == entry["root"]}
     chain, name, stop = [], entry["tip"], entry["num_tokens"]
     while stop > 0:
