@@ -256,11 +256,13 @@ class BlockStore:
             self.run(self.confirm)
             with suppress(IntegrityError):
                 return self.run(work)
-            try:
-                with self._nothing_freed():
-                    return self.run(work)
-            except IntegrityError:
-                raise error from None  # it says what was wrong, not what is missing now
+            with suppress(IntegrityError):
+                return self.run(lambda: self._run_locked(work))
+            raise error from None  # it says what was wrong, not what is missing now
+
+    def _run_locked(self, work: Callable[[], T]) -> T:
+        with self._nothing_freed():
+            return work()
 
     @contextmanager
     def _nothing_freed(self) -> Iterator[None]:

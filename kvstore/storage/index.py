@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -311,10 +312,30 @@ class Index:
             yield _to_place(rows[0][:6]), tip
 
     def all_blocks(self) -> dict[BlockHash, tuple[Place, BlockHash]]:
-        """Return where every block lies, and its parent."""
-        rows = self._select(_PLACE_AND_PARENT, (), (*_PLACE_KINDS, bytes))
+        """Return where every block lies, and its parent.
+
+        Of the table itself, as who looks for one block reads it. A join goes by an
+        index of the table, which may say otherwise where a bit has flipped.
+
+        Raises:
+            IndexDamagedError: The table is not in the order that a look goes by.
+        """
+        ids = self._select("SELECT id, name FROM shards", (), (int, str))
+        names: dict[int, str] = dict(ids)
+        query = (
+            "SELECT hash, shard, num_tokens, nbytes, quality, extras, parent"
+            " FROM blocks NOT INDEXED"
+        )
+        rows = self._select(query, (), (bytes, *(int,) * 5, bytes))
+        if any(left[0] >= right[0] for left, right in pairwise(rows)):
+            raise self._damaged("blocks are out of order")
         return {
-            BlockHash(row[0]): (_to_place(row[:6]), BlockHash(row[6])) for row in rows
+            BlockHash(block): (
+                _to_place((block, names[shard], *numbers)),
+                BlockHash(parent),
+            )
+            for block, shard, *numbers, parent in rows
+            if shard in names
         }
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:

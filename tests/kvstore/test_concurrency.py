@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import kvstore
+from kvstore.errors import IndexDamagedError
 from kvstore.storage import blocks as blocks_module
 from kvstore.storage.blocks import BlockStore, replace_index
 from kvstore.storage.index import index_identity
@@ -164,3 +165,22 @@ def test_a_shard_that_gets_a_needed_block_meanwhile_is_not_dropped(
     store.plan_prune(now=True).execute()
     index = store._blocks.index
     assert all(index.place(place.hash) is not None for place, _ in kept)
+
+
+def test_an_index_found_damaged_under_the_lock_is_rebuilt_without_it(
+    store, caches, monkeypatch
+):
+    """Rebuilding takes the lock that the third look holds."""
+    looks, chain = [], BlockStore.chain
+
+    def damaged_third(self, entry):
+        looks.append(entry)
+        if len(looks) < 3:
+            raise kvstore.IntegrityError("moved")
+        if len(looks) == 3:
+            raise IndexDamagedError("it lies", self.folder.index)
+        return chain(self, entry)
+
+    monkeypatch.setattr(BlockStore, "chain", damaged_third)
+    store.load_entry("one", caches.MODEL)
+    assert len(looks) == 4

@@ -387,3 +387,27 @@ def test_a_block_that_another_drops_between_two_queries_is_no_damage(index, path
     del index.place
     assert index.place_of(CHAIN[0]) is None
     other.close()
+
+
+def test_blocks_that_are_out_of_order_are_damage(index, path):
+    """A look by hash would miss what a look through all of them finds."""
+    fill(index)
+    assert len(index.all_blocks()) == len(CHAIN)
+    index.close()
+    first = min(block.hash for block in CHAIN)
+    path.write_bytes(path.read_bytes().replace(first, b"\xff" + first[1:]))
+    with pytest.raises(IndexDamagedError, match="out of order"):
+        Index(path).all_blocks()
+
+
+def test_all_blocks_are_read_where_one_is_looked_for(index):
+    """By the table: an index of it, which a join goes by, may say otherwise."""
+    fill(index)
+    seen = []
+    index._connection.exec_trace = lambda cursor, sql, _: seen.append(sql) or True
+    index.all_blocks()
+    index._connection.exec_trace = None
+    plans = [index._query(f"EXPLAIN QUERY PLAN {sql}") for sql in seen]
+    details = [detail for plan in plans for *_, detail in plan]
+    assert "SCAN blocks" in details
+    assert not any("blocks_by" in detail for detail in details)
