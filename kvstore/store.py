@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import operator
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .errors import ArgumentError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
-from .format.block import EXACT_BITS, BlockHash, Origin, Progress, StoredBlock
+from .format.block import (
+    EXACT_BITS,
+    BlockHash,
+    Origin,
+    Progress,
+    StoredBlock,
+    ignore_progress,
+)
+from .format.chain import as_tokens
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops import check
@@ -281,7 +288,7 @@ class Store:
                 name=name,
                 replace=replace,
                 title=title,
-                progress=progress or _ignore,
+                progress=progress or ignore_progress,
                 spared=spared,
             )
 
@@ -318,14 +325,16 @@ class Store:
         from .caches.snapshot import take_live
         from .ops.save import save_blocks
 
-        whole = self._make_chain(_as_tokens(tokens), prompt_cache, fingerprint)
+        whole = self._make_chain(as_tokens(tokens), prompt_cache, fingerprint)
         keeps_tail = checkpoint and whole.has_states
         chain = whole if keeps_tail else whole.without_tail(self._folder.block_size)
         if chain is None:
             return 0
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
-        self._blocks.run(lambda: save_blocks(self._blocks, self._codec, live, _ignore))
+        self._blocks.run(
+            lambda: save_blocks(self._blocks, self._codec, live, ignore_progress)
+        )
         return chain.num_tokens
 
     def load(
@@ -368,7 +377,7 @@ class Store:
         Raises:
             OSError: The disk fails; that is no damage.
         """
-        token_list = _as_tokens(tokens)
+        token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(
             token_list, fingerprint, bits, like, spans, from_codes=from_codes
@@ -380,7 +389,9 @@ class Store:
                 hit = self._loader().find(request)
                 if isinstance(hit, str) or not hit.num_tokens:
                     break
-                prompt_cache, hit = self._loader().restore(hit, progress or _ignore)
+                prompt_cache, hit = self._loader().restore(
+                    hit, progress or ignore_progress
+                )
                 # What `prune` moved meanwhile is found at its new place.
                 is_last = tries == _TRIES - 1 and _is_usable(request, hit)
                 if hit.reason != "damaged" or is_last:
@@ -421,7 +432,7 @@ class Store:
             self._check_fingerprint(entry, fingerprint)
             loader = self._loader()
             hit, tokens = loader.entry_hit(entry)
-            cache, hit = loader.restore(hit, progress or _ignore, strict=True)
+            cache, hit = loader.restore(hit, progress or ignore_progress, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
@@ -440,7 +451,7 @@ class Store:
         """Return what :meth:`load` would restore, and why not more."""
         from .ops.load import to_match
 
-        token_list = _as_tokens(tokens)
+        token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(token_list, fingerprint, bits, like, spans)
         hit = self._blocks.run(lambda: self._loader().find(request))
@@ -462,7 +473,7 @@ class Store:
         from .ops.explain import Explainer
         from .ops.load import to_match
 
-        token_list = _as_tokens(tokens)
+        token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(token_list, fingerprint, bits, like)
 
@@ -484,7 +495,7 @@ class Store:
         """
         from .ops.nearest import find_nearest
 
-        token_list, known = _as_tokens(tokens), self._catalog.all()
+        token_list, known = as_tokens(tokens), self._catalog.all()
         digest = fingerprint.digest
         return self._blocks.run(
             lambda: find_nearest(self._blocks, known, token_list, digest)
@@ -629,7 +640,9 @@ class Store:
         """
         from .ops.export_bundle import export_entry
 
-        return export_entry(self._blocks, self.entry(ref), file, progress or _ignore)
+        return export_entry(
+            self._blocks, self.entry(ref), file, progress or ignore_progress
+        )
 
     def import_bundle(
         self,
@@ -687,7 +700,7 @@ class Store:
             name,
             replace=replace,
             like=like,
-            progress=progress or _ignore,
+            progress=progress or ignore_progress,
         )
 
     def calibrate(
@@ -715,7 +728,7 @@ class Store:
         digest = fingerprint.digest if fingerprint else None
         data, model = self._blocks.run(
             lambda: fit_stored(
-                self._blocks, self.entries(), digest, progress or _ignore
+                self._blocks, self.entries(), digest, progress or ignore_progress
             )
         )
         basis = add_basis(self._folder, data)
@@ -931,7 +944,7 @@ class Store:
             read_data: Which part of the shards' bytes is read and checked too.
             progress: Called with (shards checked, shards in all).
         """
-        return check.verify(self._folder, read_data, progress or _ignore)
+        return check.verify(self._folder, read_data, progress or ignore_progress)
 
     def _origin(self, ref: str) -> Origin:
         """Return what made an entry."""
@@ -985,7 +998,7 @@ class Store:
     ) -> Snapshot:
         from .caches.snapshot import take_live
 
-        chain = self._make_chain(_as_tokens(tokens), prompt_cache, model)
+        chain = self._make_chain(as_tokens(tokens), prompt_cache, model)
         return take_live(chain, prompt_cache, chain.num_tokens, model.label)
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
@@ -1012,21 +1025,6 @@ class Store:
             self._notes.write(self._blocks.index)
 
 
-def _as_tokens(tokens: Sequence[int]) -> list[int]:
-    """Return tokens as integers of Python.
-
-    Raises:
-        ArgumentError: One is no integer.
-    """
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError as error:
-        raise ArgumentError(
-            f"tokens are integers, in a flat list: {error}",
-            hint="`tokenizer.encode(text)` returns them; of a batch, pass one row",
-        ) from error
-
-
 def _check_fingerprint_type(fingerprint: object) -> None:
     if not isinstance(fingerprint, Fingerprint):
         raise ArgumentError(
@@ -1048,7 +1046,3 @@ def _is_usable(request: Request, hit: Hit) -> bool:
     """Whether a hit that damage has cut short ends where a caller can go on."""
     end = last_end(request.tokens, hit.num_tokens, request.spans)
     return 0 < hit.num_tokens == end
-
-
-def _ignore(done: int, total: int) -> None:
-    """Report progress to nobody."""

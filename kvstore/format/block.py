@@ -15,6 +15,10 @@ Progress = Callable[[int, int], None]
 """Called with (done, total), like mlx-lm's ``prompt_progress_callback``."""
 
 
+def ignore_progress(done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
 EXACT_BITS = 255
 """Stands for the bits of rows that nothing lossy went into."""
 STATE_EXTRAS = 2**40

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator, Sequence
 from struct import error as struct_error
 from struct import pack
 from typing import Any
 
+from ..errors import ArgumentError
 from .block import Block, BlockHash, Origin
 from .documents import JSON, canonical_json
 
@@ -69,3 +71,18 @@ def common_run(left: Sequence[int], right: Sequence[int]) -> int:
     """Return how many leading tokens two sequences share."""
     length = min(len(left), len(right))
     return next((i for i in range(length) if left[i] != right[i]), length)
+
+
+def as_tokens(tokens: Sequence[int]) -> list[int]:
+    """Return tokens as integers of Python.
+
+    Raises:
+        ArgumentError: One is no integer.
+    """
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ArgumentError(
+            f"tokens are integers, in a flat list: {error}",
+            hint="`tokenizer.encode(text)` returns them; of a batch, pass one row",
+        ) from error

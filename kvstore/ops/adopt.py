@@ -6,7 +6,7 @@ entry says so for as long as it lives. Bytes are copied, never decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -16,12 +16,14 @@ from ..caches.snapshot import Chain
 from ..errors import FingerprintError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, EncodedBlock, Origin
-from ..format.chain import digest_fields, hash_root, split_tokens
+from ..format.chain import origin_root, split_tokens
 from ..format.entry import ADOPTED, MAX_LABEL, Entry
 from ..format.shard import as_written
 from ..storage import files
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
+from ..storage.folder import StoreFolder
+from ..storage.index import Place
 from ..storage.shards import staged_shard
 from .commit import commit, make_room, replaceable
 from .save import batches
@@ -44,10 +46,13 @@ def adopt_entry(
             f"`{entry.name or entry.id}` is of this model already",
             hint="nothing needs to be done",
         )
-    chain = _chain(blocks, entry, Origin(given.fields, origin.layout))
-    needed = chain.hashes.union(place.hash for place, _ in blocks.chain(entry))
+    held = blocks.chain(entry)
+    tokens = [token for _, block in held for token in block.block.tokens]
+    chain = _chain(tokens, Origin(given.fields, origin.layout), blocks.folder)
+    places = [place for place, _ in held]
+    needed = chain.hashes.union(place.hash for place in places)
     token_bytes = sum(group.token_bytes for group in group_layers(chain.layout))
-    for batch in batches(_copies(blocks, entry, chain)):
+    for batch in batches(_copies(blocks, places, origin_root(origin), chain)):
         with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
             make_room(blocks, staged.header.nbytes, lambda: needed)
             with blocks.index.transaction():
@@ -73,22 +78,20 @@ def adopt_entry(
     return adopted
 
 
-def _chain(blocks: BlockStore, entry: Entry, origin: Origin) -> Chain:
-    """Return the chain that an entry's tokens make for another model."""
-    tokens = [t for _, stored in blocks.chain(entry) for t in stored.block.tokens]
-    root = hash_root(digest_fields(origin.fingerprint), origin.layout)
-    split = tuple(split_tokens(root, tokens, blocks.folder.block_size))
+def _chain(tokens: Sequence[int], origin: Origin, folder: StoreFolder) -> Chain:
+    """Return the chain that tokens make for another model."""
+    root = origin_root(origin)
+    split = tuple(split_tokens(root, tokens, folder.block_size))
     return Chain(root, known_layout(origin.layout), origin, split)
 
 
-def _copies(blocks: BlockStore, entry: Entry, chain: Chain) -> Iterator[EncodedBlock]:
-    """Yield an entry's blocks as those of a chain, but what the store has of it."""
-    root = BlockHash(bytes.fromhex(entry.root))
-    number = 0
-    places = (place for place, _ in blocks.chain(entry))
+def _copies(
+    blocks: BlockStore, places: Sequence[Place], root: BlockHash, chain: Chain
+) -> Iterator[EncodedBlock]:
+    """Yield stored blocks as those of a chain, but what the store has of it."""
+    new = iter(chain.blocks)
     for shard, run in groupby(places, key=lambda place: place.shard):
         for stored, data in blocks.read(shard, list(run), root):
-            new = chain.blocks[number]
-            number += 1
-            if blocks.index.place_of(new) is None:
-                yield replace(as_written(stored, data), block=new)
+            block = next(new)
+            if blocks.index.place_of(block) is None:
+                yield replace(as_written(stored, data), block=block)

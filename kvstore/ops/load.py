@@ -12,7 +12,7 @@ from typing import Literal
 from ..caches import live as caches
 from ..caches.fit import Wanted, why_unfit
 from ..caches.kinds import holds_codes, known_layout
-from ..caches.layout import Layout, group_layers, has_only_rows
+from ..caches.layout import Group, Layout, group_layers, has_only_rows
 from ..caches.live import Provenance
 from ..caches.restore import Restoring, check_layout, start_restoring
 from ..caches.stored import is_restorable, open_piece, stored_pieces
@@ -186,11 +186,12 @@ class Loader:
         restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         codecs: Counter[str] = Counter()
-        own = own_codecs(self._folder)
+        own, groups = own_codecs(self._folder), group_layers(hit.layout)
 
         def decode(block: tuple[StoredBlock, memoryview]) -> StoredBlock:
-            _decode(*block, hit, own, restoring)
-            return block[0]
+            stored, data = block
+            _decode(stored, data, hit.num_tokens, groups, own, restoring)
+            return stored
 
         decoded = map_in_order(
             decode,
@@ -393,17 +394,22 @@ def _end_outside_units(
 
 
 def _decode(
-    stored: StoredBlock, data: memoryview, hit: Hit, own: CodecFamily, out: Restoring
+    stored: StoredBlock,
+    data: memoryview,
+    num_tokens: int,
+    groups: Sequence[Group],
+    own: CodecFamily,
+    out: Restoring,
 ) -> None:
     """Decode one block, layer by layer, into the buffers of the prompt cache."""
     block = stored.block
     whole = block.start + len(block.tokens)
     try:
-        for codec, piece in stored_pieces(stored, group_layers(hit.layout), own):
-            if piece.kind in ("state", "mark") and whole != hit.num_tokens:
+        for codec, piece in stored_pieces(stored, groups, own):
+            if piece.kind in ("state", "mark") and whole != num_tokens:
                 continue
             parts = open_piece(codec, piece, stored, data)
-            stop = min(whole, hit.num_tokens)
+            stop = min(whole, num_tokens)
             out.write(codec, parts, piece.group, piece.rows, stop)
     except (IntegrityError, CodecError) as error:
         name = block.hash.hex()

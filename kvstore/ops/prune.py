@@ -240,7 +240,8 @@ class Pruner:
         before = self._index.nbytes()
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)
-        survey = _Survey(self._folder, self._index, self._policy.needed)
+        if repacked:
+            survey = _Survey(self._folder, self._index, self._policy.needed)
         for name in repacked:
             kept = {place.hash for place in self._kept(name, survey, gone)}
             self._blocks.repack(name, kept)

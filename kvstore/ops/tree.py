@@ -40,7 +40,14 @@ class Tree:
 def last_uses(index: Index, entries: Sequence[Entry]) -> dict[str, float]:
     """Return when each entry was saved or last hit, the later of both, by its id."""
     uses = index.uses()
-    links = index.links() if uses else {}
+    return _last_uses(uses, index.links() if uses else {}, entries)
+
+
+def _last_uses(
+    uses: dict[BlockHash, float],
+    links: dict[BlockHash, Link],
+    entries: Sequence[Entry],
+) -> dict[str, float]:
     known: dict[BlockHash, float] = {}
     for entry in entries:
         for block in reversed(list(_walk(links, _tip(entry), known))):
@@ -59,7 +66,7 @@ def grow_tree(blocks: BlockStore, entries: Sequence[Entry]) -> Tree:
         is_counted = any(other.tip == entry.tip for other, _ in ends[end])
         ends[end].append((entry, 0 if is_counted else tail_bytes))
         order |= dict.fromkeys(reversed(list(_walk(links, end, order))))
-    used_at = last_uses(blocks.index, entries)
+    used_at = _last_uses(blocks.index.uses(), links, entries)
     return Tree(tuple(_grow(links, order, ends)), used_at)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
 from ..fingerprint import Fingerprint
-from ..format.block import Progress
+from ..format.block import Progress, ignore_progress
+from ..format.chain import as_tokens
 from ..format.entry import Entry, check_name
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
@@ -94,7 +95,7 @@ class Remotes:
             RemoteError: The remote fails; pushing again goes on from there.
         """
         entry, client = self._catalog.find(ref), self._client(remote)
-        return push_entry(self._blocks, entry, client, progress or ignore)
+        return push_entry(self._blocks, entry, client, progress or ignore_progress)
 
     def pull(
         self,
@@ -170,9 +171,7 @@ class Remotes:
         check_name(name)
         client = self._client(remote)
         errors: list[KVStoreError] = []
-        for found in find_prefixes(
-            client, [int(token) for token in tokens], fingerprint.digest
-        ):
+        for found in find_prefixes(client, as_tokens(tokens), fingerprint.digest):
             try:
                 return self._pull(client, found, name, replace, like, progress)
             except IntegrityError as error:
@@ -204,7 +203,7 @@ class Remotes:
             name,
             replace=replace,
             like=like,
-            progress=progress or ignore,
+            progress=progress or ignore_progress,
         )
 
 
@@ -213,7 +212,3 @@ def _warned(listing: Listing) -> list[Listed]:
     for error in listing.refused:
         log.warning("%s", error)
     return list(listing.found)
-
-
-def ignore(done: int, total: int) -> None:
-    """Report progress to nobody."""

@@ -103,12 +103,6 @@ def calibration_path(folder: StoreFolder, fingerprint: str) -> Path:
     return folder.bases / f"{fingerprint}.json"
 
 
-def list_calibrations(folder: StoreFolder) -> list[str]:
-    """Return the fingerprints of all models that were calibrated, sorted."""
-    stems = (path.stem for path in folder.bases.glob("*.json"))
-    return sorted(stem for stem in stems if _DIGEST.fullmatch(stem))
-
-
 def write_calibration(folder: StoreFolder, calibration: Calibration) -> None:
     """Keep a calibration in place of an earlier one of this model."""
     data = calibration_to_bytes(calibration)

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -118,18 +118,11 @@ def _build_index(folder: StoreFolder) -> None:
             files.publish(path, folder.index)
             # Shards that others told the old index of while this one was built. Who
             # still uses the old one is refused: see `Index.transaction`.
-            _add_late_shards(folder)
+            with closing(Index(folder.index)) as index:
+                index_folder(index, folder)
         finally:
             for suffix in ("-wal", "-shm"):
                 _beside(path, suffix).unlink(missing_ok=True)
-
-
-def _add_late_shards(folder: StoreFolder) -> None:
-    index = Index(folder.index)
-    try:
-        index_folder(index, folder)
-    finally:
-        index.close()
 
 
 def _temporary_index(folder: StoreFolder) -> Index:
