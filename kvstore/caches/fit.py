@@ -63,7 +63,9 @@ def shapes_of(prompt_cache: Sequence[Any]) -> list[Shapes]:
 
 
 def expect_rows(prompt_cache: Sequence[Any], find_shapes: FindShapes) -> None:
-    """Have empty caches, which may be of codes, say what a model fills them with.
+    """Note on empty caches what rows the model will fill them with.
+
+    They may be caches of codes, whose class does not tell.
 
     Args:
         prompt_cache: The caches.

@@ -57,14 +57,7 @@ def check_cache_path(path: Path, *, overwrite: bool = False) -> None:
             f"not a name for a safetensors file: `{path}`",
             hint="end it in `.safetensors`",
         )
-    if path.exists() and not overwrite:
-        raise KVStoreError(
-            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
-        )
-    if not path.parent.is_dir():
-        raise KVStoreError(
-            f"no such folder: `{path.parent}`", hint="make it, or choose another"
-        )
+    files.check_new(path, overwrite=overwrite)
 
 
 def write_prompt_cache(

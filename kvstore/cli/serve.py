@@ -138,7 +138,10 @@ def serve(
 
 
 def _shape_log(log_format: str) -> None:
-    """Have one line per request, unless more is asked for; mlx-lm logs by now."""
+    """Log one line per request, unless debugging was asked for.
+
+    Call it once mlx-lm has set up its logging.
+    """
     from ..server.watch import JSONFormatter, is_no_chatter
 
     root = logging.getLogger()

@@ -291,14 +291,7 @@ def _check_path(path: Path, overwrite: bool) -> None:
         raise KVStoreError(
             f"not a regular file: `{path}`", hint="choose another; `-o -` is stdout"
         )
-    if path.exists() and not overwrite:
-        raise KVStoreError(
-            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
-        )
-    if not path.parent.is_dir():
-        raise KVStoreError(
-            f"no such folder: `{path.parent}`", hint="make it, or choose another"
-        )
+    files.check_new(path, overwrite=overwrite)
 
 
 def _export_to_stdout(context: click.Context, output: Output, ref: str) -> None:

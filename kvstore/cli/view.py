@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..format.documents import JSON
+from ..storage import files
 from .housekeeping import stats_fields
 from .listing import Line, model_name, tree_lines
 from .main import Verb, open_store, output_of
@@ -47,18 +47,18 @@ def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
     own. It has names and titles of entries, so keep it as private as the store.
     """
     output = output_of(context)
-    text = render(open_store(context))
+    if path is not None:
+        files.check_new(path, overwrite=overwrite)
+    data = render(open_store(context)).encode()
     if path is None:
         number, name = tempfile.mkstemp(".html", "kvstore-")
         written = Path(name)
-        os.close(number)
-        written.write_text(text)
+        with open(number, "wb") as file:
+            file.write(data)
     else:
         written = path
-        # For its owner alone, as the store is.
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if overwrite else os.O_EXCL)
-        with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        with files.written_whole(path) as descriptor:
+            files.write_all(descriptor, data)
     output.result(str(written), {"path": str(written)}, [str(written)])
     if path is None and sys.stdout.isatty() and output.mode == "human":
         import webbrowser  # slow to import
@@ -74,11 +74,12 @@ def render(store: Store) -> str:
     nameless.sort(key=lambda entry: tree.used_at[entry.id])
     going = {entry.id for entry in nameless[:_NUM_NEXT]}
     by_age = sorted(entries, key=lambda entry: entry.created_at)
-    sizes = {line.entry.id: line.nbytes for line in tree_lines(tree) if line.entry}
+    lines = list(tree_lines(tree))
+    sizes = {line.entry.id: line.nbytes for line in lines if line.entry}
     data = {
         "path": str(store.path),
         "sums": stats_fields(store.stats()),
-        "lines": [_line_data(line, going) for line in tree_lines(tree)],
+        "lines": [_line_data(line, going) for line in lines],
         "growth": list(
             zip(
                 (entry.created_at for entry in by_age),

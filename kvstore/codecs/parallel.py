@@ -23,8 +23,8 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield what ``work`` returns for each item, in order.
 
-    What cannot be read raises behind the results before it. When this ends, no thread
-    works any more.
+    If an item cannot be read, its error is raised after the results of the items before
+    it. When the generator ends or is closed, all threads have ended.
 
     Args:
         work: Called in one of the threads; with one thread, in the caller's.

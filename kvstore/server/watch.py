@@ -124,8 +124,8 @@ def watch(
     def with_source(make: Any) -> Any:
         def made(handler: Any, *args: Any, **options: Any) -> Any:
             response = make(handler, *args, **options)
-            found = lookup()
-            if "usage" in response and found is not None:
+            # A streamed answer has it in its last part only.
+            if "usage" in response and (found := lookup()) is not None:
                 response["usage"]["kvstore"] = found.sums()
             return response
 

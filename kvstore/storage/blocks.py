@@ -213,8 +213,8 @@ class BlockStore:
     def run(self, work: Callable[[], T]) -> T:
         """Run ``work``; where the index turns out to be damaged, rebuild it first.
 
-        Inside ``work``, another run leaves that to this one: rebuilding takes the
-        store's lock, which ``work`` may hold there.
+        A run inside ``work`` does not rebuild: it passes the error on to this one.
+        Rebuilding takes the store's lock, which ``work`` may hold at that moment.
         """
         if self._is_running:
             return work()
@@ -241,7 +241,11 @@ class BlockStore:
         return work()
 
     def run_again(self, work: Callable[[], T]) -> T:
-        """Run ``work`` again where it met damage, in the end while nothing is freed."""
+        """Run ``work``, and twice more if it meets damage.
+
+        `prune` may move a block at each look. It cannot at the third, which holds the
+        lock that `prune` takes.
+        """
         try:
             return self.run(work)
         except IntegrityError as error:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import StoreLockedError
+from ..errors import KVStoreError, StoreLockedError
 
 CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -158,6 +158,22 @@ def _create_nameless(folder: Path) -> int | None:
         return os.open(folder, flags | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     except OSError:
         return None  # the file system has none; what else is wrong, a name will tell
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse a path that a user's file could not be written to.
+
+    Raises:
+        KVStoreError: There is a file, or no folder.
+    """
+    if path.exists() and not overwrite:
+        raise KVStoreError(
+            f"there is a file already: `{path}`", hint="`--overwrite` replaces it"
+        )
+    if not path.parent.is_dir():
+        raise KVStoreError(
+            f"no such folder: `{path.parent}`", hint="make it, or choose another"
+        )
 
 
 @contextmanager

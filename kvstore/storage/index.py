@@ -239,9 +239,9 @@ class Index:
         """Make all changes inside the block at once, or none of them.
 
         Raises:
-            IndexDamagedError: Another file has taken the place of this one: what is
-                written to it is lost. Rebuilding holds the store's lock, so that who
-                holds it too only meets this at the start.
+            IndexDamagedError: Another process has rebuilt the index, so that what is
+                written to this file is lost. A caller that holds the store's lock can
+                only meet this at the start, since rebuilding takes that lock.
         """
         with self._translated():
             self._connection.execute("BEGIN IMMEDIATE")
