@@ -320,14 +320,16 @@ class Index:
         Raises:
             IndexDamagedError: The table is not in the order that a look goes by.
         """
-        ids = self._select("SELECT id, name FROM shards", (), (int, str))
-        names: dict[int, str] = dict(ids)
+        query = "SELECT id, name, nbytes FROM shards NOT INDEXED"
+        shards = self._select(query, (), (int, str, int))
+        names: dict[int, str] = {number: name for number, name, _ in shards}
         query = (
             "SELECT hash, shard, num_tokens, nbytes, quality, extras, parent"
             " FROM blocks NOT INDEXED"
         )
         rows = self._select(query, (), (bytes, *(int,) * 5, bytes))
-        if any(left[0] >= right[0] for left, right in pairwise(rows)):
+        pairs = (*pairwise(shards), *pairwise(rows))
+        if any(left[0] >= right[0] for left, right in pairs):
             raise self._damaged("blocks are out of order")
         return {
             BlockHash(block): (
