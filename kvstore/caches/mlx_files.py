@@ -13,11 +13,13 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import FormatError, IntegrityError, KVStoreError, UnsupportedCacheError
+from ..format.block import EXACT_BITS
+from ..format.documents import canonical_json, is_count, strict_json
 from ..format.safetensors import MAX_HEADER_BYTES, parse_header
 from ..storage import files
 from . import live as caches
@@ -38,7 +40,11 @@ from .kinds.saved import (
     as_list,
 )
 from .layout import layout_to_json
+from .live import Provenance
 from .restore import memory_bytes
+
+# Where a file that we wrote says what its rows went through; mlx-lm ignores it.
+_PROVENANCE = "kvstore_provenance"
 
 
 def check_cache_path(path: Path, *, overwrite: bool = False) -> None:
@@ -65,7 +71,8 @@ def write_prompt_cache(
 ) -> int:
     """Write the file that ``mlx_lm.generate --prompt-cache-file`` reads.
 
-    It appears whole or not at all, and only its owner can read it.
+    It appears whole or not at all, and only its owner can read it. Of lossy rows it
+    says that they are, so that they are not taken for exact when they come back.
 
     Args:
         path: Where; the name ends in ``.safetensors``.
@@ -83,11 +90,15 @@ def write_prompt_cache(
     check_cache_path(path, overwrite=overwrite)
     from mlx_lm.models.cache import save_prompt_cache
 
+    readable = _readable(prompt_cache)
     metadata = {"model": model, "tokenizer_config": "{}"}
+    provenance = caches.read_provenance(readable)
+    if provenance != Provenance():
+        metadata[_PROVENANCE] = canonical_json(asdict(provenance)).decode()
     staged = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.safetensors")
     descriptor = files.create(staged)
     try:
-        save_prompt_cache(str(staged), _readable(prompt_cache), metadata)
+        save_prompt_cache(str(staged), readable, metadata)
         files.sync(descriptor)
         nbytes = os.fstat(descriptor).st_size
         files.publish(staged, path)
@@ -126,6 +137,8 @@ class CacheFile:
     caches: tuple[SavedCache, ...]
     # Where the arrays' bytes begin.
     data_begin: int
+    # What the file says that its rows went through.
+    provenance: Provenance
 
     @property
     def num_tokens(self) -> int:
@@ -160,6 +173,7 @@ class CacheFile:
             known_layout(layout_to_json(layout))  # what we could not read again
         except (ValueError, IntegrityError, UnsupportedCacheError) as error:
             raise _refusal(self.path, str(error)) from error
+        caches.set_provenance(prompt_cache, self.provenance)
         return prompt_cache
 
 
@@ -183,13 +197,30 @@ def open_cache_file(path: Path, like: Sequence[Any]) -> CacheFile:
                 name: Tensor(dtype, shape, offset)
                 for name, (dtype, shape, offset, _) in tensors.items()
             }
-            layouts, saved, model = _recognise(
+            layouts, saved, texts = _recognise(
                 leaves, metadata, like, FileArrays(file, begin)
             )
         _check_layers(saved, like)
+        provenance = _parse_provenance(texts.get(_PROVENANCE))
     except ValueError as error:
         raise _refusal(path, str(error)) from error
-    return CacheFile(path, layouts, model, saved, begin)
+    return CacheFile(path, layouts, texts.get("model"), saved, begin, provenance)
+
+
+def _parse_provenance(text: str | None) -> Provenance:
+    if text is None:
+        return Provenance()
+    fields = strict_json(text, allow_floats=False)
+    if not isinstance(fields, dict) or fields.keys() != asdict(Provenance()).keys():
+        raise ValueError(f"its `{_PROVENANCE}` has other fields")
+    provenance = Provenance(**fields)
+    if not (
+        is_count(provenance.coded_tokens)
+        and is_count(provenance.bits, EXACT_BITS + 1)
+        and isinstance(provenance.is_moved, bool)
+    ):
+        raise ValueError(f"its `{_PROVENANCE}` has values of other kinds")
+    return provenance
 
 
 def _refusal(path: Path, reason: str) -> FormatError:
@@ -227,8 +258,8 @@ def _recognise(
     metadata: Mapping[str, str],
     like: Sequence[Any],
     data: FileArrays,
-) -> tuple[tuple[str, ...], tuple[SavedCache, ...], str | None]:
-    """Return the possible layouts, the caches, and the model's name."""
+) -> tuple[tuple[str, ...], tuple[SavedCache, ...], Mapping[str, str]]:
+    """Return the possible layouts, the caches, and what its writer said of them."""
     groups: dict[str, dict[str, str]] = {"0": {}, "1": {}, "2": {}}
     for key, text in metadata.items():
         head, _, rest = key.partition(".")
@@ -241,10 +272,10 @@ def _recognise(
         scalars = _nest(groups["2"])[1:]
         states = _nest(_with_scalars(leaves, scalars, data))
         saved = [_of_0_32(*pair) for pair in _zip(_nest(groups["1"]), states)]
-        return (IN_0_32,), tuple(saved), groups["0"].get("model")
+        return (IN_0_32,), tuple(saved), groups["0"]
     names, infos = _nest(groups["2"]), _nest(groups["0"])
     layouts, older = _all_of_older(_zip(names, _nest(leaves), infos), like)
-    return layouts, older, groups["1"].get("model")
+    return layouts, older, groups["1"]
 
 
 def _all_of_older(

@@ -23,6 +23,7 @@ from mlx_lm.models.cache import (
 
 import kvstore
 from kvstore.caches.kinds.saved import FROM_0_28_1, IN_0_31, IN_0_32, TO_0_28_0
+from kvstore.caches.live import Provenance, read_provenance
 from kvstore.caches.mlx_files import open_cache_file
 from kvstore.errors import FingerprintError, FormatError, KVStoreError
 from kvstore.models.load import read_cache_file
@@ -492,6 +493,48 @@ def test_what_cache_prompt_wrote_is_found_again(cached, loaded, tiny_model, run_
     code, out, _ = run_cli("save", *options, "--json")
     # The last token is fed again, as always.
     assert json.loads(out)["num_restored_tokens"] == len(tokens) - 1
+
+
+def test_lossy_rows_are_no_exact_ones_when_they_come_back(
+    tiny_model, tmp_path, run_cli
+):
+    """What `load -o` wrote of lossy blocks is lossy in the store that imports it."""
+    path, prompt = tmp_path / "doc.safetensors", "a document " * 30
+    of_model = ("--model", tiny_model, "--prompt", prompt)
+    assert run_cli("save", *of_model, "--name", "doc", "--codec", "turbo3")[0] == 0
+    assert run_cli("load", "doc", "-o", path)[0] == 0
+    other = {"store": tmp_path / "other"}
+    words = ("import", path, *of_model, "--name", "x", "--codec", "turbo4")
+    assert run_cli(*words, **other)[0] == 0
+    blocks = json.loads(run_cli("inspect", "x", "--json", **other)[1])["blocks"]
+    assert len(blocks) == 2
+    # Not coded a second time, and not called exact.
+    assert [b["is_lossless"] for b in blocks] == [True, True]
+    assert [b["is_exact"] for b in blocks] == [False, False]
+
+
+@layouts
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "1", '{"bits":256,"coded_tokens":0,"is_moved":false}',
+             '{"bits":3,"coded_tokens":-1,"is_moved":false}',
+             '{"bits":3,"coded_tokens":1,"is_moved":0}'],
+)  # fmt: skip
+def test_a_provenance_that_is_none_is_refused(tmp_path, layout, text):
+    """A file that says of its rows what nobody can read is not taken for exact."""
+    prompt_cache, like = make("KVCache")
+    metadata = METADATA | {"kvstore_provenance": text}
+    refused(write(tmp_path / "x.safetensors", prompt_cache, layout, metadata), like)
+
+
+@layouts
+def test_the_provenance_in_a_file_is_kept(tmp_path, layout):
+    """It is read from the metadata of whichever release goes on with the file."""
+    prompt_cache, like = make("KVCache")
+    text = '{"bits":3,"coded_tokens":20,"is_moved":true}'
+    metadata = METADATA | {"kvstore_provenance": text}
+    path = write(tmp_path / "x.safetensors", prompt_cache, layout, metadata)
+    restored = open_cache_file(path, like).read()
+    assert read_provenance(restored) == Provenance(20, 3, is_moved=True)
 
 
 def test_a_file_that_is_refused_leaves_no_trace(tiny_model, tmp_path, run_cli, cached):
