@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -82,6 +83,20 @@ class ServeVerb(Verb):
     show_default=True,
     help="Log text, or a JSON object per line; one line per request either way.",
 )
+@click.option(
+    "--tenant-header",
+    metavar="NAME",
+    help="Keep clients apart by this header of their requests, `Authorization` or one"
+    " that a proxy sets: each finds only what it has asked itself. A request without it"
+    " is refused.",
+)
+@click.option(
+    "--shared",
+    metavar="ENTRY",
+    multiple=True,
+    help="With `--tenant-header`, an entry that all clients may find, as `save"
+    " --request` makes it of a system prompt.",
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
 def serve(
@@ -94,6 +109,8 @@ def serve(
     min_tokens: int,
     max_queue: int,
     log_format: str,
+    tenant_header: str | None,
+    shared: tuple[str, ...],
     args: tuple[str, ...],
 ) -> None:
     """Run `mlx_lm.server` with its prompt cache kept on disk.
@@ -108,8 +125,11 @@ def serve(
     codec = options.codec_of(codec, EXACT_BITS if exact else min_bits)
     if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
+    if shared and tenant_header is None:
+        raise click.UsageError("`--shared` needs `--tenant-header`")
     from ..server.app import serve as run
     from ..server.prompt_cache import DiskPromptCache
+    from ..server.tenants import Tenancy, TenantPromptCache
 
     def make_cache(
         describe: Callable[[Any], ServedModel], max_in_memory: int
@@ -119,9 +139,11 @@ def serve(
         _shape_log(log_format)
         if max_size is not None:
             store.set_limit(max_size)
-        return DiskPromptCache(
-            store,
-            describe,
+        make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
+        if tenant_header is not None:
+            tenancy = Tenancy.of(store, tenant_header, shared)
+            make = partial(TenantPromptCache, store, describe, tenancy)
+        return make(
             max_size=max_in_memory,
             min_tokens=min_tokens,
             exact=exact,
@@ -132,7 +154,7 @@ def serve(
 
     _log_like_mlx_lm()
     try:
-        run(args, make_cache)
+        run(args, make_cache, tenant_header)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 

@@ -33,6 +33,7 @@ from ..models.load import find_model, fingerprint_model
 from .disk import ServedModel
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
+from .tenants import find_tenant, own, tenant_of
 from .watch import Requests, watch
 
 log = logging.getLogger("kvstore")
@@ -52,12 +53,16 @@ MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 """Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
 
 
-def serve(args: Sequence[str], make_cache: MakeCache) -> None:
+def serve(
+    args: Sequence[str], make_cache: MakeCache, tenant_header: str | None = None
+) -> None:
     """Run ``mlx_lm.server`` until SIGINT or SIGTERM; what waits is written then.
 
     Args:
         args: The command line of ``mlx_lm.server``.
         make_cache: Makes the prompt cache, which is closed at the end.
+        tenant_header: Names who asks; a request without it is refused. The prompt
+            cache is then one of :class:`TenantPromptCache`.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
@@ -124,7 +129,7 @@ def serve(args: Sequence[str], make_cache: MakeCache) -> None:
         return batches[0]
 
     server.BatchGenerator = make_batch  # type: ignore[attr-defined]
-    _check_requests(server.APIHandler)
+    _check_requests(server.APIHandler, requests, tenant_header)
     watch(server, requests, lambda: opened[-1])
     with _terminated_like_interrupted():
         try:
@@ -162,6 +167,7 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
                 # their states. Tokens that are generated need no padding.
                 options["prefill_batch_size"] = 1
             self._begun: dict[Any, Steps] = {}
+            self._tenants: dict[Any, str | None] = {}
             self._has_rows_only = is_cuttable(_make_caches(model))
             super().__init__(model, **options)
 
@@ -171,13 +177,24 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
             for uid, tokens in zip(uids, held, strict=True):
                 steps = Steps(len(tokens), has_rows_only=self._has_rows_only)
                 self._begun[uid] = steps
+                self._tenants[uid] = tenant_of(tokens)
             return uids
 
         def next(self) -> Any:
             found = super().next()
             for response in found[0]:
                 self._note(response)
+            for response in found[1]:
+                if response.all_tokens is not None:  # at the end
+                    tenant = self._tenants.pop(response.uid, None)
+                    response.all_tokens = own(response.all_tokens, tenant)
             return found
+
+        def extract_cache(self, uids: Any) -> Any:
+            return {
+                uid: (prompt_cache, own(tokens, self._tenants.get(uid)))
+                for uid, (prompt_cache, tokens) in super().extract_cache(uids).items()
+            }
 
         def _note(self, response: Any) -> None:
             """Hand over what has been computed of a prompt, if it is worth it."""
@@ -189,7 +206,8 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
             if response.end_of_segment:
                 steps.note(len(tokens))  # which mlx-lm's server keeps
             elif steps.is_due(len(tokens)):
-                keep_prefill(list(tokens), view(batch.prompt_cache, number))
+                mine = own(list(tokens), self._tenants.get(response.uid))
+                keep_prefill(mine, view(batch.prompt_cache, number))
 
         def give_up(self) -> None:
             """Keep what was computed of all requests that have not ended."""
@@ -200,9 +218,11 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
             for uid in uids:
                 self._begun.pop(uid, None)
             held = super().remove(uids, return_prompt_caches=True)
+            for uid in uids:
+                self._tenants.pop(uid, None)
             for prompt_cache, tokens in held.values():
                 if prompt_cache and tokens:
-                    keep(list(tokens), prompt_cache)
+                    keep(tokens[:], prompt_cache)
             return held if return_prompt_caches else {}
 
     return Batch
@@ -213,14 +233,25 @@ def _failures(generators: Sequence[Any]) -> list[Exception]:
     return [found for g in generators if (found := g.failure) is not None]
 
 
-def _check_requests(handler_class: Any) -> None:
-    """Have mlx-lm's handler refuse what would end the thread that generates."""
+def _check_requests(
+    handler_class: Any, requests: Requests, tenant_header: str | None
+) -> None:
+    """Have mlx-lm's handler refuse what would end the thread that generates.
+
+    Args:
+        handler_class: mlx-lm's.
+        requests: Told whose request it is.
+        tenant_header: Names who asks, where clients are told apart.
+    """
     validate, post = handler_class.validate_model_parameters, handler_class.do_POST
 
     def validate_all(handler: Any) -> None:
         try:
             validate(handler)
             check_body(handler.path, handler.body)
+            if tenant_header is not None:
+                tenant = find_tenant(handler.headers, tenant_header)
+                requests.current.tenant = tenant
         except ValueError as error:
             raise BadRequestError(str(error)) from error
 
@@ -529,8 +560,11 @@ def _generator_class(
             key = self.model_provider.model_key
             self._make_state_machine(key, tokenizer, args.stop_words)
             vision = found[4] if len(found) > 4 else None  # mlx-lm 0.31 has none
-            self.key_alone = list(found[0] if vision is None else vision.cache_key)
-            return found
+            prompt = own(found[0], request.tenant)
+            if vision is not None:
+                vision.cache_key = own(vision.cache_key, request.tenant)
+            self.key_alone = (prompt if vision is None else vision.cache_key)[:]
+            return prompt, *found[1:]
 
         def generate(
             self,
@@ -538,6 +572,7 @@ def _generator_class(
             generation_args: Any,
             progress_callback: Callable[[int, int], None] | None = None,
         ) -> tuple[Any, Iterator[Any]]:
+            request.tenant = requests.current.tenant
             ticket = self._alone.enter()
             begin = time.monotonic()
 
@@ -557,7 +592,7 @@ def _generator_class(
                 raise
             # What came before is loading a model, and reading the disk.
             begin = time.monotonic()
-            requests.current.prompt = list(found[0].prompt)
+            requests.current.prompt = found[0].prompt[:]
             return found[0], self._alone.until_end(requests.counted(found[1]))
 
     return Generator

@@ -121,14 +121,18 @@ class DiskPromptCache(LRUPromptCache):
             fed, of which there is always one.
         """
         held, rest, lookup = self._fetch(model, tokens, spans)
-        self._lookups.append((hash(tuple(tokens)), lookup))
+        self._lookups.append((self._id(tokens), lookup))
         return held, rest
 
     def lookup_of(self, tokens: Sequence[int]) -> Lookup | None:
         """Return what was found of one of the last prompts; any thread may ask."""
-        wanted = hash(tuple(tokens))
+        wanted = self._id(tokens)
         known = reversed(tuple(self._lookups))
         return next((found for prompt, found in known if prompt == wanted), None)
+
+    def _id(self, tokens: Sequence[int]) -> int:
+        """Return what a prompt is known by among the last ones."""
+        return hash(tuple(tokens))
 
     def _fetch(
         self, model: Any, tokens: list[int], spans: Sequence[Span]

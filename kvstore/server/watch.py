@@ -33,6 +33,8 @@ class Served:
     status: int | None = None
     # The tokens of the prompt, once they are known.
     prompt: list[int] | None = None
+    # Whose it is, where clients are told apart.
+    tenant: str | None = None
     num_generated: int = 0
     # Seconds until the first token was there.
     first_token_s: float | None = None
