@@ -850,8 +850,9 @@ class Store:
             max_bytes: Evict entries until the shards have at most so many bytes.
             older_than_s: Evict entries that were not used for so many seconds.
             named: Evict entries with names too, after all others.
-            now: Free unreachable blocks younger than an hour too. A save that is
-                under way elsewhere then has to write them again.
+            now: Free unreachable blocks younger than an hour too, and empty
+                quarantine. A save that is under way elsewhere then has to write
+                its blocks again.
         """
         from .ops.prune import GRACE_S, Policy, plan_prune
 

@@ -102,7 +102,8 @@ class Span(click.ParamType[float]):
 @click.option(
     "--now",
     is_flag=True,
-    help="Free blocks that nothing reaches even if they are younger than an hour.",
+    help="Free blocks that nothing reaches even if they are younger than an hour, and"
+    " empty quarantine.",
 )
 @click.option(
     "--limit",

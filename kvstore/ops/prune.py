@@ -208,6 +208,8 @@ class Pruner:
         repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
         rest -= sum(repacked.values())
         limit = self._policy.max_bytes
+        # Who does not wait for an hour wants what was removed gone from there too.
+        is_emptied = self._policy.grace_s == 0 or (limit and rest > limit)
         young = (
             place.nbytes
             for places in kept.values()
@@ -219,7 +221,7 @@ class Pruner:
             removed,
             repacked,
             tuple(self._leftovers(set(sizes))),
-            put_aside if survey.is_whole and limit and rest > limit else 0,
+            put_aside if survey.is_whole and is_emptied else 0,
             sum(sizes.values()),
             sum(young),
             sum(dead[name] for name in holed - repacked.keys()),

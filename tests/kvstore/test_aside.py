@@ -57,6 +57,14 @@ def test_prune_empties_quarantine_where_the_rest_is_needed(full, caches):
     assert os.listdir(full.path / "quarantine") == []
 
 
+def test_who_does_not_wait_empties_quarantine(full):
+    """What was removed may lie there too."""
+    assert full.plan_prune().quarantine_bytes == 0
+    plan = full.plan_prune(now=True)
+    assert plan.execute() == plan.freed_bytes == plan.quarantine_bytes == 1000
+    assert os.listdir(full.path / "quarantine") == []
+
+
 def test_quarantine_stays_while_an_entry_lacks_a_block(full, store_path, caches):
     """A shard there that is whole comes back instead."""
     (shard,) = store_path.glob("shards/*/*")
