@@ -195,9 +195,13 @@ class Store:
             ValueError: Tokens and rows disagree, or the name is not one.
             OSError: The disk is full or fails; nothing acknowledged is lost.
         """
+        from .ops.recognise import mark_restored
+
         check_name(name)
+        live = self._snapshot(tokens, prompt_cache, fingerprint)
+        self._blocks.run(lambda: mark_restored(self._blocks, live))
         return self.save_snapshot(
-            self._snapshot(tokens, prompt_cache, fingerprint),
+            live,
             name=name,
             replace=replace,
             title=title,
@@ -323,6 +327,7 @@ class Store:
             OSError: The disk is full or fails.
         """
         from .caches.snapshot import take_live
+        from .ops.recognise import mark_restored
         from .ops.save import save_blocks
 
         whole = self._make_chain(as_tokens(tokens), prompt_cache, fingerprint)
@@ -332,6 +337,7 @@ class Store:
             return 0
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
+        self._blocks.run(lambda: mark_restored(self._blocks, live))
         self._blocks.run(
             lambda: save_blocks(self._blocks, self._codec, live, ignore_progress)
         )

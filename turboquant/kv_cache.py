@@ -167,12 +167,13 @@ class TurboQuantKVCache:
     def from_kv_cache(
         cls, cache: KVCache, key_bits: int, value_bits: int | None = None
     ) -> TurboQuantKVCache:
-        """Return a cache with the codes of another cache's rows."""
+        """Return a cache with the codes of another cache's rows, and its marks."""
         coded = cls(key_bits, value_bits)
         if not cache.empty() and cache.offset:
             # mlx-lm 0.31 has no `keys_and_values`; a slice past the end is the end.
             sides: Any = (cache.keys, cache.values)
             coded._append(*(side[:, :, : cache.offset] for side in sides))
+        coded.__dict__ |= _marks(cache)
         return coded
 
     def to_kv_cache(self) -> KVCache:
@@ -184,9 +185,11 @@ class TurboQuantKVCache:
         cache = KVCache()
         if self.offset:
             cache.update_and_fetch(*self.keys_and_values())
-        cache.__dict__ |= {  # mlx-lm's has no such attributes
+        marks = _marks(self)
+        bits = (self.coded_keys.bits, self.coded_values.bits)
+        cache.__dict__ |= marks | {  # mlx-lm's has no such attributes
             "coded_tokens": self.offset,
-            "coded_bits": min(self.coded_keys.bits, self.coded_values.bits),
+            "coded_bits": min(*bits, marks.get("coded_bits", 8)),
         }
         return cache
 
@@ -270,6 +273,12 @@ class TurboQuantKVCache:
         self.coded_keys.write(keys, self.offset)
         self.coded_values.write(values, self.offset)
         self.offset += keys.shape[2]
+
+
+def _marks(cache: Any) -> dict[str, Any]:
+    """Return what others have noted on a cache, which is true of its codes too."""
+    own = vars(type(cache)())
+    return {name: mark for name, mark in vars(cache).items() if name not in own}
 
 
 def _from_state(state: tuple[Any, ...]) -> CodedRows:

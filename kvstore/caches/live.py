@@ -163,13 +163,15 @@ def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
 
 
 def _provenance_of(number: int, cache: Any) -> Provenance:
-    kept: Provenance | None = getattr(cache, _PROVENANCE, None)
-    if kept is None:
-        # What a cache of codes was decoded to says so itself.
-        coded = getattr(cache, "coded_tokens", 0)
-        bits = getattr(cache, "coded_bits", 0) if coded else EXACT_BITS
-        kept = Provenance(coded, bits)
-    return replace(kept, bits=min(kept.bits, kind_of(number, cache).bits(cache)))
+    kept: Provenance = getattr(cache, _PROVENANCE, Provenance())
+    # What a cache of codes was decoded to says so itself.
+    coded = getattr(cache, "coded_tokens", 0)
+    bits = getattr(cache, "coded_bits", 0) if coded else EXACT_BITS
+    return replace(
+        kept,
+        coded_tokens=max(kept.coded_tokens, coded),
+        bits=min(kept.bits, bits, kind_of(number, cache).bits(cache)),
+    )
 
 
 def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:

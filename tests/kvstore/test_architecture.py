@@ -41,6 +41,7 @@ OPS = {  # and inside of ops
     "adopt": {"commit", "save"},
     "import_bundle": {"admit", "bases"},
     "load": {"bases"},
+    "recognise": {"load"},
     "check": {"quarantine"},
     "prune": {"quarantine"},
     "purge": {"check", "prune", "quarantine", "traces"},

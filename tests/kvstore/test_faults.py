@@ -348,8 +348,9 @@ def test_a_save_finds_missing_and_unreadable_shards_itself(broken, fault):
     """A save without a load before it does not build on shards that are gone."""
     FAULTS[fault](broken)
     broken.save()
-    if fault.endswith(" flipped") and "header" not in fault and "length" not in fault:
-        # That takes reading the data: the load says so, the next save heals.
+    if fault.removeprefix("shard: ").split()[0] in ("norms", "codes", "mean", "tail"):
+        # A save reads the data of the first lossy block only: a load says so of the
+        # others, and the next save heals.
         assert "IntegrityError" == broken.load_entry()
         broken.save()
     assert "right" == broken.load_entry()
