@@ -413,6 +413,8 @@ class Store:
         ref: str,
         fingerprint: Fingerprint | None,
         *,
+        exact: bool = False,
+        min_bits: int = 0,
         progress: Progress | None = None,
     ) -> tuple[list[Any], list[int]]:
         """Restore an entry.
@@ -420,6 +422,9 @@ class Store:
         Args:
             ref: Its name, or its id or the start of it.
             fingerprint: The model's; ``None`` takes whatever made the entry.
+            exact: Refuse rows that something lossy went into.
+            min_bits: Refuse rows that were coded, or computed from rows that were
+                coded, in fewer bits per number.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -429,6 +434,7 @@ class Store:
             EntryNotFoundError: There is none.
             FingerprintError: Another model made it.
             IntegrityError: A part of it is missing or damaged.
+            KVStoreError: Its rows are worse than was asked for.
             OSError: The disk fails; that is no damage.
         """
 
@@ -437,7 +443,8 @@ class Store:
             entry = self.entry(ref)  # which may have moved on at the second look
             self._check_fingerprint(entry, fingerprint)
             loader = self._loader()
-            hit, tokens = loader.entry_hit(entry)
+            bits = EXACT_BITS if exact else min_bits
+            hit, tokens = loader.entry_hit(entry, bits)
             cache, hit = loader.restore(hit, progress or ignore_progress, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens

@@ -50,6 +50,8 @@ _SHORT = 12
     " the entry.  [default: believe what is stored]",
 )
 @click.option("--adapter-path", metavar="DIR", help="Folder of an adapter's weights.")
+@options.exact_only
+@options.min_bits
 @click.pass_context
 def load(
     context: click.Context,
@@ -58,6 +60,8 @@ def load(
     overwrite: bool,
     model: str | None,
     adapter_path: str | None,
+    exact: bool,
+    min_bits: int,
 ) -> None:
     """Restore an entry, and write it as mlx-lm's own file.
 
@@ -78,6 +82,8 @@ def load(
         prompt_cache, _ = store.load_entry(
             entry.id,
             _fingerprint(model, adapter_path),
+            exact=exact,
+            min_bits=min_bits,
             progress=bars.bar("restore"),
         )
     seconds = time.monotonic() - begin

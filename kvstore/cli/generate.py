@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 @options.name
 @options.codec
 @options.replace
+@options.exact
+@options.min_bits
 @options.prefill_step_size
 @options.checkpoint_every
 @click.pass_context
@@ -54,6 +56,8 @@ def save(
     name: str | None,
     codec: str | None,
     replace: bool,
+    exact: bool,
+    min_bits: int,
     prefill_step_size: int | None,
     checkpoint_every: int,
 ) -> None:
@@ -66,9 +70,10 @@ def save(
     """
     output = output_of(context)
     source = options.read_source(prompt, request)
-    store, loaded = open_models(context, model, codec)
+    least = options.least_bits(exact, min_bits)
+    store, loaded = open_models(context, model, options.codec_of(codec, least))
     from ..models.generate import save_prompt
-    from ..models.session import Callbacks
+    from ..models.session import CacheOptions, Callbacks
 
     tokens = options.encode_source(loaded.tokenizer, source, prompt, is_open=True)
     warn_of_context(output, loaded, len(tokens))
@@ -82,6 +87,7 @@ def save(
                     store=store,
                     name=name,
                     replace=replace,
+                    cache=CacheOptions(min_bits=least),
                     prefilling=options.prefilling(prefill_step_size, checkpoint_every),
                     callbacks=Callbacks(
                         on_load=bars.bar("restore"),

@@ -204,7 +204,7 @@ class LiveOptions:
     @property
     def least_bits(self) -> int:
         """What both options ask for."""
-        return EXACT_BITS if self.exact else self.min_bits
+        return least_bits(self.exact, self.min_bits)
 
     def make_cache_options(self) -> CacheOptions:
         """Return how the prompt cache is made."""
@@ -649,12 +649,13 @@ checkpoint_every = click.option(
     show_default=True,
     help="Of a model with recurrent layers, keep the state every N prompt tokens.",
 )
+_EXACT = "Go on from stored rows only where nothing lossy went into them"
 exact = click.option(
     "--exact",
     is_flag=True,
-    help="Go on from stored rows only where nothing lossy went into them; without"
-    " `--codec`, store with planes+zstd.",
+    help=f"{_EXACT}; without `--codec`, store with planes+zstd.",
 )
+exact_only = click.option("--exact", is_flag=True, help=f"{_EXACT}.")
 min_bits = click.option(
     "--min-bits",
     metavar="N",
@@ -662,6 +663,11 @@ min_bits = click.option(
     default=0,
     help="Go on from lossy rows only where they have N bits per number at least.",
 )
+
+
+def least_bits(exact: bool, min_bits: int) -> int:
+    """Return what `--exact` and `--min-bits` ask for together."""
+    return EXACT_BITS if exact else min_bits
 
 
 def codec_of(codec: str | None, least_bits: int) -> str | None:

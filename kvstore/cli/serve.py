@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..format.block import EXACT_BITS
 from . import options
 from .generate import make_store
 from .housekeeping import Size
@@ -122,7 +121,7 @@ def serve(
     7 seconds at most; what is not kept then is logged.
     """
     load_fast_blas()
-    codec = options.codec_of(codec, EXACT_BITS if exact else min_bits)
+    codec = options.codec_of(codec, options.least_bits(exact, min_bits))
     if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
     if shared and tenant_header is None:

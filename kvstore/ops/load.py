@@ -18,7 +18,7 @@ from ..caches.restore import Restoring, check_layout, start_restoring
 from ..caches.stored import is_restorable, open_piece, stored_pieces
 from ..codecs import CodecFamily
 from ..codecs.parallel import map_in_order
-from ..errors import CodecError, FormatError, IntegrityError
+from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
 from ..format.block import EXACT_BITS, Block, BlockHash, Progress, StoredBlock
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
@@ -143,13 +143,21 @@ class Loader:
             return unfit[0] if unfit else _NOTHING
         return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
 
-    def entry_hit(self, entry: Entry) -> tuple[Hit, list[int]]:
+    def entry_hit(self, entry: Entry, min_bits: int = 0) -> tuple[Hit, list[int]]:
         """Return all blocks of an entry as a hit, and its tokens.
 
         Raises:
             IntegrityError: One is missing or damaged.
+            KVStoreError: One has fewer bits per number than are wanted.
         """
         chain = self._blocks.chain(entry)
+        for _, stored in chain:
+            if stored.bits < min_bits:
+                why = _inexact(stored.block.start, stored.bits, min_bits)
+                raise KVStoreError(
+                    f"worse rows than wanted: {why}",
+                    hint="`kvstore save --exact` computes exact ones",
+                )
         layout = known_layout(self._blocks.origin(entry).layout)
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
@@ -363,7 +371,10 @@ class Loader:
         if is_other:
             where += f": stored {rest[0]}, given {request.tokens[further]}"
         if further > at:
-            why = _inexact(at, place, request)
+            if _is_usable(place, request):
+                why = f"the block behind token {at:,} is lossy and cannot be cut"
+            else:
+                why = _inexact(at, place.bits, request.min_bits)
             detail = f"{where}; {why}" if is_other else why
             return replace(hit, reason="inexact", detail=detail)
         if not rest:
@@ -422,14 +433,12 @@ _NOTHING = "nothing of this model is stored"
 _WHOLE = "all but the last token, which the model must be fed"
 
 
-def _inexact(at: int, place: Place, request: Request) -> str:
-    """Return why a block that has more of the prompt is not taken."""
+def _inexact(at: int, bits: int, min_bits: int) -> str:
+    """Return why a block of fewer bits than are wanted is not taken."""
     about = f"the block behind token {at:,} is"
-    if _is_usable(place, request):
-        return f"{about} lossy and cannot be cut"
-    if request.min_bits == EXACT_BITS:
+    if min_bits == EXACT_BITS:
         return f"{about} not exact"
-    return f"{about} of {place.bits} bits, and at least {request.min_bits} are wanted"
+    return f"{about} of {bits} bits, and at least {min_bits} are wanted"
 
 
 def _leave_one(hit: Hit, block_size: int) -> Hit:

@@ -540,6 +540,24 @@ def test_load_alone_is_a_check(run_cli, saved):
     assert "file" not in found
 
 
+def test_load_refuses_rows_worse_than_wanted(run_cli, tiny_model, tmp_path):
+    """What `generate` would not go on from is not written as a file either."""
+    path = tmp_path / "doc.safetensors"
+    words = ("save", "--model", tiny_model, "--prompt", DOCUMENT * 9, "--name", "doc")
+    assert run_cli(*words, "--codec", "turbo4")[0] == 0
+    for option, reason in (
+        (["--exact"], "the block behind token 0 is not exact"),
+        (["--min-bits", 5], "of 4 bits, and at least 5 are wanted"),
+    ):
+        code, out, err = run_cli("load", "doc", "-o", path, *option)
+        assert (code, out) == (1, "")
+        assert_error(err, reason)
+        assert not path.exists()
+    assert run_cli("load", "doc", "-o", path, "--min-bits", 4)[0] == 0
+    assert run_cli(*words, "--exact")[0] == 0
+    assert run_cli("load", "doc", "--exact")[0] == 0
+
+
 def test_a_missing_model_leaves_no_store(kvstore_cli, tmp_path):
     """A wrong name is found before a store is made."""
     finished = kvstore_cli("save", "--model", tmp_path / "none", "--prompt", "x")
