@@ -1,10 +1,15 @@
 """A prefix never ends inside what a model is fed as a unit."""
 
+import json
+import shutil
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.llama import Model, ModelArgs
 
 from kvstore import Store
 from kvstore.format.spans import last_end
@@ -142,38 +147,77 @@ def test_damage_ends_a_hit_in_no_image(store_path, caches, monkeypatch):
         assert store.load([*tokens, 7], caches.MODEL) == (None, [*tokens, 7])
 
 
-def test_an_image_is_fed_whole_after_a_hit(store_path, loaded):
-    """Wherever what is stored ends, logits are those of a run that was never cut.
+class Prompt:
+    """A prompt of 80 tokens, of which the model is given some as rows of images.
 
-    The model splices rows of its own in place of the patches, and, as mlx-lm's server,
-    feeds none of an image that begins within the hit.
+    As mlx-lm's server, it feeds none of an image that begins within a hit.
     """
-    model, _, fingerprint = loaded
-    start, stop = 20, 60
-    text = [(7 * i + 3) % 250 for i in range(80)]
-    key = [-9 if start <= i < stop else token for i, token in enumerate(text)]
-    width = model.model.embed_tokens(mx.array([0])).shape[-1]
-    image = mx.random.normal((stop - start, width), key=mx.random.key(1))
 
-    def feed(cache, num_held, end):
-        rows = model.model.embed_tokens(mx.array(text))
-        if num_held <= start:  # an image that begins before counts as held
-            rows[start:stop] = image.astype(rows.dtype)
-        fed = rows[None, num_held:end]
-        ids = mx.array([text[num_held:end]])
-        logits = model(ids, cache=cache, input_embeddings=fed)
+    def __init__(self, model, images):
+        self.model, self.images = model, images
+        self.tokens = [(7 * i + 3) % 250 for i in range(80)]
+        self.key = list(self.tokens)
+        for start, stop in images:
+            self.key[start:stop] = [-9 - start] * (stop - start)
+
+    def feed(self, cache, num_held, end):
+        """Feed what is not held, and return the last token's log probabilities."""
+        rows = self.model.model.embed_tokens(mx.array(self.tokens))
+        for start, stop in self.images:
+            if num_held <= start:
+                shape = (stop - start, rows.shape[-1])
+                image = mx.random.normal(shape, key=mx.random.key(start))
+                rows[start:stop] = image.astype(rows.dtype)
+        ids = mx.array([self.tokens[num_held:end]])
+        logits = self.model(ids, cache=cache, input_embeddings=rows[None, num_held:end])
         mx.eval(logits, [c.state for c in cache])
-        return logits[0, -1]
+        return nn.log_softmax(logits[0, -1])
 
-    expected = feed(make_prompt_cache(model), 0, len(text))
-    with Store(store_path, "planes+zstd") as store:
-        for end in (10, 20, 21, 33, 59, 60, 61, 79):
-            held = make_prompt_cache(model)
-            feed(held, 0, end)
-            store.save(key[:end], held, fingerprint)
-            found, rest = store.load(key, fingerprint)
-            num_held = len(key) - len(rest)
-            assert num_held == (start if start < end < stop else end)
-            assert mx.allclose(
-                feed(found, num_held, len(text)), expected, rtol=1e-3, atol=1e-3
-            )
+    def hits(self, store, fingerprint):
+        """Yield, for each end of what is stored, where the hit ends and its error."""
+        expected = self.feed(make_prompt_cache(self.model), 0, 80)
+        for end in range(1, 80):
+            held = make_prompt_cache(self.model)
+            self.feed(held, 0, end)
+            store.save(self.key[:end], held, fingerprint)
+            found, rest = store.load(self.key, fingerprint)
+            num_held = len(self.key) - len(rest)
+            found = found or make_prompt_cache(self.model)
+            error = mx.abs(self.feed(found, num_held, 80) - expected).max().item()
+            yield end, num_held, error
+
+
+@pytest.fixture
+def calm(tiny_model):
+    """The tiny model's shape, with weights by which small errors stay small."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    mx.random.seed(0)
+    return Model(ModelArgs.from_dict(config))
+
+
+@pytest.mark.parametrize("codec", ["planes+zstd", "turbo8+zstd", "turbo4+zstd"])
+def test_images_are_fed_whole_after_a_hit(tmp_path, empty_store, caches, calm, codec):
+    """Wherever what is stored ends, a model says what it says without a hit.
+
+    What codes change is measured on the same prompt without images.
+    """
+    images = [(20, 45), (45, 60), (70, 75)]
+    errors = {}
+    for name, shown in (("text", []), ("images", images)):
+        with Store(shutil.copytree(empty_store, tmp_path / name), codec) as store:
+            prompt = Prompt(calm, shown)
+            found = list(prompt.hits(store, caches.MODEL))
+        for end, num_held, _ in found:
+            inside = [at for at in shown if at[0] < num_held < at[1]]
+            assert not inside, (end, num_held)
+        errors[name] = max(error for _, _, error in found)
+        if codec == "planes+zstd":  # nothing is given away either
+            before = [next((a for a, b in shown if a < n < b), n) for n in range(1, 80)]
+            assert [num_held for _, num_held, _ in found] == before
+    cut = make_prompt_cache(calm)
+    prompt.feed(cut, 0, 33)
+    whole = prompt.feed(make_prompt_cache(calm), 0, 80)
+    lost = mx.abs(prompt.feed(cut, 33, 80) - whole).max().item()
+    own = errors["text"] if codec != "planes+zstd" else 1e-5
+    assert errors["images"] <= 2 * own
+    assert lost > 4 * own  # or the above would say nothing
