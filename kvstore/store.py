@@ -867,15 +867,14 @@ class Store:
                 quarantine. A save that is under way elsewhere then has to write
                 its blocks again.
         """
-        from .ops.prune import GRACE_S, Policy, plan_prune
+        from .ops.prune import GRACE_S, Policy, plan_confirmed
 
         policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
 
         def plan() -> PrunePlan:
             self._write_notes()
             # What is needed must not look dispensable to an index that is wrong.
-            self._blocks.confirm()
-            return plan_prune(self._blocks, policy)
+            return plan_confirmed(self._blocks, policy)
 
         try:
             return self._blocks.run(plan)

@@ -17,7 +17,7 @@ from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
 from ..storage import files
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .prune import Policy, forgotten, plan_prune
+from .prune import Policy, forgotten, plan_confirmed
 
 
 def replaceable(
@@ -144,7 +144,6 @@ def make_room(
         return
     policy = Policy(max_bytes=max_bytes, needed=needed())
     with suppress(FormatError):  # a later release's entries stay as they are
-        plan = plan_prune(blocks, policy)
+        plan = plan_confirmed(blocks, policy)
         if plan.entries or plan.quarantine_bytes:
-            blocks.confirm()
-            plan_prune(blocks, policy).execute()
+            plan.execute()

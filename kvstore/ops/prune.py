@@ -105,6 +105,26 @@ def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
     return Pruner(blocks, policy).plan()
 
 
+def plan_confirmed(blocks: BlockStore, policy: Policy) -> PrunePlan:
+    """Return what a policy lets go by an index that was compared with the shards.
+
+    The headers of all shards that are to go are read, of the others those that changed.
+
+    Raises:
+        IndexDamagedError: The index says something else.
+        FormatError: A later release wrote entries into the store.
+    """
+    blocks.confirm(only=())
+    plan = plan_prune(blocks, policy)
+    if not plan.is_whole:
+        # What an entry lacks may be in a shard that did not change.
+        blocks.confirm()
+        return plan_prune(blocks, policy)
+    if freed := {*plan.removed, *plan.repacked}:
+        blocks.confirm(only=freed)
+    return plan
+
+
 def forgotten(folder: StoreFolder) -> dict[Path, int]:
     """Return what crashed saves have left in ``tmp``, with its bytes."""
     staged = files.sizes_in(folder.staging)
@@ -235,10 +255,10 @@ class Pruner:
 
     def _execute(self, plan: PrunePlan) -> int:
         with files.locked(self._folder.lock, exclusive=True):
-            survey = _Survey(self._folder, self._index, self._policy.needed)
             removed = list(filter(self._is_unchanged, plan.entries))
+            tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
+            gone = {p.hash for tip in tips for p, _ in self._index.chain(tip)}
             remove_entries(self._blocks, [entry.id for entry in removed])
-            gone = {block for entry in removed for block in survey.chain(entry)}
         before = self._index.nbytes()
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)
@@ -248,11 +268,7 @@ class Pruner:
             kept = {place.hash for place in self._kept(name, survey, gone)}
             self._blocks.repack(name, kept)
         with files.locked(self._folder.lock, exclusive=True):
-            # The second look: entries committed since then keep their blocks.
-            survey = _Survey(self._folder, self._index, self._policy.needed)
-            names = (*plan.removed, *repacked)
-            dead = [name for name in names if not self._kept(name, survey, gone)]
-            self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
+            self._remove_shards((*plan.removed, *repacked), gone)
             # Of entries that were removed while the index was locked.
             left = self._index.entry_ids() - set(list_ids(self._folder.entries))
             for entry_id in left:
@@ -266,6 +282,15 @@ class Pruner:
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
+
+    def _remove_shards(self, names: tuple[str, ...], gone: set[BlockHash]) -> None:
+        """Remove shards; the store's lock is held."""
+        if not names:
+            return
+        # The second look: entries committed since then keep their blocks.
+        survey = _Survey(self._folder, self._index, self._policy.needed)
+        dead = [name for name in names if not self._kept(name, survey, gone)]
+        self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
 
     def _choose_entries(
         self, survey: _Survey, left: int

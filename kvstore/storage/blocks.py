@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import errno
 import secrets
+import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import blake3
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
@@ -272,16 +275,21 @@ class BlockStore:
                     raise
             yield
 
-    def confirm(self) -> None:
+    def confirm(self, only: Collection[str] | None = None) -> None:
         """Compare the index with all shards; whoever removes shards does this first.
 
         Call it without the store's lock.
+
+        Args:
+            only: Shards whose headers are read again; of all others only those that
+                somebody has touched, or of which the index says something else than
+                when they were compared last. All are read where it is ``None``.
 
         Raises:
             IndexDamagedError: The index says something else.
         """
         try:
-            return confirm_folder(self.index, self.folder)
+            return confirm_folder(self.index, self.folder, only)
         except IndexDamagedError:
             if self.index.is_temporary:
                 raise
@@ -590,18 +598,32 @@ def index_folder(index: Index, folder: StoreFolder) -> None:
         pass
 
 
-def confirm_folder(index: Index, folder: StoreFolder) -> None:
+def confirm_folder(
+    index: Index, folder: StoreFolder, only: Collection[str] | None = None
+) -> None:
     """Tell the index of every shard, and compare what it then says with all of them.
 
     Whoever removes shards by the index's word does this first. Copies that were found
     damaged need not be known.
+
+    Args:
+        index: The index.
+        folder: The store.
+        only: As :meth:`BlockStore.confirm` takes it.
 
     Raises:
         IndexDamagedError: The index says something else.
     """
     copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
     told = index.all_blocks()
-    for name, header in _index_each(index, folder, told):
+    rows, stamps = _digests(told), _stamps(folder)
+    now = {name: (stamp, rows.get(name, b"")) for name, stamp in stamps.items()}
+    before = {} if only is None else index.compared()
+    same = {n for n, seen in before.items() if now.get(n) == seen} - set(only or ())
+    compared = []
+    for name, header in _index_each(index, folder, told, same):
+        if name in now and all(_is_told(told, name, b) for b in header.blocks):
+            compared.append(name)
         for stored in filter(is_sound, header.blocks):
             copy = (place_in(name, stored), stored.block.parent)
             copies.setdefault(stored.block.hash, []).append(copy)
@@ -618,6 +640,33 @@ def confirm_folder(index: Index, folder: StoreFolder) -> None:
             raise IndexDamagedError(
                 f"block {block.hex()[:12]} is not where it says", folder.index
             )
+    # Who cannot write it compares again.
+    if compared:
+        with suppress(StoreLockedError, OSError), index.unsynced():
+            for name in compared:
+                index.note_compared(name, *now[name])
+
+
+def _digests(told: Mapping[BlockHash, tuple[Place, BlockHash]]) -> dict[str, bytes]:
+    """Return a digest of all that an index says of the blocks in each shard."""
+    found: dict[str, Any] = {}
+    for place, parent in told.values():
+        digest = found.get(place.shard) or found.setdefault(
+            place.shard, blake3.blake3()
+        )
+        numbers = (place.num_tokens, place.nbytes, place.bits, place.num_extras)
+        data = struct.pack("<4q?", *numbers, place.is_lossless)
+        digest.update(place.hash + parent + data)
+    return {shard: digest.digest() for shard, digest in found.items()}
+
+
+def _stamps(folder: StoreFolder) -> dict[str, str]:
+    """Return what changes where the file of a shard does."""
+    found = {}
+    for name in list_shards(folder.shards):
+        with suppress(FileNotFoundError):
+            found[name] = stamp_of(shard_path(folder.shards, name).lstat())
+    return found
 
 
 def _is_there(folder: StoreFolder, place: Place) -> bool:
@@ -643,6 +692,7 @@ def _index_each(
     index: Index,
     folder: StoreFolder,
     told: Mapping[BlockHash, tuple[Place, BlockHash]] = MappingProxyType({}),
+    same: Collection[str] = (),
 ) -> Iterator[tuple[str, ShardHeader]]:
     """Tell the index of one shard after the other, and yield name and header.
 
@@ -650,9 +700,12 @@ def _index_each(
         index: The index.
         folder: The store.
         told: What the index says of blocks; a shard that it knows is not told again.
+        same: Shards to pass over.
     """
     shards, roots = set(index.shards()), {root for root, *_ in index.all_roots()}
     for name in list_shards(folder.shards):
+        if name in same:
+            continue
         try:
             with open_shard(folder.shards, name) as opened:
                 header = opened.header

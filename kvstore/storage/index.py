@@ -161,6 +161,14 @@ CREATE TABLE IF NOT EXISTS seen (
     evictable INTEGER NOT NULL  -- its bytes, where a save may evict it; else 0
 ) WITHOUT ROWID
 """
+# Shards whose headers were compared with the index, and what it said of them then.
+_COMPARED = """
+CREATE TABLE IF NOT EXISTS compared (  -- may be lost
+    shard TEXT PRIMARY KEY,
+    stamp TEXT NOT NULL,  -- of the file when its header was read
+    digest BLOB NOT NULL  -- of the rows of the blocks in it
+) WITHOUT ROWID
+"""
 # No file was seen yet, but what may be evicted counts from now on.
 _SEE_COPIES = """
 INSERT OR IGNORE INTO seen SELECT id, '', x'', iif(
@@ -635,6 +643,18 @@ class Index:
         self._query(f"DELETE FROM uses WHERE hash IN (SELECT hash {blocks})", (name,))
         self._query(f"DELETE {blocks}", (name,))
         self._query("DELETE FROM shards WHERE name = ?", (name,))
+        self._query("DELETE FROM compared WHERE shard = ?", (name,))
+
+    def compared(self) -> dict[str, tuple[str, bytes]]:
+        """Return the shards that were compared: their stamps, and digests of rows."""
+        query = "SELECT shard, stamp, digest FROM compared"
+        rows = self._select(query, (), (str, str, bytes))
+        return {shard: (stamp, digest) for shard, stamp, digest in rows}
+
+    def note_compared(self, shard: str, stamp: str, digest: bytes) -> None:
+        """Remember what a shard was compared with."""
+        query = "INSERT OR REPLACE INTO compared VALUES (?, ?, ?)"
+        self._query(query, (shard, stamp, digest))
 
     def compact(self) -> None:
         """Write the file anew, so that no byte of a deleted row is left in it.
@@ -702,10 +722,12 @@ class Index:
                     self._connection.execute(_SCHEMA)
                     self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._check_version()
-        if not self._query("SELECT 1 FROM sqlite_master WHERE name = 'seen'"):
+        query = "SELECT 1 FROM sqlite_master WHERE name IN ('seen', 'compared')"
+        if len(self._query(query)) < 2:
             with self.transaction():
                 self._connection.execute(_SEEN)
                 self._connection.execute(_SEE_COPIES)
+                self._connection.execute(_COMPARED)
 
     def _check_version(self) -> None:
         version = self._version()

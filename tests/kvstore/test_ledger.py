@@ -81,7 +81,7 @@ def test_a_save_at_the_limit_looks_at_no_other_entry(filled, caches, read, monke
         store.remove(store.entries()[0])
         store.plan_prune(now=True).execute()
         store.set_limit(store.stats().nbytes)
-        monkeypatch.setattr(commit, "plan_prune", None)
+        monkeypatch.setattr(commit, "plan_confirmed", None)
         read.clear()
         tokens, cache = caches.make_conversation(1, 4)
         entry = store.save(tokens, cache, caches.MODEL, name="c")

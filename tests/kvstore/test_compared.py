@@ -1,0 +1,92 @@
+"""A plan reads the headers of shards that changed or that go, and no others."""
+
+import os
+
+import pytest
+
+import kvstore
+from kvstore.storage import blocks
+
+
+@pytest.fixture
+def store(store_path, caches):
+    """A store of three entries of two blocks each, one of which has no name."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        for seed, name in enumerate(["a", "b", None], 1):
+            tokens, cache = caches.make_conversation(2, seed)
+            store.save(tokens, cache, caches.MODEL, name=name)
+        yield store
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of the shards whose headers are read."""
+    found, real = [], blocks.open_shard
+
+    def note(folder, name):
+        found.append(name)
+        return real(folder, name)
+
+    monkeypatch.setattr(blocks, "open_shard", note)
+    return found
+
+
+def shard_of(store, name):
+    """Return the name of the shard of an entry."""
+    return store.chain(name)[0][0].shard
+
+
+def test_an_unchanged_shard_is_not_read_again(store, opened):
+    """Nor does a plan of nothing to do look at the entries twice."""
+    store.plan_prune()
+    assert len(set(opened)) == 3
+    opened.clear()
+    assert store.plan_prune().execute() == 0
+    assert opened == []
+
+
+@pytest.mark.parametrize("what", ["file", "rows"])
+def test_what_changed_is_read(store, opened, what):
+    """The file itself, or what the index says of it."""
+    store.plan_prune()
+    shard = shard_of(store, "a")
+    opened.clear()
+    if what == "file":
+        os.utime(store.path / "shards" / shard[:2] / f"{shard}.safetensors")
+    else:
+        change = "UPDATE blocks SET quality = 8 WHERE shard ="
+        query = f"{change} (SELECT id FROM shards WHERE name = ?)"
+        store._blocks.index._query(query, (shard,))
+    store.plan_prune()
+    assert shard in opened
+    assert store.verify() == []
+
+
+def test_what_is_to_go_is_read(store, opened):
+    """However often it was compared before."""
+    store.plan_prune()
+    unnamed = next(entry for entry in store.entries() if entry.name is None)
+    shard = shard_of(store, unnamed.id)
+    opened.clear()
+    plan = store.plan_prune(max_bytes=1)
+    assert list(plan.removed) == [shard] == opened
+    assert plan.execute() == plan.freed_bytes
+    assert len(store.verify()) == 0
+    assert len(store) == 2
+
+
+def test_what_an_entry_lacks_is_looked_for_in_all_shards(store, caches):
+    """A worse copy that the index did not know takes the place of a lost better one."""
+    tokens, cache = caches.make_conversation(2, 9)
+    with kvstore.Store(store.path, codec="turbo4") as lossy:
+        lossy.save(tokens, cache, caches.MODEL, name="twice")
+    store.save(tokens, cache, caches.MODEL, name="twice")
+    better = shard_of(store, "twice")
+    store.plan_prune()
+    store._blocks._forget(better, None)
+    (store.path / "shards" / better[:2] / f"{better}.safetensors").unlink()
+    plan = store.plan_prune(now=True)
+    assert plan.is_whole
+    plan.execute()
+    assert store.verify() == []
+    assert store.load_entry("twice", caches.MODEL)[1] == tokens
