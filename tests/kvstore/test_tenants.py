@@ -4,12 +4,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 
+import kit
 import pytest
 
 import kvstore
 from kvstore.format.chain import common_run
 from kvstore.server.tenants import OwnedTokens, find_tenant
-from tests import kit
 
 beside = kit.load_beside("servers")
 
