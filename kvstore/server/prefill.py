@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -103,7 +104,7 @@ def stream_alone(
             raise Stopped
 
     try:
-        if options.get("draft_model") is not None and options.get("kv_bits") is None:
+        if options.get("draft_model") is not None:
             options["prompt"] = _feed_both(rest, note, options)
         for response in stream_generate(**options, prompt_progress_callback=note):
             yield response
@@ -121,17 +122,28 @@ def _feed_both(
     With the steps of mlx-lm, which would tell nobody how far it is, and feed one model
     after the other: until the end no token would have rows of both.
     """
+    from mlx_lm.generate import maybe_quantize_kv_cache
+
     model, draft, step = (
         options[name] for name in ("model", "draft_model", "prefill_step_size")
     )
     both, cut = options["prompt_cache"], len(model.layers)
     stream = options.get("stream")
+    quantize = partial(
+        maybe_quantize_kv_cache,
+        quantized_kv_start=options.get("quantized_kv_start"),
+        kv_group_size=options.get("kv_group_size"),
+        kv_bits=options.get("kv_bits"),
+    )
     note(0, len(rest))
     for start in range(0, len(rest) - 1, step):
         some = mx.array(rest[start : min(start + step, len(rest) - 1)], mx.uint32)
         with nullcontext() if stream is None else mx.stream(stream):
-            for one, part in ((draft, both[cut:]), (model, both[:cut])):
+            for one, layers in ((draft, slice(cut, None)), (model, slice(cut))):
+                part = both[layers]
                 one(some[None], cache=part)
+                quantize(part)
+                both[layers] = part  # or rows that follow would be in codes only
                 mx.eval([cache.state for cache in part])
         mx.clear_cache()
         note(start + some.size, len(rest))
