@@ -877,3 +877,34 @@ def test_a_stop_ends_what_is_served_alone(servers, models, tmp_path):
         begin = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - begin < 10
+
+
+SLOW_DISK = """
+import os, sys, time
+seconds, sync = float(sys.argv.pop(1)), os.fsync
+os.fsync = lambda descriptor: (time.sleep(seconds), sync(descriptor))
+from kvstore.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync_s", [0.03, 2])
+def test_a_stop_waits_for_no_slow_disk(servers, models, tmp_path, sync_s):
+    """SIGTERM ends it within 10 s; what is given up then is said, and nothing else."""
+    words = ("--store", tmp_path / "store", "serve", "--model", models["tiny"])
+    server = servers._start("-c", SLOW_DISK, sync_s, *words, "--codec", "raw")
+    asked = [f"Question {number}. " * 20 for number in range(6)]
+    expected = [said(server.ask(prompt)) for prompt in asked]
+    body = HELLO | {"max_tokens": 100_000, "stream": True, "logit_bias": LETTERS}
+    with server.begin(CHAT, body, until=b"data:"):
+        begin = time.monotonic()
+        code = server.stop()
+        seconds = time.monotonic() - begin
+    assert (code, seconds < 10) == (0, True)
+    is_slow = "the disk was too slow to write them before the end" in server.text()
+    assert is_slow == (sync_s == 2)
+    server = servers.kvstore(tmp_path / "store", models["tiny"])
+    answers = [server.ask(prompt) for prompt in asked]
+    assert [said(answer) for answer in answers] == expected
+    assert is_slow or all(held(answer) == 1 for answer in answers)
