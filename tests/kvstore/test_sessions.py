@@ -12,6 +12,11 @@ from typing import NamedTuple
 import pytest
 from kit import load_beside
 
+import kvstore
+from kvstore.caches.kinds import known_layout
+from kvstore.caches.layout import group_layers
+from kvstore.format.safetensors import ITEM_SIZES
+
 beside, families = load_beside("servers"), load_beside("test_families")
 
 TEMPLATE = (
@@ -92,6 +97,50 @@ def play_all(server):
         return [found for each in pool.map(play, range(3)) for found in each]
 
 
+def bytes_of_rows(path):
+    """Free what no entry reaches; return the bytes that rows and windows take.
+
+    And those that each token's rows would take once, uncompressed, in all layers.
+    """
+    stored, once, prefixes = {}, 0, set()
+    with kvstore.Store(path, create=False) as store:
+        store.plan_prune(now=True).execute()
+        for entry in store.entries():
+            groups = group_layers(known_layout(store._origin(entry.id).layout))
+            tokens = []
+            for place, block in store.chain(entry.id):
+                stored[place.hash] = sum(
+                    spec.end - spec.begin
+                    for name, spec in block.tensors.items()
+                    if is_of_tokens(groups, name)
+                )
+                tokens += block.block.tokens
+            prefixes |= {tuple(tokens[:stop]) for stop in range(1, len(tokens) + 1)}
+            once = sum(
+                len(group.layers)
+                * spec.num_heads
+                * spec.head_dim
+                * ITEM_SIZES[spec.dtype]
+                for group in groups
+                for _, spec in group.layout.rows
+                if spec.kind in ("rows", "window")
+            )
+    return sum(stored.values()), len(prefixes) * once
+
+
+def is_of_tokens(groups, name):
+    """Whether a tensor of a block has rows of tokens, and is no state."""
+    number, _, part = name.partition(".")
+    if not number.isdecimal():
+        return False
+    found = (
+        spec.kind
+        for array, spec in groups[int(number)].layout.rows
+        if part.startswith(f"{array}.")
+    )
+    return next(found, "rows") in ("rows", "window")
+
+
 @pytest.fixture
 def servers(tmp_path):
     """Starts servers of one test."""
@@ -117,7 +166,7 @@ def pair(request, servers, tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", FAMILIES.values(), ids=FAMILIES.keys(), indirect=True)
-def test_no_request_holds_fewer_tokens_than_the_stock_server(pair):
+def test_no_request_holds_fewer_tokens_than_the_stock_server(pair, tmp_path):
     """Answer by answer the same, and held as much or more; also after a restart."""
     start, stock = pair
     ours = start()
@@ -132,6 +181,10 @@ def test_no_request_holds_fewer_tokens_than_the_stock_server(pair):
     ours = start()
     # What was asked last is held but for the token that is fed.
     assert ask(ours, session()[-1]).held == mine.num_tokens - 1
+    ours.stop()
+    stored, once = bytes_of_rows(tmp_path / "store")
+    # Windows and ends to go back to cost no more than the rows themselves.
+    assert stored <= 2 * once
 
 
 @pytest.mark.slow
