@@ -64,7 +64,11 @@ class Store:
 
     Args:
         path: The folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
-        codec: What full blocks are saved with; ``turbo4+zstd`` by default.
+        codec: What full blocks are saved with: a codec, or a quality, which is the
+            smallest codec that was measured to meet it: ``exact``, ``high``,
+            ``balanced`` (the default) or ``small``. Where :meth:`calibrate` or
+            ``kvstore calibrate`` has measured nothing of the model, these are
+            ``planes+zstd``, ``turbo6+zstd``, ``turbo4+zstd`` and ``turbo4+zstd``.
         create: Make the store where there is none.
 
     Raises:
@@ -80,7 +84,7 @@ class Store:
         *,
         create: bool = True,
     ) -> None:
-        self._codec_name = codec
+        self._codec_name = codec or "balanced"
         if codec is not None:
             from .ops.bases import check_codec
 
@@ -88,7 +92,7 @@ class Store:
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         if codec is not None:
-            _ = self._codec  # refuses what the store has no basis for
+            check_codec(codec, self._folder)
         self._opened: BlockStore | None = BlockStore(self._folder)
         self._notes = LoadNotes()
         # The last blocks of entries that were saved here, and of those replaced.
@@ -101,16 +105,16 @@ class Store:
 
     @property
     def codec(self) -> str:
-        """Name of the codec that full blocks are saved with."""
-        return self._codec.name
+        """What full blocks are saved with: a codec, or a quality."""
+        return self._codec_name
 
-    @property
-    def _codec(self) -> Codec:
+    def _codec_for(self, fingerprint: Fingerprint) -> Codec:
+        """Return what a model's blocks are saved with, whoever's they are."""
         # Imported here: listing a store needs neither NumPy nor MLX.
-        from .codecs import DEFAULT_CODEC
-        from .ops.bases import codec_of
+        from .ops.bases import codec_for
 
-        return codec_of(self._folder, self._codec_name or DEFAULT_CODEC)
+        digest = fingerprint.with_salt("").digest
+        return codec_for(self._folder, self._codec_name, digest)
 
     def __enter__(self) -> Store:
         return self
@@ -240,8 +244,9 @@ class Store:
 
         live = self._snapshot(tokens, prompt_cache, fingerprint)
         if reserve is None or reserve(live.chain.hashes):
+            codec = self._codec_for(fingerprint)
             missing = self._blocks.run(
-                lambda: missing_blocks(self._blocks, self._codec, live)
+                lambda: missing_blocks(self._blocks, codec, live)
             )
         else:
             missing = list(live.chain.blocks)
@@ -278,6 +283,7 @@ class Store:
         from .ops.save import save_entry
 
         check_name(name)
+        codec = self._codec_for(Fingerprint(snapshot.chain.origin.fingerprint))
 
         def write() -> Entry:
             self._write_notes()
@@ -287,7 +293,7 @@ class Store:
             return save_entry(
                 self._blocks,
                 self._catalog,
-                self._codec,
+                codec,
                 snapshot,
                 name=name,
                 replace=replace,
@@ -337,9 +343,10 @@ class Store:
             return 0
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
+        codec = self._codec_for(fingerprint)
         self._blocks.run(lambda: mark_restored(self._blocks, live))
         self._blocks.run(
-            lambda: save_blocks(self._blocks, self._codec, live, ignore_progress)
+            lambda: save_blocks(self._blocks, codec, live, ignore_progress)
         )
         return chain.num_tokens
 
@@ -548,7 +555,7 @@ class Store:
             num_tokens: How many tokens were restored until then.
             seconds: How long that took.
         """
-        codec = self._codec.name
+        codec = self._codec_for(fingerprint).name
         self._notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)
 
     def speeds(self, fingerprint: Fingerprint) -> Speeds:
@@ -560,7 +567,7 @@ class Store:
         digest = fingerprint.with_salt("").digest
         known = self._blocks.run(lambda: self._blocks.index.timings(digest))
         mine = [t for t in self._notes.timings(known) if t.fingerprint == digest]
-        return Speeds.choose(mine, self._codec.name, time.time())
+        return Speeds.choose(mine, self._codec_for(fingerprint).name, time.time())
 
     def entries(self) -> list[Entry]:
         """Return all entries that can be read, latest first.

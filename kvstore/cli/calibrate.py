@@ -11,7 +11,7 @@ import click
 
 from .main import Verb, load_fast_blas, open_store, output_of
 from .options import ModelOptions, gathered, model_options
-from .output import Column, format_table, terminal_width
+from .output import Column, format_codec, format_table, terminal_width
 
 if TYPE_CHECKING:
     from ..format.calibration import Calibration, Measured
@@ -141,14 +141,8 @@ def format_calibration(calibration: Calibration, width: int | None = None) -> st
         return "\n".join(lines)
     lines += ["", *format_table(calibration.measured, _COLUMNS, width), ""]
     for quality in QUALITIES:
-        lines.append(f"{quality}: {short_codec(calibration.choose(quality))}")
+        lines.append(f"{quality}: {format_codec(calibration.choose(quality))}")
     return "\n".join(lines)
-
-
-def short_codec(codec: str) -> str:
-    """Return the name of a codec without most of its basis's digest."""
-    name, at, rest = codec.partition("@")
-    return f"{name}@{rest[:12]}{rest[64:]}" if at else name
 
 
 _COLUMNS: tuple[Column[Measured], ...] = (

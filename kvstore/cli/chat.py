@@ -102,7 +102,9 @@ def chat(
         )
     live.check()
     options.check_base(base, name)
-    store, loaded = open_models(context, model, codec, live, ref=base or name)
+    store, loaded = open_models(
+        context, model, codec, live, ref=base or name, usual="high"
+    )
     warn_of_size(output, loaded.model, live.max_kv_size)
     from ..models.chat import Chat
     from ..models.session import Callbacks

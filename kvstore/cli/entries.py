@@ -24,6 +24,7 @@ from .output import (
     Output,
     format_ago,
     format_bytes,
+    format_codec,
     format_count,
     format_fields,
     format_table,
@@ -258,7 +259,7 @@ def _entry_fields(
         ("tokens", f"{entry.num_tokens:,}"),
         ("size", format_bytes(entry.nbytes)),
         *(
-            ("stored", f"{format_count(n, 'block')} as {codec}: {codec_words(codec)}")
+            ("stored", f"{format_count(n, 'block')} as {codec_label(codec)}")
             for codec, n in codecs.items()
         ),
         (
@@ -277,6 +278,11 @@ def _entry_fields(
         ("saved", f"{format_ago(entry.updated_at)}, {to_rfc3339(entry.updated_at)}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry.made_with.items())),
     ]
+
+
+def codec_label(codec: str) -> str:
+    """Return a codec's name, and what it means."""
+    return f"{format_codec(codec)}: {codec_words(codec)}"
 
 
 def codec_words(codec: str) -> str:
@@ -358,5 +364,5 @@ def _shard_columns(
         Column(
             "SIZE", lambda use: format_bytes(use.nbytes), True, format_bytes(nbytes)
         ),
-        Column("CODECS", lambda use: ", ".join(use.codecs)),
+        Column("CODECS", lambda use: ", ".join(map(format_codec, use.codecs))),
     ]  # fmt: skip

@@ -24,7 +24,7 @@ from .options import (
     model_options,
     prompt_options,
 )
-from .output import Output, format_bytes, format_count
+from .output import Output, format_bytes, format_codec, format_count
 from .settings import setting
 
 if TYPE_CHECKING:
@@ -231,14 +231,23 @@ def open_models(
     live: options.LiveOptions | None = None,
     *,
     ref: str | None = None,
+    usual: str = "balanced",
 ) -> tuple[Store, LoadedModel]:
-    """Open the store, and load the model, or the one that made the entry `ref`."""
+    """Open the store, and load the model, or the one that made the entry `ref`.
+
+    Args:
+        context: Of the verb.
+        chosen: Which model.
+        codec: What was asked for: a codec, or a quality.
+        live: How the live cache is filled.
+        ref: The entry that is gone on with.
+        usual: The quality where nothing was asked for.
+    """
     chosen = chosen.chosen(context, ref)
     load_fast_blas()
     from ..models.load import find_model, load_models
 
-    if live is not None:
-        codec = options.codec_of(codec, live.least_bits)
+    codec = options.codec_of(codec, live.least_bits if live else 0, usual)
     find_model(chosen.model)  # a wrong name must not leave an empty store behind
     if is_openblas_missing():
         output_of(context).warning(
@@ -256,14 +265,14 @@ def open_models(
     return store, loaded
 
 
-def make_store(context: click.Context, codec: str | None) -> Store:
-    """Open the store with the user's usual codec, or make it with the usual limit."""
+def make_store(context: click.Context, codec: str) -> Store:
+    """Open the store, or make it with the usual limit."""
     from ..storage.folder import default_path
 
     text = setting("limit")
     limit = text and Size(min=1).convert(text, None, context)
     is_new = not (store_path(context) or default_path()).exists()
-    store = open_store(context, create=True, codec=codec or setting("codec"))
+    store = open_store(context, create=True, codec=codec)
     if limit and is_new:
         store.set_limit(limit)
     return store
@@ -328,7 +337,7 @@ def _print_saved(
     output.result(
         f"saved {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
         f" {num_restored:,} restored, {num_computed:,} computed in {seconds:.2f} s;"
-        f" {format_bytes(entry.nbytes)}, {entry.codec}",
+        f" {format_bytes(entry.nbytes)}, {format_codec(entry.codec)}",
         data,
         [entry.id],
     )

@@ -14,7 +14,15 @@ from ..format.documents import JSON
 from ..format.entry import Entry
 from .entries import entry_data
 from .main import Verb, open_store, output_of
-from .output import Column, Output, format_ago, format_bytes, format_count, to_rfc3339
+from .output import (
+    Column,
+    Output,
+    format_ago,
+    format_bytes,
+    format_codec,
+    format_count,
+    to_rfc3339,
+)
 
 if TYPE_CHECKING:
     from ..ops.tree import Branch, Tree
@@ -208,7 +216,7 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
         *(pins if is_any_pinned else []),
         Column("MODEL", of(lambda e: model_name(e.model)), rank=1),
         Column("SAVED", of(lambda e: format_ago(e.updated_at)), True, rank=2),
-        Column("CODEC", of(lambda e: e.codec), rank=3),
+        Column("CODEC", of(lambda e: format_codec(e.codec)), rank=3),
         Column("TITLE", of(lambda e: e.title if e.name else ""), rank=4),
     ]
 
@@ -235,7 +243,7 @@ def _print_remote(output: Output, found: Sequence[Listed]) -> None:
         Column("SIZE", lambda listed: format_bytes(listed.remote.entry.nbytes), True),
         Column("SAVED", lambda one: format_ago(one.remote.entry.updated_at), True),
         Column("MODEL", lambda one: model_name(one.remote.entry.model), rank=1),
-        Column("CODEC", lambda listed: listed.remote.entry.codec, rank=2),
+        Column("CODEC", lambda listed: format_codec(listed.remote.entry.codec), rank=2),
     ]
     output.table(
         found,

@@ -18,6 +18,7 @@ from click.shell_completion import CompletionItem
 
 from ..errors import EntryNotFoundError, StoreNotFoundError
 from ..format.block import EXACT_BITS
+from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .main import is_utf8, load_fast_blas
 from .settings import setting
@@ -33,6 +34,7 @@ else:
     # Older releases of click cannot be asked for the type.
     JSONParam = PartParam = click.ParamType
 _ARGUMENT = "kvstore.prompt"
+_QUALITY = "kvstore.quality"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -653,7 +655,7 @@ _EXACT = "Go on from stored rows only where nothing lossy went into them"
 exact = click.option(
     "--exact",
     is_flag=True,
-    help=f"{_EXACT}; without `--codec`, store with planes+zstd.",
+    help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
 )
 exact_only = click.option("--exact", is_flag=True, help=f"{_EXACT}.")
 min_bits = click.option(
@@ -670,34 +672,79 @@ def least_bits(exact: bool, min_bits: int) -> int:
     return EXACT_BITS if exact else min_bits
 
 
-def codec_of(codec: str | None, least_bits: int) -> str | None:
-    """Return the codec of a run that goes on from no rows of fewer bits.
+def codec_of(chosen: str | None, least_bits: int, usual: str = "balanced") -> str:
+    """Return the codec, or the quality, of a run.
+
+    Args:
+        chosen: What was asked for.
+        least_bits: The run goes on from no rows of fewer bits. Then a quality is what
+            it is for a model that nobody has measured.
+        usual: The quality where nothing is asked for.
 
     Raises:
         click.UsageError: It would store what it never goes on from.
     """
-    from ..codecs import DEFAULT_CODEC, get_codec
+    wanted = chosen or setting("codec") or usual
+    if not least_bits:
+        return wanted
+    from ..codecs import get_codec
 
-    chosen = get_codec(codec or setting("codec") or DEFAULT_CODEC)
-    if chosen.bits >= least_bits:
-        return codec
-    if codec is None:
-        return "planes+zstd"
+    codec = get_codec(UNMEASURED.get(wanted, wanted))
+    if codec.bits >= least_bits:
+        return codec.name
+    if chosen is None:
+        return EXACT
+    option = "quality" if chosen in QUALITIES else "codec"
     raise click.UsageError(
-        f"`--codec {codec}` stores {chosen.bits} bits per number, and more are wanted:"
-        " leave it out, or take planes+zstd"
+        f"`--{option} {chosen}` stores {codec.bits} bits per number, and more are"
+        f" wanted: leave it out, or take {EXACT}"
     )
 
 
-codec = click.option(
+def codec(command: F) -> F:
+    """Add `--codec` and `--quality`, of which the verb is given one as ``codec``."""
+    return _codec(_quality(command))
+
+
+def _codec_or_quality(
+    context: click.Context, _: click.Parameter, codec: str | None
+) -> str | None:
+    quality: str | None = context.meta.get(_QUALITY)
+    if codec is not None and quality is not None:
+        error = click.UsageError("`--codec` and `--quality` exclude each other")
+        error.hint = "a quality chooses the codec"  # type: ignore[attr-defined]
+        raise error
+    return codec or quality
+
+
+def _note_quality(context: click.Context, _: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta[_QUALITY] = value
+
+
+_quality = click.option(
+    "--quality",
+    type=click.Choice(QUALITIES),
+    expose_value=False,
+    is_eager=True,
+    callback=_note_quality,
+    help="Store with the smallest codec that `kvstore calibrate` has measured to change"
+    " what this model says by no more: KL 0.001 for high, 0.003 for balanced, 0.01 for"
+    " small. Of a model that is not measured: "
+    + ", ".join(f"{name} is {codec}" for name, codec in UNMEASURED.items())
+    + ", and nobody knows what they change.  [default: balanced; high for chat and"
+    " serve]",
+)
+_codec = click.option(
     "--codec",
     metavar="CODEC",
     type=CodecName(),
     shell_complete=lambda _context, _parameter, incomplete: [
         CompletionItem(found) for found in _CODECS if found.startswith(incomplete)
     ],
+    callback=_codec_or_quality,
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
-    " with +zstd or not.  [default: $KVSTORE_CODEC, else turbo4+zstd]",
+    " with +zstd or not.  [default: $KVSTORE_CODEC, else what `--quality` says]",
 )
 replace = click.option(
     "--replace",

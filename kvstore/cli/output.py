@@ -293,6 +293,12 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
+def format_codec(codec: str) -> str:
+    """Return the name of a codec without most of its basis's digest."""
+    name, at, rest = codec.partition("@")
+    return f"{name}@{rest[:12]}{rest[64:]}" if at else name
+
+
 def format_bytes(nbytes: int) -> str:
     """Return a size in decimal units, such as ``1.2 MB``."""
     size, unit = float(nbytes), 0

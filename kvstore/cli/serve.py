@@ -121,7 +121,7 @@ def serve(
     7 seconds at most; what is not kept then is logged.
     """
     load_fast_blas()
-    codec = options.codec_of(codec, options.least_bits(exact, min_bits))
+    chosen = options.codec_of(codec, options.least_bits(exact, min_bits), "high")
     if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
     if shared and tenant_header is None:
@@ -134,7 +134,7 @@ def serve(
         describe: Callable[[Any], ServedModel], max_in_memory: int
     ) -> DiskPromptCache:
         # Only now: a wrong option or model must not leave an empty store behind.
-        store = make_store(context, codec)
+        store = make_store(context, chosen)
         _shape_log(log_format)
         if max_size is not None:
             store.set_limit(max_size)

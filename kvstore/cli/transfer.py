@@ -20,7 +20,7 @@ from . import options
 from .entries import entry_data, entry_label
 from .main import Verb, load_fast_blas, open_store, output_of
 from .options import ModelOptions, PromptOptions, encode_source, gathered
-from .output import Output, format_bytes, format_count, one_line
+from .output import Output, format_bytes, format_codec, format_count, one_line
 
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
@@ -35,6 +35,7 @@ _OF_CACHE_FILES = (
     "chat_template_config",
     "ignore_chat_template",
     "codec",
+    "quality",
 )
 
 
@@ -216,7 +217,7 @@ def _import_cache_file(
     begin = time.monotonic()
     prompt_cache, layouts = read_cache_file(path, tokens, loaded, model.model)
     # A file that is refused leaves no empty store behind.
-    store = open_store(context, create=True, codec=codec)
+    store = open_store(context, create=True, codec=options.codec_of(codec, 0))
     with output.progress() as bars:
         entry = store.save(
             tokens,
@@ -238,7 +239,7 @@ def _import_cache_file(
 def _describe_imported(entry: Entry, origin: str) -> str:
     return (
         f"imported {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
-        f" {origin}; {format_bytes(entry.nbytes)}, {entry.codec}"
+        f" {origin}; {format_bytes(entry.nbytes)}, {format_codec(entry.codec)}"
     )
 
 

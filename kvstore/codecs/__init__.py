@@ -18,8 +18,6 @@ from .raw import Raw
 from .turbo import Turbo
 from .zstd import Zstd
 
-DEFAULT_CODEC = "turbo4+zstd"
-
 
 class CodecFamily(Protocol):
     """Array codecs that differ in numbers which are part of their names."""
@@ -116,7 +114,6 @@ def _array_codec(name: str, families: Sequence[CodecFamily]) -> ArrayCodec | Non
 
 
 __all__ = [
-    "DEFAULT_CODEC",
     "MLX_DTYPES",
     "Codec",
     "CodecFamily",

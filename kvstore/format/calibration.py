@@ -16,7 +16,12 @@ BOUNDS: dict[str, float] = {"high": 0.001, "balanced": 0.003, "small": 0.01}
 """The most that each may move what the model says next: KL divergence in nats."""
 QUALITIES = ("exact", *BOUNDS)
 EXACT = "planes+zstd"
-UNMEASURED = {"high": "turbo8+zstd", "balanced": "turbo4+zstd", "small": "turbo3+zstd"}
+UNMEASURED = {
+    "exact": EXACT,
+    "high": "turbo6+zstd",
+    "balanced": "turbo4+zstd",
+    "small": "turbo4+zstd",
+}
 """What is taken of a model that nobody measured."""
 _NAME = re.compile(r"[a-z0-9.]{1,20}(?:@[0-9a-f]{64})?(?:\+zstd)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -53,9 +58,7 @@ class Calibration:
 
     def choose(self, quality: str) -> str:
         """Return the smallest codec that was measured to meet a quality."""
-        if quality == "exact":
-            return EXACT
-        if not self.measured:
+        if quality == "exact" or not self.measured:
             return UNMEASURED[quality]
         good = [one for one in self.measured if one.kl <= BOUNDS[quality]]
         return min(good, key=lambda one: one.bits).codec if good else EXACT

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace as changed
 from functools import lru_cache, partial
 
 from ..codecs import Codec, FitFamily, find_codec, get_codec
+from ..errors import CodecError, FormatError, IntegrityError
 from ..format.basis import BasisFile, parse_basis
 from ..format.block import StoredBlock
-from ..storage.bases import read_basis, read_basis_bytes
+from ..format.calibration import QUALITIES, UNMEASURED, Calibration
+from ..storage.bases import read_basis, read_basis_bytes, read_calibration
 from ..storage.folder import StoreFolder
 
+log = logging.getLogger("kvstore")
 _NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
 
 
@@ -58,13 +63,62 @@ def codec_of(folder: StoreFolder, name: str) -> Codec:
     return find_codec(name, own_codecs(folder))
 
 
-def check_codec(name: str) -> None:
-    """Refuse a name that is no codec's, as far as can be told without a store.
+def codec_for(folder: StoreFolder, name: str, fingerprint: str) -> Codec:
+    """Return the codec with this name, or what a quality means for a model.
+
+    Args:
+        folder: The store.
+        name: A codec's, or a quality.
+        fingerprint: Digest of the model's fingerprint.
+
+    Raises:
+        CodecError: There is none.
+        IntegrityError: The store lacks its basis, or that is damaged.
+    """
+    if name not in QUALITIES:
+        return codec_of(folder, name)
+    found = find_calibration(folder, fingerprint)
+    if found is None:
+        return get_codec(UNMEASURED[name])
+    while not _is_usable(folder, chosen := found.choose(name)):
+        left = tuple(one for one in found.measured if one.codec != chosen)
+        found = changed(found, measured=left)
+    return codec_of(folder, chosen)
+
+
+def find_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | None:
+    """Return what was measured of a model, or ``None`` where nothing can be read."""
+    try:
+        return read_calibration(folder, fingerprint)
+    except (IntegrityError, FormatError) as error:
+        log.warning("kvstore: what was measured is left out: %s", error)
+        return None
+
+
+def _is_usable(folder: StoreFolder, codec: str) -> bool:
+    try:
+        return bool(codec_of(folder, codec))
+    except (IntegrityError, FormatError, CodecError) as error:
+        log.warning("kvstore: `%s` is left out: %s", codec, error)
+        return False
+
+
+def check_codec(name: str, folder: StoreFolder | None = None) -> None:
+    """Refuse what is neither a quality nor a codec.
+
+    Args:
+        name: What it is called.
+        folder: The store; without one, what a store may have passes.
 
     Raises:
         CodecError: It is such.
+        IntegrityError: The store lacks its basis, or that is damaged.
     """
-    if basis_of(name) is None:
+    if name in QUALITIES:
+        return
+    if folder is not None:
+        codec_of(folder, name)
+    elif basis_of(name) is None:
         get_codec(name)
 
 

@@ -19,7 +19,13 @@ from kvstore.format.calibration import (
     parse_calibration,
 )
 from kvstore.models import calibrate, corpus
-from kvstore.storage.bases import list_bases, read_calibration
+from kvstore.storage.bases import (
+    basis_path,
+    calibration_path,
+    list_bases,
+    read_calibration,
+    write_calibration,
+)
 from kvstore.storage.folder import open_folder
 
 architectures = kit.load_beside("architectures")
@@ -46,6 +52,56 @@ def test_a_quality_is_the_smallest_codec_that_meets_it():
     assert "planes+zstd" == FOUND.choose("exact")
     assert "planes+zstd" == replace(FOUND, measured=FOUND.measured[2:]).choose("high")
     assert "turbo4+zstd" == replace(FOUND, measured=()).choose("balanced")
+
+
+def codecs_of(store, fingerprint, seed):
+    """Return the codecs that a store saves full blocks of a model with."""
+    tokens = [seed * 1000 + i for i in range(600)]
+    entry = store.save(tokens, fitted.fitted_cache(600, seed), fingerprint)
+    return {stored.codec for _, stored in store.chain(entry.id)[:2]}
+
+
+def note(store, **changes):
+    """Keep a calibration of the model of a store that has a basis."""
+    folder = open_folder(store.path)
+    (basis,) = list_bases(folder)
+    fit = Measured(f"fit3@{basis}+zstd", 3.0, 0.0009, 0.0, 0.99)
+    turbo = Measured("turbo5+zstd", 5.2, 0.0007, 0.0, 0.99)
+    digest = fitted.MODEL.digest
+    found = Calibration(digest, "model", basis, 4, (fit, turbo))
+    write_calibration(folder, replace(found, **changes))
+    return fit.codec
+
+
+def test_a_store_of_a_quality_saves_with_what_was_measured(saved):
+    """Of each model its own; whoever's the rows are; as usual where nothing was."""
+    saved.calibrate()
+    fit = note(saved)
+    with kvstore.Store(saved.path, "high") as store:
+        assert "high" == store.codec
+        assert {fit} == codecs_of(store, fitted.MODEL, 11)
+        assert {fit} == codecs_of(store, fitted.MODEL.with_salt("ann"), 11)
+        other = kvstore.Fingerprint({"weights": "other"}, "other")
+        assert {"turbo6+zstd"} == codecs_of(store, other, 11)
+    with kvstore.Store(saved.path) as store:
+        assert "balanced" == store.codec
+        assert {fit} == codecs_of(store, fitted.MODEL, 12)
+    with kvstore.Store(saved.path, "exact") as store:
+        assert {"planes+zstd"} == codecs_of(store, fitted.MODEL, 13)
+
+
+def test_a_quality_goes_without_what_cannot_be_used(saved, caplog):
+    """A basis that is gone, and a calibration that is damaged, end no save."""
+    saved.calibrate()
+    note(saved)
+    moved = saved.path.rename(saved.path.with_name("moved"))
+    folder = open_folder(moved)
+    basis_path(folder, list_bases(folder)[0]).unlink()
+    with kvstore.Store(moved, "high") as store:
+        assert {"turbo5+zstd"} == codecs_of(store, fitted.MODEL, 11)
+        calibration_path(folder, fitted.MODEL.digest).write_bytes(b"{}")
+        assert {"turbo6+zstd"} == codecs_of(store, fitted.MODEL, 12)
+    assert "is left out" in caplog.text
 
 
 def test_a_calibration_comes_back():

@@ -130,6 +130,8 @@ def test_a_verb_that_reads_makes_no_store(run_cli, tiny_model, tmp_path, words):
         (["chat", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
         (["serve", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
         (["demo", "--model", "m", "--codec", "foo"], "unknown codec `foo`"),
+        (["save", "--model", "m", "x", "--codec", "raw", "--quality", "high"],
+         "`--codec` and `--quality` exclude each other"),
         (["import", "/none/x.safetensors"], "`FILE`: file `/none/x.safetensors`"),
     ],
 )  # fmt: skip

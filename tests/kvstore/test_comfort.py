@@ -45,6 +45,26 @@ def test_settings_come_from_variables_and_a_file(
     assert "has more than" in run_cli("save", "Some words.")[2]
 
 
+def test_a_quality_chooses_the_codec(run_cli, tiny_model, monkeypatch):
+    """A chat is kept in high quality, a prompt in balanced, where nobody says more."""
+
+    def codec_of(*words):
+        code, _, err = run_cli(*words, "--model", tiny_model, "--name", "doc")
+        assert code == 0, err
+        entry = json.loads(run_cli("inspect", "doc", "--json")[1])["entry"]
+        run_cli("rm", "doc", "-y")
+        return entry["codec"]
+
+    assert codec_of("save", "Some words.") == "turbo4+zstd"
+    assert codec_of("save", "Some words.", "--quality", "exact") == "planes+zstd"
+    assert codec_of("generate", "Hi.", "--quality", "high") == "turbo6+zstd"
+    assert codec_of("save", "Some words.", "--exact") == "planes+zstd"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n"))
+    assert codec_of("chat", "--max-tokens", 2) == "turbo6+zstd"
+    words = ("save", "--model", tiny_model, "x", "--quality", "high", "--exact")
+    assert "`--quality high` stores 6 bits" in run_cli(*words)[2]
+
+
 def test_a_name_brings_its_model(run_cli, tiny_model, monkeypatch):
     """What is gone on with, or asked, is so by the model that made it."""
     run_cli("save", "--model", tiny_model, "--prompt", "Some words.", "--name", "doc")
