@@ -266,13 +266,38 @@ class TurboQuantKVCache:
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> BatchKVCache:
         """Return a batch of the decoded rows, which is not coded any more."""
-        batch: BatchKVCache = BatchKVCache.merge([c.to_kv_cache() for c in caches])
+        decoded = [cache.to_kv_cache() for cache in caches]
+        batch = DecodedBatch([0])
+        batch.__dict__ |= vars(BatchKVCache.merge(decoded))
+        batch.coded_bits = min(vars(cache)["coded_bits"] for cache in decoded)
         return batch
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         self.coded_keys.write(keys, self.offset)
         self.coded_values.write(values, self.offset)
         self.offset += keys.shape[2]
+
+
+class DecodedBatch(BatchKVCache):
+    """A batch of decoded rows; what is taken out of it says that they are.
+
+    Attributes:
+        coded_bits: The fewest bits per number that a row of it was coded in.
+    """
+
+    coded_bits = 8
+
+    def extend(self, other: BatchKVCache) -> None:
+        """Add another batch, decoded or not."""
+        super().extend(other)  # type: ignore[no-untyped-call]
+        self.coded_bits = min(self.coded_bits, getattr(other, "coded_bits", 8))
+
+    def extract(self, idx: int) -> KVCache:
+        """Return one sequence, marked as :meth:`TurboQuantKVCache.to_kv_cache` does."""
+        cache: KVCache = super().extract(idx)  # type: ignore[no-untyped-call]
+        marks = {"coded_tokens": cache.offset, "coded_bits": self.coded_bits}
+        cache.__dict__ |= marks
+        return cache
 
 
 def _marks(cache: Any) -> dict[str, Any]:

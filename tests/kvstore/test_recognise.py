@@ -108,3 +108,15 @@ def test_codes_of_coded_rows_have_the_fewer_bits(caches):
     assert read_provenance(again).bits == 2
     assert read_provenance([c.to_kv_cache() for c in again]).bits == 2
     assert read_provenance(quantize_prompt_cache(rows, "turbo8")).bits == 8
+
+
+def test_live_codes_that_were_decoded_for_a_batch_are_lossy(store_path, caches):
+    """No store has ever had these rows."""
+    tokens = list(range(40))
+    live = quantize_prompt_cache(caches.make_cache(40), "turbo3")
+    held = [cache.merge([cache, cache]).extract(1) for cache in live]
+    with kvstore.Store(store_path, codec="turbo8") as store:
+        entry = store.save(tokens, held, caches.MODEL)
+        assert [place.bits for place, _ in store.chain(entry.id)] == [3, 3, 3]
+        again, _ = store.load_entry(entry.id, caches.MODEL)
+        assert caches.rows_of(again) == caches.rows_of(held)

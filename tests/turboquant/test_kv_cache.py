@@ -6,7 +6,12 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
-from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 from turboquant import dequantize_polar, make_wh_rotation, quantize_polar
 from turboquant.kv_cache import (
@@ -228,6 +233,18 @@ def test_caches_merge_to_a_batch():
     batch = TurboQuantKVCache.merge(caches)
     for i, cache in enumerate(caches):
         assert same(batch.extract(i), cache)
+
+
+def test_what_comes_out_of_a_batch_says_that_it_was_coded():
+    """Also when others have joined the batch, and some have left it."""
+    batch = TurboQuantKVCache.merge([filled(20, 4), filled(12, 6)])
+    batch.extend(TurboQuantKVCache.merge([filled(9, 3)]))
+    batch.extend(BatchKVCache.merge([filled(7, 8).to_kv_cache()]))
+    batch = copy.copy(batch)
+    batch.filter([1, 2])
+    for number, num_rows in enumerate([12, 9]):
+        cache = batch.extract(number)
+        assert (cache.coded_tokens, cache.coded_bits) == (num_rows, 3)
 
 
 def test_masks_are_those_of_mlx_lm():
