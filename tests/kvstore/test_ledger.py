@@ -7,7 +7,7 @@ import pytest
 
 import kvstore
 from kvstore.ops import commit
-from kvstore.storage import files, ledger
+from kvstore.storage import files, ledger, shards
 from kvstore.storage.index import Index
 
 
@@ -86,6 +86,29 @@ def test_a_save_at_the_limit_looks_at_no_other_entry(filled, caches, read, monke
         tokens, cache = caches.make_conversation(1, 4)
         entry = store.save(tokens, cache, caches.MODEL, name="c")
         assert set(read) <= {entry.id}
+
+
+def test_the_first_save_at_the_limit_reads_each_shard_once(
+    store_path, caches, monkeypatch
+):
+    """It confirms the index before it frees anything, which costs no more than that."""
+    headers, parse = [], shards.parse_shard_header
+
+    def note(header, size):
+        headers.append(size)
+        return parse(header, size)
+
+    with kvstore.Store(store_path, "raw") as store:
+        for seed in range(1, 31):
+            store.save(*caches.make_conversation(1, seed), caches.MODEL)
+        store.set_limit(store.stats().nbytes)
+    with kvstore.Store(store_path, "raw") as store:
+        monkeypatch.setattr(shards, "parse_shard_header", note)
+        store.save(*caches.make_conversation(1, 31), caches.MODEL)
+        num_evicted = 31 - len(store.entries())
+        assert num_evicted > 0
+        # And what is evicted once more, and the new one staged and committed.
+        assert len(headers) <= 30 + num_evicted + 2
 
 
 def test_little_that_can_go_goes_when_it_is_more(store_path, caches):

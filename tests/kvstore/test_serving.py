@@ -792,6 +792,18 @@ def test_a_prefill_that_a_client_gives_up_is_kept(servers, tiny_model, tmp_path)
     assert beside.cached(server.ask(body["messages"])) >= 1024
 
 
+def test_a_reply_that_a_client_stops_is_kept(servers, models, tmp_path):
+    """Escape while tokens come: the prompt is held, in memory and after a restart."""
+    server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 100_000}
+    server.leave(CHAT, body | {"stream": True, "logit_bias": LETTERS}, b"data: ")
+    server.wait_for("the client hung up")
+    assert held(server.ask(LONG)) == 1
+    assert server.stop() == 0
+    server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
+    assert held(server.ask(LONG)) == 1
+
+
 def test_a_prefill_that_a_stop_ends_is_kept(servers, tiny_model, tmp_path):
     """SIGTERM keeps what was computed of a prompt, between two of its steps."""
     options = ("--prefill-step-size", "64", "--codec", "raw")
