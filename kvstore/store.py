@@ -223,6 +223,9 @@ class Store:
     ) -> Snapshot:
         """Copy what the store lacks of a prompt cache, for another thread to save.
 
+        Unlike :meth:`save`, it believes the mark of a prompt cache: where a batch of
+        mlx-lm's has lost it, lossy rows are taken for exact.
+
         Args:
             tokens: Exactly the tokens whose rows are in the cache.
             prompt_cache: mlx-lm's list of per-layer caches.

@@ -77,9 +77,10 @@ class Found(NamedTuple):
     held: int
 
 
-def ask(server, messages):
+def ask(server, messages, **options):
     """Ask a server, and return what became of it."""
-    answer = server.ask(messages, logit_bias=families.LETTERS, max_tokens=4)
+    options |= {"logit_bias": families.LETTERS, "max_tokens": 4}
+    answer = server.ask(messages, **options)
     held = beside.cached(answer)
     return Found(answer.usage.prompt_tokens, beside.said(answer), held)
 
@@ -185,6 +186,21 @@ def test_no_request_holds_fewer_tokens_than_the_stock_server(pair, tmp_path):
     stored, once = bytes_of_rows(tmp_path / "store")
     # Windows and ends to go back to cost no more than the rows themselves.
     assert stored <= 2 * once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", FAMILIES.values(), ids=FAMILIES.keys(), indirect=True)
+def test_what_is_served_alone_is_held_as_well(pair):
+    """A request with a seed is: it has the model to itself, in a path of its own."""
+    start, stock = pair
+    ours = start()
+    for number, messages in enumerate(session()):
+        if number == 5:
+            ours.stop()
+            ours = start()
+        mine, other = (ask(server, messages, seed=1) for server in (ours, stock))
+        assert (number, *mine[:2]) == (number, *other[:2])
+        assert (number, mine.held) >= (number, other.held)
 
 
 @pytest.mark.slow
