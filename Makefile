@@ -19,7 +19,7 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-031 test-all bench serve-bench quality check format docs clean
+.PHONY: demo test test-031 test-all campaign bench serve-bench quality check format docs clean
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore demo --model $(MODEL)
@@ -32,6 +32,11 @@ test-031: $(STAMP_031)
 
 test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest
+
+CAMPAIGN := --kills 1000 --errors 2000 --damage 20000 --fuzz 3000000 --mutants
+
+campaign: $(STAMP)
+	$(BIN)/python -m tools.campaign $(CAMPAIGN)
 
 bench: $(STAMP) $(MODEL)/config.json
 	$(BIN)/python -m pip install --quiet "matplotlib>=3.8"

@@ -105,20 +105,30 @@ def repair(folder: StoreFolder) -> list[Finding]:
     if not findings:
         return findings
     with files.locked(folder.lock, exclusive=True):
-        if any(finding.kind == "damaged-config" for finding in findings):
+        damaged = [f for f in findings if f.kind == "damaged-config"]
+        for finding in damaged:
+            _make_way(folder, folder.path / finding.path)
+        if damaged:
             write_config(folder.path, config_of(folder))
         for finding in findings:
             path = folder.path / finding.path
             if finding.kind == "damaged-entry" and _is_broken(folder, path.stem):
                 _replace_entry(folder, path)
-        for damaged in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
-            name = Path(damaged).stem
+        for shard in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
+            name = Path(shard).stem
             # It may have been written anew since it was looked at.
             if list(_check_shard(folder, name, True, {})):
                 _replace_shard(folder, name)
         take_back(folder)
         _build_index(folder)
     return findings
+
+
+def _make_way(folder: StoreFolder, path: Path) -> None:
+    """Put a folder aside that lies where a file is to be; no rename replaces it."""
+    if path.is_dir():
+        aside = f"{path.stem}-{secrets.token_hex(4)}"
+        files.publish(path, folder.quarantine / aside)
 
 
 def _replace_entry(folder: StoreFolder, path: Path) -> None:

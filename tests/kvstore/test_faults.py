@@ -38,7 +38,12 @@ class WrongRowsError(AssertionError):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, empty_store, caches):
     """A store with two conversations, and what a clean load of them gives."""
-    path = shutil.copytree(empty_store, tmp_path_factory.mktemp("faults") / "store")
+    return make_world(tmp_path_factory.mktemp("faults"), empty_store, caches)
+
+
+def make_world(folder, empty_store, caches):
+    """Return that store, made in a folder."""
+    path = shutil.copytree(empty_store, folder / "store")
     saved = {
         name: caches.make_conversation(BLOCKS, seed, extra=EXTRA)
         for seed, name in ((1, "a"), (2, "b"))

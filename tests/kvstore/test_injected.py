@@ -65,7 +65,11 @@ class Disk:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, empty_store, caches):
     """A store with an entry to keep, one to work on, dead blocks, and a bundle."""
-    folder = tmp_path_factory.mktemp("injected")
+    return make_template(tmp_path_factory.mktemp("injected"), empty_store, caches)
+
+
+def make_template(folder, empty_store, caches):
+    """Return that store, made in a folder."""
     path = shutil.copytree(empty_store, folder / "store")
     kept, worked = caches.make_conversation(3, 1), caches.make_conversation(3, 2)
     other = caches.make_conversation(2, 3)
@@ -229,16 +233,27 @@ def test_an_error_at_any_call_loses_nothing(
 ):
     """A job fails with the system's own error, or has done what it promises."""
     disk = Disk(monkeypatch)
-    path = shutil.copytree(template.path, tmp_path / "counted")
-    disk.work()
-    JOBS[job](path, template)
-    total = disk.count
+    total = count_calls(disk, job, template, tmp_path / "counted")
     assert total > 2
     for when in range(1, total + 1):
-        path = shutil.copytree(template.path, tmp_path / f"store-{when}")
-        disk.fail(when, total * 10 if lasting else when, number)
-        promised, error = attempt(JOBS[job], path, template)
-        disk.work()
-        assert is_told(error, number), (when, disk.failed, error)
-        check_store(path, template, promised)
-        shutil.rmtree(path)
+        last = total * 10 if lasting else when
+        fail_at(disk, job, number, (when, last), template, tmp_path / f"store-{when}")
+
+
+def count_calls(disk, job, template, folder):
+    """Return how many calls a job makes."""
+    path = shutil.copytree(template.path, folder)
+    disk.work()
+    JOBS[job](path, template)
+    return disk.count
+
+
+def fail_at(disk, job, number, calls, template, folder):
+    """Let some calls of a job fail, and hold what it says and leaves."""
+    path = shutil.copytree(template.path, folder)
+    disk.fail(*calls, number)
+    promised, error = attempt(JOBS[job], path, template)
+    disk.work()
+    assert is_told(error, number), (calls, disk.failed, error)
+    check_store(path, template, promised)
+    shutil.rmtree(path)

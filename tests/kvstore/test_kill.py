@@ -180,7 +180,11 @@ def counts(tmp_path_factory, empty_store):
     """How often the saves make each system call."""
     if not STRACE:
         pytest.skip("needs strace, to kill at an exact system call")
-    folder = tmp_path_factory.mktemp("count")
+    return count_calls(tmp_path_factory.mktemp("count"), empty_store)
+
+
+def count_calls(folder, empty_store):
+    """Return how often the saves make each system call."""
     store = shutil.copytree(empty_store, folder / "store")
     names = ",".join(map(names_of, CALLS))
     worker = Worker(store, folder / "noted", 0)

@@ -193,6 +193,18 @@ def test_any_bit_of_a_configuration_may_flip(saved, caches, flip_bit, name):
     assert num_held(path, tokens, caches.MODEL) == len(tokens)
 
 
+@pytest.mark.parametrize("name", ["config.json", "config.copy.json"])
+def test_a_folder_in_a_configuration_place_is_put_aside(saved, name):
+    """No rename replaces a folder, so a repair moves it away first."""
+    path, _, _ = saved
+    (path / name).unlink()
+    (path / name).mkdir()
+    with kvstore.Store(path, create=False) as store:
+        store.repair()
+        assert store.verify() == []
+    assert (path / name).is_file()
+
+
 def test_without_either_configuration_it_is_no_store(saved):
     """A folder without both is refused, and nothing in it is touched."""
     path, _, _ = saved

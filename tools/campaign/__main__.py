@@ -1,0 +1,214 @@
+"""Break a store in many ways, and count what is lost: nothing, as it should be.
+
+    python -m tools.campaign --seed 1 --kills 1000 --errors 2000 --damage 20000 \
+        --fuzz 3000000 --mutants
+
+It drives what the tests are made of: killed processes, errors of the system at the K-th
+call, damaged files, mutated bytes. With `--mutants`, the code itself is broken, and the
+tests, or this program, must notice. Each line is an act, its count, and what was found;
+exit code 1 where anything was. The same seed gives the same choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.storage.folder import create_folder
+
+from .damage import damage_store
+from .fuzz import Fuzzer
+from .mutants import MUTANTS, find_survivors
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+import kit  # noqa: E402  (of the tests, which are no package)
+
+ROUND = 20
+ERRORS = ("ENOSPC", "EIO", "EACCES", "EMFILE", "EPERM", "ENOLCK", "EROFS", "ENOMEM")
+
+
+@dataclass
+class Outcome:
+    """What an act has found."""
+
+    count: int = 0
+    note: str = ""
+    failures: list[str] = field(default_factory=list)
+
+    def attempt(self, what: str, act: Callable[..., Any], *args: Any) -> Any:
+        """Count an attempt; whatever it raises is a failure."""
+        self.count += 1
+        try:
+            return act(*args)
+        except (Exception, pytest.fail.Exception):
+            self.failures.append(f"{what}\n{traceback.format_exc(limit=-3)}")
+
+
+def kills(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Kill processes that save, at random moments and at exact system calls."""
+    kill, caches = kit.load_beside("test_kill"), kit.load_beside("caches")
+    calls = kill.count_calls(folder, empty) if kill.STRACE else {}
+    timed = shutil.copytree(empty, folder / "timed-store")
+    duration = kill.time_saves(timed, folder)
+    found, killed = Outcome(), []
+    for done in range(0, count, ROUND):
+        work = folder / f"kills-{done}"
+        store = shutil.copytree(empty, work / "store")
+        number = min(ROUND, count - done)
+        moments = [kill.at_random(chance.random() * duration) for _ in range(number)]
+        points = kill.pick(calls, number, chance.random()) if calls else []
+        exact = [kill.at_call(*point) for point in points]
+        both = list(zip(moments, exact or moments, strict=True))
+        acts = [chance.choice(pair) for pair in both]
+        what = f"kills {done} to {done + number}"
+        died = found.attempt(what, kill.kill_in_turn, store, work, caches, acts)
+        killed.append(died or 0)
+        found.note = _acknowledged(folder, sum(killed))
+    found.count = count
+    return found
+
+
+def _acknowledged(folder: Path, killed: int) -> str:
+    saves = sum(path.stat().st_size for path in folder.glob("kills-*/noted-*"))
+    return f"{killed} died before their end, {saves} saves acknowledged"
+
+
+def errors(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Let the K-th call to the disk fail, once or from then on."""
+    import errno
+
+    injected, caches = kit.load_beside("test_injected"), kit.load_beside("caches")
+    made = injected.make_template(folder, empty, caches)
+    found, lasting = Outcome(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        disk = injected.Disk(patch)
+        totals = {
+            job: injected.count_calls(disk, job, made, folder / f"counted-{job}")
+            for job in injected.JOBS
+        }
+        for number in range(count):
+            job, name = chance.choice(sorted(totals)), chance.choice(ERRORS)
+            when = chance.randint(1, totals[job])
+            last = chance.choice((when, 10 * totals[job]))
+            lasting += last > when
+            path, code = folder / f"store-{number}", getattr(errno, name)
+            what = f"error {name} at calls {when} to {last} of {job}"
+            calls = (when, last)
+            found.attempt(what, injected.fail_at, disk, job, code, calls, made, path)
+            disk.work()
+            shutil.rmtree(path, ignore_errors=True)
+    found.note = f"{lasting} lasting, {len(totals)} jobs"
+    return found
+
+
+def damage(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Damage files of a store: nothing wrong is loaded, and repair and saves heal."""
+    faults, caches = kit.load_beside("test_faults"), kit.load_beside("caches")
+    world = faults.make_world(folder, empty, caches)
+    found = Outcome()
+    for number in range(count):
+        path = shutil.copytree(world.path, folder / f"damaged-{number}")
+        broken = faults.Broken(world, caches, path)
+        done = damage_store(chance, path)
+        is_removed = bool(re.search(r"entries/\S+: gone", done))
+        found.attempt(f"damage {number}: {done}", _use, broken, chance, is_removed)
+        shutil.rmtree(path)
+    return found
+
+
+def _use(broken: Any, chance: random.Random, is_removed: bool) -> None:
+    """Ask a damaged store, then repair it, save twice, and ask again."""
+    import kvstore
+
+    if broken.load() == "FormatError":
+        # A flipped bit can make the index that of a newer release. The hint is this:
+        for file in broken.path.glob("index.sqlite*"):
+            file.unlink()
+    for ask in chance.sample([broken.load, broken.load_entry, broken.verify], 3):
+        ask()  # which raises where rows are wrong, and names the project's errors
+    whole = [broken.load(name) for name in "ab"]
+    with kvstore.Store(broken.path, create=False) as store:
+        # What is damaged frees nothing that can be loaded; a removed entry may.
+        if chance.random() < 0.5 and not is_removed:
+            store.plan_prune(now=True).execute()
+            assert [broken.load(name) for name in "ab"] == whole
+        store.repair()
+    for name in "ab":
+        broken.save(name)
+    asked = [ask(name) for name in "ab" for ask in (broken.load, broken.load_entry)]
+    assert asked == ["right"] * 4, asked
+    assert broken.verify() == "", broken.verify()
+
+
+def fuzz(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Mutate what comes from elsewhere: only the project's own errors come back."""
+    fuzzer = Fuzzer(folder, empty, kit.load_beside("caches"))
+    found = Outcome()
+    for number in range(count):
+        # A bundle takes a hundred times as long as the others.
+        subject = "bundle" if number % 500 == 0 else chance.choice(fuzzer.quick)
+        found.attempt(f"{number}: {subject}", fuzzer.try_one, subject, chance)
+    found.note = ", ".join(f"{n} {s}" for s, n in sorted(fuzzer.accepted.items()))
+    found.note = f"accepted: {found.note or 'none'}"
+    return found
+
+
+ACTS = {"kills": kills, "errors": errors, "damage": damage, "fuzz": fuzz}
+
+
+def main() -> int:
+    """Run the acts that are asked for, and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m tools.campaign")
+    parser.add_argument("--seed", type=int, default=1)
+    for name, act in ACTS.items():
+        parser.add_argument(f"--{name}", type=int, default=0, help=act.__doc__)
+    text = "break the code in each known way: the tests must notice"
+    parser.add_argument("--mutants", nargs="*", metavar="NAME", help=text)
+    options = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
+        os.environ["KVSTORE_DIR"] = f"{temporary}/unused"
+        empty = create_folder(Path(temporary) / "empty", 16).path
+        for name, act in ACTS.items():
+            if count := getattr(options, name):
+                folder = Path(temporary) / name
+                folder.mkdir()
+                begin = time.monotonic()
+                chance = random.Random(f"{options.seed} {name}")
+                found = act(chance, count, folder, empty)
+                failed |= _tell(name, found, time.monotonic() - begin)
+        if options.mutants is not None:
+            begin = time.monotonic()
+            chosen = options.mutants or list(MUTANTS)
+            survivors = find_survivors(chosen, ROOT, Path(temporary) / "mutants")
+            found = Outcome(len(chosen), "each is to be caught", survivors)
+            failed |= _tell("mutants", found, time.monotonic() - begin)
+    return int(failed)
+
+
+def _tell(name: str, found: Outcome, seconds: float) -> bool:
+    """Print what an act has found; return whether anything failed."""
+    for failure in found.failures[:20]:
+        print(f"--- {failure}", file=sys.stderr)
+    number = len(found.failures)
+    print(f"| {name} | {found.count:,} | {number} | {seconds:.0f} s | {found.note} |")
+    sys.stdout.flush()
+    return bool(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The code with one rule taken away: the tests that hold it must notice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+COPIED = ("kvstore", "turboquant", "tests", "tools", "pyproject.toml")
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of the code, and what runs against it."""
+
+    file: str
+    old: str
+    new: str
+    # A test file with `-k` words, or options of the campaign.
+    caught_by: tuple[str, ...]
+
+
+def _test(name: str, *words: str) -> tuple[str, ...]:
+    where = f"tests/kvstore/test_{name}.py"
+    return ("-m", "pytest", "-qx", "-p", "no:cacheprovider", where, "-k", *words)
+
+
+def _campaign(*words: str) -> tuple[str, ...]:
+    return ("-m", "tools.campaign", *words)
+
+
+MUTANTS = {
+    "a shard is not synced": Mutant(
+        "storage/shards.py", "        files.sync(descriptor)\n", "",
+        _test("shards", "synced"),
+    ),
+    "a folder is not synced": Mutant(
+        "storage/files.py", "path, target)\n    sync_dir(target.parent)\n",
+        "path, target)\n", _test("files", "synced"),
+    ),
+    "published before it is synced": Mutant(
+        "storage/files.py",
+        "        sync(descriptor)\n        if path.read_bytes() != data:",
+        "        if path.read_bytes() != data:", _test("files", "synced"),
+    ),
+    "an entry before its blocks": Mutant(
+        "ops/commit.py",
+        "if len(places) < len(hashes) or not all(map(blocks.has, places)):",
+        "if False:", _test("prune", "pruned_during_a_save"),
+    ),
+    "rows after the file is gone": Mutant(
+        "storage/blocks.py",
+        "            if not self.index.has_shard(name):\n", "            if True:\n",
+        _test("prune", "published_again"),
+    ),
+    "an entry is written in place": Mutant(
+        "storage/entries.py", "    files.write_atomic(path, data, staging)\n",
+        "    path.unlink(missing_ok=True)\n    descriptor = files.create(path)\n"
+        "    files.write_all(descriptor, data)\n    files.sync(descriptor)\n",
+        _test("faults", "error_at_any_call_of_a_save and write"),
+    ),
+    "a digest is not compared": Mutant(
+        "storage/shards.py", "        if _blake3(data) != stored.digest:\n",
+        "        if False:\n", _test("faults", "the_table and codes"),
+    ),
+    "a header's digest is not compared": Mutant(
+        "format/shard.py", "    if digest != _blake3(blank):\n", "    if False:\n",
+        _campaign("--fuzz", "3000"),
+    ),
+    "a size is believed": Mutant(
+        "storage/shards.py", "length > min(MAX_HEADER_BYTES, size - 8)", "False",
+        _test("shards", "longer_than_its_file and 9223372036854775808"),
+    ),
+    "an unreadable entry frees": Mutant(
+        "ops/prune.py", "            unreadable += [] if copied else [entry_id]\n", "",
+        _test("single_faults", "stops_all_freeing"),
+    ),
+    "what goes is not compared": Mutant(
+        "ops/prune.py", "    if freed := {*plan.removed, *plan.repacked}:\n",
+        "    if freed := set():\n", _test("compared", "to_go"),
+    ),
+    "a tenant is no salt": Mutant(
+        "server/tenants.py", "served.fingerprint.with_salt(key[1])",
+        "served.fingerprint", _test("tenants", "its_own_only"),
+    ),
+}  # fmt: skip
+
+
+def find_survivors(names: list[str], root: Path, folder: Path) -> list[str]:
+    """Return the mutants that nothing notices.
+
+    What is to notice a mutant runs on the code as it is first, and must pass.
+    """
+    for name in COPIED:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, folder / name, ignore=_IGNORED)
+        else:
+            shutil.copy(root / name, folder / name)
+    chosen = {name: MUTANTS[name] for name in names}
+    sound: dict[tuple[str, ...], int] = {}
+    found = []
+    for name, mutant in chosen.items():
+        if mutant.caught_by not in sound:
+            sound[mutant.caught_by] = _run(mutant.caught_by, folder)
+        if sound[mutant.caught_by] != 0:
+            found.append(f"{name}: {mutant.caught_by} fails without it")
+        elif _run_mutant(mutant, folder) != 1:
+            found.append(f"{name}: nothing fails")
+    return found
+
+
+def _run_mutant(mutant: Mutant, folder: Path) -> int:
+    path = folder / "kvstore" / mutant.file
+    good = path.read_text()
+    if good.count(mutant.old) != 1:
+        return -1  # the code has moved on, and this file has not
+    path.write_text(good.replace(mutant.old, mutant.new))
+    try:
+        return _run(mutant.caught_by, folder)
+    finally:
+        path.write_text(good)
+
+
+def _run(words: tuple[str, ...], folder: Path) -> int:
+    done = subprocess.run(
+        [sys.executable, "-B", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    return done.returncode
