@@ -1,4 +1,4 @@
-"""The command ``kvstore``: one file per few verbs, each with a Python method behind it.
+"""The command ``kvstore``; ``commands`` has its verbs, the rest is what they share.
 
 Nothing here imports mlx-lm before a verb that runs a model is called.
 """
@@ -9,22 +9,22 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import adopt as _adopt
-from . import calibrate as _calibrate
-from . import chat as _chat
-from . import demo as _demo
-from . import doctor as _doctor
-from . import entries as _entries
-from . import generate as _generate
-from . import housekeeping as _housekeeping
-from . import listing as _listing
-from . import lookup as _lookup
-from . import remote as _remote
-from . import search as _search
-from . import serve as _serve
-from . import show as _show
-from . import transfer as _transfer
-from . import view as _view
+from .commands import adopt as _adopt
+from .commands import calibrate as _calibrate
+from .commands import chat as _chat
+from .commands import demo as _demo
+from .commands import doctor as _doctor
+from .commands import entries as _entries
+from .commands import generate as _generate
+from .commands import housekeeping as _housekeeping
+from .commands import listing as _listing
+from .commands import lookup as _lookup
+from .commands import remote as _remote
+from .commands import search as _search
+from .commands import serve as _serve
+from .commands import show as _show
+from .commands import transfer as _transfer
+from .commands import view as _view
 from .failures import run
 from .main import cli
 

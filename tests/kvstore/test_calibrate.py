@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import kvstore
 from kvstore.cli import cli
-from kvstore.cli.calibrate import format_calibration
+from kvstore.cli.commands.calibrate import format_calibration
 from kvstore.codecs import fitting
 from kvstore.errors import IntegrityError
 from kvstore.format.calibration import (

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import kvstore
-from kvstore.cli.demo import format_result
+from kvstore.cli.commands.demo import format_result
 from kvstore.models import demo
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import kvstore
-from kvstore.cli.entries import codec_words
+from kvstore.cli.commands.entries import codec_words
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..storage.folder import default_path
-from .main import Verb, output_of, store_path
-from .options import ModelOptions, gathered, model_options
-from .output import has_colour, one_line
+from ...storage.folder import default_path
+from ..main import Verb, output_of, store_path
+from ..options import ModelOptions, gathered, model_options
+from ..output import has_colour, one_line
 
 if TYPE_CHECKING:
-    from ..ops.doctor import Diagnosis
+    from ...ops.doctor import Diagnosis
 
 optional_model = partial(model_options, is_needed=False)
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red"}
@@ -50,7 +50,7 @@ def doctor(context: click.Context, model: ModelOptions) -> None:
 
 
 def _examine(path: Path, model: ModelOptions) -> Iterator[Diagnosis]:
-    from ..ops.doctor import examine_machine, examine_store
+    from ...ops.doctor import examine_machine, examine_store
 
     has_back_end = True
     for diagnosis in examine_machine():
@@ -59,7 +59,7 @@ def _examine(path: Path, model: ModelOptions) -> Iterator[Diagnosis]:
         yield diagnosis
     yield from examine_store(path)
     if model.model is not None and has_back_end:
-        from ..models.doctor import examine_model
+        from ...models.doctor import examine_model
 
         yield from examine_model(
             model.model,

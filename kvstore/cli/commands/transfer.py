@@ -14,19 +14,19 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..errors import KVStoreError
-from ..storage import files
-from . import options
+from ...errors import KVStoreError
+from ...storage import files
+from .. import options
+from ..main import Verb, load_fast_blas, open_store, output_of
+from ..options import ModelOptions, PromptOptions, encode_source, gathered
+from ..output import Output, format_bytes, format_codec, format_count, one_line
 from .entries import entry_data, entry_label
-from .main import Verb, load_fast_blas, open_store, output_of
-from .options import ModelOptions, PromptOptions, encode_source, gathered
-from .output import Output, format_bytes, format_codec, format_count, one_line
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
-    from ..format.documents import JSON
-    from ..format.entry import Entry
-    from ..store import Store
+    from ...fingerprint import Fingerprint
+    from ...format.documents import JSON
+    from ...format.entry import Entry
+    from ...store import Store
 
 # What a bundle knows itself.
 _OF_CACHE_FILES = (
@@ -106,7 +106,7 @@ def import_file(
 
 def _is_bundle(path: Path) -> bool:
     """Say by its content whether a file is a bundle; nothing else comes by a pipe."""
-    from ..format.bundle import is_bundle
+    from ...format.bundle import is_bundle
 
     if str(path) == "-" or not path.is_file():
         return True
@@ -136,7 +136,7 @@ def _made_by(
                 "`--adapter-path` and `--draft-model` need `--model`", context
             )
         return None, None
-    from ..models.session import load_empty_cache
+    from ...models.session import load_empty_cache
 
     return load_empty_cache(
         model.model,
@@ -165,7 +165,7 @@ def _import_bundle(
     name: str | None,
     replace: bool,
 ) -> None:
-    from ..ops.import_bundle import open_bundle
+    from ...ops.import_bundle import open_bundle
 
     begin = time.monotonic()
     with _opened(path) as file:
@@ -205,7 +205,7 @@ def _import_cache_file(
 ) -> None:
     text = prompt.read()
     load_fast_blas()
-    from ..models.load import load_model, read_cache_file
+    from ...models.load import load_model, read_cache_file
 
     loaded, tokenizer, fingerprint = load_model(
         model.model,

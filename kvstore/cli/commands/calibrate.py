@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .main import Verb, load_fast_blas, open_store, output_of
-from .options import ModelOptions, gathered, model_options
-from .output import Column, format_codec, format_table, terminal_width
+from ..main import Verb, load_fast_blas, open_store, output_of
+from ..options import ModelOptions, gathered, model_options
+from ..output import Column, format_codec, format_table, terminal_width
 
 if TYPE_CHECKING:
-    from ..format.calibration import Calibration, Measured
-    from ..models.load import LoadedModel
+    from ...format.calibration import Calibration, Measured
+    from ...models.load import LoadedModel
 
 
 @click.command(cls=Verb)
@@ -85,7 +85,7 @@ def calibrate(
 def _fingerprint(model: ModelOptions) -> Any:
     if model.model is None:
         return None
-    from ..models.load import fingerprint_model
+    from ...models.load import fingerprint_model
 
     return fingerprint_model(model.model, model.adapter_path)
 
@@ -100,7 +100,7 @@ def _run_model(
     from .generate import open_models
 
     store, loaded = open_models(context, options, None)
-    from ..models.calibrate import calibrate_model
+    from ...models.calibrate import calibrate_model
 
     with output_of(context).progress() as bars:
         return calibrate_model(
@@ -116,8 +116,8 @@ def _contexts(
     loaded: LoadedModel, texts: tuple[Path, ...], count: int
 ) -> list[list[int]]:
     """Return contexts, some of them to measure with."""
-    from ..models.calibrate import CONTEXT, NUM_LEARNED
-    from ..models.corpus import given_contexts, usual_contexts
+    from ...models.calibrate import CONTEXT, NUM_LEARNED
+    from ...models.corpus import given_contexts, usual_contexts
 
     number = count + -(-count // NUM_LEARNED)
     if not texts:
@@ -133,7 +133,7 @@ def _contexts(
 
 def format_calibration(calibration: Calibration, width: int | None = None) -> str:
     """Return what was measured as people read it: a table, and what qualities mean."""
-    from ..format.calibration import QUALITIES
+    from ...format.calibration import QUALITIES
 
     basis = calibration.basis
     lines = [f"basis {basis[:12]}" if basis else "no basis"]

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..format.documents import JSON
-from ..storage import files
+from ...format.documents import JSON
+from ...storage import files
+from ..main import Verb, open_store, output_of
+from ..output import format_ago, format_bytes, one_line
 from .housekeeping import stats_fields
 from .listing import Line, model_name, tree_lines
-from .main import Verb, open_store, output_of
-from .output import format_ago, format_bytes, one_line
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from ...store import Store
 
 _NUM_NEXT = 5
 

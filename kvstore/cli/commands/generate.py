@@ -10,28 +10,28 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from ..blas import OPENBLAS_REMEDY, is_openblas_missing
-from ..errors import EntryNotFoundError, KVStoreError
-from . import options
-from .entries import entry_data, entry_label
-from .housekeeping import Size
-from .interrupts import Interrupts
-from .main import Verb, load_fast_blas, log, open_store, output_of, store_path
-from .options import (
+from ...blas import OPENBLAS_REMEDY, is_openblas_missing
+from ...errors import EntryNotFoundError, KVStoreError
+from .. import options
+from ..interrupts import Interrupts
+from ..main import Verb, load_fast_blas, log, open_store, output_of, store_path
+from ..options import (
     ModelOptions,
     PromptOptions,
     gathered,
     model_options,
     prompt_options,
 )
-from .output import Output, format_bytes, format_codec, format_count
-from .settings import setting
+from ..output import Output, format_bytes, format_codec, format_count
+from ..settings import setting
+from .entries import entry_data, entry_label
+from .housekeeping import Size
 
 if TYPE_CHECKING:
-    from ..format.documents import JSON
-    from ..format.entry import Entry
-    from ..models.load import LoadedModel
-    from ..store import Store
+    from ...format.documents import JSON
+    from ...format.entry import Entry
+    from ...models.load import LoadedModel
+    from ...store import Store
 
 
 @click.command(cls=Verb)
@@ -72,8 +72,8 @@ def save(
     source = options.read_source(prompt, request)
     least = options.least_bits(exact, min_bits)
     store, loaded = open_models(context, model, options.codec_of(codec, least))
-    from ..models.generate import save_prompt
-    from ..models.session import CacheOptions, Callbacks
+    from ...models.generate import save_prompt
+    from ...models.session import CacheOptions, Callbacks
 
     tokens = options.encode_source(loaded.tokenizer, source, prompt, is_open=True)
     warn_of_context(output, loaded, len(tokens))
@@ -153,8 +153,8 @@ def generate(
     text = prompt.read()
     store, loaded = open_models(context, model, codec, live, ref=base or name)
     warn_of_size(output, loaded.model, live.max_kv_size)
-    from ..models.generate import stream_generate
-    from ..models.session import Callbacks
+    from ...models.generate import stream_generate
+    from ...models.session import Callbacks
 
     # With a base, the name is a new one.
     begun = name if base is None and not replace else None
@@ -217,7 +217,7 @@ def warn_of_size(output: Output, model: Any, max_kv_size: int | None) -> None:
 
 def warn_of_context(output: Output, model: LoadedModel, num_tokens: int) -> None:
     """Say that a prompt is longer than the model was made for."""
-    from ..models.context import past_context
+    from ...models.context import past_context
 
     warning = past_context(num_tokens, model.context_length)
     if warning is not None:
@@ -245,7 +245,7 @@ def open_models(
     """
     chosen = chosen.chosen(context, ref)
     load_fast_blas()
-    from ..models.load import find_model, load_models
+    from ...models.load import find_model, load_models
 
     codec = options.codec_of(codec, live.least_bits if live else 0, usual)
     find_model(chosen.model)  # a wrong name must not leave an empty store behind
@@ -267,7 +267,7 @@ def open_models(
 
 def make_store(context: click.Context, codec: str) -> Store:
     """Open the store, or make it with the usual limit."""
-    from ..storage.folder import default_path
+    from ...storage.folder import default_path
 
     text = setting("limit")
     limit = text and Size(min=1).convert(text, None, context)
@@ -303,7 +303,7 @@ def _conversation(
         base: An entry that must be there, or ``None``.
         name: The name of an entry that may be there, or ``None``.
     """
-    from ..models.conversation import continue_entry
+    from ...models.conversation import continue_entry
 
     ref = base if base is not None else _entry_named(store, name)
     if ref is None:

@@ -7,9 +7,9 @@ import unicodedata
 
 import click
 
-from . import options
+from .. import options
+from ..main import Verb, load_fast_blas, open_store, output_of
 from .entries import entry_data
-from .main import Verb, load_fast_blas, open_store, output_of
 
 _TAIL = 400
 
@@ -44,7 +44,7 @@ def show(
     store = open_store(context)
     entry = store.entry(ref)
     load_fast_blas()
-    from ..models.texts import entry_text, tokenizer_of
+    from ...models.texts import entry_text, tokenizer_of
 
     text = entry_text(store, entry, tokenizer_of(entry, model), num_last)
     data = {"entry": entry_data(entry), "text": text}

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import KVStoreError
-from ..format.block import StoredBlock
-from ..format.documents import JSON
-from ..format.entry import Entry
-from ..storage.index import Place
-from . import options
-from .main import Verb, open_store, output_of
-from .output import (
+from ...errors import KVStoreError
+from ...format.block import StoredBlock
+from ...format.documents import JSON
+from ...format.entry import Entry
+from ...storage.index import Place
+from .. import options
+from ..main import Verb, open_store, output_of
+from ..output import (
     Column,
     Output,
     format_ago,
@@ -33,8 +33,8 @@ from .output import (
 )
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
-    from ..ops.traces import Traces
+    from ...fingerprint import Fingerprint
+    from ...ops.traces import Traces
 
 _SHORT = 12
 
@@ -75,7 +75,7 @@ def load(
     store = open_store(context)
     entry = store.entry(ref)
     if path is not None:
-        from ..caches.mlx_files import check_cache_path, write_prompt_cache
+        from ...caches.mlx_files import check_cache_path, write_prompt_cache
 
         check_cache_path(path, overwrite=overwrite)
     begin = time.monotonic()
@@ -214,7 +214,7 @@ def _describe_load(entry: Entry, data: JSON) -> str:
 def _fingerprint(model: str | None, adapter_path: str | None) -> Fingerprint | None:
     if model is None:
         return None
-    from ..models.load import fingerprint_model
+    from ...models.load import fingerprint_model
 
     return fingerprint_model(model, adapter_path)
 

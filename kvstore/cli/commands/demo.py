@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .main import Verb, load_fast_blas, output_of
-from .options import CodecName, ModelOptions, Text, gathered, model_options
-from .output import Column, format_bytes, format_table, terminal_width
+from ..main import Verb, load_fast_blas, output_of
+from ..options import CodecName, ModelOptions, Text, gathered, model_options
+from ..output import Column, format_bytes, format_table, terminal_width
 
 if TYPE_CHECKING:
-    from ..models.demo import DemoResult, DemoRow
+    from ...models.demo import DemoResult, DemoRow
 
 
 @click.command(cls=Verb)
@@ -67,7 +67,7 @@ def demo(
     output = output_of(context)
     model = model.chosen(context)
     load_fast_blas()
-    from ..models.demo import CODECS, run_demo
+    from ...models.demo import CODECS, run_demo
 
     with output.progress() as bars:
         result = run_demo(

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import EntryExistsError, KVStoreError, StoreLockedError
-from . import options
-from .failures import explain
-from .generate import end_if_asked, open_models, warn_of_size
-from .interrupts import Interrupts
-from .main import Verb, output_of
-from .options import ModelOptions, gathered, model_options
-from .output import (
+from ...errors import EntryExistsError, KVStoreError, StoreLockedError
+from .. import options
+from ..failures import explain
+from ..interrupts import Interrupts
+from ..main import Verb, output_of
+from ..options import ModelOptions, gathered, model_options
+from ..output import (
     Bars,
     Output,
     format_bytes,
@@ -28,10 +27,11 @@ from .output import (
     one_line,
     print_failure,
 )
+from .generate import end_if_asked, open_models, warn_of_size
 
 if TYPE_CHECKING:
-    from ..format.block import Progress
-    from ..models.chat import Chat, ChatStats
+    from ...format.block import Progress
+    from ...models.chat import Chat, ChatStats
 
 _HELP = """\
 /fork NAME   go on under NAME from here; the old name stays where it was
@@ -106,8 +106,8 @@ def chat(
         context, model, codec, live, ref=base or name, usual="high"
     )
     warn_of_size(output, loaded.model, live.max_kv_size)
-    from ..models.chat import Chat
-    from ..models.session import Callbacks
+    from ...models.chat import Chat
+    from ...models.session import Callbacks
 
     with output.progress() as bars, Interrupts(bars.say_stopping) as interrupts:
         talk = Chat(

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from .. import options
+from ..main import Verb, load_fast_blas, log
 from .generate import make_store
 from .housekeeping import Size
-from .main import Verb, load_fast_blas, log
 
 if TYPE_CHECKING:
-    from ..server.disk import ServedModel
-    from ..server.prompt_cache import DiskPromptCache
+    from ...server.disk import ServedModel
+    from ...server.prompt_cache import DiskPromptCache
 
 _MIN_FREE_BYTES = 5_000_000_000
 
@@ -30,7 +30,7 @@ class ServeVerb(Verb):
         """Write both."""
         super().format_options(ctx, formatter)
         load_fast_blas()
-        from ..server.app import options_help
+        from ...server.app import options_help
 
         formatter.write("\nOptions of mlx_lm.server:\n")
         formatter.write(options_help())
@@ -126,9 +126,9 @@ def serve(
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
     if shared and tenant_header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
-    from ..server.app import serve as run
-    from ..server.prompt_cache import DiskPromptCache
-    from ..server.tenants import Tenancy, TenantPromptCache
+    from ...server.app import serve as run
+    from ...server.prompt_cache import DiskPromptCache
+    from ...server.tenants import Tenancy, TenantPromptCache
 
     def make_cache(
         describe: Callable[[Any], ServedModel], max_in_memory: int
@@ -163,7 +163,7 @@ def _shape_log(log_format: str) -> None:
 
     Call it once mlx-lm has set up its logging.
     """
-    from ..server.watch import JSONFormatter, is_no_chatter
+    from ...server.watch import JSONFormatter, is_no_chatter
 
     root = logging.getLogger()
     is_short = root.getEffectiveLevel() >= logging.INFO and not log.level

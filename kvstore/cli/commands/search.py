@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..format.entry import Entry
-from . import options
+from ...format.entry import Entry
+from .. import options
+from ..main import Verb, load_fast_blas, open_store, output_of
+from ..output import Column
 from .entries import entry_data
-from .main import Verb, load_fast_blas, open_store, output_of
-from .output import Column
 
 if TYPE_CHECKING:
-    from ..models.texts import Hit
+    from ...models.texts import Hit
 
 
 @click.command(cls=Verb)
@@ -36,7 +36,7 @@ def search(context: click.Context, word: str, model: str | None) -> None:
     output = output_of(context)
     store = open_store(context)
     load_fast_blas()
-    from ..models.texts import Unread, search, tokenizer_of
+    from ...models.texts import Unread, search, tokenizer_of
 
     load: Any = partial(_load, tokenizer_of, model)
     hits = []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ..errors import KVStoreError
-from . import options
+from ...errors import KVStoreError
+from .. import options
+from ..main import Verb, load_fast_blas, open_store, output_of
+from ..output import format_count
 from .entries import entry_data, entry_label
-from .main import Verb, load_fast_blas, open_store, output_of
-from .output import format_count
 
 
 @click.command(cls=Verb)
@@ -39,7 +39,7 @@ def adopt(
     """
     model = model.chosen(context)
     load_fast_blas()
-    from ..models.load import fingerprint_model
+    from ...models.load import fingerprint_model
 
     output = output_of(context)
     store = open_store(context)

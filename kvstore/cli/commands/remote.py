@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from .. import options
+from ..main import Root, Verb, open_store, output_of
+from ..options import ModelOptions, PromptOptions, gathered
+from ..output import Column, format_bytes, format_count
 from .entries import entry_data, entry_label
 from .lookup import prompt_tokens
-from .main import Root, Verb, open_store, output_of
-from .options import ModelOptions, PromptOptions, gathered
-from .output import Column, format_bytes, format_count
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
-    from ..format.documents import JSON
-    from ..remote.client import Remote
-    from ..remote.probe import Probe
-    from ..remote.push import Pushed
+    from ...fingerprint import Fingerprint
+    from ...format.documents import JSON
+    from ...remote.client import Remote
+    from ...remote.probe import Probe
+    from ...remote.push import Pushed
 
 
 _remote_option = click.option(
@@ -92,7 +92,7 @@ def add(
     if endpoint is not None:
         chosen["endpoint"] = endpoint
     try:
-        from ..remote.remotes import make_remote
+        from ...remote.remotes import make_remote
 
         made = make_remote(name, url, chosen)
     except ValueError as error:
@@ -288,7 +288,7 @@ def _made_by(model: ModelOptions) -> tuple[list[Any] | None, Fingerprint | None]
     """Return empty cache and fingerprint of the model that entries must be of."""
     if model.model is None:
         return None, None
-    from ..models.session import load_empty_cache
+    from ...models.session import load_empty_cache
 
     return load_empty_cache(
         model.model, model.adapter_path, trust_remote_code=model.trust_remote_code

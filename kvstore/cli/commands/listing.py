@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import StoreLockedError
-from ..format.documents import JSON
-from ..format.entry import Entry
-from .entries import entry_data
-from .main import Verb, open_store, output_of
-from .output import (
+from ...errors import StoreLockedError
+from ...format.documents import JSON
+from ...format.entry import Entry
+from ..main import Verb, open_store, output_of
+from ..output import (
     Column,
     Output,
     format_ago,
@@ -23,11 +22,12 @@ from .output import (
     format_count,
     to_rfc3339,
 )
+from .entries import entry_data
 
 if TYPE_CHECKING:
-    from ..ops.tree import Branch, Tree
-    from ..remote.catalog import Listed
-    from ..store import Store
+    from ...ops.tree import Branch, Tree
+    from ...remote.catalog import Listed
+    from ...store import Store
 
 log = logging.getLogger("kvstore")
 # As many digits of an id as tell a thousand entries apart.

@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from . import options
-from .main import Verb, open_store, output_of
-from .options import (
+from .. import options
+from ..main import Verb, open_store, output_of
+from ..options import (
     ModelOptions,
     PromptOptions,
     gathered,
     model_options,
     prompt_options,
 )
-from .output import format_count
+from ..output import format_count
 
 if TYPE_CHECKING:
-    from ..fingerprint import Fingerprint
-    from ..format.documents import JSON
-    from ..models.changes import Change
-    from ..ops.explain import Divergence, Explanation, OtherModel
-    from ..ops.load import Match
-    from ..store import Store
+    from ...fingerprint import Fingerprint
+    from ...format.documents import JSON
+    from ...models.changes import Change
+    from ...ops.explain import Divergence, Explanation, OtherModel
+    from ...ops.load import Match
+    from ...store import Store
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -92,7 +92,7 @@ def prompt_tokens(
     Returns:
         The tokens, the model's fingerprint and its tokenizer.
     """
-    from ..models.load import fingerprint_model, load_tokenizer
+    from ...models.load import fingerprint_model, load_tokenizer
 
     fingerprint = fingerprint_model(model.model, model.adapter_path)
     tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
@@ -164,7 +164,7 @@ class _Nearest:
         tokenizer: Any,
     ) -> _Nearest | None:
         """Return it, or ``None`` where the model has nothing stored."""
-        from ..models.changes import find_changes
+        from ...models.changes import find_changes
 
         found = store.nearest(tokens, fingerprint)
         if found is None:

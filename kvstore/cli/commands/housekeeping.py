@@ -12,16 +12,15 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from ..errors import KVStoreError
-from ..ops.check import Finding
-from ..ops.prune import PrunePlan
-from ..ops.speeds import ModelSpeeds
-from ..ops.stats import Stats
-from . import options
-from .entries import confirm_removal, entry_data, entry_label, name_entries
-from .main import Verb, cli, open_store, output_of
-from .options import Percentage
-from .output import (
+from ...errors import KVStoreError
+from ...ops.check import Finding
+from ...ops.prune import PrunePlan
+from ...ops.speeds import ModelSpeeds
+from ...ops.stats import Stats
+from .. import options
+from ..main import Verb, cli, open_store, output_of
+from ..options import Percentage
+from ..output import (
     Column,
     Output,
     format_bytes,
@@ -32,6 +31,7 @@ from .output import (
     terminal_width,
     to_rfc3339,
 )
+from .entries import confirm_removal, entry_data, entry_label, name_entries
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _TOO_MANY_BYTES = 2**63
