@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
     from .ops.prune import PrunePlan
+    from .ops.quality import Loss
     from .ops.traces import Traces
     from .ops.tree import Tree
     from .remote.exchange import Remotes
@@ -425,6 +426,7 @@ class Store:
         *,
         exact: bool = False,
         min_bits: int = 0,
+        max_kl: float | None = None,
         progress: Progress | None = None,
     ) -> tuple[list[Any], list[int]]:
         """Restore an entry.
@@ -435,6 +437,8 @@ class Store:
             exact: Refuse rows that something lossy went into.
             min_bits: Refuse rows that were coded, or computed from rows that were
                 coded, in fewer bits per number.
+            max_kl: Refuse rows whose codec was measured to move what the model says
+                next by more, or was not measured; see :meth:`loss`.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -447,6 +451,7 @@ class Store:
             KVStoreError: Its rows are worse than was asked for.
             OSError: The disk fails; that is no damage.
         """
+        from .ops.quality import refuse_loss
 
         def restore() -> tuple[list[Any], list[int]]:
             begin = time.perf_counter()
@@ -455,6 +460,10 @@ class Store:
             loader = self._loader()
             bits = EXACT_BITS if exact else min_bits
             hit, tokens = loader.entry_hit(entry, bits)
+            if max_kl is not None:
+                refuse_loss(
+                    self._loss(entry, map(self._blocks.stored, hit.places)), max_kl
+                )
             cache, hit = loader.restore(hit, progress or ignore_progress, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
@@ -614,6 +623,32 @@ class Store:
             IntegrityError: A part of it is missing or damaged.
         """
         return self._blocks.run_again(lambda: self._blocks.chain(self.entry(ref)))
+
+    def loss(self, ref: str) -> Loss:
+        """Return what is known of how far an entry is from what its model computed.
+
+        By the codecs of its blocks as they are now, and what was measured of them: in
+        this store, or where the entry was saved.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+            IntegrityError: A part of it is missing or damaged.
+        """
+
+        def look() -> Loss:
+            entry = self.entry(ref)
+            return self._loss(entry, (b for _, b in self._blocks.chain(entry)))
+
+        return self._blocks.run_again(look)
+
+    def _loss(self, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
+        from .ops.quality import find_loss
+        from .storage.bases import find_calibration
+
+        model = Fingerprint(self._blocks.origin(entry).fingerprint).with_salt("")
+        found = find_calibration(self._folder, model.digest)
+        own = found.measured if found else ()
+        return find_loss(list(stored), [*entry.receipts, *own])
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.

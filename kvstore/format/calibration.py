@@ -23,6 +23,7 @@ UNMEASURED = {
     "small": "turbo4+zstd",
 }
 """What is taken of a model that nobody measured."""
+_BITS = re.compile(r"(?:turbo|fit)(\d)(?:\.\d)?(?:v(\d))?(?:@.*)?(?:\+zstd)?")
 _NAME = re.compile(r"[a-z0-9.]{1,20}(?:@[0-9a-f]{64})?(?:\+zstd)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -66,6 +67,12 @@ class Calibration:
     def find(self, codec: str) -> Measured | None:
         """Return what was measured of a codec, if it was."""
         return next((one for one in self.measured if one.codec == codec), None)
+
+
+def nominal_bits(codec: str) -> int | None:
+    """Return the fewest bits of a lossy codec of ours, by its name."""
+    match = _BITS.fullmatch(codec)
+    return min(int(n) for n in match.groups() if n) if match else None
 
 
 def calibration_to_bytes(calibration: Calibration) -> bytes:
@@ -113,6 +120,8 @@ def parse_measured(value: JSON) -> Measured:
         raise ValueError("a codec has no name")
     if not all(type(number) in (int, float) for number in numbers):
         raise ValueError("what was measured is no number")
+    if min(numbers) < 0:
+        raise ValueError("what was measured is less than nothing")
     return found
 
 

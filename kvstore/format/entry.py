@@ -14,6 +14,7 @@ from typing import Any
 import blake3
 
 from ..errors import ArgumentError, FormatError, IntegrityError
+from .calibration import Measured, parse_measured
 from .documents import JSON, canonical_json, strict_json
 
 MAX_NAME = 200
@@ -36,6 +37,7 @@ def make_entry(
     codec: str,
     model: str,
     title: str = "",
+    receipts: tuple[Measured, ...] = (),
 ) -> Entry:
     """Return an entry saved now, in place of ``old`` where there is one."""
     now = time.time()
@@ -53,6 +55,7 @@ def make_entry(
         updated_at=now,
         pinned=old.pinned if old else False,
         title=clean_title(title),
+        receipts=receipts,
     )
 
 
@@ -142,6 +145,8 @@ class Entry:
     pinned: bool = False
     # The first words of the first message, or nothing where nobody knew them.
     title: str = ""
+    # What its lossy codecs were measured to do; nothing where one was not.
+    receipts: tuple[Measured, ...] = ()
 
 
 FORMAT = 1
@@ -149,6 +154,8 @@ MAX_BYTES = 65_536
 _ID = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _STAMPED = {"created_at", "updated_at"}
+_OPTIONAL = {"title", "receipts"}
+_MAX_RECEIPTS = 32
 
 
 def is_id(text: str) -> bool:
@@ -179,8 +186,9 @@ def damaged_entry(path: Path, why: str) -> IntegrityError:
 def entry_to_bytes(entry: Entry) -> bytes:
     """Return an entry as canonical JSON with a digest of itself."""
     body: JSON = {"format": FORMAT, **asdict(entry)}
-    if not entry.title:
-        del body["title"]
+    for name in _OPTIONAL:
+        if not body[name]:
+            del body[name]
     return canonical_json({"digest": _digest(body), **body})
 
 
@@ -216,13 +224,33 @@ def parse_entry(path: Path, data: bytes) -> Entry:
 
 def _build(path: Path, body: JSON) -> Entry:
     """Return an :class:`Entry`, having checked names and types of all fields."""
-    if {*body, "title"} != {field.name for field in fields(Entry)}:
+    if body.keys() | _OPTIONAL != {field.name for field in fields(Entry)}:
         raise damaged_entry(path, "unexpected fields")
     if not all(_fits(name, value) for name, value in body.items()):
         raise damaged_entry(path, "a field has the wrong type")
     if body["id"] != path.stem:
         raise damaged_entry(path, f"holds the entry {body['id']}")
-    return Entry(**body)
+    return to_entry(body)
+
+
+def to_entry(body: JSON) -> Entry:
+    """Return an entry from its fields in JSON, which were checked."""
+    return Entry(**body | {"receipts": _receipts(body.get("receipts", []))})
+
+
+def _receipts(found: list[JSON]) -> tuple[Measured, ...]:
+    return tuple(map(parse_measured, found))
+
+
+def _are_receipts(value: Any) -> bool:
+    """Whether a value lists what was measured, each codec once and in order."""
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_RECEIPTS:
+        return False
+    try:
+        codecs = [one.codec for one in _receipts(value)]
+    except (ValueError, TypeError):
+        return False
+    return codecs == sorted(set(codecs))
 
 
 def _fits(name: str, value: Any) -> bool:
@@ -231,6 +259,8 @@ def _fits(name: str, value: Any) -> bool:
         return value is None or isinstance(value, str)
     if name == "title":
         return isinstance(value, str) and value != "" and value == clean_title(value)
+    if name == "receipts":
+        return _are_receipts(value)
     if name == "pinned":
         return isinstance(value, bool)
     if name in _STAMPED:

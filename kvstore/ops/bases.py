@@ -12,8 +12,8 @@ from ..codecs import Codec, FitFamily, find_codec, get_codec
 from ..errors import CodecError, FormatError, IntegrityError
 from ..format.basis import BasisFile, parse_basis
 from ..format.block import StoredBlock
-from ..format.calibration import QUALITIES, UNMEASURED, Calibration
-from ..storage.bases import read_basis, read_basis_bytes, read_calibration
+from ..format.calibration import QUALITIES, UNMEASURED
+from ..storage.bases import find_calibration, read_basis, read_basis_bytes
 from ..storage.folder import StoreFolder
 
 log = logging.getLogger("kvstore")
@@ -84,15 +84,6 @@ def codec_for(folder: StoreFolder, name: str, fingerprint: str) -> Codec:
         left = tuple(one for one in found.measured if one.codec != chosen)
         found = changed(found, measured=left)
     return codec_of(folder, chosen)
-
-
-def find_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | None:
-    """Return what was measured of a model, or ``None`` where nothing can be read."""
-    try:
-        return read_calibration(folder, fingerprint)
-    except (IntegrityError, FormatError) as error:
-        log.warning("kvstore: what was measured is left out: %s", error)
-        return None
 
 
 def _is_usable(folder: StoreFolder, codec: str) -> bool:

@@ -6,18 +6,22 @@ exclusive lock, and only if all of its blocks are there at that moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace as changed
 
 from ..caches.snapshot import Chain
-from ..errors import EntryExistsError, FormatError
-from ..format.block import BlockHash
+from ..errors import EntryExistsError, FormatError, IntegrityError
+from ..fingerprint import Fingerprint
+from ..format.block import BlockHash, StoredBlock
+from ..format.calibration import Measured
 from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
 from ..storage import files
+from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from .prune import Policy, forgotten, plan_confirmed
+from .quality import find_loss
 
 
 def replaceable(
@@ -76,8 +80,12 @@ def commit(
     """
     hashes = [block.hash for block in chain.blocks]
     places = blocks.index.longest_prefix(hashes)
-    # The index alone is not believed: a shard may have gone without it.
-    if len(places) < len(hashes) or not all(map(blocks.has, places)):
+    if len(places) < len(hashes):
+        return None
+    try:
+        # The index alone is not believed: a shard may have gone without it.
+        stored = [blocks.stored(place) for place in places]
+    except (FormatError, IntegrityError):
         return None
     if not title and old is not None and chain.continues(old):
         title = old.title
@@ -91,11 +99,42 @@ def commit(
         nbytes=sum(place.nbytes for place in places),
         codec=codec,
         model=model,
+        receipts=_receipts(blocks, chain, stored, (described, old)),
     )
     if old is not None and ADOPTED in old.made_with and chain.continues(old):
         note = {ADOPTED: old.made_with[ADOPTED]}
         entry = changed(entry, made_with=entry.made_with | note)
     return catalog.commit(entry if described is None else _as(described, entry, old))
+
+
+def _receipts(
+    blocks: BlockStore,
+    chain: Chain,
+    stored: Sequence[StoredBlock],
+    others: Sequence[Entry | None],
+) -> tuple[Measured, ...]:
+    """Return what was measured of the lossy codecs of some blocks, if all were.
+
+    Args:
+        blocks: The store's blocks, and what was measured of its models.
+        chain: What made the blocks.
+        stored: The blocks, as they are stored.
+        others: Entries that know more, where this store has not measured itself.
+    """
+    lossy = {block.codec for block in stored if not block.is_lossless}
+    known = {
+        one.codec: one
+        for entry in others
+        if entry is not None and entry.root == chain.root.hex()
+        for one in entry.receipts
+    }
+    if lossy:
+        model = Fingerprint(chain.origin.fingerprint).with_salt("")
+        found = find_calibration(blocks.folder, model.digest)
+        known |= {one.codec: one for one in (found.measured if found else ())}
+    if find_loss(stored, known.values()).unknown:
+        return ()
+    return tuple(known[codec] for codec in sorted(lossy))
 
 
 def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:

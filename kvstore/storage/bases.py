@@ -6,11 +6,12 @@ by the fingerprint of its model, and the next one replaces it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
-from ..errors import IntegrityError
+from ..errors import FormatError, IntegrityError
 from ..format.basis import MAX_BYTES, BasisFile, basis_digest, parse_basis
 from ..format.calibration import MAX_BYTES as MAX_CALIBRATION
 from ..format.calibration import (
@@ -21,6 +22,7 @@ from ..format.calibration import (
 from . import files
 from .folder import StoreFolder
 
+log = logging.getLogger("kvstore")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -128,3 +130,12 @@ def read_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | Non
             f"calibration cannot be read: {error}", path=path
         ) from error
     return parse_calibration(data, fingerprint)
+
+
+def find_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | None:
+    """Return what was measured of a model, or ``None`` where nothing can be read."""
+    try:
+        return read_calibration(folder, fingerprint)
+    except (IntegrityError, FormatError) as error:
+        log.warning("kvstore: what was measured is left out: %s", error)
+        return None

@@ -14,7 +14,14 @@ from contextlib import suppress
 import blake3
 
 from ..errors import FormatError, IntegrityError, StoreLockedError
-from ..format.entry import MAX_BYTES, Entry, entry_to_bytes, is_id, parse_entry
+from ..format.entry import (
+    MAX_BYTES,
+    Entry,
+    entry_to_bytes,
+    is_id,
+    parse_entry,
+    to_entry,
+)
 from . import files
 from .folder import StoreFolder
 from .index import Index
@@ -94,4 +101,4 @@ def _to_entry(body: bytes) -> Entry:
     """Return the entry that bytes spell which have been checked before."""
     fields = json.loads(body)
     del fields["digest"], fields["format"]
-    return Entry(**fields)
+    return to_entry(fields)

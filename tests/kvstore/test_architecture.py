@@ -34,7 +34,7 @@ ORDER = [
 OPS = {  # and inside of ops
     "calibrate": {"bases"},
     "save": {"commit"},
-    "commit": {"prune"},
+    "commit": {"prune", "quality"},
     "doctor": {"selftest"},
     "explain": {"load"},
     "admit": {"commit"},

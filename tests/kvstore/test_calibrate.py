@@ -1,7 +1,10 @@
 """Calibration: a basis from rows or from a model, what is measured, what it is for."""
 
-from dataclasses import replace
+import io
+import json
+from dataclasses import asdict, replace
 
+import blake3
 import kit
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from click.testing import CliRunner
 import kvstore
 from kvstore.cli import cli
 from kvstore.cli.commands.calibrate import format_calibration
+from kvstore.cli.output import format_codec
 from kvstore.codecs import fitting
 from kvstore.errors import IntegrityError
 from kvstore.format.calibration import (
@@ -18,6 +22,8 @@ from kvstore.format.calibration import (
     calibration_to_bytes,
     parse_calibration,
 )
+from kvstore.format.documents import canonical_json
+from kvstore.format.entry import entry_to_bytes, parse_entry
 from kvstore.models import calibrate, corpus
 from kvstore.storage.bases import (
     basis_path,
@@ -238,3 +244,83 @@ def test_usual_texts_are_of_many_kinds():
     found = corpus.usual_contexts(Words(), 40, 1280)
     assert 40 == len(found)
     assert 40 == len(set(map(tuple, found)))
+
+
+# --- Receipts. ---
+
+
+def test_an_entry_says_what_was_lost(saved, tmp_path):
+    """By its codecs; another store has it from the bundle; worse is refused."""
+    saved.calibrate()
+    fit = note(saved)
+    with kvstore.Store(saved.path, "high") as store:
+        entry = store.save(fitted.TOKENS, fitted.fitted_cache(600, 9), fitted.MODEL)
+        assert [fit] == [one.codec for one in entry.receipts]
+        assert 0.0009 == store.loss(entry.id).kl
+        assert store.load_entry(entry.id, fitted.MODEL, max_kl=0.001)
+        with pytest.raises(kvstore.KVStoreError, match=r"KL 0\.0009"):
+            store.load_entry(entry.id, fitted.MODEL, max_kl=0.0001)
+        bundle = io.BytesIO()
+        store.export_bundle(entry.id, bundle)
+        exact = next(one for one in store.entries() if one.codec == "planes+zstd")
+        assert 0.0 == store.loss(exact.id).kl
+    with kvstore.Store(tmp_path / "other") as other:
+        taken = other.import_bundle(io.BytesIO(bundle.getvalue()))
+        assert entry.receipts == taken.receipts
+        assert 0.0009 == other.loss(taken.id).kl
+
+
+def test_what_was_not_measured_is_not_known(saved):
+    """Neither a codec that was not, nor rows that came out of another store's codes."""
+    saved.calibrate()
+    note(saved)
+    with kvstore.Store(saved.path, "turbo4") as store:
+        entry = store.save(fitted.TOKENS, fitted.fitted_cache(600, 9), fitted.MODEL)
+        assert () == entry.receipts
+        assert "turbo4" in store.loss(entry.id).unknown
+        with pytest.raises(kvstore.KVStoreError, match="nobody knows"):
+            store.load_entry(entry.id, fitted.MODEL, max_kl=9)
+        loaded, _ = store.load_entry(entry.id, fitted.MODEL)
+    with kvstore.Store(saved.path.parent / "other") as other:
+        copied = other.save(fitted.TOKENS, loaded, fitted.MODEL)
+        assert "elsewhere" in other.loss(copied.id).unknown
+
+
+@pytest.mark.parametrize(
+    "receipts", [[], [{}], [1], {}, "x", [asdict(FOUND.measured[0])] * 2]
+)
+def test_a_receipt_that_cannot_be_is_refused(saved, receipts):
+    """An entry that says such things of itself is damaged, whatever its digest."""
+    (entry, *_) = saved.entries()
+    path = open_folder(saved.path).entries / f"{entry.id}.json"
+    body = json.loads(entry_to_bytes(entry)) | {"receipts": receipts}
+    del body["digest"]
+    digest = blake3.blake3(canonical_json(body)).hexdigest()
+    with pytest.raises(IntegrityError):
+        parse_entry(path, canonical_json(body | {"digest": digest}))
+
+
+def test_entries_are_shown_with_what_was_lost(saved):
+    """`inspect` says it in words, `ls` in a column, `load` refuses what is worse."""
+    saved.calibrate()
+    fit = note(saved)
+    with kvstore.Store(saved.path, "high") as store:
+        cache = fitted.fitted_cache(600, 9)
+        store.save(fitted.TOKENS, cache, fitted.MODEL, name="doc")
+
+    def run(*words):
+        words = ["--store", str(saved.path), *words]
+        return CliRunner().invoke(cli, words, env={"COLUMNS": "200"})
+
+    shown = run("inspect", "doc").stdout
+    assert "KL 0.0009, the first choice the same in 99.0%" in shown
+    assert fit not in shown
+    assert format_codec(fit) in shown
+    assert 0.0009 == json.loads(run("inspect", "doc", "--json").stdout)["loss"]["kl"]
+    assert 0 == run("load", "doc", "--max-kl", "0.001").exit_code
+    refused = run("load", "doc", "--max-kl", "0.0001")
+    assert 1 == refused.exit_code
+    assert "worse rows" in str(refused.exception)
+    assert ["doc", "0.0009"] == [
+        word for word in run("ls").stdout.split() if word in ("doc", "0.0009")
+    ]

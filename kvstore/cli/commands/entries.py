@@ -34,6 +34,7 @@ from ..output import (
 
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
+    from ...ops.quality import Loss
     from ...ops.traces import Traces
 
 _SHORT = 12
@@ -53,6 +54,13 @@ _SHORT = 12
 @click.option("--adapter-path", metavar="DIR", help="Folder of an adapter's weights.")
 @options.exact_only
 @options.min_bits
+@click.option(
+    "--max-kl",
+    metavar="KL",
+    type=click.FloatRange(min=0),
+    help="Refuse rows whose codec `kvstore calibrate` has measured to move what the"
+    " model says by more, or has not measured: 0.003.",
+)
 @click.pass_context
 def load(
     context: click.Context,
@@ -63,6 +71,7 @@ def load(
     adapter_path: str | None,
     exact: bool,
     min_bits: int,
+    max_kl: float | None,
 ) -> None:
     """Restore an entry, and write it as mlx-lm's own file.
 
@@ -85,6 +94,7 @@ def load(
             _fingerprint(model, adapter_path),
             exact=exact,
             min_bits=min_bits,
+            max_kl=max_kl,
             progress=bars.bar("restore"),
         )
     seconds = time.monotonic() - begin
@@ -113,12 +123,14 @@ def inspect_entry(context: click.Context, ref: str) -> None:
     entry = store.entry(ref)
     fingerprint = store.fingerprint_of(entry.id)
     chain = store.chain(entry.id)
+    loss = store.loss(entry.id)
     data = {
         "entry": entry_data(entry),
+        "loss": {"kl": loss.kl, "unknown": loss.unknown or None},
         "fingerprint": {"digest": fingerprint.digest, **fingerprint.fields},
         "blocks": [_block_data(place, stored) for place, stored in chain],
     }
-    lines = format_fields(_entry_fields(entry, fingerprint, chain))
+    lines = format_fields(_entry_fields(entry, fingerprint, chain, loss))
     table = format_table(_by_shard(chain), _shard_columns(chain), terminal_width())
     output.result("\n".join([*lines, "", *table]), data, [entry.id])
 
@@ -247,7 +259,10 @@ def _print_removed(
 
 
 def _entry_fields(
-    entry: Entry, fingerprint: Fingerprint, chain: Sequence[tuple[Place, StoredBlock]]
+    entry: Entry,
+    fingerprint: Fingerprint,
+    chain: Sequence[tuple[Place, StoredBlock]],
+    loss: Loss,
 ) -> list[tuple[str, str]]:
     codecs = Counter(stored.codec for _, stored in chain)
     config = fingerprint.fields.get("config")
@@ -268,6 +283,7 @@ def _entry_fields(
             if is_exact
             else "no: near to what the model computed; a reply may differ in words",
         ),
+        ("quality", loss_words(loss)),
         ("pinned", "yes: it is never evicted" if entry.pinned else "no"),
         ("model", entry.model),
         ("type", str(config.get("model_type")) if isinstance(config, dict) else "-"),
@@ -278,6 +294,19 @@ def _entry_fields(
         ("saved", f"{format_ago(entry.updated_at)}, {to_rfc3339(entry.updated_at)}"),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry.made_with.items())),
     ]
+
+
+def loss_words(loss: Loss) -> str:
+    """Return what is known of how far an entry is from what its model computed."""
+    if loss.unknown:
+        return f"not known: {loss.unknown}"
+    if loss.worst is None:
+        return "nothing is lost"
+    one = loss.worst
+    return (
+        f"KL {one.kl:.2g}, the first choice the same in {one.same_choice:.1%}, measured"
+        f" on other texts with {format_codec(one.codec)}"
+    )
 
 
 def codec_label(codec: str) -> str:

@@ -202,6 +202,7 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
         return format_bytes(line.nbytes) if line.nbytes else ""
 
     is_any_pinned = any(entry.pinned for entry in held)
+    losses = [Column("KL", of(_measured_kl), True, rank=3)]
     pins = [Column("PIN", of(lambda e: "yes" if e.pinned else ""))]
     return [
         Column(
@@ -217,8 +218,14 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
         Column("MODEL", of(lambda e: model_name(e.model)), rank=1),
         Column("SAVED", of(lambda e: format_ago(e.updated_at)), True, rank=2),
         Column("CODEC", of(lambda e: format_codec(e.codec)), rank=3),
+        *(losses if any(entry.receipts for entry in held) else []),
         Column("TITLE", of(lambda e: e.title if e.name else ""), rank=4),
     ]
+
+
+def _measured_kl(entry: Entry) -> str:
+    """Return what was measured of the worst codec of an entry when it was saved."""
+    return f"{max(one.kl for one in entry.receipts):.2g}" if entry.receipts else ""
 
 
 def _entry_data(line: Line) -> JSON:
