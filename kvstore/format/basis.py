@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from struct import pack, unpack_from
 from typing import Any
 
 from ..errors import FormatError, IntegrityError
+from .block import StoredBlock
 from .documents import JSON, canonical_json, is_count, strict_json
 from .safetensors import ITEM_SIZES, MAX_HEADER_BYTES, parse_header
 
 FORMAT = 1
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_LAYER = 4096
+_NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
 _MAX_STEP = 512
 _FIELDS = {"format", "groups", "steps", "about"}
 
@@ -218,3 +221,14 @@ def _parse_steps(value: JSON) -> dict[str, int]:
     ):
         raise ValueError("a step is not a small integer")
     return dict(value)
+
+
+def bases_named(blocks: Iterable[StoredBlock]) -> set[str]:
+    """Return the digests of the bases that blocks name."""
+    return {digest for block in blocks if (digest := basis_of(block.codec))}
+
+
+def basis_of(codec: str) -> str | None:
+    """Return the digest of the basis that a codec's name names, if it names one."""
+    match = _NAMES_BASIS.fullmatch(codec)
+    return match[1] if match else None

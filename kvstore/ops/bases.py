@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace as changed
 from functools import lru_cache, partial
 
 from ..codecs import Codec, FitFamily, find_codec, get_codec
 from ..errors import CodecError, FormatError, IntegrityError
-from ..format.basis import BasisFile, parse_basis
+from ..format.basis import BasisFile, bases_named, basis_of, parse_basis
 from ..format.block import StoredBlock
 from ..format.calibration import QUALITIES, UNMEASURED
 from ..storage.bases import find_calibration, read_basis, read_basis_bytes
 from ..storage.folder import StoreFolder
 
 log = logging.getLogger("kvstore")
-_NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
 
 
 @lru_cache(maxsize=8)
@@ -34,11 +32,6 @@ def carried_codecs(folder: StoreFolder, bases: Mapping[str, bytes]) -> FitFamily
         return read_basis(folder, digest) if data is None else parse_basis(data, digest)
 
     return FitFamily(read)
-
-
-def bases_named(blocks: Iterable[StoredBlock]) -> set[str]:
-    """Return the digests of the bases that blocks name."""
-    return {digest for block in blocks if (digest := basis_of(block.codec))}
 
 
 def read_named(folder: StoreFolder, blocks: Iterable[StoredBlock]) -> dict[str, bytes]:
@@ -111,9 +104,3 @@ def check_codec(name: str, folder: StoreFolder | None = None) -> None:
         codec_of(folder, name)
     elif basis_of(name) is None:
         get_codec(name)
-
-
-def basis_of(codec: str) -> str | None:
-    """Return the digest of the basis that a codec's name names, if it names one."""
-    match = _NAMES_BASIS.fullmatch(codec)
-    return match[1] if match else None

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError
+from ..format.basis import bases_named, basis_of
 from ..format.block import BlockHash, Progress, StoredBlock
 from ..format.config import CONFIG, CONFIG_COPY
 from ..format.entry import Entry, damaged_entry
 from ..storage import files
+from ..storage.bases import basis_path, list_bases, read_basis, read_calibration
 from ..storage.blocks import READ_ONLY, _build_index, is_sound, place_in
 from ..storage.entries import (
     copied_entry,
@@ -47,6 +49,8 @@ FindingKind = Literal[
     "damaged-index",
     "newer-format",
     "damaged-config",
+    "damaged-basis",
+    "missing-basis",
 ]
 
 
@@ -88,6 +92,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
         whole = random.random() < read_data
         findings += _check_shard(folder, name, whole, sound)
         progress(done, len(names))
+    findings += _check_bases(folder, sound)
     needed: set[BlockHash] = set()
     findings += _check_entries(folder, found, sound, needed)
     findings += _check_index(folder, set(names), sound, needed)
@@ -183,6 +188,27 @@ def _check_config(folder: StoreFolder) -> Iterator[Finding]:
         except (IntegrityError, FormatError, OSError) as error:
             detail = str(error)
         yield _finding(folder, "damaged-config", path, detail)
+
+
+def _check_bases(folder: StoreFolder, sound: Sound) -> Iterator[Finding]:
+    """Yield bases and calibrations that are not right; take what needs them away."""
+    for path in sorted(folder.bases.glob("*.json")):
+        try:
+            read_calibration(folder, path.stem)
+        except (IntegrityError, FormatError, OSError, ValueError) as error:
+            yield _finding(folder, "damaged-basis", path, str(error))
+    bad = bases_named(stored for _, stored in sound.values())
+    for digest in sorted(bad | set(list_bases(folder))):
+        path = basis_path(folder, digest)
+        try:
+            read_basis(folder, digest)
+            bad.discard(digest)
+        except (IntegrityError, FormatError, OSError) as error:
+            kind: FindingKind = "damaged-basis" if path.exists() else "missing-basis"
+            yield _finding(folder, kind, path, str(error))
+    for block, (_, stored) in list(sound.items()):
+        if basis_of(stored.codec) in bad:
+            del sound[block]  # nobody can decode it
 
 
 def _check_shard(

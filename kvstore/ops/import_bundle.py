@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from ..errors import CodecError, IntegrityError, KVStoreError
 from ..fingerprint import Fingerprint, refuse_other
+from ..format.basis import bases_named
 from ..format.block import Progress
 from ..format.bundle import BundleReader, refused
 from ..format.entry import Entry
@@ -26,7 +27,7 @@ from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
 from ..storage.shards import OpenShard, StagedShard, open_shard_at
 from .admit import Incoming, Inspector, admit, check_space
-from .bases import bases_named, carried_codecs
+from .bases import carried_codecs
 
 # `prune` takes staged files for forgotten after an hour.
 _TOUCH_EVERY_S = 600.0

@@ -18,6 +18,7 @@ from ..errors import FormatError, IntegrityError
 from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage import files
+from ..storage.bases import basis_path, basis_size, calibrated_bases, list_bases
 from ..storage.blocks import BlockStore
 from ..storage.entries import copied_entry, list_ids, read_entry, remove_entries
 from ..storage.folder import StoreFolder
@@ -78,12 +79,14 @@ class PrunePlan:
     # Every entry can be read and has all of its blocks, so that what is left over is
     # known.
     is_whole: bool = True
+    # Bases that neither a block nor a calibration names, and their bytes.
+    bases: dict[str, int] = field(default_factory=dict)
 
     @property
     def freed_bytes(self) -> int:
         """Bytes that executing the plan frees."""
         shards = sum(self.removed.values()) + sum(self.repacked.values())
-        return shards + self.quarantine_bytes
+        return shards + self.quarantine_bytes + sum(self.bases.values())
 
     def execute(self) -> int:
         """Do it, and return the bytes freed.
@@ -247,6 +250,7 @@ class Pruner:
             sum(dead[name] for name in holed - repacked.keys()),
             self,
             survey.is_whole,
+            self._choose_bases(),
         )
 
     def execute(self, plan: PrunePlan) -> int:
@@ -279,6 +283,8 @@ class Pruner:
         for path in plan.leftovers:
             self._remove_leftover(path)
         freed = before - self._index.nbytes() + put_aside
+        if plan.bases:
+            freed += self._blocks.remove_bases(plan.bases)
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
@@ -291,6 +297,24 @@ class Pruner:
         survey = _Survey(self._folder, self._index, self._policy.needed)
         dead = [name for name in names if not self._kept(name, survey, gone)]
         self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
+
+    def _choose_bases(self) -> dict[str, int]:
+        """Return bases that nothing names, and their bytes."""
+        # A save looks for room, not for these; what is set aside may come back.
+        if self._policy.needed or any(self._folder.quarantine.iterdir()):
+            return {}
+        try:
+            spared = calibrated_bases(self._folder)
+        except (IntegrityError, FormatError):
+            return {}
+        found = {
+            basis
+            for basis in set(list_bases(self._folder)) - spared
+            if _is_older(basis_path(self._folder, basis), self._policy.grace_s)
+        }
+        # Nearly always there are none, and no shard is read.
+        unnamed = self._blocks.unnamed_bases(found) if found else ()
+        return {basis: basis_size(self._folder, basis) for basis in sorted(unnamed)}
 
     def _choose_entries(
         self, survey: _Survey, left: int

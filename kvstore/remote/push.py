@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import IntegrityError, KVStoreError
+from ..format.basis import bases_named
 from ..format.block import Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields
 from ..format.entry import Entry
-from ..ops.bases import bases_named
 from ..ops.load import Loader
 from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place

@@ -80,13 +80,30 @@ def read_basis_bytes(folder: StoreFolder, digest: str) -> bytes:
     try:
         return files.read_small(path, MAX_BYTES)
     except FileNotFoundError as error:
-        raise IntegrityError(
-            f"the store lacks the basis {digest[:12]}",
-            path=path,
-            hint="import the bundle again with its basis, or save the prompt again",
-        ) from error
+        raise _missing(path) from error
     except (ValueError, EOFError) as error:
         raise IntegrityError(f"basis cannot be read: {error}", path=path) from error
+
+
+def basis_size(folder: StoreFolder, digest: str) -> int:
+    """Return the bytes that a basis has on disk.
+
+    Raises:
+        IntegrityError: The store lacks it.
+    """
+    path = basis_path(folder, digest)
+    try:
+        return path.stat().st_size
+    except FileNotFoundError as error:
+        raise _missing(path) from error
+
+
+def _missing(path: Path) -> IntegrityError:
+    return IntegrityError(
+        f"the store lacks the basis {path.stem[:12]}",
+        path=path,
+        hint="import the bundle again with its basis, or save the prompt again",
+    )
 
 
 def remove_basis(folder: StoreFolder, digest: str) -> None:
@@ -103,6 +120,20 @@ def calibration_path(folder: StoreFolder, fingerprint: str) -> Path:
     if not _DIGEST.fullmatch(fingerprint):
         raise ValueError(f"not the digest of a fingerprint: {fingerprint!r}")
     return folder.bases / f"{fingerprint}.json"
+
+
+def calibrated_bases(folder: StoreFolder) -> set[str]:
+    """Return the bases that calibrations name.
+
+    Raises:
+        IntegrityError: A calibration is damaged.
+        FormatError: A newer release wrote one.
+    """
+    stems = [path.stem for path in folder.bases.glob("*.json")]
+    found = [
+        read_calibration(folder, stem) for stem in filter(_DIGEST.fullmatch, stems)
+    ]
+    return {one.basis for one in found if one and one.basis}
 
 
 def write_calibration(folder: StoreFolder, calibration: Calibration) -> None:

@@ -10,7 +10,7 @@ import secrets
 import struct
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import blake3
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
+from ..format.basis import bases_named
 from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
 from ..format.chain import (
     digest_fields,
@@ -28,6 +29,7 @@ from ..format.chain import (
 )
 from ..format.entry import MAX_BYTES, Entry, parse_entry
 from . import files
+from .bases import basis_size, remove_basis
 from .folder import StoreFolder
 from .index import Index, Place, index_identity, is_better
 from .ledger import see_entries, stamp_of
@@ -312,6 +314,8 @@ class BlockStore:
             staged: The shard, synced.
             added_at: Since when its blocks are in the store, Unix seconds.
         """
+        for basis in bases_named(staged.header.blocks):
+            basis_size(self.folder, basis)  # one that `prune` has removed meanwhile
         publish_shard(self.folder.shards, staged)
         index_shard(self.index, staged.name, staged.header, added_at)
 
@@ -356,6 +360,40 @@ class BlockStore:
                 self.index.drop_shard(name)
         for name in gone:
             self.remove_unknown(name)
+
+    def unnamed_bases(self, digests: Iterable[str]) -> set[str]:
+        """Return those of some bases that no block names, as far as can be told.
+
+        Where a shard cannot be read, nobody knows what it names.
+        """
+        named: dict[str, set[str]] = {}
+        return set(digests).difference(*named.values()) if self._see(named) else set()
+
+    def remove_bases(self, digests: Iterable[str]) -> int:
+        """Remove those of some bases that no block names, and return their bytes."""
+        named: dict[str, set[str]] = {}
+        nbytes = 0
+        if not self._see(named):  # most are read before others have to wait
+            return 0
+        # Who publishes a shard holds the same write lock of the index.
+        with self.index.transaction():
+            if self._see(named):
+                for basis in set(digests).difference(*named.values()):
+                    nbytes += basis_size(self.folder, basis)
+                    remove_basis(self.folder, basis)
+        return nbytes
+
+    def _see(self, named: dict[str, set[str]]) -> bool:
+        """Note which bases shards name that are not noted yet; say if all could be."""
+        for shard in set(list_shards(self.folder.shards)) - named.keys():
+            try:
+                with open_shard(self.folder.shards, shard) as opened:
+                    named[shard] = bases_named(opened.header.blocks)
+            except FileNotFoundError:
+                continue  # pruned just now
+            except (IntegrityError, FormatError, OSError):
+                return False
+        return True
 
     def remove_unknown(self, name: str) -> None:
         """Remove the file of a shard, unless somebody has just published it again."""

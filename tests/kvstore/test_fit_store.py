@@ -1,7 +1,9 @@
 """A store with a basis: what is saved with it is found, and loaded with it alone."""
 
 import io
+import os
 import tarfile
+import time
 from unittest.mock import patch
 
 import kit
@@ -13,8 +15,15 @@ from mlx_lm.models.cache import KVCache
 import kvstore
 from kvstore.codecs import fitting
 from kvstore.format.basis import basis_digest
+from kvstore.format.calibration import Calibration
 from kvstore.ops import export_bundle
-from kvstore.storage.bases import add_basis, basis_path, list_bases
+from kvstore.storage.bases import (
+    add_basis,
+    basis_path,
+    calibration_path,
+    list_bases,
+    write_calibration,
+)
 from kvstore.storage.folder import open_folder
 
 MODEL = kvstore.Fingerprint({"weights": "fitted"}, "fitted")
@@ -213,9 +222,91 @@ def test_an_entry_without_its_basis_is_not_exported(store, tmp_path):
     assert file.getvalue() == b""
 
 
+def basis_file(store):
+    """Return the file of the only basis of a store."""
+    folder = open_folder(store.path)
+    (digest,) = list_bases(folder)
+    return basis_path(folder, digest)
+
+
+def age(path, seconds=7200):
+    """Say that a file was written long ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
 def test_pruning_keeps_the_basis(store):
-    """What blocks name stays."""
+    """What blocks name stays, however old."""
     store.save(TOKENS, fitted_cache(600), MODEL, name="kept")
+    age(basis_file(store))
     store.plan_prune(now=True).execute()
     assert store.load([*TOKENS, 7], MODEL)[0]
-    assert 1 == len(list_bases(open_folder(store.path)))
+    assert basis_file(store).exists()
+
+
+def test_a_basis_that_nothing_names_is_pruned(store):
+    """An hour after it came, and not while a calibration or a block names it."""
+    path = basis_file(store)
+    nbytes = path.stat().st_size
+    assert {} == store.plan_prune().bases
+    age(path)
+    calibration = Calibration(MODEL.digest, "model", path.stem, 0, ())
+    write_calibration(open_folder(store.path), calibration)
+    assert {} == store.plan_prune().bases
+    calibration_path(open_folder(store.path), MODEL.digest).unlink()
+    plan = store.plan_prune()
+    assert {path.stem: nbytes} == plan.bases
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)  # since the plan was made
+    assert 0 == plan.execute()
+    assert path.exists()
+    store.remove(entry.id)
+    store.plan_prune(now=True).execute()
+    assert nbytes == store.plan_prune().execute()
+    assert [] == list_bases(open_folder(store.path))
+
+
+def test_a_basis_stays_while_nobody_knows_what_needs_it(store):
+    """A shard that cannot be read, or that was set aside, may name it."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    age(basis_file(store))
+    (shard,) = (store.path / "shards").glob("*/*.safetensors")
+    data = shard.read_bytes()
+    shard.chmod(0o600)
+    shard.write_bytes(b"damaged" + data)
+    store.remove(entry.id)
+    assert {} == store.plan_prune().bases
+    aside = store.path / "quarantine" / shard.name
+    shard.rename(aside)
+    assert {} == store.plan_prune().bases
+    aside.unlink()
+    assert 1 == len(store.plan_prune().bases)
+
+
+def test_no_block_is_published_without_its_basis(store):
+    """A save that `prune` overtook fails, and leaves nothing that nobody can read."""
+    basis_file(store).unlink()
+    with pytest.raises(kvstore.IntegrityError, match="lacks the basis"):
+        store.save(TOKENS, fitted_cache(600), MODEL)
+    assert [] == list((store.path / "shards").glob("*/*.safetensors"))
+
+
+def test_verify_looks_at_bases(store):
+    """One that is missing or damaged is told, with the entries that need it."""
+    store.save(TOKENS, fitted_cache(600), MODEL, name="doc")
+    path = basis_file(store)
+    data = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    def found():
+        findings = store.verify(read_data=0)
+        return [(finding.kind, finding.entries) for finding in findings]
+
+    lost = ("missing-block", ("doc",))
+    assert [("damaged-basis", ()), lost] == found()
+    path.unlink()
+    assert [("missing-basis", ()), lost] == found()
+    path.write_bytes(data)
+    assert [] == found()
+    calibration_path(open_folder(store.path), MODEL.digest).write_bytes(b"{}")
+    assert [("damaged-basis", ())] == found()
