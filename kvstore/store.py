@@ -794,6 +794,15 @@ class Store:
         write_calibration(self._folder, found)
         return found
 
+    def can_be_calibrated(self, fingerprint: Fingerprint) -> bool:
+        """Whether a basis would cover stored layers of a model, and none is measured.
+
+        Of a model that has nothing stored, nobody knows.
+        """
+        from .ops.calibrate import can_be_calibrated
+
+        return self._blocks.run(lambda: can_be_calibrated(self._blocks, fingerprint))
+
     @property
     def remotes(self) -> Remotes:
         """The object stores that this store knows: to push to and to pull from."""

@@ -23,6 +23,7 @@ from ..fingerprint import Fingerprint
 from ..format.block import Progress, StoredBlock
 from ..format.chain import origin_root
 from ..format.entry import Entry
+from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore
 from ..storage.index import Place
 from .bases import own_codecs
@@ -43,6 +44,15 @@ def coverable(groups: Sequence[Group]) -> list[Group]:
         if group.layout.cache_class == "KVCache" and is_plain and keys == values:
             found.append(group)
     return found
+
+
+def can_be_calibrated(blocks: BlockStore, fingerprint: Fingerprint) -> bool:
+    """Whether a basis would cover stored layers of a model, and none is measured."""
+    model = fingerprint.with_salt("").digest
+    roots = blocks.index.roots(fingerprint.digest)
+    return find_calibration(blocks.folder, model) is None and any(
+        coverable(group_layers(layout_from_json(layout))) for _, layout in roots
+    )
 
 
 def start_fit(group: Group, samples: Sequence[Sample]) -> GroupFit:

@@ -65,6 +65,21 @@ def test_a_quality_chooses_the_codec(run_cli, tiny_model, monkeypatch):
     assert "`--quality high` stores 6 bits" in run_cli(*words)[2]
 
 
+def test_calibrating_is_offered_once(run_cli, tiny_model, tmp_path):
+    """When the first rows of a model are kept, to people, and never again."""
+
+    def offers(*words, store="store"):
+        words = ("save", "--model", tiny_model, *words)
+        code, _, err = run_cli(*words, store=tmp_path / store)
+        assert code == 0, err
+        return err.count(f"`kvstore calibrate --model {tiny_model}`")
+
+    assert offers("Some words.") == 1
+    assert offers("Other words.") == 0
+    assert offers("Some words.", "-q", store="quiet") == 0
+    assert offers("Some words.", "--json", store="json") == 0
+
+
 def test_a_name_brings_its_model(run_cli, tiny_model, monkeypatch):
     """What is gone on with, or asked, is so by the model that made it."""
     run_cli("save", "--model", tiny_model, "--prompt", "Some words.", "--name", "doc")

@@ -262,7 +262,20 @@ def open_models(
             live.draft_model if live else None,
             trust_remote_code=chosen.trust_remote_code,
         )
+    could = store.can_be_calibrated(loaded.fingerprint)
+    context.call_on_close(partial(_note_calibration, context, store, loaded, could))
     return store, loaded
+
+
+def _note_calibration(
+    context: click.Context, store: Store, loaded: LoadedModel, could: bool
+) -> None:
+    """Say, when a model has its first rows in a store, what calibrating would give."""
+    if not could and store.can_be_calibrated(loaded.fingerprint):
+        output_of(context).note(
+            f"`kvstore calibrate --model {loaded.fingerprint.label}` measures once what"
+            " storing loses, and may halve what is stored"
+        )
 
 
 def make_store(context: click.Context, codec: str) -> Store:
