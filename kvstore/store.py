@@ -893,6 +893,39 @@ class Store:
             self.remove(entry)
         return adopted
 
+    def recompress(
+        self, ref: str, codec: str, *, progress: Progress | None = None
+    ) -> Entry:
+        """Write the exact blocks of an entry with another codec, and return it.
+
+        What was exact is not so afterwards, in all entries that share these blocks. A
+        block that something lossy went into stays as it is, and so does a tail.
+
+        Args:
+            ref: Its name, or its id or the start of it.
+            codec: A codec, or a quality.
+            progress: Called with (tokens done, tokens in all).
+
+        Raises:
+            EntryNotFoundError: There is none.
+            CodecError: There is no such codec.
+            IntegrityError: A part of it is missing or damaged.
+            OSError: The disk is full or fails; it can be loaded as before.
+        """
+        from .ops.bases import check_codec, codec_for
+        from .ops.recompress import recompress_entry
+
+        check_codec(codec, self._folder)
+
+        def work() -> Entry:
+            entry = self.entry(ref)
+            model = Fingerprint(self._blocks.origin(entry).fingerprint).with_salt("")
+            chosen = codec_for(self._folder, codec, model.digest)
+            tell = progress or ignore_progress
+            return recompress_entry(self._blocks, self._catalog, entry, chosen, tell)
+
+        return self._blocks.run(work)
+
     def pin(self, ref: str, *, pinned: bool = True) -> Entry:
         """Keep an entry from ever being evicted, or no longer, and return it.
 

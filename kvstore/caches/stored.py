@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..codecs import CodecFamily, find_codec, lossless_twin
-from ..codecs.base import MLX_DTYPES, Codec, Parts, Rows
+from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Array, Codec, Parts, Rows
 from ..errors import IntegrityError
 from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
 from .kinds import kind_named
@@ -50,6 +52,21 @@ def open_piece(
     """
     prefix = f"{piece.number}.{piece.rows.side}."
     return codec.open(data, stored.begin, stored.tensors, piece.rows, prefix)
+
+
+def decode_piece(
+    codec: Codec, piece: Piece, stored: StoredBlock, data: memoryview
+) -> Array:
+    """Return the rows of a piece of a block, ``(L, H, T, D)``.
+
+    Raises:
+        CodecError: The codec cannot hold such rows.
+        IntegrityError: The tensors are not what it makes of such rows.
+    """
+    found = np.empty(piece.rows.shape, NUMPY_DTYPES[piece.rows.dtype])
+    parts = open_piece(codec, piece, stored, data)
+    codec.array.decode_into(parts, piece.rows, list(found))
+    return found
 
 
 CODABLE = ("k", "v", "kv")

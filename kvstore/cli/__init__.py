@@ -19,6 +19,7 @@ from .commands import generate as _generate
 from .commands import housekeeping as _housekeeping
 from .commands import listing as _listing
 from .commands import lookup as _lookup
+from .commands import recompress as _recompress
 from .commands import remote as _remote
 from .commands import search as _search
 from .commands import serve as _serve
@@ -53,6 +54,7 @@ for _verb in (
     _housekeeping.stats,
     _view.view,
     _calibrate.calibrate,
+    _recompress.recompress,
     _doctor.doctor,
     _demo.demo,
     _housekeeping.show_dir,

@@ -11,6 +11,7 @@ GROUPS = {
         "prune",
         "verify",
         "calibrate",
+        "recompress",
         "doctor",
     ),
     "Help": ("dir", "completion", "help"),
@@ -60,6 +61,7 @@ EXAMPLES = {
     "prune": ["kvstore prune --older-than 30d -n", "kvstore prune --limit 20GB"],
     "verify": ["kvstore verify --read-data=10%"],
     "calibrate": ["kvstore calibrate --model M", "kvstore calibrate --from-store"],
+    "recompress": ["kvstore recompress handbook --quality small"],
     "doctor": ["kvstore doctor --model M"],
     "completion": ['eval "$(kvstore completion)"'],
 }

@@ -22,6 +22,8 @@ MAX_LABEL = 1000
 MAX_TITLE = 80
 ADOPTED = "adopted from"
 """What an entry that was taken over says in ``made_with``: from which model."""
+RECOMPRESSED = "recompressed from"
+"""What an entry that was recompressed says there: the codecs of its blocks before."""
 _JOINERS = "\u200c\u200d"
 """Of Persian, of Hindi, and of emoji: part of a text, though nothing is printed."""
 

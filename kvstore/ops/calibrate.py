@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..caches.layout import Group, group_layers, layout_from_json
-from ..caches.stored import Piece, join_pieces, open_piece, stored_pieces
-from ..codecs import Codec
-from ..codecs.base import NUMPY_DTYPES, Array
+from ..caches.stored import decode_piece, join_pieces, stored_pieces
 from ..codecs.fitting import (
     GroupFit,
     Sample,
@@ -152,19 +150,11 @@ def _samples(
         for codec, piece in stored_pieces(stored, layers, own)
         if piece.group in groups and piece.rows.side in ("k", "v")
     ]
-    halves = [_decode(codec, piece, stored, data) for codec, piece in pieces]
+    halves = [decode_piece(codec, piece, stored, data) for codec, piece in pieces]
     arrays = iter(halves)
     for piece in join_pieces([piece for _, piece in pieces]):
         x = np.concatenate([next(arrays), next(arrays)], axis=1)
         yield Sample(piece.rows.start, piece.rows.dtype, x)
-
-
-def _decode(codec: Codec, piece: Piece, stored: StoredBlock, data: memoryview) -> Array:
-    rows = piece.rows
-    found = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
-    parts = open_piece(codec, piece, stored, data)
-    codec.array.decode_into(parts, rows, list(found))
-    return found
 
 
 def _refused(why: str) -> KVStoreError:

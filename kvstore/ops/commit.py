@@ -13,8 +13,9 @@ from dataclasses import replace as changed
 from ..caches.snapshot import Chain
 from ..errors import EntryExistsError, FormatError, IntegrityError
 from ..fingerprint import Fingerprint
-from ..format.block import BlockHash, StoredBlock
+from ..format.block import BlockHash, Origin, StoredBlock
 from ..format.calibration import Measured
+from ..format.chain import origin_root
 from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
 from ..storage import files
 from ..storage.bases import find_calibration
@@ -99,7 +100,7 @@ def commit(
         nbytes=sum(place.nbytes for place in places),
         codec=codec,
         model=model,
-        receipts=_receipts(blocks, chain, stored, (described, old)),
+        receipts=receipts_of(blocks, chain.origin, stored, (described, old)),
     )
     if old is not None and ADOPTED in old.made_with and chain.continues(old):
         note = {ADOPTED: old.made_with[ADOPTED]}
@@ -107,9 +108,9 @@ def commit(
     return catalog.commit(entry if described is None else _as(described, entry, old))
 
 
-def _receipts(
+def receipts_of(
     blocks: BlockStore,
-    chain: Chain,
+    origin: Origin,
     stored: Sequence[StoredBlock],
     others: Sequence[Entry | None],
 ) -> tuple[Measured, ...]:
@@ -117,7 +118,7 @@ def _receipts(
 
     Args:
         blocks: The store's blocks, and what was measured of its models.
-        chain: What made the blocks.
+        origin: What made the blocks.
         stored: The blocks, as they are stored.
         others: Entries that know more, where this store has not measured itself.
     """
@@ -125,11 +126,11 @@ def _receipts(
     known = {
         one.codec: one
         for entry in others
-        if entry is not None and entry.root == chain.root.hex()
+        if entry is not None and entry.root == origin_root(origin).hex()
         for one in entry.receipts
     }
     if lossy:
-        model = Fingerprint(chain.origin.fingerprint).with_salt("")
+        model = Fingerprint(origin.fingerprint).with_salt("")
         found = find_calibration(blocks.folder, model.digest)
         known |= {one.codec: one for one in (found.measured if found else ())}
     if find_loss(stored, known.values()).unknown:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from ..caches import live as caches
-from ..caches.layout import group_layers
+from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
@@ -187,9 +187,7 @@ class _Encoder:
         self._block_size = blocks.folder.block_size
         groups = group_layers(snapshot.chain.layout)
         self.token_bytes = sum(group.token_bytes for group in groups)
-        names = {name for group in groups for name, _ in group.layout.rows}
-        is_codable = not names.isdisjoint(CODABLE)
-        self._codec = codec if is_codable else lossless_twin(codec)
+        self._codec = codec_of_rows(codec, groups)
 
     def num_extras(self, block: Block) -> int:
         """Return how many rows of windows and states a block brings."""
@@ -221,23 +219,43 @@ class _Encoder:
     def _encode_one(
         self, block: Block, pieces: Iterable[tuple[Piece, caches.Array]]
     ) -> EncodedBlock:
-        codec = self._codec_of(block)
-        twin = lossless_twin(codec)
-        parts: list[Part] = []
-        for piece, x in _join(pieces) if codec.is_joint else pieces:
-            name = piece.rows.side
-            array_codec = codec if name in CODABLE else twin
-            parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
-        # Windows have moved on and states were elsewhere; only tokens are left.
-        parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
-        return EncodedBlock(
-            block,
-            codec.name,
-            codec.is_lossless,
-            self.bits(block),
-            tuple(parts),
-            self.num_extras(block),
-        )
+        codec, bits = self._codec_of(block), self.bits(block)
+        return encode_block(block, codec, pieces, bits, self.num_extras(block))
+
+
+def codec_of_rows(codec: Codec, groups: Sequence[Group]) -> Codec:
+    """Return a codec, or its lossless twin where layers have no rows to code."""
+    names = {name for group in groups for name, _ in group.layout.rows}
+    return lossless_twin(codec) if names.isdisjoint(CODABLE) else codec
+
+
+def encode_block(
+    block: Block,
+    codec: Codec,
+    pieces: Iterable[tuple[Piece, caches.Array]],
+    bits: int,
+    num_extras: int,
+) -> EncodedBlock:
+    """Return a block that is encoded.
+
+    Args:
+        block: The block.
+        codec: For keys and values; all else is stored lossless.
+        pieces: Its rows.
+        bits: The fewest per number that they went through, this codec included.
+        num_extras: As in :class:`Place`.
+    """
+    twin = lossless_twin(codec)
+    parts: list[Part] = []
+    for piece, x in _join(pieces) if codec.is_joint else pieces:
+        name = piece.rows.side
+        array_codec = codec if name in CODABLE else twin
+        parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
+    # Windows have moved on and states were elsewhere; only tokens are left.
+    parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
+    return EncodedBlock(
+        block, codec.name, codec.is_lossless, bits, tuple(parts), num_extras
+    )
 
 
 def _join(

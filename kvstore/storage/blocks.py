@@ -403,6 +403,30 @@ class BlockStore:
                 with suppress(FileNotFoundError):
                     files.remove(shard_path(self.folder.shards, name))
 
+    def replace(self, staged: StagedShard, old: Mapping[BlockHash, str]) -> None:
+        """Publish copies of blocks, and take them for the old ones, better or not.
+
+        The old ones stay in their shards, and count again where somebody rebuilds the
+        index, until :meth:`drop_copies`.
+
+        Args:
+            staged: The shard, synced.
+            old: In which shard each block lies.
+        """
+        with self.index.transaction():
+            self.index.trust_shard(staged.name)
+            self.add(staged, time.time())
+            for stored in staged.header.blocks:
+                place = place_in(staged.name, stored)
+                self.index.replace_block(place, old[place.hash])
+
+    def drop_copies(self, shards: Iterable[str]) -> None:
+        """Rewrite shards without the blocks that lie elsewhere; hold no lock."""
+        for name in shards:
+            self.repack(name, {place.hash for place in self.index.places_in(name)})
+            with files.locked(self.folder.lock, exclusive=True):
+                self.drop_shards({name: ()})  # unless something is left there
+
     def repack(self, name: str, kept: set[BlockHash]) -> None:
         """Write some blocks of a shard into another, and point there.
 

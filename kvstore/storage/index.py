@@ -628,6 +628,22 @@ class Index:
             (new, block, old),
         )
 
+    def replace_block(self, place: Place, old: str) -> None:
+        """Say that a block of one shard lies there now, in a copy better or not."""
+        self._query(
+            "UPDATE blocks SET shard = (SELECT id FROM shards WHERE name = ?),"
+            " nbytes = ?, quality = ?, extras = ?"
+            " WHERE hash = ? AND shard = (SELECT id FROM shards WHERE name = ?)",
+            (
+                place.shard,
+                place.nbytes,
+                2 * place.bits + place.is_lossless,
+                place.num_extras,
+                place.hash,
+                old,
+            ),
+        )
+
     def is_damaged(self, block: BlockHash, shard: str) -> bool:
         """Whether a copy of a block was found to be damaged."""
         query = "SELECT 1 FROM damaged WHERE hash = ? AND shard = ?"

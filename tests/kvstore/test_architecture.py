@@ -39,6 +39,7 @@ OPS = {  # and inside of ops
     "explain": {"load"},
     "admit": {"commit"},
     "adopt": {"commit", "save"},
+    "recompress": {"bases", "commit", "save"},
     "import_bundle": {"admit", "bases"},
     "load": {"bases"},
     "recognise": {"load"},

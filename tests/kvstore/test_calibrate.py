@@ -324,3 +324,17 @@ def test_entries_are_shown_with_what_was_lost(saved):
     assert ["doc", "0.0009"] == [
         word for word in run("ls").stdout.split() if word in ("doc", "0.0009")
     ]
+
+
+def test_exact_blocks_are_recompressed_in_a_basis(saved):
+    """By a quality, as if they had been saved so; the entry says what was lost."""
+    entry = next(one for one in saved.entries() if one.codec == "planes+zstd")
+    rows = fitted.rows_of(saved.load_entry(entry.id, fitted.MODEL)[0])
+    saved.calibrate()
+    fit = note(saved)
+    done = saved.recompress(entry.id, "high")
+    assert [fit, fit, "planes+zstd"] == [s.codec for _, s in saved.chain(done.id)]
+    assert 0.0009 == saved.loss(done.id).kl
+    assert [fit] == [one.codec for one in done.receipts]
+    found = fitted.rows_of(saved.load_entry(done.id, fitted.MODEL)[0])
+    assert fitted.relative_error(rows, found) < 0.05
