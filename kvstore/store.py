@@ -673,7 +673,12 @@ class Store:
         return why_unfit(layout, wanted_of(prompt_cache)) is None
 
     def export_bundle(
-        self, ref: str, file: IO[bytes], *, progress: Progress | None = None
+        self,
+        ref: str,
+        file: IO[bytes],
+        *,
+        without_basis: bool = False,
+        progress: Progress | None = None,
     ) -> int:
         """Write an entry and its blocks as one file, for :meth:`import_bundle`.
 
@@ -683,6 +688,8 @@ class Store:
         Args:
             ref: The entry's name, or its id or the start of it.
             file: Opened for writing bytes; need not be seekable.
+            without_basis: Leave out the bases that it was coded in: who takes it over
+                has them already.
             progress: Called with (tokens written, tokens in all); what is read, which
                 comes first, counts as half written.
 
@@ -699,7 +706,11 @@ class Store:
         from .ops.export_bundle import export_entry
 
         return export_entry(
-            self._blocks, self.entry(ref), file, progress or ignore_progress
+            self._blocks,
+            self.entry(ref),
+            file,
+            progress or ignore_progress,
+            without_basis=without_basis,
         )
 
     def import_bundle(

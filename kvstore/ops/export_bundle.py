@@ -42,7 +42,12 @@ class _BundleShard:
 
 
 def export_entry(
-    blocks: BlockStore, entry: Entry, file: IO[bytes], progress: Progress
+    blocks: BlockStore,
+    entry: Entry,
+    file: IO[bytes],
+    progress: Progress,
+    *,
+    without_basis: bool = False,
 ) -> int:
     """Write an entry as a bundle and return the bundle's size in bytes.
 
@@ -51,6 +56,7 @@ def export_entry(
         entry: The entry.
         file: Opened for writing bytes; need not be seekable.
         progress: Called with (tokens written, tokens in all); read is half written.
+        without_basis: Leave the bases out that its blocks name.
 
     Raises:
         IntegrityError: A part of the entry is missing or damaged. If that happens
@@ -75,7 +81,7 @@ def export_entry(
         bundled_entry(entry, nbytes),
         blocks.folder.block_size,
         ((shard.name, shard.nbytes, contents(shard)) for shard in shards),
-        bases=read_named(blocks.folder, stored),
+        bases={} if without_basis else read_named(blocks.folder, stored),
     )
 
 

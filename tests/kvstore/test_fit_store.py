@@ -179,6 +179,25 @@ def test_a_bundle_brings_the_basis(store, tmp_path, basis):
         assert kit.bits_of(one) == kit.bits_of(two)
 
 
+def test_a_bundle_without_its_basis_is_for_who_has_it(store, tmp_path, basis):
+    """Who lacks it is told so, and takes nothing over."""
+    entry = store.save(TOKENS, fitted_cache(600), MODEL)
+    file = io.BytesIO()
+    store.export_bundle(entry.id, file, without_basis=True)
+    assert basis not in file.getvalue()
+    with kvstore.Store(tmp_path / "other") as other:
+        with pytest.raises(kvstore.IntegrityError, match="lacks the basis"):
+            other.import_bundle(io.BytesIO(file.getvalue()))
+        assert [] == other.entries()
+        add_basis(open_folder(other.path), basis)
+        taken = other.import_bundle(io.BytesIO(file.getvalue()))
+        found = other.load_entry(taken.id, MODEL)[0]
+    for one, two in zip(
+        rows_of(store.load_entry(entry.id, MODEL)[0]), rows_of(found), strict=True
+    ):
+        assert kit.bits_of(one) == kit.bits_of(two)
+
+
 def test_a_bundle_unpacked_by_tar_is_a_store(store, tmp_path):
     """The basis lies in it where a store has it."""
     entry = store.save(TOKENS, fitted_cache(600), MODEL)

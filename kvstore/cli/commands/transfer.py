@@ -255,8 +255,15 @@ def _describe_imported(entry: Entry, origin: str) -> str:
     help="The bundle to write; `-` is stdout.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@click.option(
+    "--without-basis",
+    is_flag=True,
+    help="Leave out what `kvstore calibrate` has made: who takes it over has it.",
+)
 @click.pass_context
-def export(context: click.Context, ref: str, path: Path, overwrite: bool) -> None:
+def export(
+    context: click.Context, ref: str, path: Path, overwrite: bool, without_basis: bool
+) -> None:
     """Write an entry and its blocks as one file: a bundle.
 
     `kvstore import` takes it over, on another machine too. A bundle holds the tokens,
@@ -265,14 +272,14 @@ def export(context: click.Context, ref: str, path: Path, overwrite: bool) -> Non
     """
     output = output_of(context)
     if str(path) == "-":
-        _export_to_stdout(context, output, ref)
+        _export_to_stdout(context, output, ref, without_basis)
         return
     _check_path(path, overwrite)
     store = open_store(context)
     entry = store.entry(ref)
     begin = time.monotonic()
     with files.written_whole(path) as descriptor:
-        nbytes = _write(store, entry, output, descriptor)
+        nbytes = _write(store, entry, output, descriptor, without_basis)
     data: JSON = {
         "entry": entry_data(entry),
         "file": str(path),
@@ -295,7 +302,9 @@ def _check_path(path: Path, overwrite: bool) -> None:
     files.check_new(path, overwrite=overwrite)
 
 
-def _export_to_stdout(context: click.Context, output: Output, ref: str) -> None:
+def _export_to_stdout(
+    context: click.Context, output: Output, ref: str, without_basis: bool
+) -> None:
     if output.mode == "json":
         raise click.UsageError("`-o -` and `--json` exclude each other", context)
     if sys.stdout.isatty():
@@ -305,17 +314,24 @@ def _export_to_stdout(context: click.Context, output: Output, ref: str) -> None:
     store = open_store(context)
     entry = store.entry(ref)
     sys.stdout.flush()
-    nbytes = _write(store, entry, output, sys.stdout.fileno())
+    nbytes = _write(store, entry, output, sys.stdout.fileno(), without_basis)
     output.note(_describe_exported(entry, nbytes))
 
 
-def _write(store: Store, entry: Entry, output: Output, descriptor: int) -> int:
+def _write(
+    store: Store, entry: Entry, output: Output, descriptor: int, without_basis: bool
+) -> int:
     """Write a bundle to an open file and return its size in bytes."""
     with (
         os.fdopen(descriptor, "wb", closefd=False) as file,
         output.progress() as bars,
     ):
-        return store.export_bundle(entry.id, file, progress=bars.bar("export"))
+        return store.export_bundle(
+            entry.id,
+            file,
+            without_basis=without_basis,
+            progress=bars.bar("export"),
+        )
 
 
 def _describe_exported(entry: Entry, nbytes: int) -> str:
