@@ -82,6 +82,11 @@ def shard_key(name: str) -> str:
     return f"v1/shards/{name[:2]}/{name}.safetensors"
 
 
+def basis_key(digest: str) -> str:
+    """Return the key of a basis."""
+    return f"v1/bases/{digest}.safetensors"
+
+
 def parse_key(key: str) -> EntryKey | None:
     """Return what the key of a document says, or ``None`` if it is none."""
     match = _KEY.fullmatch(key)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,21 +20,23 @@ from typing import Any
 
 from ..caches.snapshot import Chain
 from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
+from ..format.basis import MAX_BYTES, bases_named, parse_basis
 from ..format.block import BlockHash, Origin, Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, origin_root
 from ..format.entry import Entry
 from ..format.shard import parse_shard_header
 from ..ops.admit import Incoming, Inspector, admit, check_space
-from ..ops.bases import own_codecs
+from ..ops.bases import carried_codecs
 from ..ops.commit import replaceable
 from ..storage import files
+from ..storage.bases import add_basis, read_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
 from ..storage.partial import prepare_partial, write_at
 from ..storage.shards import OpenShard, StagedShard, open_shard_at, staged_copy
 from .client import Client, ranges
-from .layout import RemoteEntry, RemoteShard, shard_key
+from .layout import RemoteEntry, RemoteShard, basis_key, shard_key
 
 # Each holds one part of a shard in memory.
 _DOWNLOADS = 8
@@ -68,6 +70,8 @@ class _Plan:
     inspector: Inspector
     chain: Chain
     arriving: tuple[_Arriving, ...]
+    # Bases that its blocks name and the store lacks, by their digests.
+    bases: dict[str, bytes]
 
 
 def pull_entry(
@@ -118,6 +122,9 @@ def pull_entry(
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
         with _checked(folder, remote, plan) as incoming:
+            # Before the blocks that name them can be seen.
+            for basis in plan.bases.values():
+                add_basis(folder, basis)
             entry = admit(blocks, catalog, incoming, name, replace=replace)
         for arriving in plan.arriving:
             arriving.path.unlink(missing_ok=True)
@@ -159,12 +166,38 @@ def _plan(
     origin = _origin(blocks, remote, [header for header, _ in headers])
     known = came | held
     with _refusing(remote):
-        own = own_codecs(blocks.folder)
+        bases = _read_bases(blocks.folder, client, bases_named(known.values()))
+        own = carried_codecs(blocks.folder, bases)
         size = remote.block_size
         inspector = Inspector(remote.entry, origin, size, own, like)
         for block, _ in remote.blocks:
             inspector.follow(known[_to_hash(block)])
-        return _Plan(inspector, _finish(inspector, bool(held)), arriving)
+        chain = _finish(inspector, bool(held))
+        return _Plan(inspector, chain, arriving, bases)
+
+
+def _read_bases(
+    folder: StoreFolder, client: Client, digests: Iterable[str]
+) -> dict[str, bytes]:
+    """Return those of some bases that the store lacks, checked.
+
+    Raises:
+        IntegrityError: One is missing, damaged, or larger than all may be.
+    """
+    found: dict[str, bytes] = {}
+    left = MAX_BYTES
+    for digest in sorted(digests):
+        with suppress(IntegrityError):  # where it is damaged, it comes anew
+            read_basis(folder, digest)
+            continue
+        try:
+            data = client.read_whole(basis_key(digest), left)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"the basis {digest[:12]} is missing") from error
+        parse_basis(data, digest)
+        found[digest] = data
+        left -= len(data)
+    return found
 
 
 def _finish(inspector: Inspector, has_held: bool) -> Chain:

@@ -14,17 +14,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import IntegrityError, KVStoreError
-from ..format.basis import bases_named
+from ..errors import IntegrityError
 from ..format.block import Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields
 from ..format.entry import Entry
+from ..ops.bases import read_named
 from ..ops.load import Loader
 from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place
 from ..storage.shards import OpenShard, open_shard, open_shard_at, staged_copy
 from .client import Client
-from .layout import EntryKey, RemoteEntry, RemoteShard, document_of, shard_key
+from .layout import (
+    EntryKey,
+    RemoteEntry,
+    RemoteShard,
+    basis_key,
+    document_of,
+    shard_key,
+)
 
 # Each holds at most four parts of a shard in memory.
 _UPLOADS = 4
@@ -66,7 +73,6 @@ def push_entry(
         progress: Called with (bytes that are there, bytes in all).
 
     Raises:
-        KVStoreError: It was coded in a basis, which a remote cannot hold yet.
         IntegrityError: A part of the entry is missing or damaged. The remote has no
             such entry then.
         RemoteError: The remote fails. Pushing again goes on from there.
@@ -79,14 +85,14 @@ def _push(
 ) -> Pushed:
     Loader(blocks).entry_hit(entry)  # what cannot be restored is no use
     chain = blocks.chain(entry)
-    if bases_named(stored for _, stored in chain):
-        raise KVStoreError(
-            "an entry that was coded in a basis cannot be pushed yet",
-            hint="`kvstore export` hands it over with its basis",
-        )
+    bases = read_named(blocks.folder, (stored for _, stored in chain))
     with ExitStack() as stack:
         uploads = _prepare(blocks, chain, stack)
         sent = _send_all(client, list(uploads.values()), progress)
+    for digest, data in sorted(bases.items()):
+        if not client.seems_there(basis_key(digest), len(data)):
+            client.put(basis_key(digest), data)
+            sent.append(len(data))
     numbers = {name: number for number, name in enumerate(uploads)}
     fingerprint = digest_fields(blocks.origin(entry).fingerprint)
     key, document = document_of(
@@ -102,7 +108,7 @@ def _push(
     if not client.seems_there(str(key), len(document)):
         client.put(str(key), document)
         sent.append(len(document))
-    num_there = len(uploads) + 1 - len(sent)
+    num_there = len(uploads) + len(bases) + 1 - len(sent)
     return Pushed(entry, key, len(sent), num_there, sum(sent))
 
 

@@ -17,6 +17,7 @@ from kvstore.codecs import fitting
 from kvstore.format.basis import basis_digest
 from kvstore.format.calibration import Calibration
 from kvstore.ops import export_bundle
+from kvstore.remote.client import Remote
 from kvstore.storage.bases import (
     add_basis,
     basis_path,
@@ -228,6 +229,52 @@ def test_a_bundle_of_damaged_or_other_bases_is_refused(store, tmp_path, basis):
                 target.import_bundle(io.BytesIO(wrong))
             assert [] == list(target.entries())
             assert [] == list_bases(open_folder(target.path))
+
+
+remotes = kit.load_beside("test_pull")
+
+
+@pytest.fixture
+def pushed(store, s3_server):
+    """Return the remote that an entry was pushed into, and the entry's key."""
+    remote = Remote("team", "s3://bucket/some/where", s3_server.options)
+    store.save(TOKENS, fitted_cache(600), MODEL, name="doc")
+    done = remotes.push(store.path, remote)
+    assert (3, 0) == (done.num_sent, done.num_there)
+    again = remotes.push(store.path, remote)
+    assert (0, 3) == (again.num_sent, again.num_there)
+    return remote, done.key
+
+
+def test_a_remote_brings_the_basis(store, pushed, s3_server, tmp_path, basis):
+    """It is pushed once, before the entry, and pulled where it is lacking."""
+    assert [basis] == [s3_server.objects[key] for key in s3_server.keys("/v1/bases/")]
+    with kvstore.Store(tmp_path / "other") as other:
+        remotes.fetch(other.path, *pushed)
+        assert list_bases(open_folder(other.path)) == list_bases(
+            open_folder(store.path)
+        )
+        expected = store.load([*TOKENS, 7], MODEL)[0]
+        found = other.load([*TOKENS, 7], MODEL)[0]
+    for one, two in zip(rows_of(expected), rows_of(found), strict=True):
+        assert kit.bits_of(one) == kit.bits_of(two)
+
+
+def test_a_remote_without_the_right_basis_is_refused(pushed, s3_server, tmp_path):
+    """Flipped, or gone: nothing of the entry is taken over."""
+    (key,) = s3_server.keys("/v1/bases/")
+    data = bytearray(s3_server.objects[key])
+    data[-1] ^= 1
+    for change in (
+        lambda: s3_server.objects.update({key: bytes(data)}),
+        lambda: s3_server.objects.pop(key),
+    ):
+        change()
+        with kvstore.Store(tmp_path / "other") as other:
+            with pytest.raises(kvstore.IntegrityError, match="basis"):
+                remotes.fetch(other.path, *pushed)
+            assert [] == other.entries()
+            assert [] == list_bases(open_folder(other.path))
 
 
 def test_an_entry_without_its_basis_is_not_exported(store, tmp_path):
