@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..caches.fit import expect_rows, feed, shapes_of
 from ..caches.layout import Shapes
@@ -31,10 +31,14 @@ from ..models.context import past_context, read_context_length
 from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
 from .disk import ServedModel
+from .pages import Pages, View
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
 from .tenants import find_tenant, own, tenant_of
 from .watch import Requests, watch
+
+if TYPE_CHECKING:
+    from .metrics import Metrics
 
 log = logging.getLogger("kvstore")
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
@@ -54,7 +58,10 @@ MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 
 
 def serve(
-    args: Sequence[str], make_cache: MakeCache, tenant_header: str | None = None
+    args: Sequence[str],
+    make_cache: MakeCache,
+    tenant_header: str | None = None,
+    view: View | None = None,
 ) -> None:
     """Run ``mlx_lm.server`` until SIGINT or SIGTERM; what waits is written then.
 
@@ -63,6 +70,7 @@ def serve(
         make_cache: Makes the prompt cache, which is closed at the end.
         tenant_header: Names who asks; a request without it is refused. The prompt
             cache is then one of :class:`TenantPromptCache`.
+        view: How the store is shown at ``/kvstore``; nowhere by default.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
@@ -87,8 +95,14 @@ def serve(
         providers.append(provider_class(cli_args))
         return providers[-1]
 
+    metrics = _make_metrics()
+    count = metrics.count if metrics else None
+    pages = None if view is None else Pages(view, count)
+
     def make_prompt_cache(max_size: int) -> DiskPromptCache:
         opened.append(make_cache(providers[-1].describe, max_size))
+        if pages is not None:  # mlx-lm has set up its log only now
+            log.info("kvstore: the store is shown at /kvstore?token=%s", pages.token)
         return opened[-1]
 
     def make_generator(*parts: Any) -> Any:
@@ -130,7 +144,10 @@ def serve(
 
     server.BatchGenerator = make_batch  # type: ignore[attr-defined]
     _check_requests(server.APIHandler, requests, tenant_header)
-    watch(server, requests, lambda: opened[-1])
+    note = metrics.note if metrics else None
+    watch(server, requests, lambda: opened[-1], note)
+    if pages is not None:
+        pages.attach(server.APIHandler)
     with _terminated_like_interrupted():
         try:
             server.main()
@@ -226,6 +243,15 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
             return held if return_prompt_caches else {}
 
     return Batch
+
+
+def _make_metrics() -> Metrics | None:
+    """Return the counters, where the package for them is installed."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        return None
+    from .metrics import Metrics
+
+    return Metrics()
 
 
 def _failures(generators: Sequence[Any]) -> list[Exception]:

@@ -76,7 +76,10 @@ class Requests:
 
 
 def watch(
-    server: Any, requests: Requests, cache_of: Callable[[], DiskPromptCache]
+    server: Any,
+    requests: Requests,
+    cache_of: Callable[[], DiskPromptCache],
+    note: Callable[[Served, Lookup | None], None] | None = None,
 ) -> None:
     """Have the server's handler tell of each request, in its answer and in the log.
 
@@ -84,6 +87,7 @@ def watch(
         server: The copy of mlx-lm's module.
         requests: Where requests are noted.
         cache_of: Returns the prompt cache.
+        note: Told of each request that has ended.
     """
     handler_class = server.APIHandler
     post, send = handler_class.do_POST, handler_class.send_response
@@ -106,7 +110,10 @@ def watch(
             served.is_given_up = True
             handler.close_connection = True
         finally:
-            _log_request(served, lookup())
+            found = lookup()
+            _log_request(served, found)
+            if note is not None:
+                note(served, found)
 
     def send_response(handler: Any, code: int, message: str | None = None) -> None:
         if handler.command == "POST":
@@ -115,7 +122,9 @@ def watch(
 
     def log_request(handler: Any, code: Any = "-", size: Any = "-") -> None:
         if handler.command != "POST":  # which has a line of its own
-            log.info("kvstore: %s %s: %s", handler.command, handler.path, int(code))
+            # Without what may be a token.
+            path = handler.path.partition("?")[0]
+            log.info("kvstore: %s %s: %s", handler.command, path, int(code))
 
     def with_headers(handler: Any) -> None:
         if handler.command == "POST" and (found := lookup()) is not None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import options
-from ..main import Verb, load_fast_blas, log
+from ..main import Verb, load_fast_blas, log, store_path
 from .generate import make_store
 from .housekeeping import Size
+from .view import describe, render
 
 if TYPE_CHECKING:
     from ...server.disk import ServedModel
@@ -119,6 +120,9 @@ def serve(
     memory is looked up in the store, and what was computed is written to it while the
     server goes on. SIGTERM and Ctrl-C end it when what waits is written, which takes
     7 seconds at most; what is not kept then is logged.
+
+    The store is shown, as `kvstore view` does it, at /kvstore, with the token that is
+    logged at the start; /metrics has counters for Prometheus.
     """
     load_fast_blas()
     chosen = options.codec_of(codec, options.least_bits(exact, min_bits), "high")
@@ -127,8 +131,11 @@ def serve(
     if shared and tenant_header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
     from ...server.app import serve as run
+    from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache
     from ...server.tenants import Tenancy, TenantPromptCache
+    from ...storage.folder import default_path
+    from ...store import Store
 
     def make_cache(
         describe: Callable[[Any], ServedModel], max_in_memory: int
@@ -151,9 +158,14 @@ def serve(
             max_queued_bytes=max_queue,
         )
 
+    shown = View(
+        partial(Store, store_path(context) or default_path(), create=False),
+        describe,
+        render,
+    )
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, tenant_header)
+        run(args, make_cache, tenant_header, shown)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 

@@ -49,7 +49,7 @@ def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
     output = output_of(context)
     if path is not None:
         files.check_new(path, overwrite=overwrite)
-    data = render(open_store(context)).encode()
+    data = render(describe(open_store(context))).encode()
     if path is None:
         number, name = tempfile.mkstemp(".html", "kvstore-")
         written = Path(name)
@@ -66,8 +66,8 @@ def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
         webbrowser.open(written.as_uri())
 
 
-def render(store: Store) -> str:
-    """Return the page."""
+def describe(store: Store) -> JSON:
+    """Return what the page shows."""
     entries = store.entries()
     tree = store.tree(entries)
     nameless = [e for e in entries if e.name is None and not e.pinned]
@@ -76,7 +76,7 @@ def render(store: Store) -> str:
     by_age = sorted(entries, key=lambda entry: entry.created_at)
     lines = list(tree_lines(tree))
     sizes = {line.entry.id: line.nbytes for line in lines if line.entry}
-    data = {
+    return {
         "path": str(store.path),
         "sums": stats_fields(store.stats()),
         "lines": [_line_data(line, going) for line in lines],
@@ -88,7 +88,6 @@ def render(store: Store) -> str:
             )
         ),
     }
-    return _fill(data)
 
 
 def _line_data(line: Line, going: set[str]) -> JSON:
@@ -115,7 +114,7 @@ def _marks(line: Line, going: set[str]) -> Iterator[str]:
         yield "evicted next"
 
 
-def _fill(data: JSON) -> str:
+def render(data: JSON) -> str:
     """Return the page with its data, and with hashes of all that it may run."""
     page = resources.files(__package__).joinpath("page.html").read_text()
     for tag, mark in (("style", "@STYLE_HASH@"), ("script", "@SCRIPT_HASH@")):

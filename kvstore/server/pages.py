@@ -1,0 +1,158 @@
+"""Pages beside the API of mlx-lm's server: the store as it is now, and counters.
+
+Whoever reaches the port may read the counters. Names and titles of entries are private,
+so what shows or changes them needs the token that is logged at the start.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from ..errors import EntryNotFoundError, KVStoreError
+from ..format.documents import JSON
+from ..store import Store
+
+log = logging.getLogger("kvstore")
+_PATHS = ("/kvstore", "/metrics")
+_JSON = "application/json"
+
+
+class Answer(NamedTuple):
+    """What a request is answered with."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a store is shown."""
+
+    # Opens the store; each request does so for itself.
+    open_store: Callable[[], Store]
+    # Returns what a page shows.
+    describe: Callable[[Store], JSON]
+    # Returns the page, as HTML.
+    render: Callable[[JSON], str]
+
+
+class Pages:
+    """Answers ``/kvstore``, ``/kvstore/data``, ``/kvstore/entries/ID``, ``/metrics``.
+
+    Args:
+        view: How the store is shown.
+        count: Returns the counters of a store and their content type; ``None`` where
+            the package for them is missing.
+    """
+
+    def __init__(
+        self, view: View, count: Callable[[Store], tuple[bytes, str]] | None
+    ) -> None:
+        self._view = view
+        self._count = count
+        self.token = secrets.token_urlsafe(16)
+
+    def attach(self, handler_class: Any) -> None:
+        """Have mlx-lm's handler of requests answer them too."""
+        get = handler_class.do_GET
+
+        def do(handler: Any) -> None:
+            path = urlsplit(handler.path).path
+            is_ours = path in _PATHS or path.startswith("/kvstore/")
+            if handler.command == "GET" and not is_ours:
+                get(handler)
+            else:
+                _send(handler, self._answer_safely(handler))
+
+        handler_class.do_GET = handler_class.do_PUT = handler_class.do_DELETE = do
+
+    def _answer_safely(self, handler: Any) -> Answer:
+        try:
+            return self._answer(handler)
+        except EntryNotFoundError as error:
+            return _refusal(HTTPStatus.NOT_FOUND, str(error), error.hint)
+        except KVStoreError as error:
+            return _refusal(HTTPStatus.CONFLICT, str(error), error.hint)
+        except ValueError as error:
+            return _refusal(HTTPStatus.BAD_REQUEST, str(error))
+        except OSError as error:
+            log.warning("kvstore: %s: %s", handler.command, error)
+            return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "the disk fails")
+
+    def _answer(self, handler: Any) -> Answer:
+        url = urlsplit(handler.path)
+        command, path = handler.command, url.path
+        if (command, path) == ("GET", "/metrics"):
+            return self._metrics()
+        if not self._is_known(handler, url.query):
+            words = "this page needs the token that the server has logged at its start"
+            return _refusal(HTTPStatus.FORBIDDEN, words)
+        with self._view.open_store() as store:
+            if command == "GET" and path in ("/kvstore", "/kvstore/data"):
+                data = self._view.describe(store)
+                if path == "/kvstore":
+                    page = self._view.render(data).encode()
+                    return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page)
+                return Answer(HTTPStatus.OK, _JSON, json.dumps(data).encode())
+            entry_id = unquote(path.removeprefix("/kvstore/entries/"))
+            if command == "PUT" and entry_id != path:
+                store.pin(entry_id, pinned=_read_pinned(handler))
+                return Answer(HTTPStatus.NO_CONTENT, _JSON, b"")
+            if command == "DELETE" and entry_id != path:
+                store.remove(entry_id)
+                return Answer(HTTPStatus.NO_CONTENT, _JSON, b"")
+        return _refusal(HTTPStatus.NOT_FOUND, f"there is no {command} {path}")
+
+    def _metrics(self) -> Answer:
+        if self._count is None:
+            hint = "pip install 'mlx-kvstore[metrics]'"
+            words = "the package prometheus-client is missing"
+            return _refusal(HTTPStatus.NOT_IMPLEMENTED, words, hint)
+        with self._view.open_store() as store:
+            body, kind = self._count(store)
+        return Answer(HTTPStatus.OK, kind, body)
+
+    def _is_known(self, handler: Any, query: str) -> bool:
+        given = handler.headers.get("Authorization", "").removeprefix("Bearer ")
+        token = given or parse_qs(query).get("token", [""])[0]
+        return hmac.compare_digest(token.encode(), self.token.encode())
+
+
+def _read_pinned(handler: Any) -> bool:
+    """Return ``pinned`` of a request's body, ``{"pinned": true}``.
+
+    Raises:
+        ValueError: It has another body.
+    """
+    length = handler.headers.get("Content-Length", "")
+    if not length.isdecimal() or int(length) > 100:
+        raise ValueError('the body must be {"pinned": true} or {"pinned": false}')
+    body = json.loads(handler.rfile.read(int(length)))
+    if body not in ({"pinned": True}, {"pinned": False}):
+        raise ValueError('the body must be {"pinned": true} or {"pinned": false}')
+    return bool(body["pinned"])
+
+
+def _refusal(status: HTTPStatus, words: str, hint: str | None = None) -> Answer:
+    body = {"error": words} | ({"hint": hint} if hint else {})
+    return Answer(status, _JSON, json.dumps(body).encode())
+
+
+def _send(handler: Any, answer: Answer) -> None:
+    handler.send_response(answer.status)
+    handler.send_header("Content-Type", answer.kind)
+    handler.send_header("Content-Length", str(len(answer.body)))
+    # The address has the token in it, which goes to no other page and into no cache.
+    handler.send_header("Referrer-Policy", "no-referrer")
+    handler.send_header("Cache-Control", "no-store")
+    handler.end_headers()
+    handler.wfile.write(answer.body)
