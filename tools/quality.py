@@ -6,17 +6,24 @@ the restored ones. Printed, and written as CSV: bytes per element, KL divergence
 next-token distributions (mean and 99th percentile, in nats), how often the first choice
 is the same, and the change in perplexity.
 
-    python tools/quality.py MODEL [--texts F ...] [--codec NAME] [--csv F] [--plot F]
+With `--basis`, a file in `bases/` of a store, its `fit` codecs are measured beside the
+others. The texts are then licences, and modules of Python that `kvstore calibrate` does
+not learn from; else they are Python's language reference, which it does.
+
+    python tools/quality.py MODEL [--basis F] [--texts F ...] [--codec NAME] [--csv F]
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
+import inspect
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +36,15 @@ import numpy as np  # noqa: E402
 from mlx_lm.models.cache import KVCache, make_prompt_cache  # noqa: E402
 
 import kvstore  # noqa: E402
+from kvstore.format.basis import basis_digest, parse_basis  # noqa: E402
+from kvstore.storage.bases import add_basis  # noqa: E402
+from kvstore.storage.folder import create_folder  # noqa: E402
 
 CODECS = ("planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd", "turbo5v3+zstd")
 AFFINE_BITS = (8, 6, 5, 4, 3, 2)
+# None of those that `kvstore.models.corpus` takes.
+_MODULES = ("difflib", "plistlib", "zipfile", "optparse", "asyncio.base_events")
+_MAX_LETTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -62,14 +75,18 @@ def main() -> None:
     from mlx_lm import load
 
     model, tokenizer = load(options.model)[:2]
-    tokens = [tokenizer.encode(text) for text in read_texts(options.texts)]
+    is_usual = options.texts or not options.basis
+    texts = read_texts(options.texts) if is_usual else unlearned_texts()
+    tokens = [tokenizer.encode(text) for text in texts]
     contexts = [
         make_context(model, part[: options.prefix], part[options.prefix :])
         for part in cut(tokens, options.contexts, options.prefix + options.following)
     ]
     rows = []
-    for name in options.codec or CODECS:
-        rows.append(measure(model, contexts, name, restore_from_store(name)))
+    basis = options.basis.read_bytes() if options.basis else None
+    for name in options.codec or [*fit_codecs(basis), *CODECS]:
+        restore = restore_from_store(name, basis)
+        rows.append(measure(model, contexts, name.partition("@")[0], restore))
         print_row(rows[-1])
     for bits in () if options.codec else AFFINE_BITS:
         name = f"mlx affine {bits}"
@@ -85,7 +102,8 @@ def parse_options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or repository that mlx-lm loads")
-    parser.add_argument("--texts", nargs="+", type=Path, help="default: pydoc topics")
+    parser.add_argument("--texts", nargs="+", type=Path, help="texts to read")
+    parser.add_argument("--basis", type=Path, help="measure its codecs too")
     parser.add_argument("--codec", action="append", help="only these codecs")
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--prefix", type=int, default=1024)
@@ -102,6 +120,33 @@ def read_texts(paths: Sequence[Path] | None) -> list[str]:
     from pydoc_data.topics import topics
 
     return ["\n\n".join(topics[name] for name in sorted(topics))]
+
+
+def unlearned_texts() -> list[str]:
+    """Return texts that no basis has learned from: licences, and other modules."""
+    code = [inspect.getsource(importlib.import_module(name)) for name in _MODULES]
+    return [text[:_MAX_LETTERS] for text in (*licences(), *code)]
+
+
+def licences() -> list[str]:
+    """Return the longer licences of installed packages, each once."""
+    starts = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        for file in distribution.files or ():
+            if file.name.upper().startswith(starts):
+                text = Path(distribution.locate_file(file)).read_text(errors="replace")
+                if len(text) > _MAX_LETTERS // 2:
+                    found[" ".join(text.split())[:500]] = text
+    return sorted(found.values())
+
+
+def fit_codecs(basis: bytes | None) -> list[str]:
+    """Return the codecs of a basis."""
+    if basis is None:
+        return []
+    digest = basis_digest(basis)
+    return [f"fit{rate}@{digest}+zstd" for rate in parse_basis(basis, digest).steps]
 
 
 def cut(texts: Sequence[list[int]], count: int, length: int) -> list[list[int]]:
@@ -138,17 +183,19 @@ def read_on(model: Any, prompt_cache: list[Any], tokens: list[int]) -> np.ndarra
     return np.asarray(logprobs).astype(np.float64)
 
 
-def restore_from_store(codec: str) -> Any:
+def restore_from_store(codec: str, basis: bytes | None = None) -> Any:
     """Return a function that takes a context through a store."""
 
     def restore(context: Context) -> tuple[list[Any], float]:
         model = kvstore.Fingerprint({"weights": "measured"}, "measured")
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            kvstore.Store(Path(folder) / "store", codec=codec) as store,
-        ):
-            entry = store.save(context.prefix, context.prompt_cache, model)
-            prompt_cache, _ = store.load_entry(entry.id, model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "store"
+            made = create_folder(path)
+            if basis is not None:
+                add_basis(made, basis)
+            with kvstore.Store(path, codec) as store:
+                entry = store.save(context.prefix, context.prompt_cache, model)
+                prompt_cache, _ = store.load_entry(entry.id, model)
         return prompt_cache, entry.nbytes * 8
 
     return restore
@@ -237,8 +284,8 @@ def plot(path: Path, rows: Sequence[Quality]) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for label, is_affine in (("kvstore", False), ("mlx affine", True)):
-        mine = [row for row in rows if row.codec.startswith("mlx") == is_affine]
+    for label in ("fit", "turbo", "mlx affine"):
+        mine = [row for row in rows if row.codec.startswith(label)]
         lossy = sorted(
             (row.bits_per_element, row.mean_kl) for row in mine if row.mean_kl > 1e-9
         )

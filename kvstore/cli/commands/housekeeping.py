@@ -223,6 +223,7 @@ def _print_pruned(
         "is_whole": plan.is_whole,
         "removed_shards": list(plan.removed),
         "repacked_shards": list(plan.repacked),
+        "removed_bases": list(plan.bases),
     }
     output.result(text, data, [entry.id for entry in plan.entries])
     for hint in _why_bytes_stay(plan):
