@@ -47,7 +47,7 @@ CONTEXT = PREFIX + FOLLOWING
 """Tokens of a context: those whose rows are coded, and those that follow."""
 NUM_LEARNED = 4
 """Contexts that are learned from for each that is measured with."""
-TURBO = ("turbo8+zstd", "turbo5v3+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
+TURBO = tuple(f"turbo{bits}+zstd" for bits in (8, 6, 5, 4, 3, 2))
 
 
 def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -> bytes:

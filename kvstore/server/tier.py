@@ -178,7 +178,8 @@ def tier(
             ``make_prompt_cache(model)`` by default. It may be of codes, or of other
             classes than mlx-lm's that do the same.
         path: The store's folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
-        codec: What full blocks are saved with; ``turbo4+zstd`` by default.
+        codec: What full blocks are saved with: a codec, or a quality, as a
+            :class:`~kvstore.Store` takes it; ``balanced`` by default.
         min_tokens: Fewer tokens are neither kept nor read for.
         exact: Read only rows that nothing lossy went into.
         min_bits: Read only rows of at least so many bits per number.
