@@ -301,7 +301,7 @@ class Pruner:
     def _choose_bases(self) -> dict[str, int]:
         """Return bases that nothing names, and their bytes."""
         # A save looks for room, not for these; what is set aside may come back.
-        if self._policy.needed or any(self._folder.quarantine.iterdir()):
+        if self._policy.needed or files.sizes_in(self._folder.quarantine):
             return {}
         try:
             spared = calibrated_bases(self._folder)
