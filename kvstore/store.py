@@ -200,11 +200,9 @@ class Store:
             ValueError: Tokens and rows disagree, or the name is not one.
             OSError: The disk is full or fails; nothing acknowledged is lost.
         """
-        from .ops.recognise import mark_restored
-
         check_name(name)
         live = self._snapshot(tokens, prompt_cache, fingerprint)
-        self._blocks.run(lambda: mark_restored(self._blocks, live))
+        self._mark_restored(live, prompt_cache)
         return self.save_snapshot(
             live,
             name=name,
@@ -337,7 +335,6 @@ class Store:
             OSError: The disk is full or fails.
         """
         from .caches.snapshot import take_live
-        from .ops.recognise import mark_restored
         from .ops.save import save_blocks
 
         whole = self._make_chain(as_tokens(tokens), prompt_cache, fingerprint)
@@ -348,7 +345,7 @@ class Store:
         tip = whole.num_tokens if checkpoint else None
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
         codec = self._codec_for(fingerprint)
-        self._blocks.run(lambda: mark_restored(self._blocks, live))
+        self._mark_restored(live, prompt_cache)
         self._blocks.run(
             lambda: save_blocks(self._blocks, codec, live, ignore_progress)
         )
@@ -1111,6 +1108,13 @@ class Store:
 
         chain = self._make_chain(as_tokens(tokens), prompt_cache, model)
         return take_live(chain, prompt_cache, chain.num_tokens, model.label)
+
+    def _mark_restored(self, live: Snapshot, prompt_cache: Sequence[Any]) -> None:
+        from .caches.fit import wanted_of
+        from .ops.recognise import mark_restored
+
+        wanted = wanted_of(prompt_cache)
+        self._blocks.run(lambda: mark_restored(self._blocks, live, wanted))
 
     def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
         """Refuse an entry that another model made."""

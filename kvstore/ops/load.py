@@ -133,15 +133,20 @@ class Loader:
 
     def _longest(self, request: Request) -> Hit | str:
         """Return the longest stored prefix, wherever it ends."""
-        found = [
-            self._follow(request, root, layout)
-            for root, layout in self._index.roots(request.fingerprint)
-        ]
+        found = list(self._all(request))
         hits = [hit for hit in found if isinstance(hit, Hit)]
         if not hits:
             unfit = [why for why in found if isinstance(why, str)]
             return unfit[0] if unfit else _NOTHING
         return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
+
+    def hits(self, request: Request) -> list[Hit]:
+        """Return the longest prefix of each layout, wherever it ends."""
+        return [hit for hit in self._all(request) if isinstance(hit, Hit)]
+
+    def _all(self, request: Request) -> Iterator[Hit | str | None]:
+        for root, layout in self._index.roots(request.fingerprint):
+            yield self._follow(request, root, layout)
 
     def entry_hit(self, entry: Entry, min_bits: int = 0) -> tuple[Hit, list[int]]:
         """Return all blocks of an entry as a hit, and its tokens.

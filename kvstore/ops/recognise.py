@@ -6,58 +6,81 @@ marks: merging caches into a batch, or writing them to a file of its own, loses 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 
-from ..caches.snapshot import LiveRows, Snapshot
+from ..caches.fit import Wanted
+from ..caches.kinds import holds_codes
+from ..caches.snapshot import Chain, LiveRows, Snapshot
 from ..caches.stored import CODABLE
+from ..codecs.turbo import NUM_SINKS
 from ..format.block import Block, ignore_progress
+from ..format.chain import digest_fields
 from ..storage.blocks import BlockStore
-from .load import Hit, Loader
+from .load import Hit, Loader, Request
 
 
-def mark_restored(blocks: BlockStore, snapshot: Snapshot) -> None:
+def mark_restored(
+    blocks: BlockStore, snapshot: Snapshot, wanted: tuple[Wanted, ...]
+) -> None:
     """Mark live rows that are, to the bit, those of a worse stored copy.
 
     What was computed elsewhere has other bits already in the first such block, so only
-    that one is decoded.
+    that one is compared.
+
+    Args:
+        blocks: The store's blocks.
+        snapshot: The live rows.
+        wanted: What their caches are.
     """
-    chain, rows = snapshot.chain, snapshot.rows
+    chain, rows, loader = snapshot.chain, snapshot.rows, Loader(blocks)
     assert isinstance(rows, LiveRows)
-    held = blocks.index.longest_prefix([block.hash for block in chain.blocks])
-    worse = [n for n, place in enumerate(held) if place.bits < rows.provenance.bits]
+    tokens = [token for block in chain.blocks for token in block.tokens]
+    model = digest_fields(chain.origin.fingerprint)
+    # A hit leaves one token to be fed, so there is one more.
+    request = Request([*tokens, -1], model, wanted=wanted, from_codes=True)
+    for hit in loader.hits(request):
+        if _is_of(loader, hit, chain, rows):
+            has_codes = holds_codes(hit.layout)
+            held = zip(_stops(hit), hit.places, strict=True)
+            coded = [n for n, place in held if has_codes or not place.is_lossless]
+            rows.provenance = replace(
+                rows.provenance,
+                coded_tokens=max([rows.provenance.coded_tokens, *coded]),
+                bits=min(place.bits for place in hit.places),
+            )
+
+
+def _is_of(loader: Loader, hit: Hit, chain: Chain, rows: LiveRows) -> bool:
+    """Whether rows are those of a hit's first block that is worse than they say."""
+    bits = rows.provenance.bits
+    worse = [n for n, place in enumerate(hit.places) if place.bits < bits]
     if not worse:
-        return
-    block = chain.blocks[worse[0]]
-    places = tuple(held[: worse[0] + 1])
-    stop = _stop(block)
-    hit = Hit(chain.root, chain.layout, places, stop, "whole", "")
-    restored, hit = Loader(blocks).restore(hit, ignore_progress)
-    if hit.num_tokens < stop:
-        return  # damaged, and written anew
-    ours, theirs = (
-        _bits(rows, block),
-        _bits(LiveRows(restored, chain.layout, None), block),
-    )
-    if not ours or ours != theirs:
-        return
-    coded = [
-        b for b, place in zip(chain.blocks, held, strict=False) if not place.is_lossless
-    ]
-    rows.provenance = replace(
-        rows.provenance,
-        coded_tokens=max([rows.provenance.coded_tokens, *map(_stop, coded)]),
-        bits=min(place.bits for place in held),
-    )
+        return False
+    number, stop = worse[0], _stops(hit)[worse[0]]
+    if stop <= NUM_SINKS:
+        return False  # which codes keep as they are: they prove nothing
+    part = replace(hit, places=hit.places[: number + 1], num_tokens=stop)
+    restored, done = loader.restore(part, ignore_progress)
+    if done.num_tokens < stop:
+        return False  # damaged, and written anew
+    whole = chain.blocks[number]
+    block = replace(whole, tokens=whole.tokens[: stop - whole.start])
+    theirs = LiveRows(restored, chain.layout, None)
+    pairs = zip(_bits(rows, block), _bits(theirs, block), strict=False)
+    is_same = (mine == other for mine, other in pairs)
+    return next(is_same, False) and all(is_same)
 
 
-def _stop(block: Block) -> int:
-    return block.start + len(block.tokens)
+def _stops(hit: Hit) -> list[int]:
+    """Return where each block of a hit stops; the hit may end inside the last."""
+    stops = accumulate(place.num_tokens for place in hit.places)
+    return [min(stop, hit.num_tokens) for stop in stops]
 
 
-def _bits(rows: LiveRows, block: Block) -> list[bytes]:
-    """Return the rows of a block that a lossy codec may code."""
-    return [
-        array.tobytes()
-        for piece, array in rows.read(block)
-        if piece.rows.side in CODABLE and piece.kind == "rows"
-    ]
+def _bits(rows: LiveRows, block: Block) -> Iterator[bytes]:
+    """Yield the rows of a block that a lossy codec may code."""
+    for piece, array in rows.read(block):
+        if piece.rows.side in CODABLE and piece.kind == "rows":
+            yield array.tobytes()

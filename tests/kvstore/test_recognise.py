@@ -120,3 +120,52 @@ def test_live_codes_that_were_decoded_for_a_batch_are_lossy(store_path, caches):
         assert [place.bits for place, _ in store.chain(entry.id)] == [3, 3, 3]
         again, _ = store.load_entry(entry.id, caches.MODEL)
         assert caches.rows_of(again) == caches.rows_of(held)
+
+
+def test_stored_codes_that_were_decoded_are_lossy(store_path, tmp_path, caches):
+    """Their blocks are those of another class of cache."""
+    tokens = list(range(40))
+    live = quantize_prompt_cache(caches.make_cache(40), "turbo3")
+    with kvstore.Store(store_path, codec="turbo8") as store:
+        store.save(tokens, live, caches.MODEL)
+        asked = {"like": caches.make_cache(0), "from_codes": True}
+        held, rest = store.load([*tokens, 1], caches.MODEL, **asked)
+        assert rest == [1]
+        entry = store.save(tokens, batched(held, tmp_path), caches.MODEL)
+        assert {place.bits for place, _ in store.chain(entry.id)} == {3}
+        assert all(block.is_lossless for _, block in store.chain(entry.id))
+
+
+def test_a_part_of_a_lossy_block_is_lossy(store_path, tmp_path, caches):
+    """A hit may end inside a tail that was computed on coded rows."""
+    tokens = list(range(40))
+    coded = [
+        c.to_kv_cache() for c in quantize_prompt_cache(caches.make_cache(9), "turbo2")
+    ]
+    with kvstore.Store(store_path, codec="turbo8") as store:
+        store.save(tokens[:9], coded, caches.MODEL)
+        held, rest = store.load([*tokens[:5], -1, -2], caches.MODEL)
+        assert rest == [-1, -2]
+        went = caches.grow(batched(held, tmp_path), caches.random_rows(20, 5))
+        entry = store.save([*tokens[:5], *range(90, 110)], went, caches.MODEL)
+        assert [place.bits for place, _ in store.chain(entry.id)] == [2, 2]
+
+
+def test_rows_that_codes_keep_as_they_are_prove_nothing(store_path, caches):
+    """Another prompt that begins with the same few tokens is exact."""
+    exact = caches.make_cache(40)
+    coded = [cache.to_kv_cache() for cache in quantize_prompt_cache(exact, "turbo2")]
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save([1, 2, 3, 4, *range(10, 19)], cut(coded, 13), caches.MODEL)
+        live = quantize_prompt_cache(exact, "turbo3")
+        store.save([1, 2, 3, *range(60, 97)], live, caches.MODEL)
+        entry = store.save([1, 2, 3, 4, *range(20, 56)], exact, caches.MODEL)
+        assert all(place.is_exact for place, _ in store.chain(entry.id))
+
+
+def cut(prompt_cache, num_tokens):
+    """Return copies with so many rows."""
+    found = copy.deepcopy(prompt_cache)
+    for cache in found:
+        cache.trim(cache.offset - num_tokens)
+    return found
