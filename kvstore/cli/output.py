@@ -13,7 +13,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TextIO, TypeVar
@@ -210,7 +210,8 @@ class Output:
     def note(self, message: str) -> None:
         """Tell people something that is not the result."""
         if self.mode == "human":
-            click.echo(message, err=True)
+            with suppress(OSError):  # a terminal that is gone has nobody to tell
+                click.echo(message, err=True)
 
     def warning(self, message: str) -> None:
         """Warn, in every mode."""

@@ -750,7 +750,7 @@ def test_a_chat_without_a_name_says_how_to_come_back(chat_cli, run_cli):
     """It is kept as well, and `rename` gives it a name."""
     code, _, err = chat_cli("one\n")
     assert code == 0
-    command = err.rpartition("`kvstore ")[2].partition("`")[0]
+    command = err.partition("; `kvstore ")[2].partition("`")[0]
     assert run_cli(*command.split())[0] == 0
     assert ": 1 turn, " in chat_cli("", "--name", "NAME")[2]
 
