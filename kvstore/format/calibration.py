@@ -58,10 +58,15 @@ class Calibration:
     measured: tuple[Measured, ...]
 
     def choose(self, quality: str) -> str:
-        """Return the smallest codec that was measured to meet a quality."""
+        """Return the smallest codec that was measured to meet a quality.
+
+        It meets one if its mean loss does even where that is too low by its own
+        standard error: a mean over a few contexts may be lucky.
+        """
         if quality == "exact" or not self.measured:
             return UNMEASURED[quality]
-        good = [one for one in self.measured if one.kl <= BOUNDS[quality]]
+        bound = BOUNDS[quality]
+        good = [one for one in self.measured if one.kl + one.kl_error <= bound]
         return min(good, key=lambda one: one.bits).codec if good else EXACT
 
     def find(self, codec: str) -> Measured | None:

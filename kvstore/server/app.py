@@ -30,6 +30,7 @@ from ..fingerprint import Fingerprint
 from ..models.context import past_context, read_context_length
 from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
+from ..models.titles import title_maker
 from .disk import ServedModel
 from .pages import Pages, View
 from .prefill import KeepRows, Steps, stream_alone, view
@@ -428,6 +429,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
         loaded: Fingerprint | Exception | None = None
         context_length: int | None = None
         find_shapes: Callable[[], list[Shapes]]
+        make_title: Callable[[Sequence[int]], str]
 
         def reset(self) -> None:
             # mlx-lm calls this when it ends, and rows are kept by the model's key.
@@ -450,6 +452,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
                 self.loaded = error  # served without the store
             super()._load(model, adapter_path, draft)
             self.context_length = read_context_length(Path(model))
+            self.make_title = title_maker(self.tokenizer)
             self._check_codes()
             self.find_shapes = cache(
                 partial(_find_shapes, self.model, self.draft_model)
@@ -465,7 +468,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
                 raise self.loaded
             if key != self.model_key or self.loaded is None:
                 raise KVStoreError("another model was loaded meanwhile")
-            return ServedModel(self.loaded, self._empty_caches())
+            return ServedModel(self.loaded, self._empty_caches(), self.make_title)
 
         def _check_codes(self) -> None:
             """Refuse, before any prompt, codes that the model cannot run with."""

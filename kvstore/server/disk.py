@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +48,8 @@ class ServedModel:
     fingerprint: Fingerprint
     # Prompt caches as the server makes them, one of each kind that it can go on from.
     empty_caches: tuple[list[Any], ...]
+    # Returns the first words of a conversation, for people. The writing thread asks.
+    make_title: Callable[[Sequence[int]], str] = lambda tokens: ""
 
 
 class Disk:
@@ -281,7 +283,7 @@ class Disk:
         snapshot = self._taker.snapshot(
             tokens, prompt_cache, served.fingerprint, without=pending, reserve=reserve
         )
-        return self._writer.put(Job(snapshot, is_shared))
+        return self._writer.put(Job(snapshot, is_shared, served.make_title))
 
     def _mark(
         self, fingerprint: Fingerprint, tokens: Sequence[int], prompt_cache: list[Any]

@@ -42,6 +42,14 @@ class Job:
     snapshot: Snapshot
     # Others will go on from here, so that what continues it does not take its place.
     is_shared: bool
+    # Returns the first words of a conversation, for people.
+    make_title: Callable[[Sequence[int]], str]
+
+    @property
+    def title(self) -> str:
+        """The first words of what is saved."""
+        blocks = self.snapshot.chain.blocks
+        return self.make_title([token for block in blocks for token in block.tokens])
 
     @property
     def rows(self) -> TakenRows:
@@ -266,7 +274,7 @@ class Writer:
             )
             return False
         begin = time.monotonic()
-        entry = store.save_snapshot(job.snapshot, spared=self._spare)
+        entry = store.save_snapshot(job.snapshot, title=job.title, spared=self._spare)
         log.info(
             "kvstore: kept %d tokens: %d blocks new, %.1f MB of rows, in %.3f s",
             entry.num_tokens,

@@ -61,6 +61,7 @@ def test_the_page_is_for_whoever_has_the_token(shown):
     status, kind, page = fetch(server, f"/kvstore?token={token}")
     assert (status, kind) == (200, "text/html; charset=utf-8")
     assert entry["id"] in page.decode()
+    assert entry["name"].startswith("Say what the river did")
     target = f"/kvstore/entries/{entry['id']}"
     for method, path in (
         ("GET", "/kvstore"),

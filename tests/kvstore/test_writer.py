@@ -65,7 +65,7 @@ def saves(monkeypatch):
 def put(writer, store, caches, tokens, held, *, is_shared=False):
     """Have a prompt cache written, without what is on its way."""
     snapshot = store.snapshot(tokens, held, caches.MODEL, without=writer.pending)
-    assert writer.put(Job(snapshot, is_shared))
+    assert writer.put(Job(snapshot, is_shared, lambda tokens: ""))
 
 
 def wait_for_begin(writer):
