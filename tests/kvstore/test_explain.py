@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 import kvstore
-from kvstore.cli import lookup as lookup_verb
+from kvstore.cli.commands import lookup as lookup_verb
 from kvstore.ops.explain import WINDOW, OtherModel
 
 BLOCK = 16
