@@ -681,7 +681,8 @@ def confirm_folder(
     rows, stamps = _digests(told), _stamps(folder)
     now = {name: (stamp, rows.get(name, b"")) for name, stamp in stamps.items()}
     before = {} if only is None else index.compared()
-    same = {n for n, seen in before.items() if now.get(n) == seen} - set(only or ())
+    same = {n for n, seen in before.items() if now.get(n) == seen}
+    same &= set(index.shards()) - _rootless(index, told) - set(only or ())
     compared = []
     for name, header in _index_each(index, folder, told, same):
         if name in now and all(_is_told(told, name, b) for b in header.blocks):
@@ -702,7 +703,7 @@ def confirm_folder(
             raise IndexDamagedError(
                 f"block {block.hex()[:12]} is not where it says", folder.index
             )
-    # Who cannot write it compares again.
+    # A store that may only be read is compared anew each time.
     if compared:
         with suppress(StoreLockedError, OSError), index.unsynced():
             for name in compared:
@@ -720,6 +721,14 @@ def _digests(told: Mapping[BlockHash, tuple[Place, BlockHash]]) -> dict[str, byt
         data = struct.pack("<4q?", *numbers, place.is_lossless)
         digest.update(place.hash + parent + data)
     return {shard: digest.digest() for shard, digest in found.items()}
+
+
+def _rootless(
+    index: Index, told: Mapping[BlockHash, tuple[Place, BlockHash]]
+) -> set[str]:
+    """Return shards with blocks of which the index knows neither parent nor root."""
+    begins = {root for root, *_ in index.all_roots()} | told.keys()
+    return {place.shard for place, parent in told.values() if parent not in begins}
 
 
 def _stamps(folder: StoreFolder) -> dict[str, str]:

@@ -90,3 +90,33 @@ def test_what_an_entry_lacks_is_looked_for_in_all_shards(store, caches):
     plan.execute()
     assert store.verify() == []
     assert store.load_entry("twice", caches.MODEL)[1] == tokens
+
+
+@pytest.mark.parametrize("is_shard_lost", [False, True])
+def test_a_copy_that_the_index_lost_is_not_removed(store, caches, is_shard_lost):
+    """Of two copies the better one's file goes: the other one takes its place."""
+    tokens, cache = caches.make_conversation(2, 9)
+    with kvstore.Store(store.path, codec="turbo4") as lossy:
+        lossy.save(tokens, cache, caches.MODEL, name="twice")
+        worse = shard_of(lossy, "twice")
+    store.save(tokens, cache, caches.MODEL, name="twice")
+    better = shard_of(store, "twice")
+    for path in (store.path / "shards").rglob("*.safetensors"):
+        os.utime(path, (1, 1))
+    store.plan_prune()
+    if is_shard_lost:
+        store._blocks.index._query("DELETE FROM shards WHERE name = ?", (worse,))
+    (store.path / "shards" / better[:2] / f"{better}.safetensors").unlink()
+    store.plan_prune().execute()
+    assert store.verify() == []
+    assert store.load_entry("twice", caches.MODEL)[1] == tokens
+
+
+def test_a_root_that_the_index_lost_is_found_again(store, caches):
+    """Without it nothing of a model is found, though all of it is stored."""
+    tokens, cache = caches.make_conversation(2, 1)
+    store.plan_prune()
+    store._blocks.index._query("DELETE FROM roots")
+    store.plan_prune()
+    _, rest = store.load(tokens, caches.MODEL, like=cache)
+    assert len(rest) == 1
