@@ -1,7 +1,8 @@
 """Rows that the store handed out, known again by their bits when they come back.
 
 A restored prompt cache carries a mark of what its rows went through. mlx-lm knows no
-marks: merging caches into a batch, or writing them to a file of its own, loses it.
+marks: merging caches into a batch, or writing them to a file of its own, loses it. Rows
+stay unknown where the store has the worse copy no more, or where they were quantized.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _is_of(loader: Loader, hit: Hit, chain: Chain, rows: LiveRows) -> bool:
         return False
     number, stop = worse[0], _stops(hit)[worse[0]]
     if stop <= NUM_SINKS:
-        return False  # which codes keep as they are: they prove nothing
+        return False  # codecs store these first rows unchanged: they prove nothing
     part = replace(hit, places=hit.places[: number + 1], num_tokens=stop)
     restored, done = loader.restore(part, ignore_progress)
     if done.num_tokens < stop:
