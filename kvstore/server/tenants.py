@@ -158,7 +158,7 @@ class TenantPromptCache(DiskPromptCache):
         stop = self._tenancy.num_shared(tokens)
         if stop <= len(tokens) - len(rest):
             return held, rest, lookup
-        # Only the tokens that the operator shares; other entries of no tenant stay hidden.
+        # Only what the operator shares; other entries of no tenant stay hidden.
         named, after = tokens[: stop + 1], tokens[stop + 1 :]
         common, left, found = super()._fetch((model, ""), named, spans)
         if common is None or len(left) + len(after) >= len(rest):
