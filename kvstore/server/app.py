@@ -204,6 +204,7 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
                 self._note(response)
             for response in found[1]:
                 if response.all_tokens is not None:  # at the end
+                    self._begun.pop(response.uid, None)
                     tenant = self._tenants.pop(response.uid, None)
                     response.all_tokens = own(response.all_tokens, tenant)
             return found

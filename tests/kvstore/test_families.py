@@ -59,6 +59,7 @@ def run(model, prompts, *, is_staggered=False):
             if response.finish_reason:
                 ends[number] = (list(response.all_tokens), response.prompt_cache)
         num_steps += 1
+    assert batch._begun == {}  # a server that runs for weeks remembers no request
     return tokens, ends
 
 
