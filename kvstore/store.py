@@ -907,7 +907,8 @@ class Store:
         """Write the exact blocks of an entry with another codec, and return it.
 
         What was exact is not so afterwards, in all entries that share these blocks. A
-        block that something lossy went into stays as it is, and so does a tail.
+        block that something lossy went into stays as it is, and so do a tail and what
+        another entry has that is pinned.
 
         Args:
             ref: Its name, or its id or the start of it.

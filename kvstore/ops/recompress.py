@@ -14,7 +14,7 @@ from ..caches.kinds import known_layout
 from ..caches.layout import Group, group_layers
 from ..caches.stored import decode_piece, stored_pieces
 from ..codecs import Codec
-from ..format.block import EncodedBlock, Origin, Progress, StoredBlock
+from ..format.block import BlockHash, EncodedBlock, Origin, Progress, StoredBlock
 from ..format.chain import origin_root
 from ..format.entry import RECOMPRESSED, Entry
 from ..storage import files
@@ -36,7 +36,8 @@ def recompress_entry(
 ) -> Entry:
     """Write the exact blocks of an entry with another codec, and return the entry.
 
-    At every moment each block can be read: its new copy lasts before the old one goes.
+    Those that another entry has too, which is pinned, stay as they are. At every moment
+    each block can be read: its new copy lasts before the old one goes.
 
     Raises:
         IntegrityError: A part of the entry is missing or damaged.
@@ -46,10 +47,12 @@ def recompress_entry(
     groups = group_layers(known_layout(origin.layout))
     codec = codec_of_rows(codec, groups)
     chain = blocks.chain(entry)
+    pinned = _pinned_elsewhere(blocks, catalog, entry)
     wanted = [
         (place, stored)
         for place, stored in chain
         if stored.is_exact
+        and place.hash not in pinned
         and stored.codec != codec.name
         and place.num_tokens == blocks.folder.block_size  # a tail stays lossless
     ]
@@ -68,6 +71,15 @@ def recompress_entry(
         if not wanted or catalog.find(entry.id) != entry:
             return catalog.find(entry.id)  # it has moved on meanwhile
         return catalog.commit(_described(blocks, entry, codec, codecs))
+
+
+def _pinned_elsewhere(
+    blocks: BlockStore, catalog: Catalog, entry: Entry
+) -> set[BlockHash]:
+    """Return the blocks that other entries have which are pinned."""
+    others = [other for other in catalog.all() if other.pinned and other.id != entry.id]
+    tips = [BlockHash(bytes.fromhex(other.tip)) for other in others]
+    return {place.hash for tip in tips for place, _ in blocks.index.chain(tip)}
 
 
 def _encoded(

@@ -85,6 +85,18 @@ def test_an_entry_that_shares_blocks_can_be_loaded(store):
     assert [] == store.verify()
 
 
+def test_what_a_pinned_entry_has_stays_exact(store):
+    """Another entry that shares its blocks can be recompressed; its own are exact."""
+    tokens = [*TOKENS[:256], *range(5000, 5400)]
+    store.save(tokens, fitted.fitted_cache(656), MODEL, name="longer")
+    store.pin("doc")
+    store.recompress("longer", "turbo4+zstd")
+    assert ["planes+zstd"] * 3 == codecs_of(store)
+    assert ["planes+zstd", "turbo4+zstd"] == codecs_of(store, "longer")[:2]
+    store.recompress("doc", "turbo4+zstd")
+    assert "turbo4+zstd" == codecs_of(store)[0]
+
+
 @pytest.mark.parametrize("step", ["replace", "drop_copies", "repack", "drop_shards"])
 def test_an_error_on_the_way_loses_nothing(store, step):
     """The entry can be loaded after it, and recompressed."""

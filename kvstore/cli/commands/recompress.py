@@ -20,8 +20,9 @@ def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -
     """Store an entry's exact blocks with another codec.
 
     They can be loaded at every moment, and are not exact afterwards, in no entry that
-    shares them. A block that something lossy went into stays as it is: none is coded
-    twice. `inspect` says what the entry was stored with before.
+    shares them; what a pinned entry has too stays as it is. So does a block that
+    something lossy went into: none is coded twice. `inspect` says what the entry was
+    stored with before.
     """
     if codec is None:
         raise click.UsageError("missing option `--quality` or `--codec`", context)
@@ -36,7 +37,10 @@ def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -
         done = store.recompress(entry.id, codec, progress=bars.bar("recompress"))
     data = {"entry": entry_data(done), "nbytes_before": entry.nbytes}
     if done == entry:
-        text = f"nothing of {entry_label(entry)} is exact, or it is stored so already"
+        text = (
+            f"nothing of {entry_label(entry)} is exact, or it is stored so already, or"
+            " a pinned entry has it too"
+        )
     else:
         text = (
             f"recompressed {entry_label(entry)}: {format_bytes(done.nbytes)} of"
