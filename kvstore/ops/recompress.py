@@ -40,12 +40,15 @@ def recompress_entry(
     each block can be read: its new copy lasts before the old one goes.
 
     Raises:
+        IndexDamagedError: The index does not say what is in the blocks' shards.
         IntegrityError: A part of the entry is missing or damaged.
         OSError: The disk is full or fails; the entry can be loaded as before.
     """
     origin = blocks.origin(entry)
     groups = group_layers(known_layout(origin.layout))
     codec = codec_of_rows(codec, groups)
+    # Their shards go, with all that the index does not know of.
+    blocks.confirm(only={place.shard for place, _ in blocks.chain(entry)})
     chain = blocks.chain(entry)
     pinned = _pinned_elsewhere(blocks, catalog, entry)
     wanted = [

@@ -97,6 +97,23 @@ def test_what_a_pinned_entry_has_stays_exact(store):
     assert "turbo4+zstd" == codecs_of(store)[0]
 
 
+def test_a_block_that_the_index_lost_is_not_lost(store):
+    """Shards are compared with the index before any of them goes."""
+    tokens = [*TOKENS[:512], *range(5000, 5400)]
+    with kvstore.Store(store.path.parent / "two", "planes+zstd") as two:
+        two.save(tokens, fitted.fitted_cache(912), MODEL, name="longer")
+        two.save(TOKENS[:512], fitted.fitted_cache(512), MODEL, name="doc")
+        (name,) = (two.path / "shards").glob("*/*.safetensors")
+        place, _ = two.chain("longer")[-1]
+        forget = "DELETE FROM blocks WHERE hash = ?"
+        two._blocks.index._query(forget, (place.hash,))
+        two.recompress("doc", "turbo4+zstd")
+        assert not name.exists()
+        assert ["turbo4+zstd"] * 2 + ["planes+zstd"] * 2 == codecs_of(two, "longer")
+        assert rows_of(two, "longer")
+        assert [] == two.verify()
+
+
 @pytest.mark.parametrize("step", ["replace", "drop_copies", "repack", "drop_shards"])
 def test_an_error_on_the_way_loses_nothing(store, step):
     """The entry can be loaded after it, and recompressed."""
