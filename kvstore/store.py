@@ -777,7 +777,8 @@ class Store:
     ) -> Calibration:
         """Make a basis of what is stored without loss, and note it for the model.
 
-        Nothing is measured: see :func:`kvstore.models.calibrate.calibrate_model`.
+        Nothing is measured: see :func:`kvstore.models.calibrate.calibrate_model`. What
+        was measured before stays.
 
         Args:
             fingerprint: The model's; the only model's by default.
@@ -789,7 +790,7 @@ class Store:
         """
         from .format.calibration import Calibration
         from .ops.calibrate import fit_stored
-        from .storage.bases import add_basis, write_calibration
+        from .storage.bases import add_basis, find_calibration, write_calibration
 
         digest = fingerprint.digest if fingerprint else None
         data, model = self._blocks.run(
@@ -797,8 +798,15 @@ class Store:
                 self._blocks, self.entries(), digest, progress or ignore_progress
             )
         )
-        basis = add_basis(self._folder, data)
-        found = Calibration(model.digest, model.label, basis, 0, ())
+        model = model.with_salt("")
+        old = find_calibration(self._folder, model.digest)
+        found = Calibration(
+            model.digest,
+            model.label,
+            add_basis(self._folder, data),
+            old.num_contexts if old else 0,
+            old.measured if old else (),
+        )
         write_calibration(self._folder, found)
         return found
 

@@ -11,6 +11,8 @@ from .documents import JSON, canonical_json, strict_json
 
 FORMAT = 1
 MAX_BYTES = 65_536
+MIN_CONTEXTS = 4
+"""Contexts that tell how far a mean over them may be off."""
 Quality = Literal["exact", "high", "balanced", "small"]
 BOUNDS: dict[str, float] = {"high": 0.001, "balanced": 0.003, "small": 0.01}
 """The most that each may move what the model says next: KL divergence in nats."""
@@ -61,9 +63,11 @@ class Calibration:
         """Return the smallest codec that was measured to meet a quality.
 
         It meets one if its mean loss does even where that is too low by its own
-        standard error: a mean over a few contexts may be lucky.
+        standard error: a mean over a few contexts may be lucky. Of fewer than
+        ``MIN_CONTEXTS`` that error itself is not known, and nothing counts.
         """
-        if quality == "exact" or not self.measured:
+        is_measured = self.measured and self.num_contexts >= MIN_CONTEXTS
+        if quality == "exact" or not is_measured:
             return UNMEASURED[quality]
         bound = BOUNDS[quality]
         good = [one for one in self.measured if one.kl + one.kl_error <= bound]

@@ -108,8 +108,9 @@ def calibrate_model(
             hint="give more with `--text`",
         )
     model, label = loaded.model, loaded.fingerprint.label
+    digest = loaded.fingerprint.with_salt("").digest
     folder = open_folder(store.path)
-    old = read_calibration(folder, loaded.fingerprint.digest)
+    old = read_calibration(folder, digest)
     basis = old.basis if old else None
     if not measure_only:
         basis = add_basis(folder, fit_model(model, learned, label, bar("fit")))
@@ -117,9 +118,9 @@ def calibrate_model(
     rates = read_basis(folder, basis).steps if basis else []
     codecs = [*(f"fit{rate}@{basis}+zstd" for rate in rates), *TURBO]
     measured = measure(model, left_out, codecs, bases, bar("measure"))
-    found = Calibration(
-        loaded.fingerprint.digest, label, basis, len(left_out), tuple(measured)
-    )
+    found = Calibration(digest, label, basis, len(left_out), tuple(measured))
+    for data in bases:
+        add_basis(folder, data)  # measuring took long, and `prune` may have run
     write_calibration(folder, found)
     return found
 

@@ -11,8 +11,13 @@ from ..codecs import Codec, FitFamily, find_codec, get_codec
 from ..errors import CodecError, FormatError, IntegrityError
 from ..format.basis import BasisFile, bases_named, basis_of, parse_basis
 from ..format.block import StoredBlock
-from ..format.calibration import QUALITIES, UNMEASURED
-from ..storage.bases import find_calibration, read_basis, read_basis_bytes
+from ..format.calibration import EXACT, QUALITIES, UNMEASURED
+from ..storage.bases import (
+    basis_size,
+    find_calibration,
+    read_basis,
+    read_basis_bytes,
+)
 from ..storage.folder import StoreFolder
 
 log = logging.getLogger("kvstore")
@@ -75,12 +80,16 @@ def codec_for(folder: StoreFolder, name: str, fingerprint: str) -> Codec:
         return get_codec(UNMEASURED[name])
     while not _is_usable(folder, chosen := found.choose(name)):
         left = tuple(one for one in found.measured if one.codec != chosen)
+        if not left:
+            return get_codec(EXACT)  # no other was measured
         found = changed(found, measured=left)
     return codec_of(folder, chosen)
 
 
 def _is_usable(folder: StoreFolder, codec: str) -> bool:
     try:
+        if basis := basis_of(codec):
+            basis_size(folder, basis)  # it may be held, and gone from the store
         return bool(codec_of(folder, codec))
     except (IntegrityError, FormatError, CodecError) as error:
         log.warning("kvstore: `%s` is left out: %s", codec, error)

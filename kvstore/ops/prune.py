@@ -284,7 +284,9 @@ class Pruner:
             self._remove_leftover(path)
         freed = before - self._index.nbytes() + put_aside
         if plan.bases:
-            freed += self._blocks.remove_bases(plan.bases)
+            freed += self._blocks.remove_bases(
+                lambda: self._old_bases().intersection(plan.bases)
+            )
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
@@ -300,21 +302,25 @@ class Pruner:
 
     def _choose_bases(self) -> dict[str, int]:
         """Return bases that nothing names, and their bytes."""
+        found = self._old_bases()
+        # Nearly always there are none, and no shard is read.
+        unnamed = self._blocks.unnamed_bases(found) if found else ()
+        return {basis: basis_size(self._folder, basis) for basis in sorted(unnamed)}
+
+    def _old_bases(self) -> set[str]:
+        """Return bases that are old enough and that no calibration names."""
         # A save looks for room, not for these; what is set aside may come back.
         if self._policy.needed or files.sizes_in(self._folder.quarantine):
-            return {}
+            return set()
         try:
             spared = calibrated_bases(self._folder)
         except (IntegrityError, FormatError):
-            return {}
-        found = {
+            return set()
+        return {
             basis
             for basis in set(list_bases(self._folder)) - spared
             if _is_older(basis_path(self._folder, basis), self._policy.grace_s)
         }
-        # Nearly always there are none, and no shard is read.
-        unnamed = self._blocks.unnamed_bases(found) if found else ()
-        return {basis: basis_size(self._folder, basis) for basis in sorted(unnamed)}
 
     def _choose_entries(
         self, survey: _Survey, left: int

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import KVStoreError
-from ..format.block import StoredBlock
+from ..format.block import EXACT_BITS, StoredBlock
 from ..format.calibration import Measured, nominal_bits
 
 
@@ -44,11 +44,22 @@ def find_loss(stored: Sequence[StoredBlock], receipts: Iterable[Measured]) -> Lo
     lossy = {block.codec for block in inexact if not block.is_lossless}
     for codec in sorted(lossy - known.keys()):
         return Loss(unknown=f"`{codec.partition('@')[0]}` was not measured")
-    bits = [nominal_bits(codec) or 0 for codec in lossy]
-    # Rows may come from worse ones that lie somewhere else, or did once.
-    if not bits or min(block.bits for block in inexact) < min(bits):
+    if _has_other_origin(stored):
         return Loss(unknown="it was computed from rows that were coded elsewhere")
     return Loss(max((known[codec] for codec in lossy), key=lambda one: one.kl))
+
+
+def _has_other_origin(stored: Sequence[StoredBlock]) -> bool:
+    """Whether rows may come from coded ones that lie somewhere else, or did once."""
+    least, has_exact = EXACT_BITS, False
+    for block in stored:
+        own = EXACT_BITS if block.is_lossless else nominal_bits(block.codec) or 0
+        least = min(least, own)
+        # What they were computed from is before them, unless exact rows replaced it.
+        if block.bits < own and (has_exact or block.bits < least):
+            return True
+        has_exact |= block.is_exact
+    return False
 
 
 def refuse_loss(loss: Loss, max_kl: float) -> None:

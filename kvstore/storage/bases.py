@@ -12,7 +12,13 @@ import re
 from pathlib import Path
 
 from ..errors import FormatError, IntegrityError
-from ..format.basis import MAX_BYTES, BasisFile, basis_digest, parse_basis
+from ..format.basis import (
+    MAX_BYTES,
+    BasisFile,
+    basis_digest,
+    basis_of,
+    parse_basis,
+)
 from ..format.calibration import MAX_BYTES as MAX_CALIBRATION
 from ..format.calibration import (
     Calibration,
@@ -123,7 +129,7 @@ def calibration_path(folder: StoreFolder, fingerprint: str) -> Path:
 
 
 def calibrated_bases(folder: StoreFolder) -> set[str]:
-    """Return the bases that calibrations name.
+    """Return the bases that calibrations and what they measured name.
 
     Raises:
         IntegrityError: A calibration is damaged.
@@ -133,7 +139,8 @@ def calibrated_bases(folder: StoreFolder) -> set[str]:
     found = [
         read_calibration(folder, stem) for stem in filter(_DIGEST.fullmatch, stems)
     ]
-    return {one.basis for one in found if one and one.basis}
+    measured = {basis_of(m.codec) for one in found if one for m in one.measured}
+    return {b for b in measured | {one.basis for one in found if one} if b}
 
 
 def write_calibration(folder: StoreFolder, calibration: Calibration) -> None:

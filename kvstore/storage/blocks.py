@@ -369,8 +369,12 @@ class BlockStore:
         named: dict[str, set[str]] = {}
         return set(digests).difference(*named.values()) if self._see(named) else set()
 
-    def remove_bases(self, digests: Iterable[str]) -> int:
-        """Remove those of some bases that no block names, and return their bytes."""
+    def remove_bases(self, choose: Callable[[], Iterable[str]]) -> int:
+        """Remove those of some bases that no block names, and return their bytes.
+
+        Args:
+            choose: Returns them, at the moment when nobody else can publish a shard.
+        """
         named: dict[str, set[str]] = {}
         nbytes = 0
         if not self._see(named):  # most are read before others have to wait
@@ -378,7 +382,7 @@ class BlockStore:
         # Who publishes a shard holds the same write lock of the index.
         with self.index.transaction():
             if self._see(named):
-                for basis in set(digests).difference(*named.values()):
+                for basis in set(choose()).difference(*named.values()):
                     nbytes += basis_size(self.folder, basis)
                     remove_basis(self.folder, basis)
         return nbytes

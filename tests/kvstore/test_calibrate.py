@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import asdict, replace
+from unittest.mock import patch
 
 import blake3
 import kit
@@ -16,6 +17,7 @@ from kvstore.cli.commands.calibrate import format_calibration
 from kvstore.cli.output import format_codec
 from kvstore.codecs import fitting
 from kvstore.errors import IntegrityError
+from kvstore.format.block import StoredBlock
 from kvstore.format.calibration import (
     Calibration,
     Measured,
@@ -25,14 +27,16 @@ from kvstore.format.calibration import (
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_to_bytes, parse_entry
 from kvstore.models import calibrate, corpus
+from kvstore.ops.quality import find_loss
 from kvstore.storage.bases import (
     basis_path,
+    calibrated_bases,
     calibration_path,
     list_bases,
     read_calibration,
     write_calibration,
 )
-from kvstore.storage.folder import open_folder
+from kvstore.storage.folder import create_folder, open_folder
 
 architectures = kit.load_beside("architectures")
 fitted = kit.load_beside("test_fit_store")
@@ -58,6 +62,8 @@ def test_a_quality_is_the_smallest_codec_that_meets_it():
     lucky = replace(FOUND.measured[0], kl_error=0.005)
     unsure = replace(FOUND, measured=(lucky, *FOUND.measured[1:]))
     assert f"fit2@{DIGEST}+zstd" == unsure.choose("small")
+    few = replace(FOUND, num_contexts=3)  # of one there is no error at all
+    assert "turbo6+zstd" == few.choose("high")
     assert "planes+zstd" == FOUND.choose("exact")
     assert "planes+zstd" == replace(FOUND, measured=FOUND.measured[2:]).choose("high")
     assert "turbo4+zstd" == replace(FOUND, measured=()).choose("balanced")
@@ -111,6 +117,41 @@ def test_a_quality_goes_without_what_cannot_be_used(saved, caplog):
         calibration_path(folder, fitted.MODEL.digest).write_bytes(b"{}")
         assert {"turbo6+zstd"} == codecs_of(store, fitted.MODEL, 12)
     assert "is left out" in caplog.text
+
+
+def test_a_basis_that_goes_while_a_process_runs_is_not_chosen(saved):
+    """Saves fall back to what else was measured, or lose nothing."""
+    saved.calibrate()
+    fit = note(saved)
+    folder = open_folder(saved.path)
+    with kvstore.Store(saved.path, "high") as store:
+        assert {fit} == codecs_of(store, fitted.MODEL, 11)
+        only = read_calibration(folder, fitted.MODEL.digest).measured[:1]
+        path = basis_path(folder, list_bases(folder)[0])
+        data = path.read_bytes()
+        path.unlink()
+        assert {"turbo5+zstd"} == codecs_of(store, fitted.MODEL, 12)
+        path.write_bytes(data)
+        note(saved, measured=only)
+        path.unlink()
+        assert {"planes+zstd"} == codecs_of(store, fitted.MODEL, 13)
+
+
+def test_a_new_basis_keeps_what_was_measured(saved):
+    """And the basis that it was measured with; whoever's the rows are."""
+    old = saved.calibrate()
+    note(saved)
+    folder = open_folder(saved.path)
+    before = read_calibration(folder, fitted.MODEL.digest)
+    salted = fitted.MODEL.with_salt("ann")
+    for seed in range(4, 8):
+        tokens = [seed * 1000 + i for i in range(600)]
+        saved.save(tokens, fitted.fitted_cache(600, seed), salted)
+    found = saved.calibrate(salted)
+    assert found == read_calibration(folder, fitted.MODEL.digest)
+    assert old.basis != found.basis
+    assert (before.measured, 4) == (found.measured, found.num_contexts)
+    assert {old.basis, found.basis} == calibrated_bases(folder)
 
 
 def test_a_calibration_comes_back():
@@ -224,6 +265,30 @@ def test_a_model_is_calibrated(small, tmp_path):
     )
 
 
+def test_a_basis_that_was_pruned_while_it_was_measured_is_there(small, tmp_path):
+    """The calibration names no basis that the store lacks."""
+    loaded = kit.LoadedModel(architectures.make_model("llama"), None, fitted.MODEL)
+    contexts = np.random.default_rng(1).integers(3, 60, (5, 272)).tolist()
+    folder = create_folder(tmp_path / "store")
+
+    def measure(*_):
+        basis_path(folder, list_bases(folder)[0]).unlink()
+        return []
+
+    with (
+        kvstore.Store(tmp_path / "store") as store,
+        patch.object(calibrate, "measure", measure),
+    ):
+        found = calibrate.calibrate_model(
+            replace(loaded, fingerprint=fitted.MODEL.with_salt("ann")),
+            store,
+            contexts,
+            bar=lambda what: lambda done, total: None,
+        )
+    assert [found.basis] == list_bases(folder)
+    assert found == read_calibration(folder, fitted.MODEL.digest)
+
+
 class Words:
     """A tokenizer of letters."""
 
@@ -287,6 +352,32 @@ def test_what_was_not_measured_is_not_known(saved):
     with kvstore.Store(saved.path.parent / "other") as other:
         copied = other.save(fitted.TOKENS, loaded, fitted.MODEL)
         assert "elsewhere" in other.loss(copied.id).unknown
+
+
+def block(codec, bits):
+    """Return what a shard says of a block of this codec."""
+    lossless = codec == "planes"
+    return StoredBlock(None, codec, lossless, bits, 0, "", 0, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("chain", "is_known"),
+    [
+        ([("planes", 255), ("turbo3", 3), ("planes", 255)], True),
+        ([("turbo3", 3), ("planes", 3)], True),
+        ([("turbo3", 3), ("turbo4", 3), ("planes", 3)], True),
+        ([("planes", 255), ("turbo3", 3), ("planes", 3)], False),
+        ([("planes", 255), ("turbo3", 3), ("turbo4", 3)], False),
+        ([("planes", 3), ("turbo3", 3)], False),
+        ([("turbo4", 3), ("turbo3", 3)], False),
+        ([("turbo4", 4), ("planes", 3)], False),
+    ],
+)
+def test_rows_of_unknown_origin_are_not_measured(chain, is_known):
+    """What they were computed from lies before them, all of it, or nobody knows."""
+    receipts = [Measured(f"turbo{n}", n, 0.001 * n, 0, 1) for n in (3, 4)]
+    found = find_loss([block(*each) for each in chain], receipts)
+    assert is_known == (found.kl is not None)
 
 
 @pytest.mark.parametrize(

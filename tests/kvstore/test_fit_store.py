@@ -331,6 +331,23 @@ def test_a_basis_that_nothing_names_is_pruned(store):
     assert [] == list_bases(open_folder(store.path))
 
 
+def test_a_basis_that_is_named_since_the_plan_stays(store, basis):
+    """By a calibration, or because it was added again."""
+    path = basis_file(store)
+    folder = open_folder(store.path)
+    age(path)
+    plan = store.plan_prune()
+    assert [path.stem] == list(plan.bases)
+    write_calibration(folder, Calibration(MODEL.digest, "model", path.stem, 0, ()))
+    assert 0 == plan.execute()
+    calibration_path(folder, MODEL.digest).unlink()
+    add_basis(folder, basis)
+    assert 0 == plan.execute()
+    age(path)
+    assert 0 < plan.execute()
+    assert not path.exists()
+
+
 def test_a_basis_stays_while_nobody_knows_what_needs_it(store):
     """A shard that cannot be read, or that was set aside, may name it."""
     entry = store.save(TOKENS, fitted_cache(600), MODEL)

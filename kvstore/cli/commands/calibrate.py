@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     default=32,
     show_default=True,
     help="Texts of 1,280 tokens to learn from. A quarter as many, others, are measured"
-    " with.",
+    " with; if those are fewer than 4, qualities are as if nothing was measured.",
 )
 @click.pass_context
 @gathered("model", ModelOptions)
