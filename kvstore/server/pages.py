@@ -9,12 +9,13 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from ..errors import EntryNotFoundError, KVStoreError
 from ..format.documents import JSON
@@ -29,7 +30,7 @@ class Answer(NamedTuple):
     """What a request is answered with."""
 
     status: HTTPStatus
-    kind: str
+    content_type: str
     body: bytes
 
 
@@ -66,18 +67,31 @@ class Pages:
         get = handler_class.do_GET
 
         def do(handler: Any) -> None:
-            path = urlsplit(handler.path).path
-            is_ours = path in _PATHS or path.startswith("/kvstore/")
+            try:
+                url = urlsplit(handler.path)
+            except ValueError:
+                words = "the request's address is malformed"
+                _send(handler, _refusal(HTTPStatus.BAD_REQUEST, words))
+                return
+            is_ours = url.path in _PATHS or url.path.startswith("/kvstore/")
             if handler.command == "GET" and not is_ours:
                 get(handler)
             else:
-                _send(handler, self._answer_safely(handler))
+                _send(handler, self._answer_safely(handler, url))
 
         handler_class.do_GET = handler_class.do_PUT = handler_class.do_DELETE = do
 
-    def _answer_safely(self, handler: Any) -> Answer:
+    def _answer_safely(self, handler: Any, url: SplitResult) -> Answer:
+        command, path = handler.command, url.path
+        if (command, path) == ("GET", "/metrics"):
+            return self._metrics()
+        if not self._has_token(handler, url.query):
+            words = "this page needs the token that the server has logged at its start"
+            return _refusal(HTTPStatus.FORBIDDEN, words)
         try:
-            return self._answer(handler)
+            return self._answer(handler, path)
+        except ConnectionError:  # the client's, which is no fault of the disk
+            raise
         except EntryNotFoundError as error:
             return _refusal(HTTPStatus.NOT_FOUND, str(error), error.hint)
         except KVStoreError as error:
@@ -88,14 +102,8 @@ class Pages:
             log.warning("kvstore: %s: %s", handler.command, error)
             return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "the disk fails")
 
-    def _answer(self, handler: Any) -> Answer:
-        url = urlsplit(handler.path)
-        command, path = handler.command, url.path
-        if (command, path) == ("GET", "/metrics"):
-            return self._metrics()
-        if not self._is_known(handler, url.query):
-            words = "this page needs the token that the server has logged at its start"
-            return _refusal(HTTPStatus.FORBIDDEN, words)
+    def _answer(self, handler: Any, path: str) -> Answer:
+        command = handler.command
         with self._view.open_store() as store:
             if command == "GET" and path in ("/kvstore", "/kvstore/data"):
                 data = self._view.describe(store)
@@ -117,14 +125,24 @@ class Pages:
             hint = "pip install 'mlx-kvstore[metrics]'"
             words = "the package prometheus-client is missing"
             return _refusal(HTTPStatus.NOT_IMPLEMENTED, words, hint)
-        with self._view.open_store() as store:
-            body, kind = self._count(store)
-        return Answer(HTTPStatus.OK, kind, body)
+        try:
+            with self._view.open_store() as store:
+                body, content_type = self._count(store)
+        except (KVStoreError, OSError, ValueError) as error:
+            # Without a token nobody is told more: an error may name the store's path.
+            log.warning("kvstore: GET /metrics: %s", error)
+            words = "the store cannot be read"
+            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, words)
+        return Answer(HTTPStatus.OK, content_type, body)
 
-    def _is_known(self, handler: Any, query: str) -> bool:
-        given = handler.headers.get("Authorization", "").removeprefix("Bearer ")
-        token = given or parse_qs(query).get("token", [""])[0]
-        return hmac.compare_digest(token.encode(), self.token.encode())
+    def _has_token(self, handler: Any, query: str) -> bool:
+        given = parse_qs(query).get("token", [])
+        # A proxy's login may be there instead.
+        scheme, _, word = handler.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            given.append(word.strip())
+        token = self.token.encode()
+        return any(hmac.compare_digest(each.encode(), token) for each in given)
 
 
 def _read_pinned(handler: Any) -> bool:
@@ -134,12 +152,11 @@ def _read_pinned(handler: Any) -> bool:
         ValueError: It has another body.
     """
     length = handler.headers.get("Content-Length", "")
-    if not length.isdecimal() or int(length) > 100:
-        raise ValueError('the body must be {"pinned": true} or {"pinned": false}')
-    body = json.loads(handler.rfile.read(int(length)))
-    if body not in ({"pinned": True}, {"pinned": False}):
-        raise ValueError('the body must be {"pinned": true} or {"pinned": false}')
-    return bool(body["pinned"])
+    is_short = re.fullmatch("[0-9]{1,2}", length)
+    match json.loads(handler.rfile.read(int(length))) if is_short else None:
+        case {"pinned": bool(pinned), **rest} if not rest:
+            return pinned
+    raise ValueError('the body must be {"pinned": true} or {"pinned": false}')
 
 
 def _refusal(status: HTTPStatus, words: str, hint: str | None = None) -> Answer:
@@ -149,7 +166,7 @@ def _refusal(status: HTTPStatus, words: str, hint: str | None = None) -> Answer:
 
 def _send(handler: Any, answer: Answer) -> None:
     handler.send_response(answer.status)
-    handler.send_header("Content-Type", answer.kind)
+    handler.send_header("Content-Type", answer.content_type)
     handler.send_header("Content-Length", str(len(answer.body)))
     # The address has the token in it, which goes to no other page and into no cache.
     handler.send_header("Referrer-Policy", "no-referrer")

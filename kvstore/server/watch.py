@@ -96,6 +96,7 @@ def watch(
         handler_class.completion_usage_response,
     )
     end_headers = handler_class.end_headers
+    handle = handler_class.handle_one_request
     scan = server.scan_cache_dir
 
     def lookup() -> Lookup | None:
@@ -103,7 +104,7 @@ def watch(
         return None if prompt is None else cache_of().lookup_of(prompt)
 
     def do_post(handler: Any) -> None:
-        served = requests.begin(handler.path)
+        served = requests.begin(handler.path.partition("?")[0])
         try:
             post(handler)
         except (BrokenPipeError, ConnectionResetError):
@@ -122,9 +123,18 @@ def watch(
 
     def log_request(handler: Any, code: Any = "-", size: Any = "-") -> None:
         if handler.command != "POST":  # which has a line of its own
-            # Without what may be a token.
-            path = handler.path.partition("?")[0]
-            log.info("kvstore: %s %s: %s", handler.command, path, int(code))
+            log.info("kvstore: %s: %s", _name(handler), int(code))
+
+    def log_message(_: Any, words: str, *args: Any) -> None:
+        # A malformed line of a request too may have a token after the mark.
+        log.info("kvstore: %s", (words % args).partition("?")[0])
+
+    def handle_one_request(handler: Any) -> None:
+        try:
+            handle(handler)
+        except ConnectionError:
+            handler.close_connection = True
+            log.info("kvstore: %s: the client hung up", _name(handler))
 
     def with_headers(handler: Any) -> None:
         if handler.command == "POST" and (found := lookup()) is not None:
@@ -152,10 +162,19 @@ def watch(
     handler_class.do_POST = do_post
     handler_class.send_response = send_response
     handler_class.log_request = log_request
+    handler_class.log_message = log_message
+    handler_class.handle_one_request = handle_one_request
     handler_class.end_headers = with_headers
     handler_class.generate_response = with_source(one)
     handler_class.completion_usage_response = with_source(usage)
     server.scan_cache_dir = scan_cache_dir
+
+
+def _name(handler: Any) -> str:
+    """Return method and path of a request, without what may be a token."""
+    # There is none where the client hung up before it.
+    line = getattr(handler, "requestline", "")
+    return " ".join(line.partition("?")[0].split()[:2])
 
 
 def _log_request(served: Served, lookup: Lookup | None) -> None:

@@ -1,16 +1,22 @@
 """What a server shows beside its API: the store, to its owner alone, and counters."""
 
 import json
+import logging
 import re
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import kit
 import pytest
 
 import kvstore
+from kvstore.server.pages import Pages
+from kvstore.server.watch import Requests, watch
 
 beside = kit.load_beside("servers")
 
@@ -36,15 +42,23 @@ def shown(servers, tmp_path, tiny_model):
     return server, store, token
 
 
-def fetch(server, path, method="GET", token="", data=None):
+def fetch(server, path, method="GET", token="", data=None, login=None):
     """Return status, type and body of an answer."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    login = f"Bearer {token}" if token else login
+    headers = {"Authorization": login} if login else {}
     request = urllib.request.Request(server.url + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers["Content-Type"], error.read()
+
+
+def send_line(server, line):
+    """Send a request's first line as it is; return the first line of the answer."""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+        connection.sendall(f"{line}\r\n\r\n".encode())
+        return connection.makefile("rb").readline()
 
 
 def wait_for_entry(server, token):
@@ -77,12 +91,62 @@ def test_the_page_is_for_whoever_has_the_token(shown):
     assert server.text().count(token) == 1
 
 
+def test_the_token_is_known_by_its_place(shown):
+    """In the address, whatever a proxy's login says, or as a bearer's."""
+    server, _, token = shown
+    for query, login, status in (
+        (f"?token={token}", "Basic abc", 200),
+        (f"?token={token}", "Bearer other", 200),
+        ("", f"bearer {token}", 200),
+        ("?token=other", f"BEARER {token}", 200),
+        ("", token, 403),
+        ("", f"Basic {token}", 403),
+        ("", "Bearer", 403),
+    ):
+        assert fetch(server, f"/kvstore{query}", login=login)[0] == status, login
+
+
+def test_malformed_requests_are_answered(shown):
+    """And the log has the token of none, nor a traceback."""
+    server, _, token = shown
+    before = server.text()
+    assert b" 400 " in send_line(server, "GET http://[ HTTP/1.1")
+    assert b" 400 " in send_line(server, "PUT http://[/kvstore HTTP/1.1")
+    assert b" 400 " in send_line(server, f"GET /kvstore?token={token} extra HTTP/1.1")
+    assert b" 414 " in send_line(server, "GET /" + "x" * 65536)
+    assert b" 404 " in send_line(server, f"POST /kvstore?token={token} HTTP/1.1")
+    server.wait_for("POST /kvstore: 404")
+    log = server.text()[len(before) :]
+    assert "GET /kvstore: 400" in log
+    assert token not in log
+    assert "Traceback" not in log
+
+
+def test_a_client_that_hangs_up_is_one_line(caplog):
+    """And no traceback."""
+    makers = ("do_GET", "do_POST", "generate_response", "completion_usage_response")
+    handler = type("Handler", (BaseHTTPRequestHandler,), dict.fromkeys(makers))
+    server = SimpleNamespace(APIHandler=handler, scan_cache_dir=None)
+    watch(server, Requests(), cache_of=None)
+    Pages(view=None, count=None).attach(handler)
+    caplog.set_level(logging.INFO, "kvstore")
+    client, connection = socket.socketpair()
+    with connection:
+        client.sendall(b"GET /kvstore?token=x HTTP/1.1\r\n\r\n")
+        client.close()
+        handler(connection, ("", 0), None)
+    assert caplog.messages[-1] == "kvstore: GET /kvstore: the client hung up"
+
+
 def test_an_entry_is_pinned_and_removed(shown):
     """As by the verbs; what is asked wrongly changes nothing."""
     server, folder, token = shown
     path = f"/kvstore/entries/{wait_for_entry(server, token)['id']}"
-    for wrong in (b"", b"{", b"[]", b'{"pinned": 1.5}', b"[" * 90, b" " * 1000):
+    for wrong in (b"", b"{", b"[]", b"[" * 90, b" " * 1000):
         assert fetch(server, path, "PUT", token, wrong)[0] == 400, wrong
+    for wrong in ({"pinned": 1}, {"pinned": 0.0}, {}, {"pinned": True, "more": 1}):
+        data = json.dumps(wrong).encode()
+        assert fetch(server, path, "PUT", token, data)[0] == 400, wrong
     assert fetch(server, "/kvstore/entries/0123456789", "DELETE", token)[0] == 404
     assert fetch(server, "/kvstore/other", "DELETE", token)[0] == 404
     with kvstore.Store(folder) as store:
@@ -108,6 +172,17 @@ def test_counters_are_for_prometheus(shown):
     assert found["kvstore_generated_tokens_total"] == "8.0"
     assert found["kvstore_first_token_seconds_count"] == "1.0"
     assert float(found["kvstore_store_bytes"]) > 0
+
+
+def test_counters_of_no_store_name_no_path(shown):
+    """The log says why, and whoever has the token is told."""
+    server, store, token = shown
+    wait_for_entry(server, token)
+    store.rename(store.with_name("elsewhere"))
+    status, _, body = fetch(server, "/metrics")
+    assert (status, json.loads(body)) == (503, {"error": "the store cannot be read"})
+    status, _, body = fetch(server, "/kvstore", token=token)
+    assert (status, str(store) in body.decode()) == (409, True)
 
 
 @pytest.mark.slow

@@ -137,6 +137,14 @@ def test_an_entry_to_share_must_be_there(kvstore_cli, tiny_model):
     assert (done.returncode, "nobody" in done.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("name", ["X-T:", "", "X T", "X-T\n", "Ä"])
+def test_a_header_must_be_one(kvstore_cli, tiny_model, name):
+    """Else each request would be refused."""
+    words = ("serve", "--model", tiny_model, "--port", "0", "--tenant-header", name)
+    done = kvstore_cli(*words)
+    assert (done.returncode, "name of a header" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("values", [[], [""], ["  "], ["a", "b"]])
 def test_a_tenant_is_named_once(values):
     """A proxy that adds its header to a client's own names none."""

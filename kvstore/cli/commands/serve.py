@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ...server.prompt_cache import DiskPromptCache
 
 _MIN_FREE_BYTES = 5_000_000_000
+# A token of RFC 9110, section 5.6.2.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 class ServeVerb(Verb):
@@ -130,6 +133,9 @@ def serve(
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
     if shared and tenant_header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
+    if tenant_header is not None and not _HEADER_NAME.fullmatch(tenant_header):
+        words = f"`--tenant-header` takes the name of a header, not {tenant_header!r}"
+        raise click.UsageError(words)
     from ...server.app import serve as run
     from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache
