@@ -663,7 +663,8 @@ min_bits = click.option(
     metavar="N",
     type=click.IntRange(0, 8),
     default=0,
-    help="Go on from lossy rows only where they have N bits per number at least.",
+    help="Go on from lossy rows only where they have N bits per number at least;"
+    " `fit2` counts as 4.",
 )
 
 

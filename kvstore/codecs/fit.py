@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
+from ..format.calibration import nominal_bits
 from .base import MLX_DTYPES, Array, PartSpecs, Rows
 from .fitted import (
     Fitted,
@@ -86,8 +87,8 @@ class Fit:
 
     @property
     def bits(self) -> int:
-        """The whole bits of its rate."""
-        return int(self.rate.partition(".")[0])
+        """Those of a `turbo` that loses about as much."""
+        return nominal_bits(self.name) or 0
 
     def parts(self, rows: Rows) -> PartSpecs:
         """Return the parts of rows that the basis covers, or planes of others."""

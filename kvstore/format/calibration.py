@@ -25,7 +25,9 @@ UNMEASURED = {
     "small": "turbo4+zstd",
 }
 """What is taken of a model that nobody measured."""
-_BITS = re.compile(r"(?:turbo|fit)(\d)(?:\.\d)?(?:v(\d))?(?:@.*)?(?:\+zstd)?")
+_BITS = re.compile(r"(turbo|fit)(\d)(?:\.\d+)?(?:v(\d))?(?:@.*)?(?:\+zstd)?")
+_BASIS_BITS = 2
+"""What a basis is worth: `fit1` loses less than `turbo3`, `fit2` less than `turbo4`."""
 _NAME = re.compile(r"[a-z0-9.]{1,20}(?:@[0-9a-f]{64})?(?:\+zstd)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -79,9 +81,17 @@ class Calibration:
 
 
 def nominal_bits(codec: str) -> int | None:
-    """Return the fewest bits of a lossy codec of ours, by its name."""
+    """Return the fewest bits of a lossy codec of ours, by its name.
+
+    Of one with a basis they are those of a `turbo` that loses about as much: by them
+    copies are compared.
+    """
     match = _BITS.fullmatch(codec)
-    return min(int(n) for n in match.groups() if n) if match else None
+    if not match:
+        return None
+    family, *widths = match.groups()
+    bits = min(int(n) for n in widths if n)
+    return bits + _BASIS_BITS if family == "fit" else bits
 
 
 def calibration_to_bytes(calibration: Calibration) -> bytes:

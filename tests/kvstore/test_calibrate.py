@@ -371,11 +371,14 @@ def block(codec, bits):
         ([("planes", 3), ("turbo3", 3)], False),
         ([("turbo4", 3), ("turbo3", 3)], False),
         ([("turbo4", 4), ("planes", 3)], False),
+        ([("fit1.75", 3), ("planes", 3)], True),
+        ([("fit1.75", 2), ("planes", 3)], False),
     ],
 )
 def test_rows_of_unknown_origin_are_not_measured(chain, is_known):
     """What they were computed from lies before them, all of it, or nobody knows."""
-    receipts = [Measured(f"turbo{n}", n, 0.001 * n, 0, 1) for n in (3, 4)]
+    codecs = ("turbo3", "turbo4", "fit1.75")
+    receipts = [Measured(codec, 3.0, 0.001, 0, 1) for codec in codecs]
     found = find_loss([block(*each) for each in chain], receipts)
     assert is_known == (found.kl is not None)
 

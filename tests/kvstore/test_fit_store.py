@@ -156,6 +156,17 @@ def test_a_name_that_is_no_codec_makes_no_folder(tmp_path, codec):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_copy_in_a_basis_goes_for_better_ones_only(store):
+    """`fit3` counts as 5 bits, since it loses far less than `turbo4`."""
+    fit, cache = store.codec, fitted_cache(600)
+    expected = [("turbo4", 4), (fit, 5), (fit, 5), ("turbo6", 6)]
+    for codec, found in zip(("turbo4", fit, "turbo5", "turbo6"), expected, strict=True):
+        with kvstore.Store(store.path, codec=codec) as other:
+            entry = other.save(TOKENS, cache, MODEL, name="doc")
+            stored = [stored for _, stored in other.chain(entry.id)][:2]
+            assert [found] * 2 == [(one.codec, one.bits) for one in stored]
+
+
 # --- Handing over. ---
 
 
