@@ -642,10 +642,14 @@ class Store:
         from .ops.quality import find_loss
         from .storage.bases import find_calibration
 
-        model = Fingerprint(self._blocks.origin(entry).fingerprint).with_salt("")
-        found = find_calibration(self._folder, model.digest)
+        found = find_calibration(self._folder, self._model_of(entry))
         own = found.measured if found else ()
         return find_loss(list(stored), [*entry.receipts, *own])
+
+    def _model_of(self, entry: Entry) -> str:
+        """Return the digest that what was measured of an entry's model is kept by."""
+        fields = self._blocks.origin(entry).fingerprint
+        return Fingerprint(fields).with_salt("").digest  # the same for all tenants
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.
@@ -936,8 +940,7 @@ class Store:
 
         def work() -> Entry:
             entry = self.entry(ref)
-            model = Fingerprint(self._blocks.origin(entry).fingerprint).with_salt("")
-            chosen = codec_for(self._folder, codec, model.digest)
+            chosen = codec_for(self._folder, codec, self._model_of(entry))
             tell = progress or ignore_progress
             return recompress_entry(self._blocks, self._catalog, entry, chosen, tell)
 

@@ -75,10 +75,6 @@ class Calibration:
         good = [one for one in self.measured if one.kl + one.kl_error <= bound]
         return min(good, key=lambda one: one.bits).codec if good else EXACT
 
-    def find(self, codec: str) -> Measured | None:
-        """Return what was measured of a codec, if it was."""
-        return next((one for one in self.measured if one.codec == codec), None)
-
 
 def nominal_bits(codec: str) -> int | None:
     """Return the fewest bits of a lossy codec of ours, by its name.

@@ -731,7 +731,7 @@ def _rootless(
     index: Index, told: Mapping[BlockHash, tuple[Place, BlockHash]]
 ) -> set[str]:
     """Return shards with blocks of which the index knows neither parent nor root."""
-    begins = {root for root, *_ in index.all_roots()} | told.keys()
+    begins = index.root_hashes() | told.keys()
     return {place.shard for place, parent in told.values() if parent not in begins}
 
 
@@ -777,6 +777,7 @@ def _index_each(
         told: What the index says of blocks; a shard that it knows is not told again.
         same: Shards to pass over.
     """
+    # Their layouts are parsed too: a damaged one has the index rebuilt.
     shards, roots = set(index.shards()), {root for root, *_ in index.all_roots()}
     for name in list_shards(folder.shards):
         if name in same:

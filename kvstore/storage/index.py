@@ -415,6 +415,11 @@ class Index:
                 for root, fingerprint, layout in rows
             ]
 
+    def root_hashes(self) -> set[BlockHash]:
+        """Return the root hashes of everything."""
+        query = "SELECT hash FROM roots"
+        return {BlockHash(root) for (root,) in self._select(query, (), (bytes,))}
+
     def shards(self) -> dict[str, int]:
         """Return name and bytes of every shard."""
         query = "SELECT name, nbytes FROM shards ORDER BY name"
@@ -605,7 +610,7 @@ class Index:
                 block.tokens[0],
                 len(block.tokens),
                 place.nbytes,
-                2 * place.bits + place.is_lossless,
+                _quality_of(place),
                 place.num_extras,
                 place.shard,
             ),
@@ -637,7 +642,7 @@ class Index:
             (
                 place.shard,
                 place.nbytes,
-                2 * place.bits + place.is_lossless,
+                _quality_of(place),
                 place.num_extras,
                 place.hash,
                 old,
@@ -830,6 +835,11 @@ def _touch(path: Path) -> None:
         os.close(files.create(path))
     except FileExistsError:
         return  # another process was faster
+
+
+def _quality_of(place: Place) -> int:
+    """Return the column `quality`: of copies with as many bits, lossless ones win."""
+    return 2 * place.bits + place.is_lossless
 
 
 def _to_place(row: tuple[bytes, str, int, int, int, int]) -> Place:
