@@ -110,7 +110,7 @@ class Store:
         return self._codec_name
 
     def _codec_for(self, fingerprint: Fingerprint) -> Codec:
-        """Return what a model's blocks are saved with, whoever's they are."""
+        """Return the codec for a model's blocks; all tenants have the same."""
         # Imported here: listing a store needs neither NumPy nor MLX.
         from .ops.bases import codec_for
 

@@ -87,7 +87,7 @@ class Fit:
 
     @property
     def bits(self) -> int:
-        """Those of a `turbo` that loses about as much."""
+        """Bits by which copies are compared: of a `turbo` that loses about as much."""
         return nominal_bits(self.name) or 0
 
     def parts(self, rows: Rows) -> PartSpecs:

@@ -27,7 +27,7 @@ UNMEASURED = {
 """What is taken of a model that nobody measured."""
 _BITS = re.compile(r"(turbo|fit)(\d)(?:\.\d+)?(?:v(\d))?(?:@.*)?(?:\+zstd)?")
 _BASIS_BITS = 2
-"""What a basis is worth: `fit1` loses less than `turbo3`, `fit2` less than `turbo4`."""
+"""Added to the rate of `fit` to compare it with `turbo`: `fit2` beats `turbo4`."""
 _NAME = re.compile(r"[a-z0-9.]{1,20}(?:@[0-9a-f]{64})?(?:\+zstd)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -104,7 +104,7 @@ def check_codec(name: str, folder: StoreFolder | None = None) -> None:
         folder: The store; without one, what a store may have passes.
 
     Raises:
-        CodecError: It is such.
+        CodecError: There is no codec or quality of that name.
         IntegrityError: The store lacks its basis, or that is damaged.
     """
     if name in QUALITIES:

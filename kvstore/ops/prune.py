@@ -303,7 +303,7 @@ class Pruner:
     def _choose_bases(self) -> dict[str, int]:
         """Return bases that nothing names, and their bytes."""
         found = self._old_bases()
-        # Nearly always there are none, and no shard is read.
+        # Reading all shards is slow, and old bases are rare.
         unnamed = self._blocks.unnamed_bases(found) if found else ()
         return {basis: basis_size(self._folder, basis) for basis in sorted(unnamed)}
 

@@ -50,7 +50,7 @@ def find_loss(stored: Sequence[StoredBlock], receipts: Iterable[Measured]) -> Lo
 
 
 def _has_other_origin(stored: Sequence[StoredBlock]) -> bool:
-    """Whether rows may come from coded ones that lie somewhere else, or did once."""
+    """Whether rows may have been computed from lossy rows that this chain lacks."""
     least, has_exact = EXACT_BITS, False
     for block in stored:
         own = EXACT_BITS if block.is_lossless else nominal_bits(block.codec) or 0
@@ -66,7 +66,7 @@ def refuse_loss(loss: Loss, max_kl: float) -> None:
     """Refuse what is worse than is wanted, or not known.
 
     Raises:
-        KVStoreError: It is such.
+        KVStoreError: The loss is greater than ``max_kl``, or not known.
     """
     if loss.kl is None:
         raise KVStoreError(

@@ -408,10 +408,10 @@ class BlockStore:
                     files.remove(shard_path(self.folder.shards, name))
 
     def replace(self, staged: StagedShard, old: Mapping[BlockHash, str]) -> None:
-        """Publish copies of blocks, and take them for the old ones, better or not.
+        """Publish copies of blocks, and point the index at them, even at worse ones.
 
-        The old ones stay in their shards, and count again where somebody rebuilds the
-        index, until :meth:`drop_copies`.
+        The old copies stay in their shards until :meth:`drop_copies`. If the index is
+        rebuilt before that, it points at the better copies again.
 
         Args:
             staged: The shard, synced.
