@@ -14,7 +14,8 @@
     ├── IntegrityError                   bytes disagree with their digest or header
     ├── IndexDamagedError                the index is wrong, and could not be rebuilt
     ├── ArgumentError                    a mistake in a call; also ValueError, TypeError
-    └── RemoteError                      an object store fails, or refuses a request
+    ├── RemoteError                      an object store fails, or refuses a request
+    └── SignerError                      not signed by whom it has to be
 
 A caller writes::
 
@@ -127,6 +128,10 @@ class IndexDamagedError(KVStoreError):
 
 class ArgumentError(KVStoreError, ValueError, TypeError):
     """An argument is not what the call takes; the hint says what it takes."""
+
+
+class SignerError(KVStoreError):
+    """What comes from elsewhere is not signed by whom it has to be."""
 
 
 class RemoteError(KVStoreError):

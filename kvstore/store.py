@@ -36,6 +36,7 @@ from .storage.folder import (
     limit_folder,
     open_folder,
     remake_folder,
+    restrict_folder,
 )
 from .storage.index import Place
 
@@ -679,6 +680,7 @@ class Store:
         file: IO[bytes],
         *,
         without_basis: bool = False,
+        secret: str | None = None,
         progress: Progress | None = None,
     ) -> int:
         """Write an entry and its blocks as one file, for :meth:`import_bundle`.
@@ -691,6 +693,8 @@ class Store:
             file: Opened for writing bytes; need not be seekable.
             without_basis: Leave out the bases that it was coded in: who takes it over
                 has them already.
+            secret: The key to sign it with, of
+                :func:`~kvstore.storage.keys.signing_key`.
             progress: Called with (tokens written, tokens in all); what is read, which
                 comes first, counts as half written.
 
@@ -712,6 +716,7 @@ class Store:
             file,
             progress or ignore_progress,
             without_basis=without_basis,
+            secret=secret,
         )
 
     def import_bundle(
@@ -751,6 +756,7 @@ class Store:
         Raises:
             FormatError: It is no bundle, or one of a newer release.
             IntegrityError: It is not, to the byte, what a store would have written.
+            SignerError: The store takes only what was signed, and this was not.
             FingerprintError: Another model made it.
             EntryExistsError: The name is taken.
             KVStoreError: Its blocks are of another size, or
@@ -1025,6 +1031,17 @@ class Store:
             ValueError: It is not positive.
         """
         self._folder = self._blocks.folder = limit_folder(self._folder, max_bytes)
+
+    def set_policy(self, *, is_signed_only: bool) -> None:
+        """Set whether only what a trusted key signed is taken from elsewhere."""
+        self._folder = self._blocks.folder = restrict_folder(
+            self._folder, is_signed_only=is_signed_only
+        )
+
+    @property
+    def is_signed_only(self) -> bool:
+        """Whether only what a trusted key signed is taken from elsewhere."""
+        return self._folder.is_signed_only
 
     def remake(self) -> bool:
         """Go on with the store that is at the path now, made anew where it was deleted.

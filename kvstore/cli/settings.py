@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+from ..storage.keys import config_home
+
 NAMES = ("model", "codec", "limit")
 
 
@@ -25,8 +27,7 @@ def setting(name: str) -> str | None:
 
 
 def _path() -> Path:
-    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(base) / "kvstore/config.toml"
+    return config_home() / "config.toml"
 
 
 def _read() -> dict[str, str]:

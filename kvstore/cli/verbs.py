@@ -3,7 +3,7 @@
 GROUPS = {
     "Keep, and go on": ("save", "generate", "chat", "serve", "demo"),
     "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats", "view"),
-    "Hand over": ("load", "export", "import", "remote", "push", "pull", "adopt"),
+    "Hand over": ("load", "export", "import", "key", "remote", "push", "pull", "adopt"),
     "Look after the store": (
         "rename",
         "pin",
@@ -49,8 +49,9 @@ EXAMPLES = {
     "stats": ["kvstore stats --json"],
     "view": ["kvstore view", "kvstore view -o store.html"],
     "load": ["kvstore load handbook -o handbook.safetensors"],
-    "export": ["kvstore export handbook -o handbook.kvbundle"],
-    "import": ["kvstore import handbook.kvbundle --name manual"],
+    "export": ["kvstore export handbook -o handbook.kvbundle --sign"],
+    "import": ["kvstore import handbook.kvbundle --from alice"],
+    "key": ["kvstore key new", "kvstore key trust alice 64_HEX_DIGITS"],
     "remote": ["kvstore remote add team s3://bucket/prefix"],
     "push": ["kvstore push handbook"],
     "pull": ["kvstore pull handbook"],

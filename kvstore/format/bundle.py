@@ -10,9 +10,10 @@ refused without being understood.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -42,6 +43,14 @@ from .entry import (
 )
 from .safetensors import MAX_HEADER_BYTES
 from .shard import parse_shard_header
+from .signature import (
+    MAX_SIGNATURE_BYTES,
+    Signature,
+    check_signature,
+    sign,
+    signature_from_bytes,
+    signature_to_bytes,
+)
 
 # The largest size that the eleven octal digits of a header can spell.
 MAX_SHARD_BYTES = 8**11 - 1
@@ -52,6 +61,7 @@ _PART_BYTES = 1024 * 1024
 _MAX_TIME = 2.0**33
 _ENTRY = re.compile(r"entries/([0-9a-f]{32})\.json")
 _BASIS = re.compile(r"bases/([0-9a-f]{64})\.safetensors")
+_SIGNATURE = "signature.json"
 _SHARD = re.compile(r"shards/(..)/(\1[0-9a-f]{62})\.safetensors")
 
 Shard = tuple[str, int, Iterable[bytes | memoryview]]
@@ -92,6 +102,7 @@ def bundled_entry(entry: Entry, nbytes: int) -> Entry:
         nbytes=nbytes,
         updated_at=entry.created_at,
         pinned=False,
+        signer="",  # who gives it on signs anew, or does not
     )
 
 
@@ -99,9 +110,10 @@ def write_bundle(
     file: IO[bytes],
     entry: Entry,
     block_size: int,
-    shards: Iterable[Shard],
+    shards: Sequence[Shard],
     *,
     bases: Mapping[str, bytes],
+    secret: str | None = None,
 ) -> int:
     """Write a bundle and return its size in bytes.
 
@@ -111,6 +123,7 @@ def write_bundle(
         block_size: Tokens in a full block.
         shards: The shards of the entry's blocks, first to last.
         bases: The bases that those name, by their digests.
+        secret: The key to sign it with.
 
     Raises:
         IntegrityError: A reader would refuse such an entry.
@@ -120,11 +133,21 @@ def write_bundle(
     data = entry_to_bytes(entry)
     nbytes = _write_member(file, CONFIG, len(config), [config])
     nbytes += _write_member(file, entry_member(entry.id), len(data), [data])
+    if secret is not None:
+        named = [*sorted(bases), *(name for name, *_ in shards)]
+        described = _description(config, data, named)
+        signed = signature_to_bytes(sign(secret, "bundle", described))
+        nbytes += _write_member(file, _SIGNATURE, len(signed), [signed])
     for digest, basis in sorted(bases.items()):
         nbytes += _write_member(file, basis_member(digest), len(basis), [basis])
     for name, size, parts in shards:
         nbytes += _write_member(file, shard_member(name), size, parts)
     return nbytes + _write(file, _END)
+
+
+def _description(config: bytes, entry: bytes, names: Sequence[str]) -> list[str]:
+    """Return the SHA-256 of every file of a bundle in its order, but the signature."""
+    return [*(hashlib.sha256(data).hexdigest() for data in (config, entry)), *names]
 
 
 class BundleReader:
@@ -136,6 +159,7 @@ class BundleReader:
     Attributes:
         entry: The entry.
         block_size: Tokens in a full block.
+        signer: The public key that signed it, which is checked at its end; or nothing.
         bases: The bases that come with it, by their digests.
         origin: What computed the rows, as the first shard says. The entry's root is
             that of this fingerprint and layout.
@@ -147,10 +171,13 @@ class BundleReader:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.block_size, store = self._read_config()
-        self.entry = self._read_entry(store)
+        self.block_size, store, config = self._read_config()
+        self.entry, entry = self._read_entry(store)
+        self._signature, header = self._read_signature(self._read(_RECORD))
+        self.signer = self._signature.key if self._signature else ""
         self.bases: dict[str, bytes] = {}
-        header = self._read_bases(self._read(_RECORD))
+        header = self._read_bases(header)
+        self._described = _description(config, entry, [*self.bases])
         self._first = self._next_shard(header)
         if self._first is None:
             raise refused("it has no shard")
@@ -171,8 +198,8 @@ class BundleReader:
             self._skip_padding(size)
             shard, start = self._next_shard(self._read(_RECORD)), b""
 
-    def _read_config(self) -> tuple[int, str]:
-        """Return the block size, and the store's id, which is the entry's."""
+    def _read_config(self) -> tuple[int, str, bytes]:
+        """Return block size and the store's id, which is the entry's, and its bytes."""
         header = self._read(_RECORD, is_start=True)
         size = _member_size(header)
         if not 0 < size <= MAX_CONFIG_BYTES or header != _header(CONFIG, size):
@@ -186,9 +213,9 @@ class BundleReader:
         # JSON can be spelled in several ways; a bundle has one.
         if data != config_to_bytes(StoreConfig(config.id, config.block_size)):
             raise refused(f"its {CONFIG} has other fields, or another spelling")
-        return config.block_size, config.id
+        return config.block_size, config.id, data
 
-    def _read_entry(self, store: str) -> Entry:
+    def _read_entry(self, store: str) -> tuple[Entry, bytes]:
         header = self._read(_RECORD)
         size = _member_size(header)
         match = _ENTRY.fullmatch(_member_name(header))
@@ -203,7 +230,21 @@ class BundleReader:
         if entry.id != store:
             raise refused("its id is not its entry's")
         _check_entry(entry)
-        return entry
+        return entry, data
+
+    def _read_signature(self, header: bytes) -> tuple[Signature | None, bytes]:
+        """Return the signature, where there is one, and the header behind it."""
+        if _member_name(header) != _SIGNATURE:
+            return None, header
+        size = _member_size(header)
+        if size > MAX_SIGNATURE_BYTES or header != _header(_SIGNATURE, size):
+            raise refused("a header is not that of a signature")
+        data = self._read(size)
+        self._skip_padding(size)
+        try:
+            return signature_from_bytes(data), self._read(_RECORD)
+        except ValueError as error:
+            raise refused(str(error)) from error
 
     def _read_bases(self, header: bytes) -> bytes:
         """Take the bases that follow, and return the header behind them."""
@@ -230,11 +271,14 @@ class BundleReader:
         if not any(header):
             if any(self._read(_RECORD)) or self._file.read(1):
                 raise refused("something follows its end")
+            if self._signature is not None:
+                check_signature(self._signature, "bundle", self._described)
             return None
         size = _member_size(header)
         match = _SHARD.fullmatch(_member_name(header))
         if not match or header != _header(match[0], size):
             raise refused("a header is not that of a shard")
+        self._described.append(match[2])
         return match[2], size
 
     def _read_origin(self, name: str, size: int) -> tuple[bytes, Origin]:
@@ -310,8 +354,8 @@ def _check_entry(entry: Entry) -> None:
         raise refused("its entry has the id of another name")
     if not 0 <= entry.created_at < _MAX_TIME:
         raise refused("its entry: a time is out of range")
-    if entry.pinned or entry.updated_at != entry.created_at:
-        raise refused("its entry is pinned or was updated")
+    if entry.pinned or entry.signer or entry.updated_at != entry.created_at:
+        raise refused("its entry is pinned, was signed before or was updated")
 
 
 def _refuse_half_characters(value: Any) -> None:

@@ -25,6 +25,8 @@ class StoreConfig:
     block_size: int
     # The size limit that was set, in bytes of shards, or ``None``.
     max_bytes: int | None = None
+    # Entries from elsewhere are taken only where a trusted key signed them.
+    is_signed_only: bool = False
 
 
 def config_to_bytes(config: StoreConfig) -> bytes:
@@ -32,6 +34,8 @@ def config_to_bytes(config: StoreConfig) -> bytes:
     values: JSON = {"format": FORMAT, "id": config.id, "block_size": config.block_size}
     if config.max_bytes is not None:
         values["max_bytes"] = config.max_bytes
+    if config.is_signed_only:
+        values["signed_only"] = True
     return canonical_json({"digest": _blake3(canonical_json(values)), **values})
 
 
@@ -59,7 +63,10 @@ def parse_config(path: Path, data: bytes) -> StoreConfig:
         if digest != _blake3(canonical_json(values)):
             raise ValueError("digest mismatch")
         config = StoreConfig(
-            values["id"], values["block_size"], values.get("max_bytes")
+            values["id"],
+            values["block_size"],
+            values.get("max_bytes"),
+            values.get("signed_only", False),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise damaged_config(path) from error
@@ -75,6 +82,7 @@ def _is_valid(config: StoreConfig) -> bool:
         isinstance(config.id, str)
         and type(config.block_size) is int
         and config.block_size >= 8
+        and type(config.is_signed_only) is bool
         and (limit is None or (type(limit) is int and limit > 0))
     )
 

@@ -149,6 +149,8 @@ class Entry:
     title: str = ""
     # What its lossy codecs were measured to do; nothing where one was not.
     receipts: tuple[Measured, ...] = ()
+    # The public key that signed it where it came from, in hex, or nothing.
+    signer: str = ""
 
 
 FORMAT = 1
@@ -156,7 +158,7 @@ MAX_BYTES = 65_536
 _ID = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _STAMPED = {"created_at", "updated_at"}
-_OPTIONAL = {"title", "receipts"}
+_OPTIONAL = {"title", "receipts", "signer"}
 _MAX_RECEIPTS = 32
 
 
@@ -273,6 +275,6 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, dict) and all(
             isinstance(text, str) for text in value.values()
         )
-    if name in ("tip", "root"):
+    if name in ("tip", "root", "signer"):
         return isinstance(value, str) and _HASH.fullmatch(value) is not None
     return isinstance(value, str)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any
 
 from ..caches.fit import wanted_of, why_foreign
@@ -238,6 +239,7 @@ def admit(
     for _ in range(_TRIES):
         held = held_blocks(blocks, found.chain.blocks)
         _check_restorable(found, held)
+        described = _vouched(found, held)
         with _prepared(blocks.folder, found, held) as prepared:
             # Before the lock, which evicting takes itself.
             nbytes = sum(shard.header.nbytes for shard in prepared)
@@ -254,11 +256,23 @@ def admit(
                     name=name,
                     codec=found.entry.codec,
                     model=found.entry.model,
-                    described=found.entry,
+                    described=described,
                 )
             if entry:
                 return entry
     raise _vanishing()
+
+
+def _vouched(found: Incoming, held: Held) -> Entry:
+    """Return the entry; unsigned, where the store has other rows than were signed."""
+    signed = {stored.block.hash: stored for stored in found.blocks}
+
+    def rows(stored: StoredBlock) -> tuple[str, str, int]:
+        return stored.codec, stored.digest, stored.bits
+
+    if all(rows(held[name]) == rows(signed[name]) for name in held):
+        return found.entry
+    return changed(found.entry, signer="")
 
 
 def held_blocks(blocks: BlockStore, wanted: Iterable[Block]) -> Held:

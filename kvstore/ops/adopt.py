@@ -69,7 +69,9 @@ def adopt_entry(
             name=entry.name,
             codec=entry.codec,
             model=label,
-            described=replace(entry, model=label, made_with=entry.made_with | note),
+            described=replace(
+                entry, model=label, made_with=entry.made_with | note, signer=""
+            ),
         )
     if adopted is None:
         raise IntegrityError(

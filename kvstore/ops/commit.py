@@ -147,6 +147,7 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
         model=source.model[:MAX_LABEL],
         made_with=source.made_with,
         title=source.title,
+        signer=source.signer,
         created_at=old.created_at if old else source.created_at,
     )
 

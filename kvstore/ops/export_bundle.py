@@ -48,6 +48,7 @@ def export_entry(
     progress: Progress,
     *,
     without_basis: bool = False,
+    secret: str | None = None,
 ) -> int:
     """Write an entry as a bundle and return the bundle's size in bytes.
 
@@ -57,6 +58,7 @@ def export_entry(
         file: Opened for writing bytes; need not be seekable.
         progress: Called with (tokens written, tokens in all); read is half written.
         without_basis: Leave the bases out that its blocks name.
+        secret: The key to sign it with.
 
     Raises:
         IntegrityError: A part of the entry is missing or damaged. If that happens
@@ -80,8 +82,9 @@ def export_entry(
         file,
         bundled_entry(entry, nbytes),
         blocks.folder.block_size,
-        ((shard.name, shard.nbytes, contents(shard)) for shard in shards),
+        [(shard.name, shard.nbytes, contents(shard)) for shard in shards],
         bases={} if without_basis else read_named(blocks.folder, stored),
+        secret=secret,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +26,7 @@ from ..storage.bases import add_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
+from ..storage.keys import check_signer
 from ..storage.shards import OpenShard, StagedShard, open_shard_at
 from .admit import Incoming, Inspector, admit, check_space
 from .bases import carried_codecs
@@ -57,11 +59,13 @@ def import_entry(
     Raises:
         FormatError: It has a shard of a newer release.
         IntegrityError: It is not, to the byte, what a store would have written.
+        SignerError: The store takes only what was signed, and this was not.
         EntryExistsError: The name belongs to something else.
         KVStoreError: Its blocks have another size, or the store's own blocks lack
             states or windows that the entry needs.
         OSError: The disk is full or fails.
     """
+    check_signer(bundle.signer, is_signed_only=blocks.folder.is_signed_only)
     _check_block_size(bundle, blocks.folder)
     name = bundle.entry.name if name is None else name
     with _unpacked(blocks.folder, bundle, like, progress) as found:
@@ -72,7 +76,9 @@ def import_entry(
 
 
 def open_bundle(
-    file: IO[bytes] | BundleReader, fingerprint: Fingerprint | None = None
+    file: IO[bytes] | BundleReader,
+    fingerprint: Fingerprint | None = None,
+    signer: str | None = None,
 ) -> BundleReader:
     """Return a bundle of the model wanted, as far as its start tells.
 
@@ -81,13 +87,16 @@ def open_bundle(
     Args:
         file: The bundle, or a reader that this has returned.
         fingerprint: Of the model wanted; ``None`` takes any.
+        signer: Name of the signer wanted; ``None`` takes any, and none.
 
     Raises:
         FormatError: It is no bundle, or one of a newer release.
         IntegrityError: It is damaged.
+        SignerError: Somebody else signed it, or nobody did.
         FingerprintError: Another model made it.
     """
     bundle = file if isinstance(file, BundleReader) else BundleReader(file)
+    check_signer(bundle.signer, wanted=signer)
     if fingerprint is not None:
         stored = Fingerprint(bundle.origin.fingerprint)
         refuse_other(bundle.entry.name or bundle.entry.tip[:12], stored, fingerprint)
@@ -148,7 +157,9 @@ def _unpacked(
             raise refused("its blocks have another size than its entry says")
         if not set(bundle.bases) <= bases_named(inspector.blocks):
             raise refused("it has a basis that none of its blocks names")
-        yield Incoming(bundle.entry, chain, tuple(inspector.blocks), tuple(found))
+        # Only now, at its end, is the signature known to be right.
+        entry = changed(bundle.entry, signer=bundle.signer)
+        yield Incoming(entry, chain, tuple(inspector.blocks), tuple(found))
 
 
 def _inspect(inspector: Inspector, bundle: BundleReader, opened: OpenShard) -> None:

@@ -118,4 +118,5 @@ def _described(
         made_with=entry.made_with | note,
         receipts=receipts_of(blocks, blocks.origin(entry), stored, (entry,)),
         updated_at=time.time(),
+        signer="",  # of other bytes
     )

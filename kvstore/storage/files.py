@@ -146,6 +146,19 @@ def write_atomic(target: Path, data: bytes, staging: Path) -> None:
         publish(path, target)
 
 
+def write_new(target: Path, data: bytes) -> None:
+    """Put ``data`` into a new private file, which lasts when this returns.
+
+    Raises:
+        FileExistsError: There is one.
+    """
+    with staged(target.parent) as (path, descriptor):
+        write_all(descriptor, data)
+        sync(descriptor)
+        os.link(path, target)
+        sync_dir(target.parent)
+
+
 _UNFINISHED = ".kvstore-"
 
 

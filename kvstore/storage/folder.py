@@ -40,6 +40,8 @@ class StoreFolder:
     chosen_bytes: int | None = None
     # Number of the disk that it lies on, as the system counts them.
     device: int = 0
+    # Entries from elsewhere are taken only where a trusted key signed them.
+    is_signed_only: bool = False
 
     @property
     def max_bytes(self) -> int:
@@ -116,12 +118,21 @@ def open_folder(path: Path) -> StoreFolder:
                 path / CONFIG_COPY, config_to_bytes(config), path / "tmp"
             )
     device = path.stat().st_dev
-    return StoreFolder(path, config.id, config.block_size, config.max_bytes, device)
+    return StoreFolder(
+        path,
+        config.id,
+        config.block_size,
+        config.max_bytes,
+        device,
+        config.is_signed_only,
+    )
 
 
 def config_of(folder: StoreFolder) -> StoreConfig:
     """Return the configuration of an open store."""
-    return StoreConfig(folder.id, folder.block_size, folder.chosen_bytes)
+    return StoreConfig(
+        folder.id, folder.block_size, folder.chosen_bytes, folder.is_signed_only
+    )
 
 
 def read_config(path: Path) -> StoreConfig:
@@ -187,9 +198,13 @@ def remake_folder(folder: StoreFolder) -> StoreFolder:
         if _existing(folder.path).stat().st_dev != folder.device:
             raise
     made = create_folder(folder.path, folder.block_size)
-    if folder.chosen_bytes is None or made.chosen_bytes is not None:
+    set_here = made.chosen_bytes, made.is_signed_only
+    if (folder.chosen_bytes, folder.is_signed_only) == set_here:
         return made
-    return limit_folder(made, folder.chosen_bytes)
+    # Another process may have made it, and set a limit of its own.
+    limit = made.chosen_bytes or folder.chosen_bytes
+    is_strict = made.is_signed_only or folder.is_signed_only
+    return _configured(replace(made, chosen_bytes=limit, is_signed_only=is_strict))
 
 
 def _existing(path: Path) -> Path:
@@ -205,8 +220,17 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """
     if max_bytes <= 0:
         raise ArgumentError(f"a size limit is positive: {max_bytes}", hint="in bytes")
-    write_config(folder.path, StoreConfig(folder.id, folder.block_size, max_bytes))
-    return replace(folder, chosen_bytes=max_bytes)
+    return _configured(replace(folder, chosen_bytes=max_bytes))
+
+
+def restrict_folder(folder: StoreFolder, *, is_signed_only: bool) -> StoreFolder:
+    """Set whether a store takes only what a trusted key signed; return the store."""
+    return _configured(replace(folder, is_signed_only=is_signed_only))
+
+
+def _configured(folder: StoreFolder) -> StoreFolder:
+    write_config(folder.path, config_of(folder))
+    return folder
 
 
 def _is_store(path: Path) -> bool:

@@ -62,6 +62,7 @@ ALLOWED = {
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.check"},
     "obstore": {"remote.client"},
+    "cryptography": {"format.signature"},
 }
 ALLOWED_AT_TOP = {
     "mlx_lm": {
@@ -71,6 +72,7 @@ ALLOWED_AT_TOP = {
         "server.prompt_cache",
     },
     "obstore": set(),
+    "cryptography": set(),
     "rich": set(),
     "transformers": set(),
 }
@@ -267,6 +269,7 @@ PUBLIC = {
     "EntryExistsError", "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
     "IntegrityError", "KVStoreError", "LoadedModel", "Match", "RemoteError",
+    "SignerError",
     "Speeds", "Stats",
     "Store", "StoreLockedError",
     "StoreNotFoundError", "Tier", "UnsupportedCacheError", "__version__", "codec_names",

@@ -38,6 +38,7 @@ ENTRY = Entry(
     pinned=False,
     title="First words",
     receipts=(Measured("turbo4+zstd", 4.2, 0.004, 0.0005, 0.97),),
+    signer="ef" * 32,
 )
 
 
@@ -198,6 +199,7 @@ def test_what_is_no_entry_is_damaged(folder, data):
         {"format": "1"},
         {"format": True},
         {"format": None},
+        {"signer": "ef"},
         {"surprise": 1},
         {"nbytes": forge},
     ],

@@ -17,6 +17,7 @@ from ...format.block import StoredBlock
 from ...format.documents import JSON
 from ...format.entry import Entry
 from ...storage.index import Place
+from ...storage.keys import known_keys
 from .. import options
 from ..main import Verb, open_store, output_of
 from ..output import (
@@ -292,8 +293,17 @@ def _entry_fields(
         ("fingerprint", fingerprint.digest),
         ("created", f"{format_ago(entry.created_at)}, {to_rfc3339(entry.created_at)}"),
         ("saved", f"{format_ago(entry.updated_at)}, {to_rfc3339(entry.updated_at)}"),
+        *([("signature", signer_words(entry))] if entry.signer else []),
         ("made with", ", ".join(f"{k} {v}" for k, v in entry.made_with.items())),
     ]
+
+
+def signer_words(entry: Entry) -> str:
+    """Return who signed an entry where it came from."""
+    if not entry.signer:
+        return "not signed"
+    name = known_keys().get(entry.signer)
+    return f"signed by {name or 'an unknown key'}, {entry.signer}"
 
 
 def loss_words(loss: Loss) -> str:

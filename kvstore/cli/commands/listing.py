@@ -12,6 +12,7 @@ import click
 from ...errors import StoreLockedError
 from ...format.documents import JSON
 from ...format.entry import Entry
+from ...storage.keys import known_keys
 from ..main import Verb, open_store, output_of
 from ..output import (
     Column,
@@ -204,6 +205,13 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
     is_any_pinned = any(entry.pinned for entry in held)
     losses = [Column("KL", of(_measured_kl), True, rank=3)]
     pins = [Column("PIN", of(lambda e: "yes" if e.pinned else ""))]
+    is_any_signed = any(entry.signer for entry in held)
+    names = known_keys() if is_any_signed else {}
+
+    def signer(entry: Entry) -> str:
+        return names.get(entry.signer, entry.signer[:_SHORT])
+
+    signers = [Column("SIGNER", of(signer), rank=2)]
     return [
         Column(
             "NAME", lambda line: line.name, total=format_count(num_entries, "entry")
@@ -219,6 +227,7 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
         Column("SAVED", of(lambda e: format_ago(e.updated_at)), True, rank=2),
         Column("CODEC", of(lambda e: format_codec(e.codec)), rank=3),
         *(losses if any(entry.receipts for entry in held) else []),
+        *(signers if is_any_signed else []),
         Column("TITLE", of(lambda e: e.title if e.name else ""), rank=4),
     ]
 

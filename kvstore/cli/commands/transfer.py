@@ -16,11 +16,12 @@ from click.core import ParameterSource
 
 from ...errors import KVStoreError
 from ...storage import files
+from ...storage.keys import check_signer, signing_key
 from .. import options
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..options import ModelOptions, PromptOptions, encode_source, gathered
 from ..output import Output, format_bytes, format_codec, format_count, one_line
-from .entries import entry_data, entry_label
+from .entries import entry_data, entry_label, signer_words
 
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
@@ -55,6 +56,12 @@ _OF_CACHE_FILES = (
 @options.name
 @options.codec
 @options.replace
+@click.option(
+    "--from",
+    "signer",
+    metavar="NAME",
+    help="Only if this signer signed it: a name that `kvstore key trust` gave.",
+)
 @click.pass_context
 @gathered("model", ModelOptions)
 @gathered("prompt", PromptOptions)
@@ -67,13 +74,15 @@ def import_file(
     name: str | None,
     codec: str | None,
     replace: bool,
+    signer: str | None,
 ) -> None:
     """Keep a bundle, or a prompt cache that `mlx_lm.cache_prompt` has written.
 
     A bundle is what `kvstore export` writes; `-` reads one from stdin. It is checked to
     the last byte before anything of it is kept. Whoever made it decided what the model
     has read: import one only from whom you would take a model from. With `--model` it
-    is refused if another model made it, or if its rows are not such as that computes.
+    is refused if another model made it, or if its rows are not such as that computes,
+    and with `--from` if somebody else signed it, or nobody did.
 
     A cache file does not hold the prompt, so give it as it was given then, and the
     model. Files of all releases of mlx-lm are read; one that does not fit the model is
@@ -89,10 +98,16 @@ def import_file(
         _refuse_given(context, _OF_CACHE_FILES, "a bundle")
         like, fingerprint = _made_by(context, model, draft_model)
         _import_bundle(
-            context, output, path, fingerprint, like, name=name, replace=replace
+            context,
+            output,
+            path,
+            (fingerprint, signer),
+            like,
+            name=name,
+            replace=replace,
         )
         return
-    _refuse_given(context, ("draft_model",), "a cache file")
+    _refuse_given(context, ("draft_model", "signer"), "a cache file")
     if model.model is None or prompt.prompt is None:
         raise click.UsageError(
             f"`{path}` is no bundle, and a cache file of mlx-lm's needs `--model` and"
@@ -159,7 +174,7 @@ def _import_bundle(
     context: click.Context,
     output: Output,
     path: Path,
-    fingerprint: Fingerprint | None,
+    wanted: tuple[Fingerprint | None, str | None],
     like: list[Any] | None,
     *,
     name: str | None,
@@ -170,12 +185,11 @@ def _import_bundle(
     begin = time.monotonic()
     with _opened(path) as file:
         # First, so that what is no bundle, or another model's, leaves no empty store.
-        bundle = open_bundle(file, fingerprint)
+        bundle = open_bundle(file, *wanted)
         store = open_store(context, create=True)
         with output.progress() as bars:
             entry = store.import_bundle(
                 bundle,
-                fingerprint=fingerprint,
                 like=like,
                 name=name,
                 replace=replace,
@@ -188,7 +202,7 @@ def _import_bundle(
         "elapsed_s": round(time.monotonic() - begin, 3),
     }
     maker = one_line(entry.model) or "a model without a name"
-    origin = f"made by {maker}, fingerprint {digest[:12]}"
+    origin = f"made by {maker}, fingerprint {digest[:12]}, {signer_words(entry)}"
     output.result(_describe_imported(entry, origin), data, [entry.id])
 
 
@@ -218,6 +232,7 @@ def _import_cache_file(
     prompt_cache, layouts = read_cache_file(path, tokens, loaded, model.model)
     # A file that is refused leaves no empty store behind.
     store = open_store(context, create=True, codec=options.codec_of(codec, 0))
+    check_signer("", is_signed_only=store.is_signed_only)
     with output.progress() as bars:
         entry = store.save(
             tokens,
@@ -256,30 +271,39 @@ def _describe_imported(entry: Entry, origin: str) -> str:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 @click.option(
+    "--sign", "is_signed", is_flag=True, help="Sign it with your key: `kvstore key`."
+)
+@click.option(
     "--without-basis",
     is_flag=True,
     help="Leave out what `kvstore calibrate` has made: who takes it over has it.",
 )
 @click.pass_context
 def export(
-    context: click.Context, ref: str, path: Path, overwrite: bool, without_basis: bool
+    context: click.Context,
+    ref: str,
+    path: Path,
+    overwrite: bool,
+    is_signed: bool,
+    without_basis: bool,
 ) -> None:
     """Write an entry and its blocks as one file: a bundle.
 
     `kvstore import` takes it over, on another machine too. A bundle holds the tokens,
     so the text: it is as private as the conversation. The same entry gives the same
-    bytes.
+    bytes, and the same signature. A signature tells nobody more than your key.
     """
     output = output_of(context)
+    secret = signing_key() if is_signed else None
     if str(path) == "-":
-        _export_to_stdout(context, output, ref, without_basis)
+        _export_to_stdout(context, output, ref, without_basis, secret)
         return
     _check_path(path, overwrite)
     store = open_store(context)
     entry = store.entry(ref)
     begin = time.monotonic()
     with files.written_whole(path) as descriptor:
-        nbytes = _write(store, entry, output, descriptor, without_basis)
+        nbytes = _write(store, entry, output, descriptor, without_basis, secret)
     data: JSON = {
         "entry": entry_data(entry),
         "file": str(path),
@@ -303,7 +327,11 @@ def _check_path(path: Path, overwrite: bool) -> None:
 
 
 def _export_to_stdout(
-    context: click.Context, output: Output, ref: str, without_basis: bool
+    context: click.Context,
+    output: Output,
+    ref: str,
+    without_basis: bool,
+    secret: str | None,
 ) -> None:
     if output.mode == "json":
         raise click.UsageError("`-o -` and `--json` exclude each other", context)
@@ -314,12 +342,18 @@ def _export_to_stdout(
     store = open_store(context)
     entry = store.entry(ref)
     sys.stdout.flush()
-    nbytes = _write(store, entry, output, sys.stdout.fileno(), without_basis)
+    to = sys.stdout.fileno()
+    nbytes = _write(store, entry, output, to, without_basis, secret)
     output.note(_describe_exported(entry, nbytes))
 
 
 def _write(
-    store: Store, entry: Entry, output: Output, descriptor: int, without_basis: bool
+    store: Store,
+    entry: Entry,
+    output: Output,
+    descriptor: int,
+    without_basis: bool,
+    secret: str | None,
 ) -> int:
     """Write a bundle to an open file and return its size in bytes."""
     with (
@@ -330,6 +364,7 @@ def _write(
             entry.id,
             file,
             without_basis=without_basis,
+            secret=secret,
             progress=bars.bar("export"),
         )
 
