@@ -42,7 +42,6 @@ class Interrupts:
         self._is_waiting = False
         self._watcher: Thread | None = None
         self._pipe = (-1, -1)
-        self._former_fd = -1
         self.is_pending = False
         self.ending: int | None = None
         self._is_deferring = False
@@ -57,7 +56,6 @@ class Interrupts:
         if self._on_heard is not None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            self._former_fd = signal.set_wakeup_fd(self._pipe[1])
             self._watcher = Thread(target=self._watch, daemon=True)
             self._watcher.start()
         return self
@@ -71,7 +69,6 @@ class Interrupts:
         for number, former in self._former.items():
             signal.signal(number, former)
         if self._watcher is not None:
-            signal.set_wakeup_fd(self._former_fd)
             os.close(self._pipe[1])
             self._watcher.join()
             os.close(self._pipe[0])
@@ -89,11 +86,17 @@ class Interrupts:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Say at once that a signal was heard, however late it is acted upon."""
+        if self._watcher is None:
+            yield
+            return
+        # Only now: whoever reads a line between messages has a descriptor of its own.
+        former = signal.set_wakeup_fd(self._pipe[1])
         self._is_waiting = True
         try:
             yield
         finally:
             self._is_waiting = False
+            signal.set_wakeup_fd(former)
 
     def _watch(self) -> None:
         """Wait for signals until the pipe is closed."""

@@ -34,6 +34,8 @@ _documents: list[Any] = []
 _MIN_WIDTH = 8
 # A text that is cut at fewer columns says little.
 _READABLE = 16
+# Letters of Persian or Hindi, and of joined emoji.
+_JOINERS = "\u200c\u200d"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -286,7 +288,17 @@ def has_colour(stream: TextIO) -> bool:
 def one_line(text: str) -> str:
     """Return ``text`` without line ends and other characters that move a cursor."""
     joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else repr(c)[1:-1] for c in joined
+    )
+
+
+def printable(text: str) -> str:
+    """Return a text without what would move a terminal's cursor."""
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def terminal_width() -> int | None:
@@ -433,6 +445,6 @@ def _cells(text: str) -> int:
     """Return how many cells of a terminal a text takes."""
     if text.isascii():
         return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    marks = sum(unicodedata.combining(c) > 0 for c in text)
-    return len(text) + wide - marks
+    from wcwidth import wcswidth
+
+    return max(0, wcswidth(text))

@@ -355,17 +355,28 @@ class Chat:
         """Whether the conversation was begun with this system prompt."""
         return self._template.begins_with(self._tokens, system_prompt)
 
-    def last_exchange(self) -> tuple[str, str] | None:
-        """Return what was said last and replied, as text; ``None`` if unknown."""
+    def exchanges(self, num_last: int | None = None) -> list[tuple[str, str]]:
+        """Return what was said and replied in each turn that is known, as text.
+
+        Args:
+            num_last: Only so many of the last turns.
+        """
         template = self._template
-        if self._why_unknown is not None or not self._begins or template.is_plain:
-            return None
-        asked, replied = template.marks.last_exchange(self._tokens, self._begins[-1])
+        if self._why_unknown is not None or template.is_plain:
+            return []
         decode = template.tokenizer.decode
-        return (
-            decode(asked, skip_special_tokens=True).strip(),
-            decode(replied, skip_special_tokens=True).strip(),
-        )
+        ends = [*self._begins[1:], len(self._tokens)]
+        turns = list(zip(self._begins, ends, strict=True))
+        found = []
+        for begin, end in turns if num_last is None else turns[-num_last:]:
+            turn = template.marks.exchange(self._tokens[:end], begin)
+            asked, replied = (decode(t, skip_special_tokens=True) for t in turn)
+            found.append((asked.strip(), replied.strip()))
+        return found
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens the conversation has once this is said."""
+        return len(self._tokens) + len(self._encode(text))
 
     def _resume(self, name: str) -> None:
         """Take up the entry of this name, if there is one."""

@@ -54,4 +54,4 @@ def _first_message(marks: TurnMarks | None, tokens: Sequence[int]) -> list[int]:
     if marks is None or first is None:
         return list(tokens[:_NUM_TOKENS])
     end = first + len(marks.header) + _NUM_TOKENS + len(marks.answer)
-    return marks.last_exchange(tokens[first:end], 0)[0]
+    return marks.exchange(tokens[first:end], 0)[0]

@@ -41,14 +41,14 @@ class TurnMarks:
             *(place + self.is_closed_by_model for place in later if place > first),
         ]
 
-    def last_exchange(
+    def exchange(
         self, tokens: Sequence[int], begin: int
     ) -> tuple[list[int], list[int]]:
-        """Return what was asked and what was replied in the last turn.
+        """Return what was asked and what was replied in a turn.
 
         Args:
-            tokens: A conversation.
-            begin: Where its last turn begins.
+            tokens: A conversation that ends with the turn.
+            begin: Where the turn begins.
         """
         # A header may begin with the token that ended the reply before.
         turn = tokens[max(0, begin - 1) :]

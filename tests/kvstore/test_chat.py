@@ -23,6 +23,7 @@ from kit import open_chat as new_chat
 from kit import save_prompt
 
 import kvstore
+from kvstore.models import Chat
 from kvstore.models.load import fingerprint_model, load_models
 from kvstore.models.session import entry_tokens
 from kvstore.models.templates import Template
@@ -725,8 +726,8 @@ def test_each_line_of_a_pipe_is_a_message(chat_cli, tmp_path, loaded):
     for said in ("user\none<", "user\ntwo \nand a half<", "user\n/three<"):
         assert said in text
     assert len(out.splitlines()) >= 3
-    assert err.count("tokens/s; reply: 12") == 3
-    assert err.count("it was cut off") == 3
+    assert err.count("/s), wrote 12 (") == 3
+    assert err.count("cut off by `--max-tokens`") == 3
     assert "`daily`, from which `--name` goes on" in err
 
 
@@ -757,7 +758,7 @@ def test_a_chat_without_a_name_says_how_to_come_back(chat_cli, run_cli):
 
 def test_the_commands_of_a_chat(chat_cli, tmp_path):
     """Names, forks and turns taken back, by typing; `/stats` says what came of it."""
-    script = "one\n/name a\ntwo\n/fork\tb\nthree\n/rewind 2\n/stats\n/help\n"
+    script = "one\n/name a\ntwo\n/fork\tb\nthree\n/undo 2\n/stats\n/help\n"
     code, out, err = chat_cli(script)
     assert code == 0
     assert "the chat is called `a` now" in err
@@ -766,14 +767,54 @@ def test_the_commands_of_a_chat(chat_cli, tmp_path):
     stats = dict(line.split(":") for line in out.splitlines() if ":" in line)
     assert (stats["name"].strip(), stats["turns"].strip()) == ("b", "1")
     assert stats["saved"].strip() == "all"
-    assert "/rewind [K]" in out
+    assert "/undo [K]" in out
     assert len(kept_tokens(tmp_path / "store", "a")) > int(stats["tokens"])
     assert len(kept_tokens(tmp_path / "store", "b")) == int(stats["tokens"])
+
+
+def test_files_history_and_other_chats(chat_cli, tmp_path, loaded):
+    """A file goes before the next message; `/switch` goes on with another chat."""
+    document = tmp_path / "my notes.txt"
+    document.write_text("The sky is green.")
+    chat_cli("other\n", "--name", "b")
+    script = f'/file {document}\none\n"""\ntwo\n/bye\n"""\n/history\n/list\n'
+    code, out, err = chat_cli(f"{script}/switch b\nthree\n/bye\nfour\n", "--name", "a")
+    assert code == 0
+    assert "> The sky is green.\n\none\n" in out
+    assert "> two\n/bye\n" in out
+    assert "`my notes.txt` goes before what you say next" in err
+    table = out[out.index("NAME ") :].splitlines()[1:3]
+    assert {line.split()[0] for line in table} == {"a", "b"}
+    text = loaded[1].decode(kept_tokens(tmp_path / "store", "b"))
+    assert "other" in text
+    assert "three" in text
+    assert "four" not in text
+
+
+def test_the_limit_of_the_model_is_told_before_and_behind_it(chat_cli, tiny_model):
+    """A message that goes past it is told before it is read."""
+    path = tiny_model / "config.json"
+    config = path.read_text()
+    try:
+        path.write_text(
+            json.dumps(json.loads(config) | {"max_position_embeddings": 56})
+        )
+        _, _, err = chat_cli("one\ntwo\nthree\n/undo\n")
+    finally:
+        path.write_text(config)
+    assert "of the model's 56 tokens are left: `/undo` takes turns back" in err
+    assert "and the model was made for 56: what it says may be of no use" in err
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("/switch nobody", "no entry `nobody`"),
+        ("/file", "`/file` needs a path"),
+        ("/file /nowhere", "no such file or directory: /nowhere"),
+        ("/file /dev", "`/dev` is no file"),
+        (f"/file {sys.executable}", f"`{sys.executable}` is not UTF-8"),
+        ("/edit", "`/edit` needs a terminal"),
         (
             "/what",
             "no command `/what`\n"
@@ -783,10 +824,10 @@ def test_the_commands_of_a_chat(chat_cli, tmp_path):
         ("/name", "`/name` needs a name"),
         ("/fork daily", "the name `daily` is taken"),
         ("/name -x", "a name has 1 to"),
-        ("/rewind x", "not a number of turns: `x`"),
-        ("/rewind 0", "not a number of turns: `0`\nhint: `/rewind 2`"),
-        ("/rewind " + "9" * 5000, "not a number of turns: `999"),
-        ("/rewind 7", "cannot take back 7 turns of 1"),
+        ("/undo x", "not a number of turns: `x`"),
+        ("/undo 0", "not a number of turns: `0`\nhint: `/undo 2`"),
+        ("/undo " + "9" * 5000, "not a number of turns: `999"),
+        ("/undo 7", "cannot take back 7 turns of 1"),
     ],
 )
 def test_a_wrong_command_is_an_error_and_a_hint(chat_cli, line, message):
@@ -954,7 +995,13 @@ class Terminal:
             stderr=slave,
             cwd=ROOT,
             env=os.environ
-            | {"HF_HUB_OFFLINE": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "TERM": "xterm",
+                "LC_ALL": "C.UTF-8",
+                # Nothing here answers where the cursor is.
+                "PROMPT_TOOLKIT_NO_CPR": "1",
+            },
             start_new_session=True,
             # Ctrl-C then comes from the terminal, as it does for people.
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
@@ -1000,19 +1047,19 @@ def test_a_reply_is_interrupted_and_kept(tiny_model, store_path):
     """Ctrl-C ends a reply, which is on disk then; SIGTERM does, and ends the chat."""
     chat = Terminal(store_path, tiny_model, "--name", "daily", *ENDLESS)
     chat.wait_for("a new chat, `daily`")
-    chat.wait_for("> ")
-    chat.type("hello\n")
-    chat.wait_for("hello", more=200)
+    chat.wait_for(">")
+    chat.type("hello\r")
+    chat.wait_for("hello", more=600)
     chat.type("\x03")
     chat.wait_for("interrupted: what was said is kept")
-    chat.wait_for("> ")
+    chat.wait_for(">")
     first = kept_tokens(store_path, "daily")
     chat.type("half a line")
     chat.wait_for("half a line")
     chat.type("\x03")
-    chat.wait_for("> ")
-    chat.type("more\n")
-    chat.wait_for("more", more=200)
+    chat.wait_for(">")
+    chat.type("more\r")
+    chat.wait_for("more", more=600)
     chat.process.send_signal(signal.SIGTERM)
     assert chat.wait() == 128 + signal.SIGTERM
     second = kept_tokens(store_path, "daily")
@@ -1023,18 +1070,73 @@ def test_a_reply_is_interrupted_and_kept(tiny_model, store_path):
     chat = Terminal(store_path, tiny_model, "--name", "daily", *ENDLESS)
     chat.wait_for("2 turns, ")
     chat.wait_for("more")
-    chat.wait_for("> ")
+    chat.wait_for(">")
     chat.type("\x03")
+    chat.wait_for("Ctrl-D or `/bye` ends the chat")
+    chat.wait_for(">")
+    chat.type("\x04")
     assert chat.wait() == 0
     assert kept_tokens(store_path, "daily") == second
+
+
+def test_what_is_pasted_is_one_message(tiny_model, store_path):
+    """Marked as pasted or not, in quotes or with a backslash: lines stay together."""
+    chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 4)
+    chat.wait_for(">")
+    pasted = "def f(x):\r    return x\r\rf(2)"
+    for typed in (
+        f"\x1b[200~{pasted}\x1b[201~\r",
+        f"{pasted}\n",
+        '"""\r',
+        "line two\r",
+        'line three"""\r',
+        "one \\\r",
+        "two\r",
+    ):
+        chat.type(typed)
+    chat.wait_for("two")
+    chat.wait_for("wrote 4")
+    chat.type("/bye\r")
+    assert chat.wait() == 0
+    with kvstore.Store(store_path, "raw") as store:
+        model = load_models(str(tiny_model))
+        said = [
+            asked for asked, _ in Chat(model, store=store, name="daily").exchanges()
+        ]
+    lines = pasted.replace("\r", "\n")
+    assert said == [lines, lines, "line two\nline three", "one \ntwo"]
+
+
+def test_a_person_edits_what_was_taken_back(tiny_model, store_path, tmp_path):
+    """After `/undo` the message stands in the line; Tab completes."""
+    document = tmp_path / "notes.txt"
+    document.write_text("The sky is green.")
+    chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 4)
+    chat.wait_for(">")
+    chat.type(f"/file {tmp_path}/not\t")
+    chat.wait_for("es.txt")
+    chat.type("\r")
+    chat.wait_for("goes before what you say next")
+    chat.type("hello\r")
+    chat.wait_for("wrote 4")
+    chat.type("/undo\r")
+    chat.wait_for("taken back; left: 0 turns")
+    chat.wait_for("The sky is green.")
+    chat.type(" there\r")
+    chat.wait_for("wrote 4")
+    chat.type("/history\r")
+    chat.wait_for("> The sky is green.")
+    chat.wait_for("hello there")
+    chat.type("\x04")
+    assert chat.wait() == 0
 
 
 def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, store_path):
     """What a terminal of another encoding sends is said with marks in its place."""
     chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 12)
-    chat.wait_for("> ")
+    chat.wait_for(">")
     chat.type(b"caf\xe9 \xff\r")
-    chat.wait_for("tokens/s; reply: 12")
+    chat.wait_for("/s), wrote 12 (")
     chat.type("\x04")
     assert chat.wait() == 0
     assert kept_tokens(store_path, "daily")
@@ -1043,9 +1145,9 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(tiny_model, store_path):
 def test_a_terminal_may_hang_up(tiny_model, store_path):
     """When the window is closed in the middle of a reply, that is kept."""
     chat = Terminal(store_path, tiny_model, "--name", "daily", *ENDLESS)
-    chat.wait_for("> ")
-    chat.type("hello\n")
-    chat.wait_for("hello", more=200)
+    chat.wait_for(">")
+    chat.type("hello\r")
+    chat.wait_for("hello", more=600)
     os.close(chat._master)
     assert chat.process.wait(timeout=60) == 128 + signal.SIGHUP
     assert len(kept_tokens(store_path, "daily")) > 100

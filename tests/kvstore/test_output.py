@@ -135,6 +135,13 @@ def test_fields_stand_below_each_other():
 def test_nothing_printed_moves_the_cursor():
     """Line ends and escape sequences in a name cannot alter the terminal."""
     assert one_line("a\n b\x1b[2J") == "a b\\x1b[2J"
+    assert one_line("\u202ead") == "\\u202ead"
+
+
+@pytest.mark.parametrize("text", ["👩‍👩‍👧", "می‌خواهم", "क्‍ष"])
+def test_joined_letters_stay_joined(text):
+    """Emoji and the letters of Persian and Hindi are printed as they are."""
+    assert one_line(text) == text
 
 
 @pytest.mark.parametrize(

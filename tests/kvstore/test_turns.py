@@ -168,7 +168,7 @@ def test_what_was_said_last_is_found(tokenizer):
     """The last exchange is what the user said and what was replied."""
     tokens, _ = converse(tokenizer, [])
     marks = Template(tokenizer).marks
-    asked, replied = marks.last_exchange(tokens, marks.begins(tokens)[-1])
+    asked, replied = marks.exchange(tokens, marks.begins(tokens)[-1])
     assert tokenizer.decode(asked).strip() == "[x]"
     assert tokenizer.decode(replied).strip() == "to [x]."
 

@@ -1,11 +1,13 @@
-"""The verb chat: a conversation in a terminal, or a message per line of a pipe."""
+"""The verb chat: a conversation in a terminal, or over a pipe."""
 
 from __future__ import annotations
 
 import re
 import sys
-import unicodedata
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +17,7 @@ from .. import options
 from ..failures import explain
 from ..interrupts import Interrupts
 from ..main import Verb, output_of
+from ..messages import make_reader, unquote
 from ..options import ModelOptions, gathered, model_options
 from ..output import (
     Bars,
@@ -26,22 +29,32 @@ from ..output import (
     has_colour,
     one_line,
     print_failure,
+    printable,
 )
-from .generate import end_if_asked, open_models, warn_of_size
+from .generate import end_if_asked, open_models, warn_of_context, warn_of_size
+from .listing import list_named
 
 if TYPE_CHECKING:
     from ...format.block import Progress
     from ...models.chat import Chat, ChatStats
+    from ...models.load import LoadedModel
+    from ...store import Store
 
 _HELP = """\
-/fork NAME   go on under NAME from here; the old name stays where it was
-/rewind [K]  take back the last turn, or the last K
-/name NAME   give the chat another name, or its first
-/stats       where the chat stands
-/help        this list
-//…          say something that begins with a slash
-A line that ends in a backslash goes on in the next.
-Ctrl-C ends a reply, Ctrl-D the chat."""
+/file PATH    put a text file before what you say next
+/edit         write the next message in $EDITOR
+/undo [K]     take back the last turn, or the last K; the message can be edited
+/history      all that was said
+/name NAME    give the chat another name, or its first
+/fork NAME    go on under NAME from here; the old name stays where it was
+/list         the chats and documents that have a name
+/switch NAME  go on with another chat
+/stats        where the chat stands
+/help         this list
+/bye          end the chat; so does Ctrl-D
+//…           say something that begins with a slash
+Enter sends; Alt-Enter, a backslash at the end, or \"\"\" … \"\"\" make several lines.
+Ctrl-C ends a reply, and never the chat."""
 _SHOWN = 200
 # Fewer tokens are computed before a bar can be read.
 _LONG = 512
@@ -89,10 +102,11 @@ def chat(
 
     Each turn is kept as it ends, under the name if there is one. The same name takes
     the chat up again at its last token. `--from` begins with what an entry holds and
-    leaves that as it is: nothing is kept until there is a name. Ctrl-C ends a reply and
-    keeps what was said; Ctrl-D, or Ctrl-C where nothing is typed, ends the chat. In it,
-    `/help` lists the commands. From a pipe, each line is a message. Where no model is
-    named, it is that of the entry.
+    leaves that as it is: nothing is kept until there is a name. What is pasted is one
+    message, and `/file PATH` reads one. Ctrl-C ends a reply and keeps what was said;
+    Ctrl-D ends the chat. In it, `/help` lists the commands. From a pipe, each line is a
+    message, or all that stands within `\"\"\"`. Where no model is named, it is that of
+    the entry.
     """
     output = output_of(context)
     if output.mode == "json":
@@ -110,11 +124,10 @@ def chat(
     from ...models.session import Callbacks
 
     with output.progress() as bars, Interrupts(bars.say_stopping) as interrupts:
-        talk = Chat(
+        open_chat = partial(
+            Chat,
             loaded,
             store=store,
-            name=name,
-            base=base,
             system_prompt=template.system_prompt,
             template=options.make_template(loaded.tokenizer, template),
             sampling=sampling.make(max_tokens, live.num_draft_tokens),
@@ -126,13 +139,14 @@ def chat(
                 on_prefill=_when_long(bars.bar("prefill")),
             ),
         )
+        talk = open_chat(name=name, base=base)
         _check_system_prompt(talk, template.system_prompt)
-        session = _Session(output, bars, talk, interrupts, loaded.context_length)
+        session = _Session(output, bars, talk, interrupts, open_chat, loaded, store)
         try:
             session.run()
         except OSError:
             # A terminal that hung up cannot be written to; all is saved.
-            if interrupts.ending is None or not talk.is_saved:
+            if interrupts.ending is None or not session.is_saved:
                 raise
     end_if_asked(context, interrupts)
     if session.is_failed:
@@ -152,22 +166,41 @@ class _Session:
         bars: Bars,
         chat: Chat,
         interrupts: Interrupts,
-        context_length: int | None = None,
+        open_chat: Callable[..., Chat],
+        model: LoadedModel,
+        store: Store,
     ) -> None:
         self._output = output
         self._bars = bars
         self._chat = chat
         self._interrupts = interrupts
-        self._context_length = context_length
+        self._open_chat = open_chat
+        self._model = model
+        self._store = store
         self._is_person = sys.stdin.isatty()
-        self._reads_line = self._is_person and sys.stdout.isatty()
+        # Files that go before what is said next.
+        self._files: list[str] = []
+        # What was said and taken back, to be edited.
+        self._draft = ""
         self.is_failed = False
-        if self._reads_line:
-            with suppress(ImportError):
-                import readline  # noqa: F401  (lines can be edited, and had again)
-        if hasattr(sys.stdin, "reconfigure"):
-            # The one way that `input`, too, takes bytes that are no text.
-            sys.stdin.reconfigure(errors="surrogateescape")
+        self._commands = {
+            "/file": self._file,
+            "/edit": self._edit,
+            "/undo": self._undo,
+            "/history": self._history,
+            "/name": self._rename,
+            "/fork": self._fork,
+            "/list": self._list,
+            "/switch": self._switch,
+            "/stats": self._stats,
+            "/help": self._help,
+        }
+        self._read_message = make_reader(self._words, "/file ", self._meter)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether nothing that is to be kept waits to be saved."""
+        return self._chat.is_saved
 
     def run(self) -> None:
         """Say where the chat stands, and go on until it ends; then all is saved.
@@ -197,21 +230,26 @@ class _Session:
                 f"{num_held:,} tokens can be restored as you want them; the others are"
                 " computed again with what you say next"
             )
-        said = chat.last_exchange()
-        if said is not None and self._output.mode == "human":
-            asked, replied = (_shorten(text) for text in said)
+        for said in chat.exchanges(num_last=1):
+            asked, replied = map(_shorten, said)
             self._output.note(f"> {asked}\n{replied}")
 
     def _take_lines(self) -> None:
         """Take what is said, and commands, until there is no more."""
-        while self._interrupts.ending is None:
-            line = self._read()
-            if line is None:
+        while (text := self._read()) is not None:
+            quoted = unquote(text)
+            # A command has one line; what is pasted may begin with a slash.
+            is_command = text.startswith("/") and "\n" not in text.strip()
+            if quoted is not None:
+                self._say(quoted)
+            elif text.startswith("//"):
+                self._say(text.removeprefix("/"))
+            elif text.split() == ["/bye"]:
                 return
-            if line.startswith("/") and not line.startswith("//"):
-                self._command(line)
-            elif line.strip():
-                self._say(line.removeprefix("/") if line.startswith("//") else line)
+            elif is_command:
+                self._command(text)
+            elif text.strip():
+                self._say(text)
 
     def _end(self) -> None:
         """Save what could not be saved before, and say how to go on."""
@@ -231,47 +269,44 @@ class _Session:
 
     def _read(self) -> str | None:
         """Return the next message or command, or ``None`` at the end."""
-        lines: list[str] = []
-        while True:
+        while self._interrupts.ending is None:
+            draft, self._draft = self._draft, ""
             try:
-                line = self._read_line("> " if not lines else ". ")
+                return self._read_message(draft)
             except EOFError:
-                if self._is_person:
-                    click.echo(err=True)
-                return "\n".join(lines) if lines else None
+                return None
             except KeyboardInterrupt:
-                click.echo(err=True)
-                is_empty = not (lines or self._typed())
-                if is_empty or self._interrupts.ending is not None:
+                if not self._is_person:
                     return None
-                lines = []  # as in a shell: what was typed is dropped
-                continue
-            if not line.endswith("\\"):
-                return "\n".join([*lines, line])
-            lines.append(line[:-1])
+                if self._interrupts.ending is None:
+                    self._note("Ctrl-D or `/bye` ends the chat")
+        return None
 
-    def _read_line(self, prompt: str) -> str:
-        if self._reads_line:
-            return _as_text(input(prompt))
-        if self._is_person:
-            click.echo(prompt, nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return _as_text(line.removesuffix("\n").removesuffix("\r"))
+    def _words(self) -> Iterator[str]:
+        """Yield what a line that begins with a slash may become."""
+        yield from (*self._commands, "/bye")
+        for entry in self._store.entries():
+            if entry.name is not None:
+                yield f"/switch {entry.name}"
 
-    def _typed(self) -> str:
-        """Return what stands in the line that Ctrl-C has ended."""
-        readline = sys.modules.get("readline") if self._reads_line else None
-        return str(readline.get_line_buffer()) if readline else ""
+    def _meter(self) -> str:
+        """Return how full the model's context is, and what comes with the message."""
+        length, num_tokens = self._model.context_length, len(self._chat.tokens)
+        of = f" of {length:,}" if length else ""
+        files = f" + {format_count(len(self._files), 'file')}" if self._files else ""
+        return one_line(
+            f"{self._chat.name or 'no name'}: {num_tokens:,}{of} tokens{files}"
+        )
 
     def _say(self, text: str) -> None:
         """Say something, and print the reply as it comes."""
         last: Any = None
+        message = "\n\n".join([*self._files, text])
+        warn_of_context(self._output, self._model, self._chat.count_tokens(message))
         before = self._chat.stats()
         error: Exception | None = None
         try:
-            with self._interrupts.deferred(), closing(self._chat.say(text)) as said:
+            with self._interrupts.deferred(), closing(self._chat.say(message)) as said:
                 while True:
                     try:
                         response = next(said, None)
@@ -282,53 +317,49 @@ class _Session:
                         break
                     last = response
                     self._bars.clear()
-                    self._output.stream(_printable(response.text))
+                    self._output.stream(_shown(response.text))
         except KeyboardInterrupt:
             pass  # the second; it is pending, too
         self._bars.clear()
         if last is not None:
             self._output.stream("\n")
+            self._files = []
         if error is not None:
             self._fail(error)
         elif last is not None:
             self._note(self._told(last, before.num_restored_tokens))
-            self._warn_of_context()
+            self._warn_of_limit()
+        if last is None:
+            self._draft = text
         if self._interrupts.is_pending:
             self._interrupted(last)
 
-    def _warn_of_context(self) -> None:
+    def _warn_of_limit(self) -> None:
         """Say that the chat comes near to the end of the model's context."""
-        length, num_tokens = self._context_length, self._chat.stats().num_tokens
-        if length is None or num_tokens < _NEAR * length:
-            return
-        if num_tokens > length:
+        length, num_tokens = self._model.context_length, len(self._chat.tokens)
+        if length is not None and _NEAR * length <= num_tokens <= length:
             self._output.warning(
-                f"the chat has {num_tokens:,} tokens, and the model was made for"
-                f" {length:,}: `/rewind K` takes turns back"
+                f"{length - num_tokens:,} of the model's {length:,} tokens are left:"
+                " `/undo` takes turns back"
             )
-        else:
-            left = length - num_tokens
-            self._note(f"{left:,} of the model's {length:,} tokens are left")
 
     def _told(self, last: Any, num_before: int) -> str:
-        """Return a line on a turn: what was held, what computed, and how fast."""
+        """Return a line on a turn: what was restored, read and written, how fast."""
         stats = self._chat.stats()
-        num_prompt = stats.num_tokens - last.generation_tokens
         num_restored = stats.num_restored_tokens - num_before
-        num_live = num_prompt - last.prompt_tokens - num_restored
-        told = (
-            f"prompt: {format_count(num_prompt, 'token')}, {num_live:,} in memory,"
-            f" {num_restored:,} restored, {last.prompt_tokens:,} computed at"
-            f" {last.prompt_tps:.1f} tokens/s; reply: {last.generation_tokens:,} at"
-            f" {last.generation_tps:.1f} tokens/s"
+        told = f"restored {num_restored:,}, " if num_restored else ""
+        told += (
+            f"read {last.prompt_tokens:,} ({last.prompt_tps:.0f}/s), wrote"
+            f" {last.generation_tokens:,} ({last.generation_tps:.0f}/s):"
+            f" {format_count(stats.num_tokens, 'token')}"
         )
         if last.finish_reason == "length":
-            told += "; it was cut off, `--max-tokens` allows more"
+            told += "; cut off by `--max-tokens`"
         return told
 
     def _interrupted(self, last: Any) -> None:
         if last is None:
-            self._note("interrupted before the reply: the message is taken back")
+            self._note("interrupted before the reply: edit the message, or drop it")
         elif last.finish_reason is None and self._chat.is_saved:
             where = "kept" if self._chat.is_kept else "in this chat"
             self._note(f"interrupted: what was said is {where}")
@@ -338,21 +369,14 @@ class _Session:
     def _command(self, line: str) -> None:
         """Do what a line with a slash asks for."""
         word, *rest = line.split(maxsplit=1)
-        commands = {
-            "/fork": self._fork,
-            "/rewind": self._rewind,
-            "/name": self._rename,
-            "/stats": self._stats,
-            "/help": self._help,
-        }
         try:
-            if word not in commands:
+            if word not in self._commands:
                 raise _usage(
                     f"no command `{word}`",
                     "`/help` lists them; `//` begins a message with a slash",
                 )
-            commands[word]("".join(rest).strip())
-        except (KVStoreError, OSError, ValueError, click.UsageError) as error:
+            self._commands[word]("".join(rest).strip())
+        except (KVStoreError, OSError, ValueError, click.ClickException) as error:
             self._fail(error)
         except KeyboardInterrupt:
             self._note("interrupted")
@@ -368,11 +392,52 @@ class _Session:
         self._chat.rename(_named(name, "/name"))
         self._note(f"the chat is called `{name}` now")
 
-    def _rewind(self, number: str) -> None:
+    def _file(self, name: str) -> None:
+        path = Path(_named(name, "/file", "PATH")).expanduser()
+        if path.exists() and not path.is_file():
+            raise _usage(f"`{path}` is no file", "`/file PATH` takes a file of text")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise _usage(f"`{path}` is not UTF-8", "give a file of text") from error
+        num_tokens = self._chat.count_tokens("\n\n".join([*self._files, text]))
+        self._files.append(text)
+        self._note(
+            f"`{path.name}` goes before what you say next: {num_tokens:,} tokens then"
+        )
+        warn_of_context(self._output, self._model, num_tokens)
+
+    def _edit(self, rest: str) -> None:
+        if not self._is_person:
+            raise _usage("`/edit` needs a terminal", "give the message as a line")
+        text = click.edit(rest, extension=".md")
+        self._draft = (text or rest).strip()
+
+    def _undo(self, number: str) -> None:
         if number and not re.fullmatch(r"[1-9]\d{0,8}", number):
-            raise _usage(f"not a number of turns: `{number}`", "`/rewind 2`")
-        self._chat.rewind(int(number or 1))
+            raise _usage(f"not a number of turns: `{number}`", "`/undo 2`")
+        num_turns = int(number or 1)
+        said = self._chat.exchanges(num_turns)
+        self._chat.rewind(num_turns)
+        self._draft = said[0][0] if said else ""
         self._note(f"taken back; left: {self._extent()}")
+
+    def _history(self, rest: str) -> None:
+        said = self._chat.exchanges()
+        text = "\n".join(f"> {asked}\n{replied}\n" for asked, replied in said)
+        self._output.result(_shown(text), None)
+        if not said:
+            self._note("no turns that can be told apart")
+
+    def _list(self, rest: str) -> None:
+        list_named(self._output, self._store, self._model.fingerprint.label)
+
+    def _switch(self, name: str) -> None:
+        entry = self._store.entry(_named(name, "/switch"))
+        talk = self._open_chat(name=entry.name, base=None if entry.name else entry.id)
+        self._end()
+        self._chat, self._files = talk, []
+        self._greet()
 
     def _stats(self, rest: str) -> None:
         stats = self._chat.stats()
@@ -458,9 +523,9 @@ def _usage(message: str, hint: str) -> click.UsageError:
     return error
 
 
-def _named(name: str, command: str) -> str:
+def _named(name: str, command: str, what: str = "NAME") -> str:
     if not name:
-        raise _usage(f"`{command}` needs a name", f"`{command} NAME`")
+        raise _usage(f"`{command}` needs a {what.lower()}", f"`{command} {what}`")
     return name
 
 
@@ -469,21 +534,10 @@ def _when_long(progress: Progress) -> Progress:
     return lambda done, total: progress(done, total) if total >= _LONG else None
 
 
-def _as_text(line: str) -> str:
-    """Return a line with a mark for each byte that is no text."""
-    return line.encode(errors="surrogateescape").decode(errors="replace")
-
-
 def _shorten(text: str) -> str:
     shown = one_line(text)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
-def _printable(text: str) -> str:
-    """Return a piece of a reply without what would move a terminal's cursor."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
+def _shown(text: str) -> str:
+    return printable(text) if sys.stdout.isatty() else text

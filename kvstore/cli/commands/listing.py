@@ -127,10 +127,23 @@ def list_entries(
     else:
         lines = _list_lines(store, entries)
         lines.sort(key=_ORDERS[order])
+    _print_lines(output, lines, len(entries), is_tree=tree)
+
+
+def list_named(output: Output, store: Store, model: str) -> None:
+    """List a model's entries that have a name, those used last first."""
+    named = [e for e in store.entries() if e.name is not None and e.model == model]
+    lines = sorted(_list_lines(store, named), key=_ORDERS["used"])
+    _print_lines(output, lines, len(named))
+
+
+def _print_lines(
+    output: Output, lines: Sequence[Line], num_entries: int, *, is_tree: bool = False
+) -> None:
     output.table(
         lines,
-        _columns(lines, len(entries)),
-        data=_line_data if tree else _entry_data,
+        _columns(lines, num_entries),
+        data=_line_data if is_tree else _entry_data,
         id_of=lambda line: line.entry.id if line.entry else "",
         empty="no entries",
     )

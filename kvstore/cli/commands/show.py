@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 
 import click
 
 from .. import options
 from ..main import Verb, load_fast_blas, open_store, output_of
+from ..output import printable
 from .entries import entry_data
 
 _TAIL = 400
@@ -49,11 +49,3 @@ def show(
     text = entry_text(store, entry, tokenizer_of(entry, model), num_last)
     data = {"entry": entry_data(entry), "text": text}
     output.result(printable(text) if sys.stdout.isatty() else text, data, [entry.id])
-
-
-def printable(text: str) -> str:
-    """Return a text without what would move a terminal's cursor."""
-    return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c
-        for c in text
-    )
