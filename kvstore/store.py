@@ -531,12 +531,14 @@ class Store:
             lambda: find_nearest(self._blocks, known, token_list, digest)
         )
 
-    def share_notes(self, other: Store) -> None:
-        """Write down what another store on the same folder notes, at each save.
+    def reopen(self) -> Store:
+        """Return another store on the same folder, for another thread.
 
-        For one that only loads, on a thread of its own: it never comes to write.
+        It writes down at each save what this one notes, which may only load.
         """
-        self._notes = other._notes
+        other = Store(self.path, self._codec_name, create=False)
+        other._notes = self._notes
+        return other
 
     def note_prefill(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float

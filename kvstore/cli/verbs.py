@@ -39,7 +39,10 @@ EXAMPLES = {
         "kvstore chat --name daily         # goes on, with the same model",
         "kvstore chat --from handbook      # the handbook stays as it is",
     ],
-    "serve": ["kvstore serve --model M --port 8080 --log-format json"],
+    "serve": [
+        "kvstore serve --model M --port 8080 --log-format json",
+        "kvstore serve --model M --remote team --push",
+    ],
     "demo": ["kvstore demo --model M --num-tokens 1000"],
     "ls": ["kvstore ls --sort size", "kvstore ls --tree --named"],
     "show": ["kvstore show daily --tail"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -96,23 +96,42 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> List
     return listing
 
 
-def find_prefixes(
-    client: Client, tokens: Sequence[int], fingerprint: str
-) -> list[RemoteEntry]:
-    """Return what a remote holds of a prompt, the longest first.
-
-    Entries that go on otherwise are cut to the full blocks that they share.
+def read_new(
+    client: Client, fingerprint: str, known: dict[EntryKey, RemoteEntry | None]
+) -> tuple[KVStoreError, ...]:
+    """Learn of a model's entries: only documents that are not known yet are read.
 
     Args:
         client: The remote.
-        tokens: The prompt.
         fingerprint: Digest of the model.
+        known: What is known by now, and what was refused as ``None``; it is changed to
+            what the remote has.
+
+    Returns:
+        Why some of those that are new were refused.
 
     Raises:
         RemoteError: The remote fails, or cannot list.
     """
-    listing = _read_all(client, _keys(client, fingerprint))
-    cut = (cut_to_prompt(listed.remote, tokens) for listed in listing.found)
+    keys = _keys(client, fingerprint)
+    for gone in known.keys() - set(keys):
+        del known[gone]
+    new = [key for key in keys if key not in known]
+    listing = _read_all(client, new)
+    # A document never changes: neither does what is wrong with it.
+    known.update(dict.fromkeys(new))
+    known.update({listed.key: listed.remote for listed in listing.found})
+    return listing.refused
+
+
+def find_prefixes(
+    known: Iterable[RemoteEntry | None], tokens: Sequence[int]
+) -> list[RemoteEntry]:
+    """Return what known entries have of a prompt, the longest first.
+
+    Entries that go on otherwise are cut to the full blocks that they share.
+    """
+    cut = (cut_to_prompt(remote, tokens) for remote in known if remote is not None)
     found = {remote.entry.tip: remote for remote in cut if remote is not None}
     return sorted(found.values(), key=lambda remote: -remote.entry.num_tokens)
 

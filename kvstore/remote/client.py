@@ -26,8 +26,6 @@ SCHEMES = ("file", "s3", "gs", "az", "http", "https")
 PART_BYTES = 8 * 1024 * 1024
 """How much one request moves. A connection that is cut costs no more."""
 
-# Requests are tried again by obstore, and what fails in the middle of a body by us.
-_TRIES = 3
 _PAUSE_S = 0.3
 # A request that holds all of it takes so much memory.
 _MAX_WHOLE = 128 * 1024 * 1024
@@ -60,6 +58,8 @@ class Limits:
     # How often obstore repeats one that fails, and for how long in all.
     retries: int = 4
     retry_s: float = 60.0
+    # How often a request is made anew that failed in the middle of a body.
+    tries: int = 3
 
 
 class Client:
@@ -82,11 +82,11 @@ class Client:
     ) -> None:
         self.remote = remote
         _check_installed()
-        self._store = self._translated(
-            lambda: _open_store(remote, limits or Limits(), create)
-        )
+        limits = limits or Limits()
+        self._tries = limits.tries
+        self._store = self._translated(lambda: _open_store(remote, limits, create))
 
-    def size(self, key: str, *, tries: int = _TRIES) -> int | None:
+    def size(self, key: str, *, tries: int | None = None) -> int | None:
         """Return the size of an object in bytes, or ``None`` where there is none."""
         try:
             return int(self._retried(lambda: self._store.head(key), tries)["size"])
@@ -105,7 +105,7 @@ class Client:
         """
         nbytes = len(data) if isinstance(data, bytes) else data.stat().st_size
 
-        for number in range(_TRIES):
+        for number in range(self._tries):
             # A server of which a node is down may fail to put parts together.
             is_whole = nbytes <= PART_BYTES or (number == 1 and nbytes <= _MAX_WHOLE)
             try:
@@ -114,7 +114,7 @@ class Client:
                 # The server may have done it, and the reply may be lost.
                 if error.may_pass and self.seems_there(key, nbytes):
                     return None
-                if not error.may_pass or number == _TRIES - 1:
+                if not error.may_pass or number == self._tries - 1:
                     raise
                 time.sleep(_PAUSE_S * 2**number)
 
@@ -217,7 +217,7 @@ class Client:
 
         return self._retried(receive)
 
-    def is_there(self, key: str, nbytes: int, *, tries: int = _TRIES) -> bool:
+    def is_there(self, key: str, nbytes: int, *, tries: int | None = None) -> bool:
         """Whether there is an object of this size.
 
         Raises:
@@ -248,9 +248,10 @@ class Client:
                 raise
             return False
 
-    def _retried(self, work: Callable[[], T], tries: int = _TRIES) -> T:
+    def _retried(self, work: Callable[[], T], tries: int | None = None) -> T:
         """Run a request again where it failed in a way that may pass."""
-        for number in range(tries - 1):
+        # obstore has tried it again too, unless it failed in the middle of a body.
+        for number in range((tries or self._tries) - 1):
             try:
                 return self._translated(work)
             except RemoteError as error:

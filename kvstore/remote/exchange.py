@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
@@ -13,9 +13,16 @@ from ..format.chain import as_tokens
 from ..format.entry import Entry, check_name
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .catalog import Listed, Listing, find_entry, find_prefixes, list_entries
-from .client import Client, Remote
-from .layout import RemoteEntry
+from .catalog import (
+    Listed,
+    Listing,
+    find_entry,
+    find_prefixes,
+    list_entries,
+    read_new,
+)
+from .client import Client, Limits, Remote
+from .layout import EntryKey, RemoteEntry
 from .probe import Probe, probe
 from .pull import pull_entry
 from .push import Pushed, push_entry
@@ -77,16 +84,20 @@ class Remotes:
         Raises:
             RemoteError: The remote fails, or cannot list.
         """
-        return _warned(list_entries(self._client(remote)))
+        return _warned(list_entries(self.client(remote)))
 
     def push(
-        self, ref: str, remote: str | None = None, *, progress: Progress | None = None
+        self,
+        ref: str,
+        remote: str | Client | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> Pushed:
         """Put an entry into a remote; what is there already is not sent again.
 
         Args:
             ref: The entry's name, or its id or the start of it.
-            remote: The remote's name; the only one by default.
+            remote: The remote, or its name; the only one by default.
             progress: Called with (bytes that are there, bytes in all).
 
         Raises:
@@ -94,7 +105,8 @@ class Remotes:
             IntegrityError: A part of it is missing or damaged.
             RemoteError: The remote fails; pushing again goes on from there.
         """
-        entry, client = self._catalog.find(ref), self._client(remote)
+        entry = self._catalog.find(ref)
+        client = remote if isinstance(remote, Client) else self.client(remote)
         return push_entry(self._blocks, entry, client, progress or ignore_progress)
 
     def pull(
@@ -131,10 +143,12 @@ class Remotes:
             OSError: The disk is full or fails.
         """
         check_name(name)
-        client = self._client(remote)
+        client = self.client(remote)
         digest = fingerprint.digest if fingerprint else None
         (listed,) = _warned(find_entry(client, ref, digest))
-        return self._pull(client, listed.remote, name, replace, like, progress)
+        return self.pull_found(
+            client, listed.remote, name, replace=replace, like=like, progress=progress
+        )
 
     def pull_prompt(
         self,
@@ -169,11 +183,15 @@ class Remotes:
             OSError: The disk is full or fails.
         """
         check_name(name)
-        client = self._client(remote)
+        client = self.client(remote)
+        known: dict[EntryKey, RemoteEntry | None] = {}
+        warn(read_new(client, fingerprint.digest, known))
         errors: list[KVStoreError] = []
-        for found in find_prefixes(client, as_tokens(tokens), fingerprint.digest):
+        for found in find_prefixes(known.values(), as_tokens(tokens)):
             try:
-                return self._pull(client, found, name, replace, like, progress)
+                return self.pull_found(
+                    client, found, name, replace=replace, like=like, progress=progress
+                )
             except IntegrityError as error:
                 errors.append(error)  # a shorter one may do
         if errors:
@@ -183,32 +201,63 @@ class Remotes:
             hint="`kvstore ls --remote` lists what it has",
         )
 
-    def _client(self, name: str | None) -> Client:
-        return Client(find_remote(self._blocks.folder, name))
-
-    def _pull(
+    def pull_found(
         self,
         client: Client,
-        remote: RemoteEntry,
-        name: str | None,
-        replace: bool,
-        like: Sequence[Any] | None,
-        progress: Progress | None,
+        found: RemoteEntry,
+        name: str | None = None,
+        *,
+        replace: bool = False,
+        like: Sequence[Any] | None = None,
+        min_bits: int = 0,
+        progress: Progress | None = None,
     ) -> Entry:
+        """Take an entry that was found in a remote, as :meth:`pull` does.
+
+        Args:
+            client: The remote.
+            found: The entry.
+            name: A name for it, in place of its own.
+            replace: Take the name from an entry that this does not continue.
+            like: The model's empty prompt cache, as ``import_bundle`` takes it.
+            min_bits: Refuse rows of fewer bits per number.
+            progress: Called with (bytes that have come, bytes to come).
+
+        Raises:
+            IntegrityError: It is not what its names say.
+            EntryExistsError: The name is taken.
+            KVStoreError: Its rows are of fewer bits.
+            RemoteError: The remote fails; pulling again goes on from there.
+            OSError: The disk is full or fails.
+        """
         return pull_entry(
             self._blocks,
             self._catalog,
             client,
-            remote,
+            found,
             name,
             replace=replace,
             like=like,
+            min_bits=min_bits,
             progress=progress or ignore_progress,
         )
+
+    def client(self, name: str | None, limits: Limits | None = None) -> Client:
+        """Return a remote, to be asked within these limits.
+
+        Raises:
+            KVStoreError: There is none of this name.
+        """
+        return Client(find_remote(self._blocks.folder, name), limits)
 
 
 def _warned(listing: Listing) -> list[Listed]:
     """Return entries of a remote, having named in the log what was refused."""
-    for error in listing.refused:
-        log.warning("%s", error)
+    warn(listing.refused)
     return list(listing.found)
+
+
+def warn(refused: Iterable[KVStoreError]) -> None:
+    """Name in the log what was refused."""
+    for error in refused:
+        log.warning("%s", error)

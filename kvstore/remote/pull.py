@@ -83,6 +83,7 @@ def pull_entry(
     *,
     replace: bool,
     like: Sequence[Any] | None = None,
+    min_bits: int = 0,
     progress: Progress,
 ) -> Entry:
     """Take an entry of a remote into a store, and return it.
@@ -95,14 +96,15 @@ def pull_entry(
         name: A name for it, or ``None`` for its own.
         replace: Take the name from an entry that this one does not continue.
         like: The empty prompt cache of the model that it must be of.
+        min_bits: Fewest bits per number that its rows must have.
         progress: Called with (bytes that have come, bytes to come).
 
     Raises:
         IntegrityError: An object is missing, or not what its name says. Nothing of the
             entry can be seen in the store then.
         EntryExistsError: The name belongs to something else.
-        KVStoreError: Its blocks have another size, or the store's own blocks lack
-            states or windows that the entry needs.
+        KVStoreError: Its blocks have another size or too few bits, or the store's own
+            blocks lack states or windows that the entry needs.
         RemoteError: The remote fails. Pulling again goes on from there.
         StoreLockedError: Another process pulls into the same store for too long.
         OSError: The disk is full or fails.
@@ -119,6 +121,11 @@ def pull_entry(
     def work() -> Entry:
         plan = _plan(blocks, client, remote, like)
         # Before anything large has come.
+        if (worst := min(b.bits for b in plan.inspector.blocks)) < min_bits:
+            raise KVStoreError(
+                f"the remote entry has rows of {worst} bits, and at least {min_bits}"
+                " are wanted"
+            )
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
         with _checked(folder, remote, plan) as incoming:

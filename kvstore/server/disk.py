@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..caches import live as caches
 from ..errors import KVStoreError
@@ -24,6 +24,9 @@ from ..ops.load import Match
 from ..store import Store
 from .lineage import Lineage
 from .writer import Job, Writer
+
+if TYPE_CHECKING:
+    from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")
 # What another conversation says is not for the log.
@@ -62,6 +65,7 @@ class Disk:
         min_bits: Rows of fewer bits per number are not read.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
+        remote: Where more of a prompt is looked for than is on disk.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class Disk:
         min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        remote: RemoteTier | None = None,
     ) -> None:
         self.store = store
+        self._remote = remote
         self._reading = threading.Lock()
         # Of its own, so that no insertion waits for a read.
         self._taker: Store | None = None
@@ -83,9 +89,10 @@ class Disk:
         self._lineage = Lineage()
         self._read_again_at = 0.0
         self._writer = Writer(
-            self._open_again,
+            store.reopen,
             min_free_bytes=min_free_bytes,
             max_queued_bytes=max_queued_bytes,
+            saved=remote.offer if remote else lambda entry: None,
         )
 
     def read(
@@ -152,7 +159,12 @@ class Disk:
         Returns:
             Whether nothing was given up.
         """
+        begin = time.monotonic()
         is_written = self._writer.close(timeout_s)
+        if self._remote is not None:
+            # What it cannot be told in time is on the disk all the same.
+            left = timeout_s and max(0.0, begin + timeout_s - time.monotonic())
+            self._remote.close(left)
         with self._taking, self._reading:
             for store in (self._taker, self.store):
                 if store is not None:
@@ -170,9 +182,13 @@ class Disk:
             return None, "no need of the disk"
         _remake(self.store)
         like, match = self._longest(served, tokens, spans)
+        pulled = self._bring(served, tokens, max(num_held, match.num_tokens))
+        if pulled is not None:
+            like, match = self._longest(served, tokens, spans)
+        about = f"{pulled}; " if pulled else ""
         reason = self._why_not(served, match, num_held)
         if reason is not None:
-            return None, reason
+            return None, about + reason
         begin = time.monotonic()
         limit = self._limit(served, match.num_tokens - num_held)
         prompt_cache, rest = self.store.load(
@@ -190,7 +206,24 @@ class Disk:
         self._lineage.note(served.fingerprint.digest, tokens[:num_read], provenance)
         quality = provenance.quality
         why = f"{num_read} read from disk in {seconds:.3f} s, {quality}"
-        return (prompt_cache, rest), why
+        return (prompt_cache, rest), about + why
+
+    def _bring(
+        self, served: ServedModel, tokens: list[int], num_held: int
+    ) -> str | None:
+        """Have the remote asked for more than is held, and say what was done."""
+        least = num_held + self._min_tokens
+        if self._remote is None or least >= len(tokens):
+            return None
+        prefill = self.store.speeds(served.fingerprint).prefill
+        return self._remote.bring(
+            served.fingerprint.digest,
+            tokens,
+            least,
+            like=served.empty_caches[0],
+            min_bits=self._min_bits,
+            prefill=prefill,
+        )
 
     def _limit(self, served: ServedModel, num_gained: int) -> Progress:
         """Return a callback that ends a load which takes longer than computing.
@@ -252,13 +285,6 @@ class Disk:
             )
         return None
 
-    def _open_again(self) -> Store:
-        """Return another store on the same folder, for another thread."""
-        mine = self.store
-        other = Store(mine.path, mine.codec, create=False)
-        other.share_notes(mine)
-        return other
-
     def _keep(
         self,
         served: ServedModel,
@@ -271,7 +297,7 @@ class Disk:
             log.info("kvstore: not kept: %d tokens are too few", len(tokens))
             return False
         self._mark(served.fingerprint, tokens, prompt_cache)
-        self._taker = self._taker or self._open_again()
+        self._taker = self._taker or self.store.reopen()
         _remake(self._taker)
         pending: set[BlockHash] = set()
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
@@ -21,6 +21,9 @@ from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
 from ..store import Store
 from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless
+
+if TYPE_CHECKING:
+    from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")
 
@@ -75,6 +78,7 @@ class DiskPromptCache(LRUPromptCache):
         min_bits: Read only rows of at least so many bits per number.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
+        remote: Where more of a prompt is looked for than is on disk.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class DiskPromptCache(LRUPromptCache):
         min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        remote: RemoteTier | None = None,
     ) -> None:
         super().__init__(max_size, max_bytes)
         self._describe = describe
@@ -98,6 +103,7 @@ class DiskPromptCache(LRUPromptCache):
             min_bits=EXACT_BITS if exact else min_bits,
             min_free_bytes=min_free_bytes,
             max_queued_bytes=min(max_queued_bytes, max_bytes),
+            remote=remote,
         )
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0

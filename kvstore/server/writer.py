@@ -64,7 +64,7 @@ class Job:
         return replace(self, snapshot=replace(self.snapshot, rows=rows))
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """Let other threads go first, where a thread has a priority of its own."""
     # On two cores, a token takes three times as long beside an equal that encodes: each
     # product of matrices waits for its slower half.
@@ -82,6 +82,7 @@ class Writer:
         open_store: Opens the store, on the writing thread.
         min_free_bytes: Nothing is written that would leave less of the disk free.
         max_queued_bytes: Rows that may wait; a snapshot that would be more is dropped.
+        saved: Called with each entry that is on disk now.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Writer:
         *,
         min_free_bytes: int,
         max_queued_bytes: int,
+        saved: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._open_store = open_store
+        self._saved = saved
         self._min_free_bytes = min_free_bytes
         self._max_queued_bytes = max_queued_bytes
         self._jobs: deque[Job] = deque()
@@ -216,7 +219,7 @@ class Writer:
             return False
 
     def _run(self) -> None:
-        _give_way()
+        give_way()
         store: Store | None = None
         while (job := self._next()) is not None:
             is_saved = False
@@ -285,6 +288,7 @@ class Writer:
         if not job.is_shared:
             self._remember(entry)
         self._supersede(store, job.snapshot.chain, entry)
+        self._saved(entry)
         return True
 
     def _supersede(self, store: Store, chain: Chain, entry: Entry) -> None:

@@ -324,8 +324,7 @@ def test_notes_of_several_processes_add_up(store_path):
 
 def test_a_save_writes_what_another_store_has_noted(store_path, store, caches):
     """One that only loads never comes to write; the one that saves does it."""
-    with kvstore.Store(store_path, codec="raw") as writer:
-        writer.share_notes(store)
+    with store.reopen() as writer:
         store.note_prefill(MODEL, 1000, 5.0)
         tokens, cache = caches.make_conversation(1, 2)
         writer.save(tokens, cache, MODEL)

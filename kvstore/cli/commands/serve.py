@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 
 from .. import options
 from ..main import Verb, load_fast_blas, log, store_path
+from ..options import gathered
 from .generate import make_store
 from .housekeeping import Size
 from .view import describe, render
@@ -19,10 +21,48 @@ from .view import describe, render
 if TYPE_CHECKING:
     from ...server.disk import ServedModel
     from ...server.prompt_cache import DiskPromptCache
+    from ...server.remote import RemoteTier
+    from ...store import Store
 
 _MIN_FREE_BYTES = 5_000_000_000
 # A token of RFC 9110, section 5.6.2.
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class TenantOptions:
+    """How clients are kept apart."""
+
+    # The header that names who asks, or ``None``.
+    tenant_header: str | None
+    # Entries that all clients may find.
+    shared: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """What is looked for in a remote, and put there."""
+
+    # Its name, or ``None`` where there is none.
+    remote: str | None
+    # How long a request waits for it, in seconds.
+    remote_timeout: float
+    # Put there what is saved.
+    push: bool
+
+    def open(self, store: Store) -> RemoteTier | None:
+        """Return the remote as the server uses it.
+
+        Raises:
+            KVStoreError: The store has no such remote.
+        """
+        from ...server.remote import RemoteTier
+
+        if self.remote is None:
+            return None
+        return RemoteTier(
+            store, self.remote, timeout_s=self.remote_timeout, is_pushing=self.push
+        )
 
 
 class ServeVerb(Verb):
@@ -100,8 +140,28 @@ class ServeVerb(Verb):
     help="With `--tenant-header`, an entry that all clients may find, as `save"
     " --request` makes it of a system prompt.",
 )
+@click.option(
+    "--remote",
+    metavar="NAME",
+    type=options.Text(is_needed=True),
+    help="Look in this remote for what is neither in memory nor on disk.",
+)
+@click.option(
+    "--remote-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    help="How long a request waits for the remote, which is then left alone for a"
+    " minute. What comes later is on disk for the next request.",
+)
+@click.option(
+    "--push", is_flag=True, help="Put into the remote what is written to the store."
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
+@gathered("tenants", TenantOptions)
+@gathered("team", RemoteOptions)
 def serve(
     context: click.Context,
     codec: str | None,
@@ -112,8 +172,8 @@ def serve(
     min_tokens: int,
     max_queue: int,
     log_format: str,
-    tenant_header: str | None,
-    shared: tuple[str, ...],
+    tenants: TenantOptions,
+    team: RemoteOptions,
     args: tuple[str, ...],
 ) -> None:
     """Run `mlx_lm.server` with its prompt cache kept on disk.
@@ -124,6 +184,9 @@ def serve(
     server goes on. SIGTERM and Ctrl-C end it when what waits is written, which takes
     7 seconds at most; what is not kept then is logged.
 
+    With `--remote`, a prompt of which neither has enough is looked for there, unless
+    computing it is the faster.
+
     The store is shown, as `kvstore view` does it, at /kvstore, with the token that is
     logged at the start; /metrics has counters for Prometheus.
     """
@@ -131,11 +194,14 @@ def serve(
     chosen = options.codec_of(codec, options.least_bits(exact, min_bits), "high")
     if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
         raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
-    if shared and tenant_header is None:
+    header = tenants.tenant_header
+    if tenants.shared and header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
-    if tenant_header is not None and not _HEADER_NAME.fullmatch(tenant_header):
-        words = f"`--tenant-header` takes the name of a header, not {tenant_header!r}"
+    if header is not None and not _HEADER_NAME.fullmatch(header):
+        words = f"`--tenant-header` takes the name of a header, not {header!r}"
         raise click.UsageError(words)
+    if team.push and team.remote is None:
+        raise click.UsageError("`--push` needs `--remote`")
     from ...server.app import serve as run
     from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache
@@ -152,10 +218,11 @@ def serve(
         if max_size is not None:
             store.set_limit(max_size)
         make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
-        if tenant_header is not None:
-            tenancy = Tenancy.of(store, tenant_header, shared)
+        if header is not None:
+            tenancy = Tenancy.of(store, header, tenants.shared)
             make = partial(TenantPromptCache, store, describe, tenancy)
         return make(
+            remote=team.open(store),
             max_size=max_in_memory,
             min_tokens=min_tokens,
             exact=exact,
@@ -171,7 +238,7 @@ def serve(
     )
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, tenant_header, shown)
+        run(args, make_cache, header, shown)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 
