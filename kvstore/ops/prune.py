@@ -400,13 +400,17 @@ class Pruner:
 
 def _past(stamp: float) -> float:
     """Return a time, or one of an hour ago for what a clock said that was ahead."""
-    now = time.time()
-    return stamp if stamp <= now + _SKEW_S else now - GRACE_S
+    return time.time() - _age(stamp)
 
 
 def _age(stamp: float) -> float:
-    """Return how long ago a time was, in seconds."""
-    return max(0.0, time.time() - _past(stamp))
+    """Return how long ago a time was, in seconds.
+
+    A time that is still to come was noted by a clock that was ahead: how old the thing
+    is cannot be known, and it counts as old as the grace period.
+    """
+    age = time.time() - stamp
+    return max(0.0, age) if age >= -_SKEW_S else GRACE_S
 
 
 def _is_older(path: Path, age_s: float) -> bool:

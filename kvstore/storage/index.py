@@ -192,6 +192,8 @@ OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
 """
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
+# How SQLite says that the file system maps no file shared; a full disk is another code.
+_UNSHARED = (apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_SHMLOCK)
 # Blocks that one statement asks for.
 _MAX_LOOKS = 512
 
@@ -229,13 +231,10 @@ class Index:
         with self._translated():
             if create and not temporary:
                 _touch(path)
-            # Without CREATE: an index that vanishes now is not to come back empty.
-            flags = apsw.SQLITE_OPEN_READWRITE
             name = ":memory:" if temporary else str(path)
-            self._connection = apsw.Connection(name, flags)
+            self._connection = _connect(name, timeout_s, create)
             if not temporary:
                 self.identity = index_identity(path)
-            self._connection.set_busy_timeout(int(timeout_s * 1000))
             self._prepare(create)
 
     def close(self) -> None:
@@ -729,7 +728,6 @@ class Index:
         if not create:
             self._check_version()
         for pragma in (
-            "journal_mode = WAL",
             "synchronous = FULL",
             "journal_size_limit = 4194304",
             "trusted_schema = OFF",
@@ -827,6 +825,38 @@ def index_identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _connect(name: str, timeout_s: float, create: bool) -> apsw.Connection:
+    """Open an index with a write-ahead log, or without where no memory can be shared.
+
+    All processes map a file that belongs to the log. 9p, FUSE and some network file
+    systems map none. There a rollback journal does, with which readers and writers wait
+    for each other.
+    """
+
+    def connect(*pragmas: str) -> apsw.Connection:
+        # Without CREATE: an index that vanishes now is not to come back empty.
+        connection = apsw.Connection(name, apsw.SQLITE_OPEN_READWRITE)
+        connection.set_busy_timeout(int(timeout_s * 1000))
+        for pragma in (*pragmas, "user_version"):  # the last one opens the log
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        return connection
+
+    try:
+        connection = connect()
+        is_new = connection.execute("PRAGMA user_version").fetchall() == [(0,)]
+        if not (create and is_new):
+            return connection
+        connection.close()
+        return connect("journal_mode = WAL")
+    except apsw.IOError as error:
+        if getattr(error, "extendedresult", 0) not in _UNSHARED:
+            raise
+    # Who has the index to itself reads the log without the map.
+    return connect(
+        "locking_mode = EXCLUSIVE", "journal_mode = DELETE", "locking_mode = NORMAL"
+    )
 
 
 def _touch(path: Path) -> None:

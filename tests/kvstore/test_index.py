@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import stat
+import subprocess
+import sys
 from contextlib import suppress
 
 import apsw
@@ -276,6 +278,69 @@ def test_commits_reach_the_disk(index):
     names = ("journal_mode", "synchronous")
     rows = [index._connection.execute(f"PRAGMA {n}").fetchall()[0][0] for n in names]
     assert ["wal", 2] == rows
+
+
+UNSHARED = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* The mmap of a file system that shares no memory: none for SQLite's -shm files. */
+void *mmap64(void *to, size_t size, int prot, int flags, int fd, off_t start) {
+    char link[64], name[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = fd < 0 ? -1 : readlink(link, name, sizeof name);
+    if (n > 4 && !memcmp(name + n - 4, "-shm", 4)) {
+        errno = ENODEV;
+        return MAP_FAILED;
+    }
+    void *(*real)(void *, size_t, int, int, int, off_t) = dlsym(RTLD_NEXT, "mmap64");
+    return real(to, size, prot, flags, fd, start);
+}
+void *mmap(void *to, size_t size, int prot, int flags, int fd, off_t start) {
+    return mmap64(to, size, prot, flags, fd, start);
+}
+"""
+ADD_SHARDS = """
+import os, sys
+from kvstore.storage.index import Index
+from pathlib import Path
+for name in sys.argv[2:]:
+    index = Index(Path(sys.argv[1]), create=True)
+    with index.transaction():
+        index.add_shard(name, 1, 0.0)
+print(*index.shards())
+sys.stdout.flush()
+os._exit(0)  # as a killed process does: what is in the log stays there
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the shim is for Linux")
+def test_an_index_works_where_no_memory_can_be_shared(path, tmp_path):
+    """On 9p or FUSE it is made, read, written, taken over with its log; and back."""
+    source, shim = tmp_path / "unshared.c", tmp_path / "unshared.so"
+    source.write_text(UNSHARED)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", shim, source, "-ldl"], check=True)
+
+    def add(path, *names, **env):
+        command = [sys.executable, "-c", ADD_SHARDS, path, *names]
+        env = {**os.environ, **env}
+        run = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert "" == run.stderr
+        return run.stdout.split()
+
+    unshared = {"LD_PRELOAD": str(shim)}
+    assert ["a", "b"] == add(path, "a", "b", **unshared)
+    assert ["a", "b", "c"] == add(path, "c")
+    logged = path.with_name("logged.sqlite")
+    assert ["a"] == add(logged, "a")
+    assert logged.with_name("logged.sqlite-wal").stat().st_size > 0
+    assert ["a", "b"] == add(logged, "b", **unshared)
+    assert ["a", "b", "c"] == add(logged, "c")
 
 
 @pytest.mark.parametrize(
