@@ -13,15 +13,25 @@ import numpy.typing as npt
 
 from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Codec, Rows
 from ..errors import IntegrityError
+from ..format.block import StoredBlock
 from .kinds import kind_named
 from .kinds.base import capacity
 from .layout import Group, LayerLayout, Layout, ListLayout, RowSpec, flatten
 from .live import PromptCache, Provenance, hold, read_layout, set_provenance
+from .stored import Piece
+from .uninitialised import uninitialised
 
 if TYPE_CHECKING:
     from ..codecs.base import Parts
 
 Array = npt.NDArray[np.generic]
+Pieces = Sequence[tuple[Codec, Piece]]
+# Of stored bytes that are being decoded there may be a twelfth of all rows, so that a
+# load takes no more than a tenth above them; but of a short prompt a few blocks.
+_SPARE_PART = 12
+_MIN_SPARE_BYTES = 32 * 1024 * 1024
+# NumPy cannot write bfloat16.
+_BITS = {"BF16": "U16"}
 
 
 class Restoring(Protocol):
@@ -29,6 +39,19 @@ class Restoring(Protocol):
 
     num_threads: int
     """How many threads may write at the same time, each another block."""
+    spare_bytes: int
+    """What may lie in memory besides the rows at any time."""
+
+    def buffers(
+        self, pieces: Pieces, stored: StoredBlock, stop: int
+    ) -> Sequence[memoryview]:
+        """Return where the bytes of a block go as they are; none if they are not rows.
+
+        Args:
+            pieces: What the block has of each array, and the codec.
+            stored: The block.
+            stop: The token up to which its rows are wanted.
+        """
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
@@ -94,6 +117,39 @@ class _Target:
         shape = (1, spec.num_heads, self.num_rows(layer, name, spec), spec.head_dim)
         return mx.zeros(shape, MLX_DTYPES[spec.dtype])
 
+    def allocate(self) -> list[dict[str, mx.array]]:
+        """Return buffers for all layers: of rows uninitialised, else zeros.
+
+        bfloat16 as its bits, which NumPy can write.
+        """
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        found: list[dict[str, mx.array]] = []
+        for number, layer in enumerate(self.layers):
+            zeros = {}
+            for name, spec in layer.rows:
+                shape = (
+                    1,
+                    spec.num_heads,
+                    self.num_rows(layer, name, spec),
+                    spec.head_dim,
+                )
+                if spec.kind == "rows":
+                    shapes[f"{number}.{name}"] = (
+                        shape,
+                        _BITS.get(spec.dtype, spec.dtype),
+                    )
+                elif spec.kind != "mark":
+                    dtype = (
+                        mx.uint16 if spec.dtype == "BF16" else MLX_DTYPES[spec.dtype]
+                    )
+                    zeros[name] = mx.zeros(shape, dtype)
+            found.append(zeros)
+        for name, array in uninitialised(shapes).items():
+            layer_number, _, side = name.partition(".")
+            found[int(layer_number)][side] = array
+        mx.eval(found)
+        return found
+
     def cut(self, group: Group, rows: Rows, stop: int) -> tuple[int, slice]:
         """Return where in its buffer a block's rows go, and which of them."""
         spec = group.spec(rows.side)
@@ -120,20 +176,39 @@ class HostRestoring:
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
         self._target = _Target(layout, num_tokens)
-        self._arrays = [
-            {
-                name: _allocate(spec, self._target.num_rows(layer, name, spec))
-                for name, spec in layer.rows
-                if spec.kind != "mark"
-            }
-            for layer in self._target.layers
-        ]
-        mx.eval(self._arrays)
+        self._arrays = self._target.allocate()
+        nbytes = sum(a.nbytes for held in self._arrays for a in held.values())
+        self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
         # MLX shares its memory with NumPy, and nothing has read the arrays yet.
         self._views: list[dict[str, Array]] = [
             {name: np.asarray(array)[0] for name, array in arrays.items()}
             for arrays in self._arrays
         ]
+
+    def buffers(
+        self, pieces: Pieces, stored: StoredBlock, stop: int
+    ) -> Sequence[memoryview]:
+        """Return the buffers' memory, head by head, where a block has all its rows."""
+        found: list[memoryview] = []
+        end = stored.begin
+        for codec, piece in pieces:
+            rows, group = piece.rows, piece.group
+            where, which = self._target.cut(group, rows, stop)
+            spec = stored.tensors.get(f"{piece.number}.{rows.side}.rows")
+            is_all = piece.kind == "rows" and which == slice(0, rows.shape[2])
+            if codec.name != "raw" or not is_all or spec is None or spec.begin != end:
+                return ()
+            if (spec.dtype, spec.shape, spec.raw_nbytes) != (
+                rows.dtype,
+                rows.shape,
+                None,
+            ):
+                return ()
+            end = spec.end
+            for layer in group.layers:
+                view = self._views[layer][rows.side][:, where : where + which.stop]
+                found += [head.reshape(-1).view(np.uint8).data for head in view]
+        return found if sum(map(len, found)) == end - stored.begin else ()
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
@@ -157,7 +232,11 @@ class HostRestoring:
                 buffer[...] = half
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
-        """Hand the buffers over."""
+        """Hand the buffers over, rows that were not written as zeros."""
+        for layer, views in zip(self._target.layers, self._views, strict=True):
+            for name, spec in layer.rows:
+                if spec.kind == "rows":
+                    views[name][:, max(0, num_tokens - spec.begin) :] = 0
         for arrays, views in zip(self._arrays, self._views, strict=True):
             arrays |= {n: mx.array(views[n][None]) for n in views.keys() - arrays}
         # Without the views, a cache is the only owner and grows in place.
@@ -191,6 +270,7 @@ class DeviceRestoring:
     """
 
     num_threads = 1
+    spare_bytes = 0
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
@@ -199,6 +279,12 @@ class DeviceRestoring:
             {name: [] for name, spec in layer.rows if spec.kind != "mark"}
             for layer in self._target.layers
         ]
+
+    def buffers(
+        self, pieces: Pieces, stored: StoredBlock, stop: int
+    ) -> Sequence[memoryview]:
+        """Return none: all is decoded on the device."""
+        return ()
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
@@ -312,12 +398,6 @@ def _build_layers(
             kind = kind_named(layer.cache_class)
             built.append(kind.build(layer, next(buffers), num_tokens))
     return built
-
-
-def _allocate(spec: RowSpec, num_rows: int) -> mx.array:
-    """Return a zeroed buffer; bfloat16 as its bits, which NumPy can write."""
-    dtype = mx.uint16 if spec.dtype == "BF16" else MLX_DTYPES[spec.dtype]
-    return mx.zeros((1, spec.num_heads, num_rows, spec.head_dim), dtype)
 
 
 def _as_dtype(array: mx.array, dtype: str) -> mx.array:

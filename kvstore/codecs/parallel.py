@@ -30,8 +30,8 @@ def map_in_order(
         work: Called in one of the threads; with one thread, in the caller's.
         items: Read in the caller's thread.
         num_threads: How many items are worked on at a time.
-        nbytes: What an item takes in memory.
-        max_bytes: Items are read on only while those under way take less.
+        nbytes: What an item takes in memory while it is worked on.
+        max_bytes: What all items under way may take, unless one alone takes more.
     """
     if num_threads == 1:
         yield from map(work, items)
@@ -48,12 +48,14 @@ def map_in_order(
                 error = failed
                 break
             size = nbytes(item)
+            while waiting and (
+                len(waiting) > num_threads or under_way + size > max_bytes
+            ):
+                future, done = waiting.popleft()
+                under_way -= done
+                yield future.result()
             waiting.append((pool.submit(work, item), size))
             under_way += size
-            while len(waiting) > num_threads or under_way > max_bytes:
-                future, size = waiting.popleft()
-                under_way -= size
-                yield future.result()
         while waiting:
             yield waiting.popleft()[0].result()
     if error is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, IntegrityError
-from .documents import JSON, _blake3, canonical_json, strict_json
+from .documents import JSON, blake3_hex, canonical_json, strict_json
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -36,7 +36,7 @@ def config_to_bytes(config: StoreConfig) -> bytes:
         values["max_bytes"] = config.max_bytes
     if config.is_signed_only:
         values["signed_only"] = True
-    return canonical_json({"digest": _blake3(canonical_json(values)), **values})
+    return canonical_json({"digest": blake3_hex(canonical_json(values)), **values})
 
 
 def parse_config(path: Path, data: bytes) -> StoreConfig:
@@ -60,7 +60,7 @@ def parse_config(path: Path, data: bytes) -> StoreConfig:
                 hint="upgrade mlx-kvstore",
             )
         digest = values.pop("digest")
-        if digest != _blake3(canonical_json(values)):
+        if digest != blake3_hex(canonical_json(values)):
             raise ValueError("digest mismatch")
         config = StoreConfig(
             values["id"],

@@ -86,10 +86,14 @@ def is_count(value: Any, limit: int = 2**63) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
-def _blake3(data: bytes | memoryview) -> str:
+def blake3_hex(*buffers: bytes | memoryview) -> str:
+    """Return the BLAKE3 of some bytes, one buffer after the other."""
     # Threads pay only on long inputs.
-    threads = blake3.blake3.AUTO if len(data) > 1_000_000 else 1
-    return str(blake3.blake3(data, max_threads=threads).hexdigest())
+    is_long = any(len(buffer) > 1_000_000 for buffer in buffers)
+    digest = blake3.blake3(max_threads=blake3.blake3.AUTO if is_long else 1)
+    for buffer in buffers:
+        digest.update(buffer)
+    return digest.hexdigest()
 
 
 JSON = dict[str, Any]

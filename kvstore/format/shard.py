@@ -27,7 +27,7 @@ from .block import (
     StoredBlock,
     TensorSpec,
 )
-from .documents import JSON, _blake3, canonical_json, is_count, strict_json
+from .documents import JSON, blake3_hex, canonical_json, is_count, strict_json
 from .safetensors import MAX_HEADER_BYTES, parse_header
 
 FORMAT = 1
@@ -179,7 +179,7 @@ def _digest_field(digest: str) -> bytes:
 
 def _seal(text: bytes) -> bytes:
     """Put the digest of the header with 64 zeros in its place."""
-    digest = _blake3(text)
+    digest = blake3_hex(text)
     return text.replace(_digest_field(_NO_DIGEST), _digest_field(digest), 1)
 
 
@@ -195,7 +195,7 @@ def parse_shard_header(header: bytes, size: int) -> ShardHeader:
     meta = strict_json(metadata["kvstore"], allow_floats=True)
     digest = _field(meta, "header_digest", str)
     blank = header.replace(_digest_field(digest), _digest_field(_NO_DIGEST))
-    if digest != _blake3(blank):
+    if digest != blake3_hex(blank):
         raise ValueError("header does not match its digest")
     form = _field(meta, "format", int)
     if form != FORMAT:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, takewhile
+from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from ..caches import live as caches
 from ..caches.fit import Wanted, why_unfit
 from ..caches.kinds import holds_codes, known_layout
-from ..caches.layout import Group, Layout, group_layers, has_only_rows
+from ..caches.layout import Layout, group_layers, has_only_rows
 from ..caches.live import Provenance
 from ..caches.restore import Restoring, check_layout, start_restoring
-from ..caches.stored import is_restorable, open_piece, stored_pieces
-from ..codecs import CodecFamily
+from ..caches.stored import Piece, is_restorable, open_piece, stored_pieces
+from ..codecs import Codec
 from ..codecs.parallel import map_in_order
 from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
-from ..format.block import EXACT_BITS, Block, BlockHash, Progress, StoredBlock
+from ..format.block import (
+    EXACT_BITS,
+    Block,
+    BlockHash,
+    Progress,
+    ShardHeader,
+    StoredBlock,
+)
 from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..format.spans import Span, last_end
 from ..storage.blocks import BlockStore
 from ..storage.index import MAX_CHILDREN, Place
+from ..storage.shards import reopen_shard
 from .bases import own_codecs
 
 Reason = Literal[
@@ -102,8 +114,6 @@ class Hit:
     codec: str | None = None
 
 
-# Of stored blocks that are being decoded.
-_MAX_BYTES = 64 * 1024 * 1024
 Child = tuple[int, Place, StoredBlock]
 """How many tokens of a prompt a block shares, and the block."""
 
@@ -199,23 +209,20 @@ class Loader:
         restoring = start_restoring(hit.layout, hit.num_tokens)
         done, provenance = 0, Provenance()
         codecs: Counter[str] = Counter()
-        own, groups = own_codecs(self._folder), group_layers(hit.layout)
-
-        def decode(block: tuple[StoredBlock, memoryview]) -> StoredBlock:
-            stored, data = block
-            _decode(stored, data, hit.num_tokens, groups, own, restoring)
-            return stored
-
         decoded = map_in_order(
-            decode,
-            self._read(hit),
+            _Decoding(self._folder.shards, hit.num_tokens, restoring),
+            self._located(hit, restoring),
             restoring.num_threads,
-            nbytes=lambda block: len(block[1]),
-            max_bytes=_MAX_BYTES,
+            nbytes=lambda item: item.nbytes,
+            max_bytes=restoring.spare_bytes,
         )
         try:
             with closing(decoded):
-                for stored in decoded:
+                for item, failed in decoded:
+                    if failed is not None:
+                        with self._blocks.healing(item.shard):
+                            raise failed
+                    stored = item.stored
                     codecs[stored.codec] += len(stored.block.tokens)
                     done = min(done + len(stored.block.tokens), hit.num_tokens)
                     provenance = _add(provenance, stored, done)
@@ -232,18 +239,23 @@ class Loader:
         hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
         return caches.convert(restored, _classes(hit)), hit
 
-    def _read(self, hit: Hit) -> Iterator[tuple[StoredBlock, memoryview]]:
-        """Yield the blocks of a hit with their bytes, in order."""
+    def _located(self, hit: Hit, restoring: Restoring) -> Iterator[_Located]:
+        """Yield the blocks of a hit, in order, with where their rows go."""
+        own, groups = own_codecs(self._folder), group_layers(hit.layout)
         end = 0
         for shard, places in groupby(hit.places, key=lambda place: place.shard):
-            for stored, data in self._blocks.read(shard, list(places), hit.root):
+            header, blocks = self._blocks.locate(shard, list(places), hit.root)
+            for stored in blocks:
                 if stored.block.start != end:
                     name = stored.block.hash.hex()
                     raise IntegrityError(
                         f"block {name[:12]} is out of place", block=name
                     )
                 end += len(stored.block.tokens)
-                yield stored, data
+                with _about(stored):
+                    pieces = tuple(stored_pieces(stored, groups, own))
+                buffers = restoring.buffers(pieces, stored, min(end, hit.num_tokens))
+                yield _Located(shard, header, stored, pieces, buffers)
 
     def _follow(
         self, request: Request, root: BlockHash, layout_json: object
@@ -409,26 +421,85 @@ def _end_outside_units(
     return replace(found, reason="unit", detail=detail)
 
 
-def _decode(
-    stored: StoredBlock,
-    data: memoryview,
-    num_tokens: int,
-    groups: Sequence[Group],
-    own: CodecFamily,
-    out: Restoring,
-) -> None:
-    """Decode one block, layer by layer, into the buffers of the prompt cache."""
-    block = stored.block
-    whole = block.start + len(block.tokens)
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """A block that is to be read, and where its rows go."""
+
+    shard: str
+    header: ShardHeader
+    stored: StoredBlock
+    pieces: tuple[tuple[Codec, Piece], ...]
+    # What its bytes are read into where they are the rows; else none.
+    buffers: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory besides the rows, while it is decoded."""
+        if self.buffers:
+            return 0
+        raw = (spec.raw_nbytes or 0 for spec in self.stored.tensors.values())
+        return self.stored.end - self.stored.begin + max(raw)
+
+
+class _Decoding:
+    """Reads, checks and decodes blocks; each thread has a buffer of its own.
+
+    Args:
+        folder: The shards.
+        num_tokens: How many tokens' rows there will be.
+        out: The prompt cache that is rebuilt.
+    """
+
+    def __init__(self, folder: Path, num_tokens: int, out: Restoring) -> None:
+        self._folder = folder
+        self._num_tokens = num_tokens
+        self._out = out
+        self._own = threading.local()
+
+    def __call__(self, item: _Located) -> tuple[_Located, Exception | None]:
+        """Decode one block; an error of reading is returned.
+
+        The thread that owns the index tells it.
+        """
+        stored = item.stored
+        data = memoryview(b"") if item.buffers else self._buffer(stored)
+        try:
+            with reopen_shard(self._folder, item.shard, item.header) as opened:
+                opened.read_into(stored, item.buffers or [data])
+        except (IntegrityError, OSError) as error:
+            return item, error
+        if not item.buffers:
+            self._decode(item, data)
+        return item, None
+
+    def _buffer(self, stored: StoredBlock) -> memoryview:
+        """Return a buffer for a block, which the next one of this thread gets too."""
+        # A new one for each block would cost a page fault for every 4 kB.
+        size = stored.end - stored.begin
+        if size > len(getattr(self._own, "buffer", b"")):
+            self._own.buffer = np.empty(size, np.uint8).data
+        buffer: memoryview = self._own.buffer[:size]
+        return buffer
+
+    def _decode(self, item: _Located, data: memoryview) -> None:
+        block = item.stored.block
+        whole = block.start + len(block.tokens)
+        with _about(item.stored):
+            for codec, piece in item.pieces:
+                if piece.kind in ("state", "mark") and whole != self._num_tokens:
+                    continue
+                parts = open_piece(codec, piece, item.stored, data)
+                stop = min(whole, self._num_tokens)
+                self._out.write(codec, parts, piece.group, piece.rows, stop)
+
+
+@contextmanager
+def _about(stored: StoredBlock) -> Iterator[None]:
+    """Say of errors which block they are of."""
     try:
-        for codec, piece in stored_pieces(stored, groups, own):
-            if piece.kind in ("state", "mark") and whole != num_tokens:
-                continue
-            parts = open_piece(codec, piece, stored, data)
-            stop = min(whole, num_tokens)
-            out.write(codec, parts, piece.group, piece.rows, stop)
+        yield
     except (IntegrityError, CodecError) as error:
-        name = block.hash.hex()
+        name = stored.block.hash.hex()
         raise IntegrityError(
             f"block {name[:12]} cannot be decoded: {error}", block=name
         ) from error

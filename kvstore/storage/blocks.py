@@ -39,6 +39,7 @@ from .shards import (
     open_shard,
     publish_shard,
     quarantine_shard,
+    reopen_shard,
     shard_path,
     staged_copy,
 )
@@ -460,7 +461,7 @@ class BlockStore:
         Raises:
             IntegrityError: The shard is missing or damaged, or lacks the block.
         """
-        with self._healing(place.shard):
+        with self.healing(place.shard):
             return self._find(self._header(place.shard), place)
 
     def chain(self, entry: Entry) -> list[tuple[Place, StoredBlock]]:
@@ -496,7 +497,7 @@ class BlockStore:
         Raises:
             IntegrityError: Its shard is missing or damaged.
         """
-        with self._healing(place.shard):
+        with self.healing(place.shard):
             return self._header(place.shard).origin
 
     def _place(self, block: str) -> Place:
@@ -522,18 +523,41 @@ class BlockStore:
         Raises:
             IntegrityError: The shard is missing or damaged, or lacks a block.
         """
-        with (
-            self._healing(shard),
-            open_shard(self.folder.shards, shard) as opened,
-        ):
-            # First, since an index that lies is no reason to distrust a shard.
-            blocks = [self._find(opened.header, place) for place in places]
-            if origin_root(opened.header.origin) != root:
-                raise IntegrityError(
-                    f"shard belongs to another model or layout: {opened.path}",
-                    path=opened.path,
-                )
-            yield from zip(blocks, opened.read(blocks), strict=True)
+        with self.healing(shard):
+            header, blocks = self._locate(shard, places, root)
+            with reopen_shard(self.folder.shards, shard, header) as opened:
+                yield from zip(blocks, opened.read(blocks), strict=True)
+
+    def locate(
+        self, shard: str, places: Sequence[Place], root: BlockHash
+    ) -> tuple[ShardHeader, list[StoredBlock]]:
+        """Return a shard's header, and what it says of some blocks.
+
+        Whoever then reads their bytes hands the errors to :meth:`healing`.
+
+        Args:
+            shard: The shard's name.
+            places: Blocks in it.
+            root: The root hash that they descend from.
+
+        Raises:
+            IntegrityError: The shard is missing or damaged, or lacks a block.
+        """
+        with self.healing(shard):
+            return self._locate(shard, places, root)
+
+    def _locate(
+        self, shard: str, places: Sequence[Place], root: BlockHash
+    ) -> tuple[ShardHeader, list[StoredBlock]]:
+        header = self._header(shard)
+        # First, since an index that lies is no reason to distrust a shard.
+        blocks = [self._find(header, place) for place in places]
+        if origin_root(header.origin) != root:
+            path = shard_path(self.folder.shards, shard)
+            raise IntegrityError(
+                f"shard belongs to another model or layout: {path}", path=path
+            )
+        return header, blocks
 
     def _header(self, shard: str) -> ShardHeader:
         """Return a shard's header, read once for as long as nobody touches the file."""
@@ -565,7 +589,7 @@ class BlockStore:
         )
 
     @contextmanager
-    def _healing(self, shard: str) -> Iterator[None]:
+    def healing(self, shard: str) -> Iterator[None]:
         """Take what is missing or damaged out of the index.
 
         Raises:

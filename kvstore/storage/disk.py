@@ -57,7 +57,7 @@ def _time_read(path: Path) -> float:
         buffer = memoryview(bytearray(_CHUNK))
         begin = time.perf_counter()
         for offset in range(0, nbytes, _CHUNK):
-            files.read_into(descriptor, buffer, offset)
+            files.read_into(descriptor, [buffer], offset)
         return time.perf_counter() - begin
     finally:
         os.close(descriptor)

@@ -12,7 +12,7 @@ from struct import unpack
 
 from ..errors import IntegrityError
 from ..format.block import EncodedBlock, Origin, ShardHeader, StoredBlock
-from ..format.documents import _blake3
+from ..format.documents import blake3_hex
 from ..format.safetensors import MAX_HEADER_BYTES
 from ..format.shard import _HEX, _describe, as_written, parse_shard_header, shard_header
 from . import files
@@ -107,22 +107,38 @@ class OpenShard:
     def read(self, blocks: Sequence[StoredBlock]) -> Iterator[memoryview]:
         """Yield the bytes of each block, having checked its digest.
 
-        Neighbours are read together.
-
         Raises:
             IntegrityError: A block's bytes disagree with its digest.
         """
-        for run in _neighbours(blocks):
-            begin = run[0].begin
-            data = self._read_range(begin, run[-1].end)
-            for stored in run:
-                part = data[stored.begin - begin : stored.end - begin]
-                if _blake3(part) != stored.digest:
-                    # A cable or memory that erred once does not condemn a block.
-                    files.forget_cached(self._descriptor)
-                    part = self._read_range(stored.begin, stored.end)
-                    self._check(stored, part)
-                yield part
+        for stored in blocks:
+            data = _uninitialised(stored.end - stored.begin)
+            self.read_into(stored, [data])
+            yield data
+
+    def read_into(self, stored: StoredBlock, buffers: Sequence[memoryview]) -> None:
+        """Fill buffers with the bytes of a block, one after the other; in any thread.
+
+        Args:
+            stored: The block.
+            buffers: Writable bytes, of as many as the block has.
+
+        Raises:
+            IntegrityError: The bytes disagree with the block's digest.
+        """
+        self._fill(buffers, self.header.data_begin + stored.begin)
+        if blake3_hex(*buffers) == stored.digest:
+            return
+        # A cable or memory that erred once does not condemn a block.
+        files.forget_cached(self._descriptor)
+        self._fill(buffers, self.header.data_begin + stored.begin)
+        if blake3_hex(*buffers) != stored.digest:
+            block = stored.block.hash.hex()
+            raise IntegrityError(
+                f"block {block[:12]} does not match its digest: {self.path}",
+                path=self.path,
+                block=block,
+                hint="save the prompt again; `kvstore verify --read-data` finds more",
+            )
 
     def read_header(self) -> memoryview:
         """Return the bytes before the data: the header with its length."""
@@ -136,32 +152,26 @@ class OpenShard:
             digest.update(self._read(begin, size))
         return digest.hexdigest()
 
-    def _read_range(self, begin: int, end: int) -> memoryview:
-        return self._read(self.header.data_begin + begin, end - begin)
-
     def _read(self, offset: int, size: int) -> memoryview:
-        # Imported here, since listing a store reads no block.
-        import numpy as np
+        data = _uninitialised(size)
+        self._fill([data], offset)
+        return data
 
-        # Uninitialised: a bytearray would be cleared first.
-        data = np.empty(size, np.uint8).data
+    def _fill(self, buffers: Sequence[memoryview], offset: int) -> None:
         try:
-            files.read_into(self._descriptor, data, offset)
+            files.read_into(self._descriptor, buffers, offset)
         except EOFError as error:
             raise _damaged(self.path, str(error)) from error
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        return data
 
-    def _check(self, stored: StoredBlock, data: memoryview) -> None:
-        if _blake3(data) != stored.digest:
-            block = stored.block.hash.hex()
-            raise IntegrityError(
-                f"block {block[:12]} does not match its digest: {self.path}",
-                path=self.path,
-                block=block,
-                hint="save the prompt again; `kvstore verify --read-data` finds more",
-            )
+
+def _uninitialised(size: int) -> memoryview:
+    """Return a buffer of any bytes: a bytearray would be cleared first."""
+    # Imported here, since listing a store reads no block.
+    import numpy as np
+
+    return np.empty(size, np.uint8).data
 
 
 @contextmanager
@@ -193,6 +203,24 @@ def open_shard_at(path: Path) -> Iterator[OpenShard]:
         os.close(descriptor)
 
 
+@contextmanager
+def reopen_shard(folder: Path, name: str, header: ShardHeader) -> Iterator[OpenShard]:
+    """Open a shard whose header has been read, for the data of its blocks.
+
+    What is read is checked with the digests in that header, so nothing is trusted that
+    another file may have brought meanwhile.
+
+    Raises:
+        FileNotFoundError: There is no such shard.
+    """
+    path = shard_path(folder, name)
+    descriptor, _ = files.open_regular(path)
+    try:
+        yield OpenShard(descriptor, path, header)
+    finally:
+        os.close(descriptor)
+
+
 def quarantine_shard(folder: Path, name: str, quarantine: Path) -> Path:
     """Move a shard that cannot be read out of the way; return where it is now."""
     target = quarantine / f"{name}.safetensors"
@@ -212,26 +240,14 @@ def _read_header(descriptor: int, path: Path, size: int) -> ShardHeader:
     """Read and check the header of an open shard."""
     try:
         prefix = bytearray(8)
-        files.read_into(descriptor, memoryview(prefix), 0)
+        files.read_into(descriptor, [memoryview(prefix)], 0)
         (length,) = unpack("<Q", prefix)
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"header of {length} bytes in a file of {size}")
         header = bytearray(length)
-        files.read_into(descriptor, memoryview(header), 8)
+        files.read_into(descriptor, [memoryview(header)], 8)
         return parse_shard_header(bytes(header), size)
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _neighbours(blocks: Sequence[StoredBlock]) -> Iterator[list[StoredBlock]]:
-    """Group blocks whose bytes touch, so that each group is one read."""
-    run: list[StoredBlock] = []
-    for stored in blocks:
-        if run and run[-1].end != stored.begin:
-            yield run
-            run = []
-        run.append(stored)
-    if run:
-        yield run

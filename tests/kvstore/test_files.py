@@ -286,7 +286,7 @@ def test_a_read_past_the_end_says_where_the_file_ends(tmp_path):
     descriptor, size = files.open_regular(tmp_path / "x")
     try:
         with pytest.raises(EOFError, match="byte 5"):
-            files.read_into(descriptor, memoryview(bytearray(size + 1)), 0)
+            files.read_into(descriptor, [memoryview(bytearray(size + 1))], 0)
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,7 @@
 """Restoring on MLX's device gives what restoring in NumPy gives."""
 
+import os
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -81,3 +83,54 @@ def test_a_mac_decodes_in_numpy_where_the_gpu_sees_it(shares, monkeypatch):
     wanted = restoring.HostRestoring if shares else restoring.DeviceRestoring
     assert type(found) is wanted
     restoring._shares_memory.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("codec", ["raw", "planes", "turbo4"])
+def test_rows_that_no_block_brings_are_zeros(
+    store_path, caches, monkeypatch, codec, dtype
+):
+    """Behind the last row, and behind damage, nothing of the memory before is left."""
+    fresh = restoring.uninitialised
+
+    def used(shapes):
+        arrays = fresh(shapes)
+        for array in arrays.values():
+            np.asarray(array).view(np.uint8)[...] = 255
+        return arrays
+
+    monkeypatch.setattr(restoring, "uninitialised", used)
+    tokens, original = list(range(512)), caches.make_cache(512, dtype=dtype)
+    with kvstore.Store(store_path, codec=codec) as store:
+        store.save(tokens, original, caches.MODEL)
+        (shard,) = store_path.rglob("*.safetensors")
+        for num_rows in (512, 496):
+            restored, _ = store.load([*tokens, -1], caches.MODEL)
+            assert restored[0].offset == num_rows
+            for cache, saved in zip(restored, original, strict=True):
+                for got, kept in (
+                    (cache.keys, saved.keys),
+                    (cache.values, saved.values),
+                ):
+                    assert not mx.any(got[:, :, num_rows:]).item()
+                    if codec != "turbo4":
+                        same = got[:, :, :num_rows] == kept[:, :, :num_rows]
+                        assert mx.all(same).item()
+            shard.chmod(0o600)
+            with shard.open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                last = file.read(1)[0]
+                file.seek(-1, os.SEEK_END)
+                file.write(bytes([last ^ 1]))
+
+
+def test_uninitialised_arrays_are_written_through_numpy():
+    """Arrays of any shape, none of them cleared, own the memory that NumPy writes."""
+    arrays = restoring.uninitialised(
+        {"a": ((2, 3), "F32"), "b": ((1, 0, 4), "U16"), "c": ((5,), "U8")}
+    )
+    np.asarray(arrays["a"])[...] = 1.5
+    np.asarray(arrays["c"])[...] = 7
+    assert arrays["a"].sum().item() == 9.0
+    assert (arrays["b"].shape, arrays["b"].dtype) == ((1, 0, 4), mx.uint16)
+    assert arrays["c"].tolist() == [7] * 5

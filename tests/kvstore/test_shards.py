@@ -284,30 +284,6 @@ def test_blocks_before_the_damaged_one_are_yielded(tmp_path, shard, flip_bit):
             next(blocks)
 
 
-def test_neighbours_are_read_in_one_read(tmp_path, monkeypatch):
-    """Blocks that touch cost one system call, and a gap costs another."""
-    name = write(tmp_path)
-    calls = []
-    original = os.preadv
-    with open_shard(tmp_path / "shards", name) as opened:
-        monkeypatch.setattr(
-            os,
-            "preadv",
-            lambda fd, buffers, at: calls.append(at) or original(fd, buffers, at),
-        )
-        first, second, third = opened.header.blocks
-        for blocks, expected in (
-            ([first, second, third], 1),
-            ([first, second], 1),
-            ([first, third], 2),
-            ([third, second, first], 3),
-            ([], 0),
-        ):
-            calls.clear()
-            list(opened.read(blocks))
-            assert expected == len(calls)
-
-
 def test_a_missing_shard_is_not_a_damaged_one(tmp_path):
     """A shard that is not there is a FileNotFoundError."""
     with (

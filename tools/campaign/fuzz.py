@@ -14,7 +14,7 @@ from typing import Any
 import kvstore
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.format.config import parse_config
-from kvstore.format.documents import _blake3, canonical_json
+from kvstore.format.documents import blake3_hex, canonical_json
 from kvstore.format.entry import parse_entry
 from kvstore.format.safetensors import parse_header
 from kvstore.format.shard import _NO_DIGEST, _digest_field, _seal, parse_shard_header
@@ -98,7 +98,7 @@ class Fuzzer:
         values = json.loads(self._documents[path])
         del values["digest"]
         values = _changed(chance, values)
-        digest = _blake3(_text(values))
+        digest = blake3_hex(_text(values))
         fields = values if isinstance(values, dict) else {"x": values}
         return _text({**fields, "digest": digest})
 
