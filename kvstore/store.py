@@ -6,11 +6,12 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from .errors import ArgumentError, KVStoreError
+from .errors import ArgumentError, EntryNotFoundError, KVStoreError
 from .fingerprint import Fingerprint, refuse_other
 from .format.block import (
     EXACT_BITS,
@@ -29,6 +30,7 @@ from .ops.speeds import Speeds
 from .ops.stats import Stats, sum_up
 from .ops.usage import LoadNotes
 from .storage.blocks import BlockStore
+from .storage.borrowed import open_borrowed
 from .storage.entries import Catalog
 from .storage.folder import (
     create_folder,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .ops.tree import Tree
     from .remote.exchange import Remotes
 
+T = TypeVar("T")
 log = logging.getLogger("kvstore")
 # How often what another process takes away meanwhile is looked for again.
 _TRIES = 3
@@ -72,9 +75,12 @@ class Store:
             ``kvstore calibrate`` has measured nothing of the model, these are
             ``planes+zstd``, ``turbo6+zstd``, ``turbo4+zstd`` and ``turbo4+zstd``.
         create: Make the store where there is none.
+        base: The folder of a store that is only read: what it has is found too, behind
+            what this one has. What an entry needs of it is copied when it is saved.
 
     Raises:
         StoreNotFoundError: There is no store, or the folder is something else.
+        KVStoreError: The base has blocks of another size.
         CodecError: No such codec.
         FormatError: A newer release made the store.
     """
@@ -85,6 +91,7 @@ class Store:
         codec: str | None = None,
         *,
         create: bool = True,
+        base: str | Path | None = None,
     ) -> None:
         self._codec_name = codec or "balanced"
         if codec is not None:
@@ -96,6 +103,9 @@ class Store:
         if codec is not None:
             check_codec(codec, self._folder)
         self._opened: BlockStore | None = BlockStore(self._folder)
+        self._base: BlockStore | None = None
+        if base is not None:
+            self._base = open_borrowed(Path(base), self._folder.block_size)
         self._notes = LoadNotes()
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
@@ -138,6 +148,8 @@ class Store:
             self._write_notes()
             self._opened.close()
             self._opened = None
+        if self._base is not None:
+            self._base.close()
 
     def __repr__(self) -> str:
         state = "" if self._opened else ", closed"
@@ -251,6 +263,10 @@ class Store:
             missing = self._blocks.run(
                 lambda: missing_blocks(self._blocks, codec, live)
             )
+            if (base := self._base) is not None:
+                # What the base has as good as it is copied from there.
+                better = base.run(lambda: missing_blocks(base, codec, live))
+                missing = [block for block in missing if block in better]
         else:
             missing = list(live.chain.blocks)
         return live.take(block for block in missing if block.hash not in without)
@@ -290,6 +306,7 @@ class Store:
 
         def write() -> Entry:
             self._write_notes()
+            self._copy_blocks(codec, snapshot, spared)
             old = self._catalog.holder(name, snapshot.chain.tip.hex())
             self._tips |= {BlockHash(bytes.fromhex(old.tip))} if old else set()
             self._tips.add(snapshot.chain.tip)
@@ -347,10 +364,26 @@ class Store:
         live = take_live(chain, prompt_cache, tip, fingerprint.label)
         codec = self._codec_for(fingerprint)
         self._mark_restored(live, prompt_cache)
-        self._blocks.run(
-            lambda: save_blocks(self._blocks, codec, live, ignore_progress)
-        )
+
+        def write() -> None:
+            self._copy_blocks(codec, live)
+            save_blocks(self._blocks, codec, live, ignore_progress)
+
+        self._blocks.run(write)
         return chain.num_tokens
+
+    def _copy_blocks(
+        self,
+        codec: Codec,
+        snapshot: Snapshot,
+        spared: Callable[[], frozenset[BlockHash]] = frozenset,
+    ) -> None:
+        """Copy what only the base has of what is about to be saved."""
+        from .ops.save import copy_blocks
+
+        mine, base = self._blocks, self._base
+        if base is not None:
+            base.run(lambda: copy_blocks(base, mine, codec, snapshot, spared))
 
     def load(
         self,
@@ -398,13 +431,13 @@ class Store:
             token_list, fingerprint, bits, like, spans, from_codes=from_codes
         )
 
-        def restore() -> tuple[list[Any] | None, list[int]]:
+        def restore(blocks: BlockStore) -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
                 begin = time.perf_counter()
-                hit = self._loader().find(request)
+                hit = _loader(blocks).find(request)
                 if isinstance(hit, str) or not hit.num_tokens:
                     break
-                prompt_cache, hit = self._loader().restore(
+                prompt_cache, hit = _loader(blocks).restore(
                     hit, progress or ignore_progress
                 )
                 # What `prune` moved meanwhile is found at its new place.
@@ -412,10 +445,40 @@ class Store:
                 if hit.reason != "damaged" or is_last:
                     self._note_load(hit, len(token_list), fingerprint, begin)
                     return prompt_cache, token_list[hit.num_tokens :]
-            self._notes.add(None, len(token_list))
             return None, token_list
 
-        return self._blocks.run(restore)
+        for blocks in self._layers(request):
+            found = blocks.run(partial(restore, blocks))
+            if found[0] is not None:
+                return found
+        self._notes.add(None, len(token_list))
+        return None, token_list
+
+    def _layers(self, request: Request) -> list[BlockStore]:
+        """Return own blocks and those of the base, which has most of a prompt first."""
+        if self._base is None:
+            return [self._blocks]
+
+        def held(blocks: BlockStore) -> int:
+            hit = blocks.run(lambda: _loader(blocks).find(request))
+            return 0 if isinstance(hit, str) else hit.num_tokens
+
+        return sorted([self._blocks, self._base], key=held, reverse=True)
+
+    def _holder(self, ref: str) -> tuple[BlockStore, Entry]:
+        """Return an entry and the blocks that have it: own ones before the base's."""
+        try:
+            return self._blocks, self._catalog.find(ref)
+        except EntryNotFoundError:
+            if self._base is None:
+                raise
+            return self._base, Catalog(self._base).find(ref)
+
+    def _with_entry(self, ref: str, work: Callable[[BlockStore, Entry], T]) -> T:
+        """Run ``work`` with an entry and the blocks that have it."""
+        # At a second look, the entry may have moved on.
+        blocks = self._holder(ref)[0]
+        return blocks.run_again(lambda: work(*self._holder(ref)))
 
     def load_entry(
         self,
@@ -451,22 +514,20 @@ class Store:
         """
         from .ops.quality import refuse_loss
 
-        def restore() -> tuple[list[Any], list[int]]:
+        def restore(blocks: BlockStore, entry: Entry) -> tuple[list[Any], list[int]]:
             begin = time.perf_counter()
-            entry = self.entry(ref)  # which may have moved on at the second look
-            self._check_fingerprint(entry, fingerprint)
-            loader = self._loader()
+            _check_fingerprint(blocks, entry, fingerprint)
+            loader = _loader(blocks)
             bits = EXACT_BITS if exact else min_bits
             hit, tokens = loader.entry_hit(entry, bits)
             if max_kl is not None:
-                refuse_loss(
-                    self._loss(entry, map(self._blocks.stored, hit.places)), max_kl
-                )
+                stored = map(blocks.stored, hit.places)
+                refuse_loss(_loss(blocks, entry, stored), max_kl)
             cache, hit = loader.restore(hit, progress or ignore_progress, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
-        return self._blocks.run_again(restore)
+        return self._with_entry(ref, restore)
 
     def lookup(
         self,
@@ -484,7 +545,8 @@ class Store:
         token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(token_list, fingerprint, bits, like, spans)
-        hit = self._blocks.run(lambda: self._loader().find(request))
+        blocks = self._layers(request)[0]
+        hit = blocks.run(lambda: _loader(blocks).find(request))
         return to_match(hit, len(token_list))
 
     def explain(
@@ -507,14 +569,16 @@ class Store:
         bits = EXACT_BITS if exact else min_bits
         request = self._request(token_list, fingerprint, bits, like)
 
+        blocks = self._layers(request)[0]
+
         def work() -> Explanation:
-            loader, known = self._loader(), self._catalog.all()
-            explainer = Explainer(self._blocks, loader, known)
+            loader, known = _loader(blocks), Catalog(blocks).all()
+            explainer = Explainer(blocks, loader, known)
             damage = explainer.find_damage(request)
             match = to_match(loader.find(request), len(token_list))
             return explainer.explain(request, fingerprint, match, damage)
 
-        return self._blocks.run(work)
+        return blocks.run(work)
 
     def nearest(
         self, tokens: Sequence[int], fingerprint: Fingerprint
@@ -536,7 +600,8 @@ class Store:
 
         It writes down at each save what this one notes, which may only load.
         """
-        other = Store(self.path, self._codec_name, create=False)
+        base = None if self._base is None else self._base.folder.path
+        other = Store(self.path, self._codec_name, create=False, base=base)
         other._notes = self._notes
         return other
 
@@ -584,9 +649,15 @@ class Store:
     def entries(self) -> list[Entry]:
         """Return all entries that can be read, latest first.
 
-        Damaged ones are left out; :meth:`verify` reports them.
+        Damaged ones are left out; :meth:`verify` reports them. Those of a base come
+        last, without those whose names are taken here.
         """
-        return self._catalog.all()
+        mine = self._catalog.all()
+        if self._base is None:
+            return mine
+        ids = {entry.id for entry in mine}
+        theirs = Catalog(self._base).all()
+        return mine + [entry for entry in theirs if entry.id not in ids]
 
     def entry(self, ref: str) -> Entry:
         """Return the entry with this name, or whose id starts so.
@@ -595,7 +666,7 @@ class Store:
             EntryNotFoundError: There is none, or the start fits several.
             IntegrityError: Its file is damaged.
         """
-        return self._catalog.find(ref)
+        return self._holder(ref)[1]
 
     def last_uses(self, entries: Sequence[Entry]) -> dict[str, float]:
         """Return when each entry was saved or last loaded, the later of both.
@@ -622,7 +693,7 @@ class Store:
             EntryNotFoundError: There is no such entry.
             IntegrityError: A part of it is missing or damaged.
         """
-        return self._blocks.run_again(lambda: self._blocks.chain(self.entry(ref)))
+        return self._with_entry(ref, lambda blocks, entry: blocks.chain(entry))
 
     def loss(self, ref: str) -> Loss:
         """Return what is known of how far an entry is from what its model computed.
@@ -635,24 +706,10 @@ class Store:
             IntegrityError: A part of it is missing or damaged.
         """
 
-        def look() -> Loss:
-            entry = self.entry(ref)
-            return self._loss(entry, (b for _, b in self._blocks.chain(entry)))
+        def look(blocks: BlockStore, entry: Entry) -> Loss:
+            return _loss(blocks, entry, (b for _, b in blocks.chain(entry)))
 
-        return self._blocks.run_again(look)
-
-    def _loss(self, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
-        from .ops.quality import find_loss
-        from .storage.bases import find_calibration
-
-        found = find_calibration(self._folder, self._model_of(entry))
-        own = found.measured if found else ()
-        return find_loss(list(stored), [*entry.receipts, *own])
-
-    def _model_of(self, entry: Entry) -> str:
-        """Return the digest that what was measured of an entry's model is kept by."""
-        fields = self._blocks.origin(entry).fingerprint
-        return Fingerprint(fields).with_salt("").digest  # the same for all tenants
+        return self._with_entry(ref, look)
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry.
@@ -713,8 +770,7 @@ class Store:
         from .ops.export_bundle import export_entry
 
         return export_entry(
-            self._blocks,
-            self.entry(ref),
+            *self._holder(ref),
             file,
             progress or ignore_progress,
             without_basis=without_basis,
@@ -807,7 +863,7 @@ class Store:
         digest = fingerprint.digest if fingerprint else None
         data, model = self._blocks.run(
             lambda: fit_stored(
-                self._blocks, self.entries(), digest, progress or ignore_progress
+                self._blocks, self._catalog.all(), digest, progress or ignore_progress
             )
         )
         model = model.with_salt("")
@@ -858,7 +914,8 @@ class Store:
         """
         from .ops.traces import traces_of
 
-        return self._blocks.run(lambda: traces_of(self._blocks, self.entry(ref)))
+        entry = self._catalog.find(ref)
+        return self._blocks.run(lambda: traces_of(self._blocks, entry))
 
     def purge(self, removed: Traces | None = None) -> None:
         """Remove every byte of what was removed: shards, quarantine, tmp, index.
@@ -913,7 +970,7 @@ class Store:
         """
         from .ops.adopt import adopt_entry
 
-        entry = self.entry(ref)
+        entry = self._catalog.find(ref)
         adopted = self._blocks.run_again(
             lambda: adopt_entry(self._blocks, self._catalog, entry, fingerprint)
         )
@@ -947,8 +1004,8 @@ class Store:
         check_codec(codec, self._folder)
 
         def work() -> Entry:
-            entry = self.entry(ref)
-            chosen = codec_for(self._folder, codec, self._model_of(entry))
+            entry = self._catalog.find(ref)
+            chosen = codec_for(self._folder, codec, _model_of(self._blocks, entry))
             tell = progress or ignore_progress
             return recompress_entry(self._blocks, self._catalog, entry, chosen, tell)
 
@@ -1066,7 +1123,7 @@ class Store:
 
     def stats(self) -> Stats:
         """Return sums over the store."""
-        known = self.entries()
+        known = self._catalog.all()
 
         def count() -> Stats:
             self._write_notes()
@@ -1087,12 +1144,7 @@ class Store:
 
     def _origin(self, ref: str) -> Origin:
         """Return what made an entry."""
-        return self._blocks.run_again(lambda: self._blocks.origin(self.entry(ref)))
-
-    def _loader(self) -> Loader:
-        from .ops.load import Loader
-
-        return Loader(self._blocks)
+        return self._with_entry(ref, lambda blocks, entry: blocks.origin(entry))
 
     def _request(
         self,
@@ -1145,15 +1197,8 @@ class Store:
         from .ops.recognise import mark_restored
 
         wanted = wanted_of(prompt_cache)
-        self._blocks.run(lambda: mark_restored(self._blocks, live, wanted))
-
-    def _check_fingerprint(self, entry: Entry, given: Fingerprint | None) -> None:
-        """Refuse an entry that another model made."""
-        if given is None:
-            return
-        _check_fingerprint_type(given)
-        stored = Fingerprint(self._blocks.origin(entry).fingerprint)
-        refuse_other(entry.name or entry.id, stored, given)
+        for blocks in filter(None, (self._blocks, self._base)):
+            blocks.run(partial(mark_restored, blocks, live, wanted))
 
     def _note_load(
         self, hit: Hit, num_tokens: int, fingerprint: Fingerprint | None, begin: float
@@ -1169,6 +1214,39 @@ class Store:
     def _write_notes(self) -> None:
         if self._notes:
             self._notes.write(self._blocks.index)
+
+
+def _loader(blocks: BlockStore) -> Loader:
+    # Imported here: listing a store needs no MLX.
+    from .ops.load import Loader
+
+    return Loader(blocks)
+
+
+def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
+    from .ops.quality import find_loss
+    from .storage.bases import find_calibration
+
+    found = find_calibration(blocks.folder, _model_of(blocks, entry))
+    own = found.measured if found else ()
+    return find_loss(list(stored), [*entry.receipts, *own])
+
+
+def _model_of(blocks: BlockStore, entry: Entry) -> str:
+    """Return the digest that what was measured of an entry's model is kept by."""
+    fields = blocks.origin(entry).fingerprint
+    return Fingerprint(fields).with_salt("").digest  # the same for all tenants
+
+
+def _check_fingerprint(
+    blocks: BlockStore, entry: Entry, given: Fingerprint | None
+) -> None:
+    """Refuse an entry that another model made."""
+    if given is None:
+        return
+    _check_fingerprint_type(given)
+    stored = Fingerprint(blocks.origin(entry).fingerprint)
+    refuse_other(entry.name or entry.id, stored, given)
 
 
 def _check_fingerprint_type(fingerprint: object) -> None:

@@ -61,6 +61,14 @@ def _general_options(*, hidden: bool) -> list[click.Option]:
             **common,
         ),
         click.Option(
+            ["--base"],
+            type=StoreParam(path_type=Path),
+            metavar="DIR",
+            help="A store that is only read, on a share or a stick say: what it has is"
+            " found too, behind what the store has.",
+            **common,
+        ),
+        click.Option(
             ["--json"],
             is_flag=True,
             help="Print one JSON document on stdout.",
@@ -177,7 +185,8 @@ def open_store(
     if not is_utf8(str(path)):
         raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
     try:
-        store = Store(path, codec, create=create)
+        base = context.meta.get("kvstore.base")
+        store = Store(path, codec, create=create, base=base)
     except NotADirectoryError as error:
         raise StoreNotFoundError(
             f"no store at {path}: a part of the path is no folder",

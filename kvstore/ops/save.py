@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -13,15 +14,24 @@ from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
 from ..codecs.parallel import map_in_order
-from ..errors import IntegrityError
+from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
-from ..format.block import Block, BlockHash, EncodedBlock, Part, Progress
+from ..format.block import (
+    Block,
+    BlockHash,
+    EncodedBlock,
+    Part,
+    Progress,
+    StoredBlock,
+)
 from ..format.entry import Entry
 from ..storage import files
+from ..storage.bases import add_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.index import is_better
-from ..storage.shards import staged_shard
+from ..storage.shards import open_shard, staged_copy, staged_shard
+from .bases import read_named
 from .commit import commit, make_room, replaceable
 
 # With two cores, the model has both of them.
@@ -116,6 +126,51 @@ def save_blocks(
         ),
         progress,
     )
+
+
+def copy_blocks(
+    base: BlockStore,
+    blocks: BlockStore,
+    codec: Codec,
+    snapshot: Snapshot,
+    spared: Callable[[], frozenset[BlockHash]] = frozenset,
+) -> None:
+    """Copy what another store has of a prompt cache, and this one lacks.
+
+    Bytes are copied as they are, unless the rows at hand are better. So an entry needs
+    no store but its own, and nothing is coded anew.
+
+    Args:
+        base: The blocks of the other store.
+        blocks: The store's own.
+        codec: As :func:`save_entry` takes it.
+        snapshot: What is to be saved.
+        spared: The same.
+    """
+    better = {block.hash for block in missing_blocks(base, codec, snapshot)}
+    wanted: dict[str, list[StoredBlock]] = {}
+    for block in snapshot.chain.blocks:
+        place = base.index.place(block.hash)
+        if place and block.hash not in better and not blocks.index.place(block.hash):
+            # What is damaged is computed or missed, as if it were not there.
+            with suppress(IntegrityError, FormatError):
+                wanted.setdefault(place.shard, []).append(base.stored(place))
+    token_bytes = sum(g.token_bytes for g in group_layers(snapshot.chain.layout))
+    for name, stored in wanted.items():
+        with (
+            suppress(IntegrityError, FormatError, FileNotFoundError),
+            open_shard(base.folder.shards, name) as opened,
+            staged_copy(blocks.folder.staging, opened, stored) as staged,
+        ):
+            for basis in read_named(base.folder, stored).values():
+                add_basis(blocks.folder, basis)
+            make_room(
+                blocks,
+                staged.header.nbytes,
+                lambda: snapshot.chain.hashes | spared(),
+            )
+            with blocks.index.transaction():
+                blocks.add_new([staged], token_bytes)
 
 
 def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list[Block]:

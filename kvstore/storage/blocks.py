@@ -688,6 +688,12 @@ def index_folder(index: Index, folder: StoreFolder) -> None:
         pass
 
 
+def index_new(index: Index, folder: StoreFolder) -> None:
+    """Tell the index of the shards that it does not know."""
+    for _ in _index_each(index, folder, same=set(index.shards())):
+        pass
+
+
 def confirm_folder(
     index: Index, folder: StoreFolder, only: Collection[str] | None = None
 ) -> None:

@@ -93,8 +93,12 @@ def default_path() -> Path:
     return Path(chosen) if chosen else files.cache_home() / "kvstore"
 
 
-def open_folder(path: Path) -> StoreFolder:
+def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
     """Return the store at ``path``.
+
+    Args:
+        path: Where it is.
+        is_borrowed: Write nothing to it, though it lacks something.
 
     Raises:
         StoreNotFoundError: There is none.
@@ -111,8 +115,8 @@ def open_folder(path: Path) -> StoreFolder:
             if isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise _not_a_store(path) from error
             raise error from None
-    _check_folders(path)
-    if not (path / CONFIG_COPY).exists():
+    _check_folders(path, is_borrowed=is_borrowed)
+    if not is_borrowed and not (path / CONFIG_COPY).exists():
         with suppress(OSError):  # on a read-only disk nothing is written anyway
             files.write_atomic(
                 path / CONFIG_COPY, config_to_bytes(config), path / "tmp"
@@ -273,7 +277,7 @@ def _check_path(path: Path) -> None:
         ) from error
 
 
-def _check_folders(path: Path) -> None:
+def _check_folders(path: Path, *, is_borrowed: bool) -> None:
     """Refuse links in a store, and make the folders that a copy has left out.
 
     An archive leaves out empty folders: a bundle that `tar` has unpacked, say.
@@ -291,7 +295,7 @@ def _check_folders(path: Path) -> None:
         folder = path / name
         if folder.is_symlink():
             raise OSError(errno.ELOOP, "a folder of the store is a link", str(folder))
-        if not folder.is_dir():
+        if not is_borrowed and not folder.is_dir():
             with suppress(OSError):  # on a read-only disk nothing is written anyway
                 files.make_private_dir(folder)
 

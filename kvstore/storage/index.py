@@ -205,6 +205,7 @@ class Index:
         path: The database file.
         create: Make it, where an existing one is asked for otherwise.
         temporary: Keep it in memory, for a store that cannot be written to.
+        copied: Fill it from the file, which is neither locked nor written to.
         timeout_s: How long to wait for another process's write.
 
     Attributes:
@@ -223,6 +224,7 @@ class Index:
         *,
         create: bool = False,
         temporary: bool = False,
+        copied: bool = False,
         timeout_s: float = 10.0,
     ) -> None:
         self.path = path
@@ -233,9 +235,21 @@ class Index:
                 _touch(path)
             name = ":memory:" if temporary else str(path)
             self._connection = _connect(name, timeout_s, create)
+            if copied:
+                self._copy(path)
             if not temporary:
                 self.identity = index_identity(path)
             self._prepare(create)
+
+    def _copy(self, path: Path) -> None:
+        # Whatever another process has not put into the file yet is left out.
+        flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+        source = apsw.Connection(f"{path.absolute().as_uri()}?immutable=1", flags)
+        try:
+            with self._connection.backup("main", source, "main") as copy:
+                copy.step()
+        finally:
+            source.close()
 
     def close(self) -> None:
         """Close the database."""

@@ -33,7 +33,7 @@ ORDER = [
 ]
 OPS = {  # and inside of ops
     "calibrate": {"bases"},
-    "save": {"commit"},
+    "save": {"bases", "commit"},
     "commit": {"prune", "quality"},
     "doctor": {"selftest"},
     "explain": {"load"},

@@ -1,0 +1,73 @@
+"""The blocks of a store that is only read: a share, a stick, a snapshot.
+
+Nothing in its folder is ever written, moved or locked, whatever it allows: what turns
+out to be damaged is forgotten in memory only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import FormatError, IndexDamagedError, KVStoreError, StoreLockedError
+from .blocks import BlockStore, index_new
+from .folder import StoreFolder, open_folder
+from .index import Index
+
+
+def open_borrowed(path: Path, block_size: int) -> BorrowedBlocks:
+    """Return the blocks of a store that is only read.
+
+    Args:
+        path: The store's folder.
+        block_size: Of the store that borrows them.
+
+    Raises:
+        StoreNotFoundError: There is no store.
+        KVStoreError: Its blocks have another size.
+    """
+    folder = open_folder(path, is_borrowed=True)
+    if folder.block_size != block_size:
+        raise KVStoreError(
+            f"the base has blocks of {folder.block_size} tokens, and the store of"
+            f" {block_size}: {path}",
+            hint="use another store with it",
+        )
+    return BorrowedBlocks(folder)
+
+
+class BorrowedBlocks(BlockStore):
+    """The blocks of a store that is never written to.
+
+    Its index is copied into memory, and what has come since is read from the shards. If
+    it turns out to be damaged, another is made from the shards alone.
+    """
+
+    _is_trusted = True
+
+    @property
+    def index(self) -> Index:
+        """A copy of the index in memory."""
+        if self._opened is None:
+            self._opened = _copy_index(self.folder, is_trusted=self._is_trusted)
+            self._is_trusted = False  # it is closed only where it was damaged
+        return self._opened
+
+    @contextmanager
+    def _nothing_freed(self) -> Iterator[None]:
+        yield  # whoever owns it may prune it at any time
+
+    def _quarantine(self, shard: str) -> None:
+        pass
+
+
+def _copy_index(folder: StoreFolder, *, is_trusted: bool) -> Index:
+    index = Index(folder.index, create=True, temporary=True)
+    if is_trusted:
+        with suppress(OSError, IndexDamagedError, StoreLockedError, FormatError):
+            copied = Index(folder.index, temporary=True, copied=True)
+            index.close()
+            index = copied
+    index_new(index, folder)
+    return index
