@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,12 +12,24 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Codec, Rows
+from turboquant import make_wh_rotation
+from turboquant.kernels import gpu, transfer
+
+from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Codec, OnDevice, Rows, Run
+from ..codecs.turbo import SEED
 from ..errors import IntegrityError
 from ..format.block import StoredBlock
 from .kinds import kind_named
 from .kinds.base import capacity
-from .layout import Group, LayerLayout, Layout, ListLayout, RowSpec, flatten
+from .layout import (
+    Group,
+    LayerLayout,
+    Layout,
+    ListLayout,
+    RowSpec,
+    flatten,
+    group_layers,
+)
 from .live import PromptCache, Provenance, hold, read_layout, set_provenance
 from .stored import Piece
 from .uninitialised import uninitialised
@@ -71,6 +84,8 @@ def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
     """Return what rebuilds a prompt cache fastest on MLX's default device."""
     if mx.default_device() == mx.cpu or _shares_memory():
         return HostRestoring(layout, num_tokens)
+    if gpu.can("restore"):
+        return KernelRestoring(layout, num_tokens)
     return DeviceRestoring(layout, num_tokens)
 
 
@@ -259,6 +274,160 @@ class HostRestoring:
             shape = (spec.num_heads, 1, spec.head_dim)
             views[name] = np.zeros(shape, NUMPY_DTYPES[spec.dtype])
         return views[name]
+
+
+class KernelRestoring(HostRestoring):
+    """Sends what is stored to a GPU, where one kernel a layer and side restores it.
+
+    What the kernels do not know, such as states, is decoded here.
+
+    Args:
+        layout: How the prompt cache is built.
+        num_tokens: How many tokens' rows there will be.
+    """
+
+    num_threads = min(16, os.cpu_count() or 1)
+
+    def __init__(self, layout: Layout, num_tokens: int) -> None:
+        self._layout = layout
+        self._target = _Target(layout, num_tokens)
+        self._sent: dict[tuple[int, str], list[_Sent]] = {}
+        self._arrays = [{} for _ in self._target.layers]
+        self._views = [
+            {
+                name: np.zeros(self._shape(layer, name, spec), NUMPY_DTYPES[spec.dtype])
+                for name, spec in layer.rows
+                if spec.kind != "mark" and not _has_kernel(spec)
+            }
+            for layer in self._target.layers
+        ]
+
+    def _shape(
+        self, layer: LayerLayout, name: str, spec: RowSpec
+    ) -> tuple[int, int, int]:
+        return spec.num_heads, self._target.num_rows(layer, name, spec), spec.head_dim
+
+    def write(
+        self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
+    ) -> None:
+        """Send the parts, or what they decode to."""
+        if not _has_kernel(group.spec(rows.side)):
+            super().write(codec, parts, group, rows, stop)
+            return
+        cut = self._target.cut(group, rows, stop)
+        for side, runs in _runs(codec, parts, rows):
+            arrays = [
+                array
+                for run in runs
+                for array in (*run.planes, run.norms, run.mean)
+                if array is not None
+            ]
+            pieces, places = transfer.send(arrays)
+            sent = _Sent(cut, pieces, _segments(runs, rows, iter(places)))
+            self._sent.setdefault((group.layers[0], side), []).append(sent)
+
+    def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
+        """Have the kernels restore all layers."""
+        sent = [each for found in self._sent.values() for each in found]
+        pieces = [piece for each in sent for piece in each.pieces]
+        data = mx.concatenate(pieces) if pieces else mx.zeros((2,), mx.uint64)
+        begin = 0
+        for each in sent:
+            each.begin = begin
+            begin += sum(piece.nbytes for piece in each.pieces)
+            each.pieces.clear()
+        for group in group_layers(self._layout):
+            for name, spec in group.layout.rows:
+                if _has_kernel(spec):
+                    self._restore(data, group, name, spec, num_tokens)
+        mx.eval(self._arrays)
+        return super().finish(num_tokens, provenance)
+
+    def _restore(
+        self, data: mx.array, group: Group, name: str, spec: RowSpec, num_tokens: int
+    ) -> None:
+        """Restore one array of all layers of a group."""
+        heads, capacity, dim = self._shape(group.layout, name, spec)
+        # Segment 0 has the rows that nothing was sent of: zeros.
+        which = np.zeros(capacity, np.int32)
+        table = [gpu.segment(0, (0, 0, 0), 0, [])]
+        for sent in self._sent.get((group.layers[0], name), []):
+            where, wanted = sent.cut
+            for first, num_rows, numbers in sent.segments:
+                begin = max(first, wanted.start)
+                end = min(first + num_rows, wanted.stop)
+                at = where + begin - wanted.start
+                which[at : at + max(0, end - begin)] = len(table)
+                table.append(gpu.moved(numbers, sent.begin, begin - first - at))
+        if spec.kind == "rows":  # a load that ended early has written more
+            which[max(0, num_tokens - spec.begin) :] = 0
+        inputs = mx.array(which), mx.array(np.array(table, np.int64))
+        has_codes = dim % 8 == 0 and dim <= gpu.MAX_DIM
+        for number, layer in enumerate(group.layers):
+            self._arrays[layer][name] = gpu.restore(
+                data,
+                *inputs,
+                make_wh_rotation(dim, SEED) if has_codes else None,
+                layer=number,
+                shape=(1, heads, capacity, dim),
+                dtype=MLX_DTYPES[spec.dtype],
+            )
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What the device was sent of one array of a block."""
+
+    # Where in its buffer the rows go, and which of the block's.
+    cut: tuple[int, slice]
+    # The bytes.
+    pieces: list[mx.array]
+    # Of each run its first row, how many it has, and where in the bytes they lie.
+    segments: list[tuple[int, int, list[int]]]
+    # Where the bytes begin among all that was sent.
+    begin: int = 0
+
+
+def _has_kernel(spec: RowSpec) -> bool:
+    return spec.kind in ("rows", "window") and spec.dtype in ("F32", "F16", "BF16")
+
+
+def _runs(codec: Codec, parts: Parts, rows: Rows) -> Iterator[tuple[str, list[Run]]]:
+    """Yield the runs of each array, decoded where the kernels do not know the codec."""
+    sides = _sides(rows)
+    runs = codec.array.runs(parts, rows) if isinstance(codec.array, OnDevice) else []
+    if runs and (rows.shape[3] <= gpu.MAX_DIM or not any(run.bits for run in runs)):
+        yield sides[0], runs
+        return
+    whole = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
+    codec.array.decode_into(parts, rows, list(whole))
+    for side, half in zip(sides, np.split(whole, len(sides), axis=1), strict=True):
+        yield side, [Run(rows.shape[2], 0, (np.ascontiguousarray(half),))]
+
+
+def _segments(
+    runs: Sequence[Run], rows: Rows, places: Iterator[int]
+) -> list[tuple[int, int, list[int]]]:
+    """Return of each run its first row, how many it has, and where they lie.
+
+    Args:
+        runs: The runs of one array.
+        rows: What rows they are of.
+        places: Where each of their arrays begins.
+    """
+    found, first = [], 0
+    heads = rows.shape[1] // len(_sides(rows))
+    for run in runs:
+        planes = [next(places) for _ in run.planes]
+        norms = next(places) if run.norms is not None else 0
+        mean = next(places) if run.mean is not None else -1
+        shape = (rows.shape[0], heads, run.num_rows)
+        # Exact rows are told by how many arrays they lie in.
+        bits = run.bits or -len(planes)
+        numbers = gpu.segment(bits, shape, 0, planes, norms, mean)
+        found.append((first, run.num_rows, numbers))
+        first += run.num_rows
+    return found
 
 
 class DeviceRestoring:

@@ -113,6 +113,31 @@ class Checking(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows of all layers that lie alike in their parts, for a kernel of a GPU."""
+
+    # Of each head, the next ones of the block.
+    num_rows: int
+    # Of a coordinate; 0 where the rows are exact.
+    bits: int
+    # Contiguous arrays: planes of codes, widest first; or exact rows, as they are or as
+    # their low bytes and their high ones.
+    planes: tuple[Array, ...]
+    # The norms' bytes, least significant first.
+    norms: Array | None = None
+    # What is added to the rows of each head.
+    mean: Array | None = None
+
+
+@runtime_checkable
+class OnDevice(Protocol):
+    """An array codec whose parts the kernels of a GPU can read."""
+
+    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+        """Return where in its parts the rows of a block are, in order."""
+
+
 class BytesCodec(Protocol):
     """Bytes to fewer bytes; never loses anything."""
 

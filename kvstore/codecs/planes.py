@@ -14,7 +14,7 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from .base import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, NUMPY_DTYPES, Array, PartSpecs, Rows, Run
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -90,6 +90,11 @@ class Planes:
         for i in range(1, len(planes)):
             joined = joined | (planes[i].astype(whole) << 8 * i)
         return joined.view(MLX_DTYPES[rows.dtype])
+
+    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+        """Return one run of exact rows, their low bytes before the high ones."""
+        planes = [parts[name] for name in ("low", "high") if name in parts]
+        return [Run(rows.shape[2], 0, tuple(planes))]
 
 
 def _planes(parts: Mapping[str, Array]) -> list[Array]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .base import MLX_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, Array, PartSpecs, Rows, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,7 @@ class Raw:
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Move the rows to the device."""
         return mx.array(parts["rows"]).view(MLX_DTYPES[rows.dtype])
+
+    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+        """Return one run of exact rows."""
+        return [Run(rows.shape[2], 0, (parts["rows"],))]

@@ -22,7 +22,7 @@ from turboquant.kernels import best_kernels
 from turboquant.packing import plane_widths
 
 from ..errors import CodecError
-from .base import MLX_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, Array, PartSpecs, Rows, Run
 from .planes import join_planes, split_planes
 
 NUM_SINKS = 4
@@ -162,6 +162,14 @@ class Turbo:
         if not _num_sinks(rows):
             return decoded
         return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
+
+    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+        """Return the sinks, and the rows of codes behind them."""
+        sinks = _num_sinks(rows)
+        exact = [Run(sinks, 0, (parts["sinks"],))] if sinks else []
+        planes = tuple(parts[name] for name, _ in self._planes(rows))
+        num_coded, mean = rows.shape[2] - sinks, parts.get("mean")
+        return [*exact, Run(num_coded, self._bits(rows), planes, parts["norms"], mean)]
 
     def _bits(self, rows: Rows) -> int:
         return self.key_bits if rows.side == "k" else self.value_bits
