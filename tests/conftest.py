@@ -125,6 +125,34 @@ def loaded(tiny_model):
     return load_model(str(tiny_model))
 
 
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """What runs the kernels of a GPU, compiled as C++."""
+    import shim
+
+    if shim.COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    return shim.make_launch(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def as_gpu(monkeypatch):
+    """What has kernels run by a function, as if this machine had a GPU."""
+    import mlx.core as mx
+
+    from turboquant.kernels import gpu, transfer
+
+    monkeypatch.setattr(transfer, "_pin", lambda size: 0)
+
+    def use(launch):
+        monkeypatch.setattr(gpu, "_launch", launch)
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        gpu._checked.cache_clear()
+
+    yield use
+    gpu._checked.cache_clear()
+
+
 @pytest.fixture
 def kvstore_cli(tmp_path):
     """A function that runs `kvstore` as a process on a store of its own."""

@@ -250,7 +250,7 @@ class HostRestoring:
         """Hand the buffers over, rows that were not written as zeros."""
         for layer, views in zip(self._target.layers, self._views, strict=True):
             for name, spec in layer.rows:
-                if spec.kind == "rows":
+                if spec.kind == "rows" and name in views:
                     views[name][:, max(0, num_tokens - spec.begin) :] = 0
         for arrays, views in zip(self._arrays, self._views, strict=True):
             arrays |= {n: mx.array(views[n][None]) for n in views.keys() - arrays}
@@ -292,6 +292,8 @@ class KernelRestoring(HostRestoring):
         self._layout = layout
         self._target = _Target(layout, num_tokens)
         self._sent: dict[tuple[int, str], list[_Sent]] = {}
+        nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
+        self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
         self._arrays = [{} for _ in self._target.layers]
         self._views = [
             {
@@ -301,6 +303,12 @@ class KernelRestoring(HostRestoring):
             }
             for layer in self._target.layers
         ]
+
+    def buffers(
+        self, pieces: Pieces, stored: StoredBlock, stop: int
+    ) -> Sequence[memoryview]:
+        """Return none: what is read is sent on."""
+        return ()
 
     def _shape(
         self, layer: LayerLayout, name: str, spec: RowSpec

@@ -43,6 +43,27 @@ def test_the_device_restores_what_numpy_does(
                 assert caches.rows_of(device) == caches.rows_of(host)
 
 
+@pytest.mark.parametrize(("number", "codec"), list(enumerate(CODECS)))
+def test_a_kernel_restores_what_numpy_does(
+    store_path, caches, monkeypatch, launch, as_gpu, number, codec
+):
+    """Bit for bit, from the tail as from codes, and zeros behind the last row."""
+    as_gpu(launch)
+    tokens, dtype = list(range(40)), (mx.float32, mx.float16, mx.bfloat16)[number % 3]
+    with kvstore.Store(store_path, codec=codec) as store:
+        store.save(tokens, caches.make_cache(40, dtype=dtype), caches.MODEL)
+        for prompt in ([*tokens, -1], [*tokens[:37], -1]):
+            (host, _), (device, rest) = (
+                restored_by(way, monkeypatch, store, prompt, caches.MODEL)
+                for way in (restoring.HostRestoring, restoring.KernelRestoring)
+            )
+            assert device[0].offset == host[0].offset == len(prompt) - len(rest)
+            for a, b in zip(device, host, strict=True):
+                for ours, theirs in ((a.keys, b.keys), (a.values, b.values)):
+                    assert ours.dtype == dtype
+                    assert mx.array_equal(ours, theirs).item()
+
+
 def worst_difference(left, right):
     """Return the largest difference relative to the largest number."""
     worst = 0.0
@@ -54,13 +75,17 @@ def worst_difference(left, right):
     return worst
 
 
-def test_the_device_restores_live_codes(store_path, caches, monkeypatch):
+@pytest.mark.parametrize("way", [restoring.DeviceRestoring, restoring.KernelRestoring])
+def test_the_device_restores_live_codes(
+    store_path, caches, monkeypatch, launch, as_gpu, way
+):
     """A cache of codes is restored on the device bit for bit."""
+    as_gpu(launch)
     rows = caches.random_rows(50, 1)
     cache = [TurboQuantKVCache(3) for _ in rows]
     for layer, pair in zip(cache, rows, strict=True):
         layer.update_and_fetch(pair[0], pair[1])
-    monkeypatch.setattr(loading, "start_restoring", restoring.DeviceRestoring)
+    monkeypatch.setattr(loading, "start_restoring", way)
     with kvstore.Store(store_path) as store:
         store.save(list(range(50)), cache, caches.MODEL)
         for length in (2, 4, 5, 50):
@@ -76,6 +101,7 @@ def test_a_mac_decodes_in_numpy_where_the_gpu_sees_it(shares, monkeypatch):
     """The way is tried first: a copy in place of a view would restore zeros."""
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(restoring.gpu, "can", lambda verb: False)
     if not shares:
         monkeypatch.setattr(restoring.np, "asarray", np.array)
     restoring._shares_memory.cache_clear()

@@ -19,7 +19,11 @@ from mlx_lm.models.cache import (
 )
 
 import kvstore
-from kvstore.caches.restore import DeviceRestoring
+from kvstore.caches.restore import (
+    DeviceRestoring,
+    HostRestoring,
+    KernelRestoring,
+)
 from kvstore.ops import load as loading
 
 architectures = load_beside("architectures")
@@ -146,15 +150,19 @@ def test_two_turns_are_bit_equal(store_path, kind, step, num_tokens):
 
 @pytest.mark.parametrize("step", [61, 1])
 @kinds
-def test_what_decodes_on_a_device_decodes_the_same(store_path, monkeypatch, kind, step):
+def test_what_decodes_on_a_device_decodes_the_same(
+    store_path, monkeypatch, launch, as_gpu, kind, step
+):
     """Restoring on MLX's device gives the bits that restoring in NumPy gives."""
+    as_gpu(launch)
     cache, _ = prefilled(kind, TOKENS, step)
     with kvstore.Store(store_path, "planes+zstd") as store:
         store.save(TOKENS, cache, MODEL, name="x")
-        on_host, _ = store.load_entry("x", MODEL)
-        monkeypatch.setattr(loading, "start_restoring", DeviceRestoring)
-        on_device, _ = store.load_entry("x", MODEL)
-    logits = [feed(model_of(kind), c, TURN) for c in (cache, on_host, on_device)]
+        restored = [cache]
+        for way in (HostRestoring, DeviceRestoring, KernelRestoring):
+            monkeypatch.setattr(loading, "start_restoring", way)
+            restored.append(store.load_entry("x", MODEL)[0])
+    logits = [feed(model_of(kind), each, TURN) for each in restored]
     assert len(set(bits(logits))) == 1
 
 
