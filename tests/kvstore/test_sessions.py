@@ -27,8 +27,6 @@ TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Without chunks (llama4): the stock server alone, started four times on a CPU with the
-# same weights, gives the same prompt of 1,081 tokens three different answers.
 FAMILIES = {
     "plain": "llama",
     "windows": "gemma3_text",
@@ -37,7 +35,13 @@ FAMILIES = {
     "recurrent": "mamba",
     "latent attention": "deepseek_v3",
     "lists": "falcon_h1",
+    "chunks": "llama4",
 }
+# The stock server alone, started four times on a CPU with the same weights, gives the
+# same prompt of 1,081 tokens three different answers. Tokens held are compared. Right
+# after a restart one token less is: a window is kept at the token before a reply, and
+# what went out of it to hold the reply is gone, while in memory the reply is cut off.
+CHUNKED = "llama4"
 RULES = {"role": "system", "content": "You are an agent that works with files. " * 20}
 
 
@@ -75,6 +79,15 @@ class Found(NamedTuple):
     num_tokens: int
     said: str
     held: int
+
+
+def assert_as_good(number, mine, other, family, *, restarted):
+    """Fail where ours says something else than the stock server, or holds less."""
+    if family == CHUNKED:
+        mine, other = mine._replace(said=""), other._replace(said="")
+        other = other._replace(held=other.held - restarted)
+    assert (number, *mine[:2]) == (number, *other[:2])
+    assert (number, mine.held) >= (number, other.held)
 
 
 def ask(server, messages, **options):
@@ -152,7 +165,7 @@ def servers(tmp_path):
 
 @pytest.fixture
 def pair(request, servers, tiny_model, tmp_path):
-    """The name of a family to a function that starts ours, and the stock server."""
+    """A function that starts our server, the stock server, and the family."""
     folder = families.write_folder(request.param, tiny_model, tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     text = json.dumps(config | {"chat_template": TEMPLATE})
@@ -162,6 +175,7 @@ def pair(request, servers, tiny_model, tmp_path):
     return (
         lambda: servers.kvstore(store, folder, *options),
         servers.stock(folder),
+        request.param,
     )
 
 
@@ -169,15 +183,14 @@ def pair(request, servers, tiny_model, tmp_path):
 @pytest.mark.parametrize("pair", FAMILIES.values(), ids=FAMILIES.keys(), indirect=True)
 def test_no_request_holds_fewer_tokens_than_the_stock_server(pair, tmp_path):
     """Answer by answer the same, and held as much or more; also after a restart."""
-    start, stock = pair
+    start, stock, family = pair
     ours = start()
     for number, messages in enumerate(session()):
         if number in (3, 6):
             ours.stop()
             ours = start()
         mine, other = ask(ours, messages), ask(stock, messages)
-        assert (number, *mine[:2]) == (number, *other[:2])
-        assert (number, mine.held) >= (number, other.held)
+        assert_as_good(number, mine, other, family, restarted=number in (3, 6))
     ours.stop()
     ours = start()
     # What was asked last is held but for the token that is fed.
@@ -192,22 +205,21 @@ def test_no_request_holds_fewer_tokens_than_the_stock_server(pair, tmp_path):
 @pytest.mark.parametrize("pair", FAMILIES.values(), ids=FAMILIES.keys(), indirect=True)
 def test_what_is_served_alone_is_held_as_well(pair):
     """A request with a seed is: it has the model to itself, in a path of its own."""
-    start, stock = pair
+    start, stock, family = pair
     ours = start()
     for number, messages in enumerate(session()):
         if number == 5:
             ours.stop()
             ours = start()
         mine, other = (ask(server, messages, seed=1) for server in (ours, stock))
-        assert (number, *mine[:2]) == (number, *other[:2])
-        assert (number, mine.held) >= (number, other.held)
+        assert_as_good(number, mine, other, family, restarted=number == 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["llama", "qwen3_next", "gemma3_text"], indirect=True)
 def test_sessions_in_parallel_say_the_same_and_are_held(pair):
     """Three agents at once, each with questions of its own."""
-    start, stock = pair
+    start, stock, _ = pair
     ours = start()
     mine, expected = play_all(ours), play_all(stock)
     assert [found.said for found in mine] == [found.said for found in expected]
