@@ -118,6 +118,14 @@ def short_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory):
+    """A folder with a model whose rows take 32 kB a token."""
+    folder = tmp_path_factory.mktemp("models") / "wide"
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    return write_model(folder, num_hidden_layers=4, **heads)
+
+
+@pytest.fixture(scope="session")
 def loaded(tiny_model):
     """Model, tokenizer and fingerprint of the tiny model."""
     from kvstore.models.load import load_model

@@ -920,3 +920,24 @@ def test_a_stop_waits_for_no_slow_disk(servers, models, tmp_path, sync_s):
     answers = [server.ask(prompt) for prompt in asked]
     assert [said(answer) for answer in answers] == expected
     assert is_slow or all(held(answer) == 1 for answer in answers)
+
+
+@pytest.mark.slow
+def test_a_slow_disk_takes_no_more_memory_than_the_stock_server(
+    servers, wide_model, tmp_path
+):
+    """What waits for the disk counts for `--prompt-cache-bytes`, copies included."""
+    budget = ("--prompt-cache-bytes", "150MB")  # the rows of six of these prompts
+    words = ("--store", tmp_path / "store", "serve", "--model", wide_model, *budget)
+
+    def peak_mb(server):
+        for number in range(24):
+            server.ask(f"{number}: " + "some text to read " * 44, max_tokens=4)
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        assert server.stop() in (0, -signal.SIGTERM)
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1000
+
+    stock = peak_mb(servers.stock(wide_model, *budget))
+    for codec in ("raw", "turbo4+zstd"):
+        ours = servers._start("-c", SLOW_DISK, 0.03, *words, "--codec", codec)
+        assert peak_mb(ours) <= stock + 64
