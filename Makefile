@@ -32,7 +32,7 @@ test-031: $(STAMP_031)
 	$(VENV_031)/bin/pytest -n auto --dist loadfile -m "not slow and not model" $(TESTS_031)
 
 test-all: $(STAMP) $(MODEL)/config.json
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 CAMPAIGN := --kills 1000 --errors 2000 --damage 20000 --fuzz 3000000 --mutants
 

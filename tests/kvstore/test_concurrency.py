@@ -42,6 +42,7 @@ def check(path, caches, names):
 
 
 def test_a_save_into_an_index_that_was_replaced_counts(store, store_path, caches):
+    """A store that was open meanwhile takes the new index, and both entries are there."""
     rebuild_index(store)
     save(store, caches, 2, "two")
     check(store_path, caches, ["one", "two"])
@@ -67,6 +68,7 @@ def test_a_save_counts_though_the_index_is_replaced_meanwhile(
 def test_shards_that_come_while_the_index_is_built_are_in_it(
     store, store_path, caches, monkeypatch
 ):
+    """A shard that another process adds before the new index takes its place."""
     aside = blocks_module._set_index_aside
 
     def save_and_set_aside(folder):

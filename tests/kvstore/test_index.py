@@ -438,6 +438,7 @@ def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
 
 
 def test_a_block_that_another_drops_between_two_queries_is_no_damage(index, path):
+    """Both queries see one state; the next look finds nothing."""
     fill(index)
     other, place = Index(path), index.place
 
