@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .caches.kinds import register_kind
+    from .caches.reanchor import Reanchoring
     from .codecs import codec_names, get_codec
     from .errors import (
         ArgumentError,
@@ -65,6 +66,7 @@ __all__ = [
     "KVStoreError",
     "LoadedModel",
     "Match",
+    "Reanchoring",
     "RemoteError",
     "SignerError",
     "Speeds",
@@ -117,6 +119,7 @@ _HOMES = {
     "server.prompt_cache": ("DiskPromptCache",),
     "server.tier": ("Tier", "tier"),
     "caches.kinds": ("register_kind",),
+    "caches.reanchor": ("Reanchoring",),
 }
 
 

@@ -25,7 +25,12 @@ from typing import Any
 import blake3
 
 from .errors import FingerprintError, KVStoreError
-from .format.chain import digest_fields
+from .format.chain import (
+    REANCHORED,
+    digest_fields,
+    is_reanchored,
+    mark_reanchored,
+)
 from .format.documents import JSON, canonical_json
 from .format.safetensors import MAX_HEADER_BYTES, parse_header
 from .storage import files
@@ -42,6 +47,8 @@ _NAMING = _ADVISORY | {
 }  # fmt: skip
 # What `mlx_lm.load` reads itself, whether the architecture knows it or not.
 _LOADING = {"model_type", "quantization", "quantization_config", "text_config"}
+# Fields that say whose rows they are, or how they came about, and not of what model.
+_MARKS = {"salt", REANCHORED}
 _PIECE_BYTES = 1 << 24
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEMORY_NAME = "kvstore-files.json"
@@ -136,6 +143,17 @@ class Fingerprint:
         fields = {name: field for name, field in self.fields.items() if name != "salt"}
         return replace(self, fields={**fields, "salt": salt} if salt else fields)
 
+    @property
+    def bare(self) -> Fingerprint:
+        """The model's alone: without a salt, or the mark of re-anchored rows."""
+        fields = {k: v for k, v in self.fields.items() if k not in _MARKS}
+        return replace(self, fields=fields)
+
+    @property
+    def reanchored(self) -> Fingerprint:
+        """What rows are stored under that were computed behind other tokens."""
+        return replace(self, fields=mark_reanchored(self.fields))
+
     def with_draft(self, draft: Fingerprint) -> Fingerprint:
         """Return the fingerprint of a model and a draft model, whose caches follow."""
         parts = {name: draft.fields.get(name) for name in ("weights", "config", "code")}
@@ -161,6 +179,12 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
     Raises:
         FingerprintError: They differ; it names the first field.
     """
+    if is_reanchored(stored.fields) and not is_reanchored(given.fields):
+        raise FingerprintError(
+            f"`{label}` has rows that were computed behind other words: they were"
+            " re-anchored",
+            hint="compute the prompt itself, or load it with `near=`",
+        )
     difference = stored.difference(given)
     if difference:
         raise FingerprintError(

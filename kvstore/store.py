@@ -43,6 +43,7 @@ from .storage.folder import (
 from .storage.index import Place
 
 if TYPE_CHECKING:
+    from .caches.reanchor import Reanchoring
     from .caches.snapshot import Chain, Snapshot
     from .codecs import Codec
     from .format.bundle import BundleReader
@@ -125,7 +126,7 @@ class Store:
         # Imported here: listing a store needs neither NumPy nor MLX.
         from .ops.bases import codec_for
 
-        digest = fingerprint.with_salt("").digest
+        digest = fingerprint.bare.digest
         return codec_for(self._folder, self._codec_name, digest)
 
     def __enter__(self) -> Store:
@@ -395,6 +396,7 @@ class Store:
         like: Sequence[Any] | None = None,
         spans: Sequence[Span] = (),
         from_codes: bool = False,
+        near: Reanchoring | None = None,
         progress: Progress | None = None,
     ) -> tuple[list[Any] | None, list[int]]:
         """Restore the longest stored prefix of a prompt.
@@ -416,6 +418,9 @@ class Store:
             from_codes: Where `like` asks for a ``KVCache``, decode the codes of a live
                 ``TurboQuantKVCache`` too. A run that did not ask for codes leaves this
                 out: decoded rows are not those that it would compute.
+            near: The model, measured. Rows behind a change are then reused too, and
+                what differs is computed here. They are never exact: ``near.count`` says
+                how many there are, and what is saved of them is found this way only.
             progress: Called with (tokens restored, tokens held).
 
         Returns:
@@ -430,6 +435,11 @@ class Store:
         request = self._request(
             token_list, fingerprint, bits, like, spans, from_codes=from_codes
         )
+
+        if near is not None:
+            made = self._load_near(request, fingerprint, near, progress)
+            if made is not None:
+                return made, token_list[made[0].offset :]
 
         def restore(blocks: BlockStore) -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
@@ -479,6 +489,29 @@ class Store:
         # At a second look, the entry may have moved on.
         blocks = self._holder(ref)[0]
         return blocks.run_again(lambda: work(*self._holder(ref)))
+
+    def _load_near(
+        self,
+        request: Request,
+        fingerprint: Fingerprint,
+        near: Reanchoring,
+        progress: Progress | None,
+    ) -> list[Any] | None:
+        """Return a prompt cache with re-anchored rows, or ``None``."""
+        from .ops.near import load_near
+
+        if request.min_bits == EXACT_BITS:
+            raise ArgumentError(
+                "re-anchored rows are never exact", hint="leave out `exact` or `near`"
+            )
+        moved, tell = fingerprint.reanchored.digest, progress or ignore_progress
+
+        def load(blocks: BlockStore) -> list[Any] | None:
+            known = Catalog(blocks).all()
+            return load_near(blocks, known, request, moved, near, tell)
+
+        found = (blocks.run(partial(load, blocks)) for blocks in self._layers(request))
+        return next((made for made in found if made is not None), None)
 
     def load_entry(
         self,
@@ -641,7 +674,7 @@ class Store:
         What was measured more than a day ago is left out. Every hit is measured;
         prefills are where :meth:`note_prefill` is called.
         """
-        digest = fingerprint.with_salt("").digest
+        digest = fingerprint.bare.digest
         known = self._blocks.run(lambda: self._blocks.index.timings(digest))
         mine = [t for t in self._notes.timings(known) if t.fingerprint == digest]
         return Speeds.choose(mine, self._codec_for(fingerprint).name, time.time())
@@ -866,7 +899,7 @@ class Store:
                 self._blocks, self._catalog.all(), digest, progress or ignore_progress
             )
         )
-        model = model.with_salt("")
+        model = model.bare
         old = find_calibration(self._folder, model.digest)
         found = Calibration(
             model.digest,
@@ -1235,7 +1268,7 @@ def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Lo
 def _model_of(blocks: BlockStore, entry: Entry) -> str:
     """Return the digest that what was measured of an entry's model is kept by."""
     fields = blocks.origin(entry).fingerprint
-    return Fingerprint(fields).with_salt("").digest  # the same for all tenants
+    return Fingerprint(fields).bare.digest  # the same for all tenants
 
 
 def _check_fingerprint(

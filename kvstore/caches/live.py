@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -36,20 +37,30 @@ class Provenance:
     coded_tokens: int = 0
     # The fewest bits per number that a row, or one it was computed from, was coded in.
     bits: int = EXACT_BITS
-    # Some rows were computed behind other tokens than those before them now.
-    is_moved: bool = False
+    # So many rows were computed behind other tokens than those before them now.
+    num_moved: int = 0
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing lossy went into any row."""
-        return self.bits == EXACT_BITS
+        """Whether all rows are those that the model computes of these tokens."""
+        return self.bits == EXACT_BITS and not self.num_moved
 
     @property
     def quality(self) -> str:
         """The same for people."""
-        if self.is_exact:
-            return "exact"
-        return f"{self.bits} bits" if self.bits else "of unknown quality"
+        moved = f"{self.num_moved} re-anchored" if self.num_moved else ""
+        if self.bits == EXACT_BITS:
+            return moved or "exact"
+        bits = f"{self.bits} bits" if self.bits else "of unknown quality"
+        return f"{bits}, {moved}" if moved else bits
+
+    def joined(self, other: Provenance) -> Provenance:
+        """Return that of rows of both, which promises less of each."""
+        return Provenance(
+            max(self.coded_tokens, other.coded_tokens),
+            min(self.bits, other.bits),
+            max(self.num_moved, other.num_moved),
+        )
 
 
 Array = npt.NDArray[np.generic]
@@ -154,12 +165,8 @@ def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
 
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     """Return what a prompt cache remembers; a computed one has nothing lossy."""
-    marks = [_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache))]
-    return Provenance(
-        max(mark.coded_tokens for mark in marks),
-        min(mark.bits for mark in marks),
-        any(mark.is_moved for mark in marks),
-    )
+    marks = (_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache)))
+    return reduce(Provenance.joined, marks, Provenance())
 
 
 def _provenance_of(number: int, cache: Any) -> Provenance:

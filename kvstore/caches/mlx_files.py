@@ -217,7 +217,7 @@ def _parse_provenance(text: str | None) -> Provenance:
     if not (
         is_count(provenance.coded_tokens)
         and is_count(provenance.bits, EXACT_BITS + 1)
-        and isinstance(provenance.is_moved, bool)
+        and is_count(provenance.num_moved)
     ):
         raise ValueError(f"its `{_PROVENANCE}` has values of other kinds")
     return provenance

@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedCacheError
 from ..format.block import Block, BlockHash, Origin
-from ..format.chain import digest_fields, hash_block_tokens, hash_root, split_tokens
+from ..format.chain import (
+    digest_fields,
+    hash_block_tokens,
+    hash_root,
+    mark_reanchored,
+    split_tokens,
+)
 from ..format.documents import JSON
 from ..format.entry import Entry
 from . import live as caches
@@ -170,12 +175,7 @@ class TakenRows:
     def joined(self, other: TakenRows, hashes: Container[BlockHash]) -> TakenRows:
         """Return these rows, and of others those of blocks that have these hashes."""
         more = {block: rows for block, rows in other._taken.items() if block in hashes}
-        mine, theirs = self.provenance, other.provenance
-        # Of both, what promises less.
-        provenance = Provenance(
-            max(mine.coded_tokens, theirs.coded_tokens),
-            min(mine.bits, theirs.bits),
-        )
+        provenance = self.provenance.joined(other.provenance)
         return TakenRows({**more, **self._taken}, provenance) if more else self
 
     def pieces(self, block: Block) -> list[Piece]:
@@ -233,16 +233,13 @@ def make_chain(
     """Return the chain of blocks that a prompt cache's tokens make.
 
     Raises:
-        UnsupportedCacheError: A layer is of a class that cannot be stored, or holds
-            rows that were computed behind other tokens.
+        UnsupportedCacheError: A layer is of a class that cannot be stored.
         ValueError: It is empty, a batch, or holds other than ``tokens``.
     """
     layout = caches.read_layout(prompt_cache, len(tokens))
-    if caches.read_provenance(prompt_cache).is_moved:
-        raise UnsupportedCacheError(
-            "rows that were computed behind other tokens are not stored",
-            hint="compute the prompt itself to save it",
-        )
+    if caches.read_provenance(prompt_cache).num_moved:
+        # Under a root of their own nobody finds them who did not ask for such rows.
+        fingerprint = mark_reanchored(fingerprint)
     origin = Origin(fingerprint, layout_to_json(layout))
     root = hash_root(digest_fields(fingerprint), origin.layout)
     return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))

@@ -21,6 +21,20 @@ def digest_fields(fingerprint: JSON) -> str:
     return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
 
 
+REANCHORED = "reanchored"
+"""The field of a fingerprint that marks rows computed behind other tokens."""
+
+
+def mark_reanchored(fingerprint: JSON) -> JSON:
+    """Return the fingerprint of rows that were computed behind other tokens."""
+    return {**fingerprint, REANCHORED: True}
+
+
+def is_reanchored(fingerprint: JSON) -> bool:
+    """Whether rows of a fingerprint were computed behind other tokens."""
+    return REANCHORED in fingerprint
+
+
 def hash_root(fingerprint: str, layout: Any) -> BlockHash:
     """Return the hash that stands as parent of the first block.
 

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from .conversation import continue_entry
     from .generate import save_prompt, stream_generate
     from .load import LoadedModel, load_models
-    from .reanchor import Reanchored, reanchor_prompt
-    from .rotation import LayerRotation, measure_rotation
     from .session import (
         CacheOptions,
         Callbacks,
@@ -25,17 +23,13 @@ __all__ = [
     "CacheOptions",
     "Callbacks",
     "Chat",
-    "LayerRotation",
     "LiveCache",
     "LoadedModel",
     "PrefillOptions",
-    "Reanchored",
     "SamplingOptions",
     "Template",
     "continue_entry",
     "load_models",
-    "measure_rotation",
-    "reanchor_prompt",
     "save_prompt",
     "stream_generate",
 ]
@@ -45,8 +39,6 @@ _HOMES = {
     "conversation": ("continue_entry",),
     "generate": ("save_prompt", "stream_generate"),
     "load": ("LoadedModel", "load_models"),
-    "reanchor": ("Reanchored", "reanchor_prompt"),
-    "rotation": ("LayerRotation", "measure_rotation"),
     "session": (
         "CacheOptions",
         "Callbacks",

@@ -108,7 +108,7 @@ def calibrate_model(
             hint="give more with `--text`",
         )
     model, label = loaded.model, loaded.fingerprint.label
-    digest = loaded.fingerprint.with_salt("").digest
+    digest = loaded.fingerprint.bare.digest
     folder = open_folder(store.path)
     old = read_calibration(folder, digest)
     basis = old.basis if old else None

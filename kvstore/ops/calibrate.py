@@ -46,7 +46,7 @@ def coverable(groups: Sequence[Group]) -> list[Group]:
 
 def can_be_calibrated(blocks: BlockStore, fingerprint: Fingerprint) -> bool:
     """Whether a basis would cover stored layers of a model, and none is measured."""
-    model = fingerprint.with_salt("").digest
+    model = fingerprint.bare.digest
     roots = blocks.index.roots(fingerprint.digest)
     return find_calibration(blocks.folder, model) is None and any(
         coverable(group_layers(layout_from_json(layout))) for _, layout in roots

@@ -130,7 +130,7 @@ def receipts_of(
         for one in entry.receipts
     }
     if lossy:
-        model = Fingerprint(origin.fingerprint).with_salt("")
+        model = Fingerprint(origin.fingerprint).bare
         found = find_calibration(blocks.folder, model.digest)
         known |= {one.codec: one for one in (found.measured if found else ())}
     if find_loss(stored, known.values()).unknown:

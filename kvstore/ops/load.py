@@ -31,7 +31,13 @@ from ..format.block import (
     ShardHeader,
     StoredBlock,
 )
-from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
+from ..format.chain import (
+    common_run,
+    hash_block_tokens,
+    hash_root,
+    is_reanchored,
+    split_tokens,
+)
 from ..format.entry import Entry
 from ..format.spans import Span, last_end
 from ..storage.blocks import BlockStore
@@ -216,7 +222,10 @@ class Loader:
             nbytes=lambda item: item.nbytes,
             max_bytes=restoring.spare_bytes,
         )
+        is_moved = True
         try:
+            origin = self._blocks.origin_at(hit.places[0])
+            is_moved = is_reanchored(origin.fingerprint)
             with closing(decoded):
                 for item, failed in decoded:
                     if failed is not None:
@@ -235,6 +244,8 @@ class Loader:
             hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
             if not done:
                 return [], hit
+        # Which of them were, nobody has written down.
+        provenance = replace(provenance, num_moved=done if is_moved else 0)
         restored = restoring.finish(done, provenance)
         hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
         return caches.convert(restored, _classes(hit)), hit

@@ -64,7 +64,7 @@ class LoadNotes:
         Too few tokens, or a time that cannot be, are left out.
         """
         timing = speeds.observe(
-            fingerprint.with_salt("").digest,
+            fingerprint.bare.digest,
             codec,
             num_tokens,
             seconds=seconds,

@@ -515,9 +515,9 @@ def test_lossy_rows_are_no_exact_ones_when_they_come_back(
 
 @layouts
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "1", '{"bits":256,"coded_tokens":0,"is_moved":false}',
-             '{"bits":3,"coded_tokens":-1,"is_moved":false}',
-             '{"bits":3,"coded_tokens":1,"is_moved":0}'],
+    "text", ["", "{}", "[]", "1", '{"bits":256,"coded_tokens":0,"num_moved":0}',
+             '{"bits":3,"coded_tokens":-1,"num_moved":0}',
+             '{"bits":3,"coded_tokens":1,"num_moved":-1}'],
 )  # fmt: skip
 def test_a_provenance_that_is_none_is_refused(tmp_path, layout, text):
     """A file that says of its rows what nobody can read is not taken for exact."""
@@ -530,11 +530,11 @@ def test_a_provenance_that_is_none_is_refused(tmp_path, layout, text):
 def test_the_provenance_in_a_file_is_kept(tmp_path, layout):
     """It is read from the metadata of whichever release goes on with the file."""
     prompt_cache, like = make("KVCache")
-    text = '{"bits":3,"coded_tokens":20,"is_moved":true}'
+    text = '{"bits":3,"coded_tokens":20,"num_moved":7}'
     metadata = METADATA | {"kvstore_provenance": text}
     path = write(tmp_path / "x.safetensors", prompt_cache, layout, metadata)
     restored = open_cache_file(path, like).read()
-    assert read_provenance(restored) == Provenance(20, 3, is_moved=True)
+    assert read_provenance(restored) == Provenance(20, 3, num_moved=7)
 
 
 def test_a_file_that_is_refused_leaves_no_trace(tiny_model, tmp_path, run_cli, cached):

@@ -1,20 +1,19 @@
-"""Re-anchored rows: near what is computed, marked, and never stored."""
+"""Re-anchored rows: near what is computed, marked, and found only where asked for."""
 
-import copy
+import random
 
 import mlx.core as mx
 import pytest
 from kit import load_beside
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
 from kvstore.caches.live import Provenance, read_provenance
-from kvstore.models.reanchor import NUM_FRESH, reanchor_prompt
-from kvstore.models.rotation import LayerRotation, measure_rotation
+from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
 
 architectures = load_beside("architectures")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
-TAIL = [(7 * i * i + 3 * i) % 97 + 10 for i in range(120)]
+TAIL = [(7 * i * i + 3 * i + i // 9) % 89 + 10 for i in range(300)]
 TOKENS, PROMPT = HEAD + OLD + TAIL, HEAD + NEW + TAIL + [5, 6]
 
 
@@ -25,16 +24,30 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def rotations(model):
-    """How they are."""
-    return measure_rotation(model)
+def near(model):
+    """The same, measured."""
+    return kvstore.Reanchoring(model)
 
 
-def compute(model, tokens):
+@pytest.fixture
+def store(store_path):
+    """A store of exact rows."""
+    with kvstore.Store(store_path, "raw") as opened:
+        yield opened
+
+
+def compute(model, tokens, prompt_cache=None):
     """Return a prompt cache of these tokens."""
-    held = make_prompt_cache(model)
+    held = prompt_cache or make_prompt_cache(model)
     mx.eval(model(mx.array([tokens]), cache=held))
     return held
+
+
+@pytest.fixture
+def saved(store, model, caches):
+    """The store, with the old prompt in it."""
+    store.save(TOKENS, compute(model, TOKENS), caches.MODEL)
+    return store
 
 
 def sides(cache):
@@ -42,7 +55,7 @@ def sides(cache):
     return [side[:, :, : cache.offset] for side in (cache.keys, cache.values)]
 
 
-def error(found, expected, rows):
+def error(found, expected, rows=slice(None)):
     """Return how far keys and values of some rows are from others, at worst."""
     return max(
         float(mx.abs(one[:, :, rows] - other[:, :, rows]).max())
@@ -52,108 +65,170 @@ def error(found, expected, rows):
 
 
 def test_what_is_the_same_in_front_is_kept_and_what_differs_is_computed(
-    model, rotations
+    saved, model, near, caches
 ):
     """Only what stands behind the fresh tokens is taken over."""
-    held = compute(model, TOKENS)
-    before = [copy.copy(cache) for cache in held]
-    found = reanchor_prompt(model, rotations, held, TOKENS, PROMPT)
-    assert found.num_kept == len(HEAD)
-    assert found.num_computed == len(NEW) + NUM_FRESH
-    assert found.num_moved == len(TAIL) - NUM_FRESH
-    assert found.rest == PROMPT[len(HEAD + NEW + TAIL) :]
-    exact = compute(model, HEAD + NEW + TAIL)
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    assert near.count(found) == len(TAIL) - NUM_FRESH
+    assert rest == [5, 6]
+    exact = compute(model, PROMPT[:-2])
     first = len(HEAD + NEW) + NUM_FRESH
-    assert error(found.prompt_cache, exact, slice(0, first)) < 1e-4
-    assert error(held, before, slice(None)) == 0
+    assert error(found, exact, slice(0, first)) < 1e-4 < error(found, exact)
 
 
-def test_in_the_first_layer_moved_rows_are_those_of_their_new_places(model, rotations):
+def test_in_the_first_layer_moved_rows_are_those_of_their_new_places(
+    saved, model, near, caches
+):
     """There no token has seen another, so all of the difference is the rotation."""
-    found = reanchor_prompt(model, rotations, compute(model, TOKENS), TOKENS, PROMPT)
-    exact = compute(model, HEAD + NEW + TAIL)
-    assert error(found.prompt_cache[:1], exact[:1], slice(None)) < 1e-4
+    found, _ = saved.load(PROMPT, caches.MODEL, near=near)
+    exact = compute(model, PROMPT[:-2])
+    assert error(found[:1], exact[:1]) < 1e-4
 
 
-def test_without_the_rotation_rows_are_far_off(model, rotations):
-    """It is what makes the keys fit."""
-    still = [LayerRotation(lambda keys, by: keys, "", 0.0, 0.0) for _ in rotations]
-    held, exact = compute(model, TOKENS), compute(model, HEAD + NEW + TAIL)
-    found = []
-    for how in (rotations, still):
-        made = reanchor_prompt(model, how, held, TOKENS, PROMPT).prompt_cache
-        found.append(error(made[:1], exact[:1], slice(None)))
-    assert found[0] < 1e-3 * found[1]
+def test_nobody_gets_them_who_did_not_ask(saved, near, caches):
+    """Without `near`, the same prompt is a hit on its head only; `exact` refuses."""
+    _, rest = saved.load(PROMPT, caches.MODEL)
+    assert rest == PROMPT[len(HEAD) :]
+    with pytest.raises(kvstore.ArgumentError, match="never exact"):
+        saved.load(PROMPT, caches.MODEL, near=near, exact=True)
 
 
-def test_several_changes_are_a_chain(model, rotations):
+def test_several_changes_are_a_chain(store, model, near, caches):
     """Behind each change some tokens are computed, and the rest is taken over."""
     tokens = HEAD + OLD + TAIL + OLD + TAIL[::-1]
     prompt = HEAD + NEW + TAIL + NEW + NEW + TAIL[::-1] + [1]
-    found = reanchor_prompt(model, rotations, compute(model, tokens), tokens, prompt)
-    assert found.num_moved == 2 * (len(TAIL) - NUM_FRESH)
-    assert found.num_kept + found.num_computed + found.num_moved == len(prompt) - 1
-    exact = compute(model, prompt[:-1])
-    assert error(found.prompt_cache[:1], exact[:1], slice(None)) < 1e-4
+    store.save(tokens, compute(model, tokens), caches.MODEL)
+    found, rest = store.load(prompt, caches.MODEL, near=near)
+    assert near.count(found) == 2 * (len(TAIL) - NUM_FRESH)
+    assert rest == [1]
+    assert error(found[:1], compute(model, prompt[:-1])[:1]) < 1e-4
+
+
+def test_a_longer_prefix_of_another_prompt_is_the_base(saved, model, near, caches):
+    """What has the new head is loaded, and the rows behind it come from elsewhere."""
+    begun = HEAD + NEW + [9, 9, 8, 7]
+    saved.save(begun, compute(model, begun), caches.MODEL)
+    prompt = [*begun, *TAIL, 5]
+    found, rest = saved.load(prompt, caches.MODEL, near=near)
+    assert (near.count(found), rest) == (len(TAIL) - NUM_FRESH, [5])
+    exact = compute(model, begun)
+    assert error(found, exact, slice(0, len(begun))) < 1e-4
 
 
 @pytest.mark.parametrize(
     "prompt",
-    [TOKENS, [*TOKENS, 5], TOKENS[:50], HEAD + NEW + TAIL[:40], NEW, NEW * 50],
+    [TOKENS, [*TOKENS, 5], TOKENS[:50], HEAD + NEW + TAIL[:40], NEW, NEW * 50, [-1, 5]],
     ids=len,
 )
-def test_where_little_is_the_same_nothing_is_taken_over(model, rotations, prompt):
+def test_where_little_is_the_same_nothing_is_taken_over(saved, near, caches, prompt):
     """What only goes on, or shares too few tokens behind a change, is a plain hit."""
-    held = compute(model, TOKENS)
-    assert reanchor_prompt(model, rotations, held, TOKENS, prompt) is None
+    found, rest = saved.load(prompt, caches.MODEL, near=near)
+    expected, plain = saved.load(prompt, caches.MODEL)
+    assert rest == plain
+    if expected:
+        assert (near.count(found), error(found, expected)) == (0, 0)
 
 
-def test_re_anchored_rows_are_never_stored(model, rotations, store_path, caches):
-    """Neither as they are, nor with more rows, nor cut, nor by another way."""
-    held = compute(model, TOKENS)
-    found = reanchor_prompt(model, rotations, held, TOKENS, PROMPT).prompt_cache
-    mx.eval(model(mx.array([[5, 6]]), cache=found))
-    assert read_provenance(found).is_moved
-    cut = [copy.copy(cache) for cache in found]
-    for cache in cut:
+def test_they_are_stored_under_a_mark_for_good(saved, model, near, caches):
+    """However they are saved: no prompt finds them but one that asks for such rows."""
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    compute(model, rest, found)
+    entry = saved.save(PROMPT, found, caches.MODEL)
+    saved.save_blocks(PROMPT, found, caches.MODEL)
+    longer = [*PROMPT, 7, 7]
+    assert saved.lookup(longer, caches.MODEL).num_tokens == len(HEAD)
+    again, rest = saved.load(longer, caches.MODEL, near=near)
+    assert rest == [7, 7]
+    assert error(again, found) == 0
+    assert read_provenance(again) == Provenance(0, num_moved=len(PROMPT))
+    with pytest.raises(kvstore.FingerprintError, match="re-anchored"):
+        saved.load_entry(entry.id, caches.MODEL)
+    taken, _ = saved.load_entry(entry.id, None)
+    assert near.count(taken) == len(PROMPT)
+
+
+def test_what_goes_on_from_them_is_reused_behind_the_next_change(
+    saved, model, near, caches
+):
+    """A clock in the head costs its own tokens in each turn, and no more."""
+    prompt = TOKENS
+    rng = random.Random(5)
+    for turn in range(4):
+        prompt = [*HEAD, turn, turn + 5, *prompt[len(HEAD) + len(OLD) - (turn > 0) :]]
+        prompt += [rng.randrange(10, 99) for _ in range(40)]
+        found, rest = saved.load(prompt, caches.MODEL, near=near)
+        assert len(rest) == 40
+        assert len(prompt) - 40 - near.count(found) <= len(HEAD) + 2 + NUM_FRESH
+        compute(model, rest, found)
+        saved.save(prompt, found, caches.MODEL)
+    exact = compute(model, prompt)
+    assert error(found[:1], exact[:1]) < 1e-4
+
+
+def test_a_copy_and_a_cut_keep_the_mark(saved, model, near, caches):
+    """And a tier of another server stores them under it too."""
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    compute(model, rest, found)
+    for cache in found:
         cache.trim(10)
-    with kvstore.Store(store_path, "raw") as store:
-        for tokens, held in ((PROMPT, found), (PROMPT[:-10], cut)):
-            for save in (store.save, store.snapshot, store.save_blocks):
-                with pytest.raises(kvstore.UnsupportedCacheError, match="not stored"):
-                    save(tokens, held, caches.MODEL)
-        assert not store.entries()
     with kvstore.tier(
-        model, path=store_path, fingerprint=caches.MODEL, min_tokens=1
+        model, path=saved.path, fingerprint=caches.MODEL, min_tokens=1
     ) as tier:
-        assert not tier.put(PROMPT, found)
+        assert tier.put(PROMPT, found)
+        tier.flush()
+        held, _ = tier.fetch(PROMPT)
+        assert held[0].offset == len(HEAD)
 
 
-def test_a_server_does_not_forget_the_mark(model, rotations, store_path, caches):
-    """Rows that came out of a lossy restore are marked over it."""
-    from kvstore.server import DiskPromptCache, ServedModel
-
-    held = compute(model, TOKENS)
-    served = ServedModel(caches.MODEL, (make_prompt_cache(model),))
-    tier = DiskPromptCache(
-        kvstore.Store(store_path, "raw"), lambda key: served, min_tokens=1
-    )
-    lossy = Provenance(len(PROMPT), 4)
-    tier._disk._lineage.note(caches.MODEL.digest, PROMPT, lossy)
-    found = reanchor_prompt(model, rotations, held, TOKENS, PROMPT)
-    mx.eval(model(mx.array([found.rest]), cache=found.prompt_cache))
-    tier.insert_cache("m", PROMPT, found.prompt_cache)
-    tier.close()
-    with kvstore.Store(store_path) as store:
-        assert not store.entries()
+def test_windows_hold_what_they_still_see(store, caches):
+    """A model with sliding layers goes on as from computed rows, but nearly."""
+    model = architectures.make_model("gemma3_text")
+    near = kvstore.Reanchoring(model)
+    store.save(TOKENS, compute(model, TOKENS), caches.MODEL)
+    found, rest = store.load(PROMPT, caches.MODEL, near=near)
+    assert (near.count(found), rest) == (len(TAIL) - NUM_FRESH, [5, 6])
+    exact = compute(model, PROMPT[:-2])
+    assert [mine.offset for mine in found] == [other.offset for other in exact]
+    assert type(found[0]).__name__ == "RotatingKVCache"
+    first = [c._temporal_order(c.keys)[:, :, -8:] for c in (found[0], exact[0])]
+    assert mx.abs(first[0] - first[1]).max() < 1e-4
+    logits = [model(mx.array([rest]), cache=c)[0, -1] for c in (found, exact)]
+    assert mx.abs(logits[0] - logits[1]).max() < 0.1 * mx.abs(logits[1]).max()
 
 
-def test_other_caches_and_tokens_are_refused(model, rotations):
-    """Windows are not re-anchored, and rows must be those of the tokens."""
-    with pytest.raises(kvstore.UnsupportedCacheError, match="RotatingKVCache"):
-        reanchor_prompt(model, rotations, [RotatingKVCache(8)], TOKENS, PROMPT)
-    held = compute(model, TOKENS)
-    with pytest.raises(ValueError, match="rows for 152 tokens"):
-        reanchor_prompt(model, rotations, held, TOKENS[:-1], PROMPT)
-    with pytest.raises(ValueError, match="1 rotations"):
-        reanchor_prompt(model, rotations[:1], held, TOKENS, PROMPT)
+def test_a_model_whose_keys_cannot_be_moved_is_refused():
+    """By name, before anything is loaded."""
+    with pytest.raises(kvstore.UnsupportedCacheError, match="recurrent states"):
+        kvstore.Reanchoring(architectures.make_model("mamba"))
+    with pytest.raises(kvstore.ArgumentError, match="0 tokens computed"):
+        kvstore.Reanchoring(None, num_fresh=0)
+
+
+def runs(stored, given, begin=0, least=40):
+    """Return the runs of two lists of tokens."""
+    return find_runs(Sketch.of(stored), Sketch.of(given), begin, least)
+
+
+def test_runs_are_found_in_order_and_at_their_full_length():
+    """Wherever they stand, and however often a token comes."""
+    rng = random.Random(3)
+    a, b, c = ([rng.randrange(50) for _ in range(200)] for _ in range(3))
+    assert runs(a + b, [1, 2, *a, *c, *b]) == [Run(0, 2, 200), Run(200, 402, 200)]
+    # Parts in another order: only what is in the order of both.
+    assert runs(a + b, b + a) == [Run(200, 0, 200)]
+    assert runs(a, a[:39] + c) == []
+    assert runs([5] * 100, [7] + [5] * 80) == [Run(0, 1, 80)]
+    # Behind too large a change, on either side, there are none.
+    assert runs(a + b, a + c + c + b) == []
+    assert runs(a + c + c + b, a + b) == []
+    assert runs(a, []) == runs([], a) == []
+
+
+def test_a_long_prompt_that_has_nothing_in_common_costs_little():
+    """Prompts are told apart by a few hashes; of one token over and over, too."""
+    rng = random.Random(4)
+    one, other = ([rng.randrange(1000) for _ in range(5000)] for _ in range(2))
+    assert not Sketch.of(one).marks & Sketch.of(other).marks
+    shared = Sketch.of(one).marks & Sketch.of([*other[:77], *one[200:400]]).marks
+    assert shared
+    assert runs([5] * 5000, other) == []

@@ -6,7 +6,7 @@ import pytest
 from kit import load_beside
 
 import kvstore
-from kvstore.models.rotation import measure_rotation
+from kvstore.caches.rotation import measure_rotation
 
 architectures = load_beside("architectures")
 

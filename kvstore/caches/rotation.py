@@ -4,7 +4,7 @@ Rotary positions are relative, so the rows of tokens that have moved may be kept
 their keys are rotated by the distance. Whether that holds of a model, layer by layer,
 is not read off its configuration. A short random prompt is computed at several
 positions: its values must be the same at all of them, and its keys the rotated ones.
-`models/reanchor.py` moves keys by what is returned here, and by nothing else.
+`caches/reanchor.py` moves keys by what is returned here, and by nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..caches.live import flatten_caches
 from ..errors import UnsupportedCacheError
+from .live import flatten_caches
 
 Rotate = Callable[[mx.array, int], mx.array]
 """Moves keys of shape ``(1, H, T, D)`` by so many positions."""
