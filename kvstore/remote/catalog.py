@@ -7,12 +7,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from ..errors import EntryNotFoundError, FormatError, IntegrityError, KVStoreError
+from ..errors import (
+    EntryNotFoundError,
+    FormatError,
+    IntegrityError,
+    KVStoreError,
+    SignerError,
+)
 from ..format.block import BlockHash
 from ..format.chain import split_tokens
 from ..format.entry import entry_id
 from ..storage.entries import MIN_ID
-from .client import Client
+from ..storage.keys import known_keys
+from .client import Client, Remote
 from .layout import (
     ENTRIES,
     MAX_DOCUMENT_BYTES,
@@ -20,6 +27,7 @@ from .layout import (
     RemoteEntry,
     parse_document,
     parse_key,
+    signer_of,
 )
 
 _READERS = 8
@@ -56,7 +64,7 @@ def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
     Raises:
         RemoteError: The remote fails, or cannot list.
     """
-    return _latest(_read_all(client, _keys(client, fingerprint)))
+    return _latest(_read_all(client, _keys(client, fingerprint), is_any=True))
 
 
 def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Listing:
@@ -75,6 +83,7 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> List
     Raises:
         EntryNotFoundError: There is none, or there are several.
         IntegrityError: All that there are were refused.
+        SignerError: None is signed by a trusted key, and the remote is not trusted.
         RemoteError: The remote fails, or cannot list.
     """
     by_name, by_digest = _find_keys(client, ref, fingerprint)
@@ -122,6 +131,25 @@ def read_new(
     known.update(dict.fromkeys(new))
     known.update({listed.key: listed.remote for listed in listing.found})
     return listing.refused
+
+
+def check_allowed(remote: Remote, found: RemoteEntry) -> str:
+    """Return the key that signed an entry; nothing where it needs none.
+
+    Raises:
+        IntegrityError: The signature is not of this entry.
+        SignerError: No trusted key signed it, and the remote is not trusted.
+        KVStoreError: The package that checks signatures is missing.
+    """
+    key = signer_of(found)
+    if remote.is_trusted or key in known_keys():
+        return key
+    who = f"signed by the unknown key {key}" if key else "not signed"
+    raise SignerError(
+        f"remote entry {found.entry.name or found.entry.tip[:12]} is {who}",
+        hint="`kvstore key trust NAME KEY` trusts a signer, `--trust` all who may write"
+        " to the remote",
+    )
 
 
 def find_prefixes(
@@ -201,14 +229,21 @@ def _keys(client: Client, fingerprint: str | None) -> list[EntryKey]:
     return [key for name in client.keys(folder) if (key := parse_key(name))]
 
 
-def _read_all(client: Client, keys: Sequence[EntryKey]) -> Listing:
-    """Read documents; what is no such document is told and left out."""
+def _read_all(
+    client: Client, keys: Sequence[EntryKey], *, is_any: bool = False
+) -> Listing:
+    """Read documents; what is no such document is told and left out.
+
+    So is what no trusted key has signed, unless ``is_any``.
+    """
 
     def read(key: EntryKey) -> Listed | KVStoreError:
         try:
             data = client.read_whole(str(key), MAX_DOCUMENT_BYTES)
-            return Listed(key, parse_document(key, data))
-        except (IntegrityError, FormatError) as error:
+            found = parse_document(key, data)
+            signer_of(found) if is_any else check_allowed(client.remote, found)
+            return Listed(key, found)
+        except (IntegrityError, FormatError, SignerError) as error:
             return error
         except FileNotFoundError:
             return IntegrityError(

@@ -45,6 +45,8 @@ class Remote:
     url: str
     # Settings of obstore's for this provider, `endpoint` and `region` say.
     options: dict[str, str] = field(default_factory=dict)
+    # Whoever may write to it is trusted: its entries need no signature.
+    is_trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

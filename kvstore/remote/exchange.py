@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace as changed
 from typing import Any
 
 from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
@@ -105,14 +106,13 @@ class Remotes:
             IntegrityError: A part of it is missing or damaged.
             RemoteError: The remote fails; pushing again goes on from there.
         """
-        entry = self._catalog.find(ref)
-        client = remote if isinstance(remote, Client) else self.client(remote)
+        entry, client = self._catalog.find(ref), self.client(remote)
         return push_entry(self._blocks, entry, client, progress or ignore_progress)
 
     def pull(
         self,
         ref: str,
-        remote: str | None = None,
+        remote: str | Client | None = None,
         *,
         fingerprint: Fingerprint | None = None,
         like: Sequence[Any] | None = None,
@@ -127,7 +127,7 @@ class Remotes:
 
         Args:
             ref: The entry's name, or the start of its id in the remote.
-            remote: The remote's name; the only one by default.
+            remote: The remote, or its name; the only one by default.
             fingerprint: The model's; ``None`` takes what any model made.
             like: The model's empty prompt cache, as ``import_bundle`` takes it.
             name: A name for the entry, in place of its own.
@@ -137,6 +137,7 @@ class Remotes:
         Raises:
             EntryNotFoundError: There is none, or there are several.
             IntegrityError: It is not what its names say.
+            SignerError: No trusted key signed it, and the remote is not trusted.
             EntryExistsError: The name is taken.
             RemoteError: The remote fails; pulling again goes on from there.
             ValueError: The name is not one.
@@ -154,7 +155,7 @@ class Remotes:
         self,
         tokens: Sequence[int],
         fingerprint: Fingerprint,
-        remote: str | None = None,
+        remote: str | Client | None = None,
         *,
         like: Sequence[Any] | None = None,
         name: str | None = None,
@@ -168,7 +169,7 @@ class Remotes:
         Args:
             tokens: The prompt.
             fingerprint: The model's.
-            remote: The remote's name; the only one by default.
+            remote: The remote, or its name; the only one by default.
             like: The model's empty prompt cache, as ``import_bundle`` takes it.
             name: A name for the entry.
             replace: Take the name from an entry that this does not continue.
@@ -242,13 +243,28 @@ class Remotes:
             progress=progress or ignore_progress,
         )
 
-    def client(self, name: str | None, limits: Limits | None = None) -> Client:
+    def client(
+        self,
+        remote: str | Client | None,
+        limits: Limits | None = None,
+        *,
+        is_trusted: bool = False,
+    ) -> Client:
         """Return a remote, to be asked within these limits.
+
+        Args:
+            remote: Its name, or the remote itself; the only one by default.
+            limits: How long requests may take.
+            is_trusted: Take its entries without a signature too, whatever was noted.
 
         Raises:
             KVStoreError: There is none of this name.
         """
-        return Client(find_remote(self._blocks.folder, name), limits)
+        if isinstance(remote, Client):
+            return remote
+        found = find_remote(self._blocks.folder, remote)
+        is_trusted = is_trusted or found.is_trusted
+        return Client(changed(found, is_trusted=is_trusted), limits)
 
 
 def _warned(listing: Listing) -> list[Listed]:

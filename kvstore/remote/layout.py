@@ -18,11 +18,20 @@ from ..errors import FormatError, IntegrityError
 from ..format.documents import JSON, canonical_json, is_count, strict_json
 from ..format.entry import Entry, entry_id, entry_to_bytes, parse_entry
 from ..format.safetensors import MAX_HEADER_BYTES
+from ..format.signature import (
+    Signature,
+    check_signature,
+    parse_signature,
+    sign,
+    signature_to_json,
+)
 
 FORMAT = 1
 # A block takes 70 bytes: this is enough for a prompt of twenty million tokens.
 MAX_DOCUMENT_BYTES = 8 * 1024 * 1024
 ENTRIES = "v1/entries"
+# What a signature is of.
+_KIND = "remote entry"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _KEY = re.compile(
     rf"{ENTRIES}/([0-9a-f]{{64}})/([0-9a-f]{{32}})/([0-9a-f]{{64}})\.json"
@@ -54,6 +63,8 @@ class RemoteEntry:
     shards: tuple[RemoteShard, ...]
     # Hash of each block in hex, and the number of its shard; first to last.
     blocks: tuple[tuple[str, int], ...]
+    # Of all of this; `signer_of` checks it.
+    signature: Signature | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +107,21 @@ def parse_key(key: str) -> EntryKey | None:
 def document_of(remote: RemoteEntry) -> tuple[EntryKey, bytes]:
     """Return the document of an entry, and its key.
 
-    Whether an entry is pinned is left out: that holds for one store only.
+    Whether an entry is pinned, and who signed it where it came from, is left out: that
+    holds for one store only.
     """
-    entry = replace(remote.entry, pinned=False)
-    body: JSON = {
+    body = _body(remote)
+    if remote.signature is not None:
+        body["signature"] = signature_to_json(remote.signature)
+    data = canonical_json(body)
+    digest = hashlib.sha256(data).hexdigest()
+    return EntryKey(remote.fingerprint, remote.entry.id, digest), data
+
+
+def _body(remote: RemoteEntry) -> dict[str, JSON]:
+    """Return a document without its signature."""
+    entry = replace(remote.entry, pinned=False, signer="")
+    return {
         "format": FORMAT,
         "fingerprint": remote.fingerprint,
         "block_size": remote.block_size,
@@ -110,9 +132,24 @@ def document_of(remote: RemoteEntry) -> tuple[EntryKey, bytes]:
         ],
         "blocks": [list(block) for block in remote.blocks],
     }
-    data = canonical_json(body)
-    digest = hashlib.sha256(data).hexdigest()
-    return EntryKey(remote.fingerprint, entry.id, digest), data
+
+
+def signed(remote: RemoteEntry, secret: str) -> RemoteEntry:
+    """Return an entry with the signature of the holder of a secret key."""
+    return replace(remote, signature=sign(secret, _KIND, _body(remote)))
+
+
+def signer_of(remote: RemoteEntry) -> str:
+    """Return the key that signed an entry; nothing where it is not signed.
+
+    Raises:
+        IntegrityError: The signature is not of this entry.
+        KVStoreError: The package that checks signatures is missing.
+    """
+    if remote.signature is None:
+        return ""
+    check_signature(remote.signature, _KIND, _body(remote))
+    return remote.signature.key
 
 
 def parse_document(key: EntryKey, data: bytes) -> RemoteEntry:
@@ -159,6 +196,7 @@ def _build(body: JSON) -> RemoteEntry:
         _count(body["block_size"]),
         tuple(_shard(row) for row in body["shards"]),
         tuple((_hash(block), _count(number, 0)) for block, number in body["blocks"]),
+        parse_signature(body["signature"]) if "signature" in body else None,
     )
     _check(remote)
     return remote

@@ -15,11 +15,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 from ..caches.snapshot import Chain
-from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
+from ..errors import (
+    CodecError,
+    FormatError,
+    IntegrityError,
+    KVStoreError,
+)
 from ..format.basis import MAX_BYTES, bases_named, parse_basis
 from ..format.block import BlockHash, Origin, Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, origin_root
@@ -33,8 +39,10 @@ from ..storage.bases import add_basis, read_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
+from ..storage.keys import check_signer
 from ..storage.partial import prepare_partial, write_at
 from ..storage.shards import OpenShard, StagedShard, open_shard_at, staged_copy
+from .catalog import check_allowed
 from .client import Client, ranges
 from .layout import RemoteEntry, RemoteShard, basis_key, shard_key
 
@@ -102,6 +110,7 @@ def pull_entry(
     Raises:
         IntegrityError: An object is missing, or not what its name says. Nothing of the
             entry can be seen in the store then.
+        SignerError: No trusted key signed it, and the remote is not trusted.
         EntryExistsError: The name belongs to something else.
         KVStoreError: Its blocks have another size or too few bits, or the store's own
             blocks lack states or windows that the entry needs.
@@ -110,6 +119,8 @@ def pull_entry(
         OSError: The disk is full or fails.
     """
     folder = blocks.folder
+    signer = check_allowed(client.remote, remote)
+    check_signer(signer, is_signed_only=folder.is_signed_only)
     if remote.block_size != folder.block_size:
         raise KVStoreError(
             f"the remote entry has blocks of {remote.block_size} tokens, and the store"
@@ -128,7 +139,8 @@ def pull_entry(
             )
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
-        with _checked(folder, remote, plan) as incoming:
+        signed = changed(remote, entry=changed(remote.entry, signer=signer))
+        with _checked(folder, signed, plan) as incoming:
             # Before the blocks that name them can be seen.
             for basis in plan.bases.values():
                 add_basis(folder, basis)

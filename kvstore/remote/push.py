@@ -22,6 +22,7 @@ from ..ops.bases import read_named
 from ..ops.load import Loader
 from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place
+from ..storage.keys import own_key, signing_key
 from ..storage.shards import OpenShard, open_shard, open_shard_at, staged_copy
 from .client import Client
 from .layout import (
@@ -31,6 +32,7 @@ from .layout import (
     basis_key,
     document_of,
     shard_key,
+    signed,
 )
 
 # Each holds at most four parts of a shard in memory.
@@ -64,7 +66,7 @@ Chain = Sequence[tuple[Place, StoredBlock]]
 def push_entry(
     blocks: BlockStore, entry: Entry, client: Client, progress: Progress
 ) -> Pushed:
-    """Put an entry into a remote.
+    """Put an entry into a remote, signed where the user has a key.
 
     Args:
         blocks: The store's blocks.
@@ -95,15 +97,16 @@ def _push(
             sent.append(len(data))
     numbers = {name: number for number, name in enumerate(uploads)}
     fingerprint = digest_fields(blocks.origin(entry).fingerprint)
-    key, document = document_of(
-        RemoteEntry(
-            replace(entry, nbytes=sum(b.end - b.begin for _, b in chain)),
-            fingerprint,
-            blocks.folder.block_size,
-            tuple(upload.shard for upload in uploads.values()),
-            tuple((p.hash.hex(), numbers[p.shard]) for p, _ in chain),
-        )
+    remote = RemoteEntry(
+        replace(entry, nbytes=sum(b.end - b.begin for _, b in chain)),
+        fingerprint,
+        blocks.folder.block_size,
+        tuple(upload.shard for upload in uploads.values()),
+        tuple((p.hash.hex(), numbers[p.shard]) for p, _ in chain),
     )
+    if own_key():
+        remote = signed(remote, signing_key())
+    key, document = document_of(remote)
     # Only now may anybody see the entry.
     if not client.seems_there(str(key), len(document)):
         client.put(str(key), document)

@@ -42,12 +42,11 @@ def read_remotes(folder: StoreFolder) -> list[Remote]:
 
 
 def _parse(name: str, row: JSON) -> Remote:
-    url, options = row["url"], row["options"]
-    if not isinstance(url, str) or not all(
-        isinstance(v, str) for v in options.values()
-    ):
+    url, options, is_trusted = row["url"], row["options"], row["trusted"]
+    texts = [url, *options.values()]
+    if type(is_trusted) is not bool or not all(isinstance(t, str) for t in texts):
         raise ValueError("a field has the wrong type")
-    return Remote(name, url, dict(options))
+    return Remote(name, url, dict(options), is_trusted)
 
 
 def find_remote(folder: StoreFolder, name: str | None) -> Remote:
@@ -106,20 +105,24 @@ def _change(folder: StoreFolder, change: Any) -> None:
         body: JSON = {
             "format": FORMAT,
             "remotes": {
-                r.name: {"url": r.url, "options": r.options} for r in remotes.values()
+                r.name: {"url": r.url, "options": r.options, "trusted": r.is_trusted}
+                for r in remotes.values()
             },
         }
         path = folder.path / _FILE
         files.write_atomic(path, canonical_json(body), folder.staging)
 
 
-def make_remote(name: str, url: str, options: Mapping[str, str]) -> Remote:
+def make_remote(
+    name: str, url: str, options: Mapping[str, str], *, is_trusted: bool = False
+) -> Remote:
     """Return a remote, having checked what can be checked without asking it.
 
     Args:
         name: What it is to be called.
         url: Where it is, or the path of a folder.
         options: Settings of its provider, `endpoint` and `region` say.
+        is_trusted: Take its entries without a signature too.
 
     Raises:
         ValueError: Anything is not as it must be, or would store a credential.
@@ -137,7 +140,7 @@ def make_remote(name: str, url: str, options: Mapping[str, str]) -> Remote:
     if "://" not in url:
         url = Path(url).absolute().as_uri()
     _check_url(url)
-    return Remote(name, url.rstrip("/"), dict(options))
+    return Remote(name, url.rstrip("/"), dict(options), is_trusted)
 
 
 def _check_url(url: str) -> None:

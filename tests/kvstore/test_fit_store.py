@@ -248,7 +248,8 @@ remotes = kit.load_beside("test_pull")
 @pytest.fixture
 def pushed(store, s3_server):
     """Return the remote that an entry was pushed into, and the entry's key."""
-    remote = Remote("team", "s3://bucket/some/where", s3_server.options)
+    url, options = "s3://bucket/some/where", s3_server.options
+    remote = Remote("team", url, options, is_trusted=True)
     store.save(TOKENS, fitted_cache(600), MODEL, name="doc")
     done = remotes.push(store.path, remote)
     assert (3, 0) == (done.num_sent, done.num_there)

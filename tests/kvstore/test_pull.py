@@ -28,7 +28,7 @@ NUM_TOKENS = 6 * BLOCK + 3
 
 @pytest.fixture
 def remote(s3_server):
-    return Remote("team", "s3://bucket/some/where", s3_server.options)
+    return Remote("team", "s3://bucket/some/where", s3_server.options, is_trusted=True)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_what_the_store_has_is_not_read(s3_server, stores, remote, pushed, cache
 
 def test_a_folder_is_pulled_from_too(stores, tmp_path, caches, remote, pushed):
     """A remote in a folder serves the same."""
-    disk = Remote("disk", (tmp_path / "disk").as_uri())
+    disk = Remote("disk", (tmp_path / "disk").as_uri(), is_trusted=True)
     fetch(stores[1], disk, push(stores[0], disk).key)
     assert load(stores[0], caches) == load(stores[1], caches)
 

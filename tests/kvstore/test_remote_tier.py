@@ -20,7 +20,8 @@ KEY = ("model", None, None)
 @pytest.fixture
 def paths(tmp_path, empty_store, s3_server):
     """Two stores with one remote, as of two servers."""
-    remote = make_remote("team", "s3://bucket/some/where", s3_server.options)
+    url, options = "s3://bucket/some/where", s3_server.options
+    remote = make_remote("team", url, options, is_trusted=True)
     paths = [shutil.copytree(empty_store, tmp_path / name / "store") for name in "ab"]
     for path in paths:
         with Store(path, "raw") as store:

@@ -20,7 +20,7 @@ URL = "s3://bucket/some/where"
 
 @pytest.fixture
 def remote(s3_server):
-    return make_remote("team", URL, s3_server.options)
+    return make_remote("team", URL, s3_server.options, is_trusted=True)
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_a_later_document_that_lies_is_refused(opened, s3_server, caches):
 def test_a_share_that_is_not_mounted_is_no_remote(opened, tmp_path):
     """Nothing is written where the folder was."""
     left, _ = opened
-    left.remotes.add(Remote("disk", (tmp_path / "share").as_uri()))
+    left.remotes.add(Remote("disk", (tmp_path / "share").as_uri(), is_trusted=True))
     (tmp_path / "share").rename(tmp_path / "gone")
     with pytest.raises(RemoteError, match="share"):
         left.remotes.push("doc", "disk")
@@ -330,6 +330,7 @@ def run(run_cli, stores):
 def test_the_verbs_work_together(run, s3_server, caches):
     """Added, pushed, listed, pulled and forgotten."""
     words = ("--endpoint", s3_server.endpoint, "--option", "region=us-east-1")
+    words = (*words, "--trust")
     code, out, err = run(0, "remote", "add", "team", URL, *words)
     assert (0, "") == (code, err)
     assert "creates once: yes" in out
@@ -388,7 +389,7 @@ def test_a_prompt_is_pulled_with_its_model(run_cli, tmp_path, tiny_model, s3_ser
         assert 0 == run_cli("remote", "add", "disk", folder, store=store)[0]
     ref = run_cli("ls", "-q", store=here)[1].strip()
     assert 0 == run_cli("push", ref, store=here)[0]
-    code, out, err = run_cli("pull", *prompt, "--name", "mine", store=there)
+    code, out, err = run_cli("pull", *prompt, "--name", "mine", "--trust", store=there)
     assert (0, "") == (code, err)
     assert "as `mine`" in out
     held = [run_cli("lookup", *prompt, "-q", store=store)[1] for store in (here, there)]

@@ -265,6 +265,7 @@ def _line_data(line: Line) -> JSON:
 
 
 def _print_remote(output: Output, found: Sequence[Listed]) -> None:
+    known = known_keys()
     columns: list[Column[Listed]] = [
         Column("NAME", lambda listed: listed.remote.entry.name or "-"),
         Column("ID", lambda listed: listed.key.digest[:_SHORT]),
@@ -272,6 +273,7 @@ def _print_remote(output: Output, found: Sequence[Listed]) -> None:
         Column("SIZE", lambda listed: format_bytes(listed.remote.entry.nbytes), True),
         Column("SAVED", lambda one: format_ago(one.remote.entry.updated_at), True),
         Column("MODEL", lambda one: model_name(one.remote.entry.model), rank=1),
+        Column("SIGNED", lambda listed: _signed_by(known, listed), rank=1),
         Column("CODEC", lambda listed: format_codec(listed.remote.entry.codec), rank=2),
     ]
     output.table(
@@ -283,10 +285,16 @@ def _print_remote(output: Output, found: Sequence[Listed]) -> None:
     )
 
 
+def _signed_by(known: dict[str, str], listed: Listed) -> str:
+    signature = listed.remote.signature
+    return known.get(signature.key, "unknown key") if signature else "-"
+
+
 def _listed_data(listed: Listed) -> JSON:
     return {
         "id": listed.key.digest,
         "fingerprint": listed.key.fingerprint,
+        "signer": listed.remote.signature.key if listed.remote.signature else "",
         "entry": entry_data(listed.remote.entry),
         "shards": [asdict(shard) for shard in listed.remote.shards],
     }

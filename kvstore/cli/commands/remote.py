@@ -33,6 +33,14 @@ _remote_option = click.option(
 )
 
 
+_trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Trust all who may write to the remote: take entries that no trusted key has"
+    " signed.",
+)
+
+
 @click.group("remote", cls=Root, subcommand_metavar="add|ls|rm ...")
 def remote() -> None:
     """Name object stores that entries are pushed to and pulled from."""
@@ -73,6 +81,7 @@ class _Option(click.ParamType[tuple[str, str]]):
     multiple=True,
     help="A setting of the provider, `region=eu-central-1` say; never a credential.",
 )
+@_trust_option
 @click.pass_context
 def add(
     context: click.Context,
@@ -80,6 +89,7 @@ def add(
     url: str,
     endpoint: str | None,
     settings: tuple[tuple[str, str], ...],
+    trust: bool,
 ) -> None:
     """Add an object store under a name, having tried what it can do.
 
@@ -94,7 +104,7 @@ def add(
     try:
         from ...remote.remotes import make_remote
 
-        made = make_remote(name, url, chosen)
+        made = make_remote(name, url, chosen, is_trusted=trust)
     except ValueError as error:
         raise click.UsageError(str(error), context) from error
     found = open_store(context, create=True).remotes.add(made)
@@ -127,6 +137,7 @@ def list_remotes(context: click.Context) -> None:
         [
             Column("NAME", lambda one: one.name),
             Column("URL", lambda one: one.url),
+            Column("TRUSTED", lambda one: "yes" if one.is_trusted else "no"),
             Column("OPTIONS", lambda one: " ".join(map("=".join, one.options.items()))),
         ],
         data=_remote_data,
@@ -156,7 +167,7 @@ def forget(context: click.Context, name: str) -> None:
 @_remote_option
 @click.pass_context
 def push(context: click.Context, refs: tuple[str, ...], remote: str | None) -> None:
-    """Put entries into a remote.
+    """Put entries into a remote, signed where you have a key (`kvstore key new`).
 
     What is there already is not sent again, so the same command goes on after an
     interruption. An entry holds the tokens, so the text: whoever can read the remote
@@ -193,6 +204,7 @@ def _describe_pushed(done: Pushed) -> str:
 @click.command(cls=Verb)
 @click.argument("refs", metavar="[NAME]...", nargs=-1)
 @_remote_option
+@_trust_option
 @partial(options.model_options, is_needed=False)
 @partial(options.prompt_options, is_argument=False)
 @options.name
@@ -204,6 +216,7 @@ def pull(
     context: click.Context,
     refs: tuple[str, ...],
     remote: str | None,
+    trust: bool,
     model: ModelOptions,
     prompt: PromptOptions,
     name: str | None,
@@ -215,12 +228,14 @@ def pull(
     `push --json` prints, which needs no list. With `--model` and
     `--prompt`, what the remote has of that prompt is taken. Only what the store lacks
     is read, and the same command goes on after an interruption. Whoever wrote an entry
-    decided what the model has read: pull only from remotes whose writers you trust.
+    decided what the model has read: it must be signed by a key that you trust (`kvstore
+    key`), unless `--trust` was given, here or to `remote add`.
     """
     output = output_of(context)
     _check_wanted(context, refs, model, prompt, name)
     store = open_store(context)
     begin = time.monotonic()
+    client = store.remotes.client(remote, is_trusted=trust)
     with output.progress() as bars:
         if prompt.prompt is not None:
             tokens, fingerprint, _ = prompt_tokens(model, prompt, prompt.read())
@@ -229,7 +244,7 @@ def pull(
                 store.remotes.pull_prompt(
                     tokens,
                     fingerprint,
-                    remote,
+                    client,
                     like=like,
                     name=name,
                     replace=replace,
@@ -241,7 +256,7 @@ def pull(
             entries = [
                 store.remotes.pull(
                     ref,
-                    remote,
+                    client,
                     fingerprint=wanted,
                     like=like,
                     name=name,
