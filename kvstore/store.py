@@ -167,7 +167,8 @@ class Store:
 
     def __contains__(self, name: object) -> bool:
         """Whether an entry has this name."""
-        return any(entry.name == name for entry in self.entries() if entry.name)
+        entries = self.entries() if isinstance(name, str) else []
+        return any(entry.is_called(str(name)) for entry in entries)
 
     @property
     def _blocks(self) -> BlockStore:

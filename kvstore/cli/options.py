@@ -624,7 +624,7 @@ prefill_step_size = click.option(
     metavar="N",
     type=click.IntRange(min=1),
     help="Prompt tokens to compute at a time; between two of them progress is shown and"
-    " Ctrl-C obeyed.  [default: 256 on a CPU, 2048 on a GPU]",
+    " Ctrl-C obeyed.  [default: what takes about a second, 2048 at most]",
 )
 
 
@@ -632,15 +632,15 @@ def prefilling(step_size: int | None, checkpoint_every: int) -> PrefillOptions:
     """Return how a prompt is computed.
 
     Args:
-        step_size: Tokens at a time; by default as many as the device computes in
-            about a second.
+        step_size: Tokens at a time; by default as many as take about a second.
         checkpoint_every: Tokens between two states of recurrent layers.
     """
-    from ..models.session import PREFILL_STEP_SIZE, PrefillOptions, usual_step_size
+    from ..models.session import PREFILL_STEP_SIZE, PrefillOptions
 
     if step_size is not None:
         return PrefillOptions(step_size, checkpoint_every)
-    return PrefillOptions(usual_step_size(), checkpoint_every, PREFILL_STEP_SIZE)
+    most = PREFILL_STEP_SIZE
+    return PrefillOptions(most, checkpoint_every, save_every=most, step_s=1.0)
 
 
 checkpoint_every = click.option(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TextIO, TypeVar
 import click
 
 from ..format.block import Progress
+from ..format.entry import JOINERS
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -34,8 +35,6 @@ _documents: list[Any] = []
 _MIN_WIDTH = 8
 # A text that is cut at fewer columns says little.
 _READABLE = 16
-# Letters of Persian or Hindi, and of joined emoji.
-_JOINERS = "\u200c\u200d"
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -289,7 +288,7 @@ def one_line(text: str) -> str:
     """Return ``text`` without line ends and other characters that move a cursor."""
     joined = " ".join(text.split())
     return "".join(
-        c if c.isprintable() or c in _JOINERS else repr(c)[1:-1] for c in joined
+        c if c.isprintable() or c in JOINERS else repr(c)[1:-1] for c in joined
     )
 
 

@@ -24,7 +24,7 @@ ADOPTED = "adopted from"
 """What an entry that was taken over says in ``made_with``: from which model."""
 RECOMPRESSED = "recompressed from"
 """What an entry that was recompressed says there: the codecs of its blocks before."""
-_JOINERS = "\u200c\u200d"
+JOINERS = "\u200c\u200d"
 """Of Persian, of Hindi, and of emoji: part of a text, though nothing is printed."""
 
 
@@ -69,7 +69,7 @@ def clean_title(text: str) -> str:
     """
     # A reader may be far behind the first words of a book.
     words = " ".join(text[: 20 * MAX_TITLE].split())
-    shown = "".join(c for c in words if c.isprintable() or c in _JOINERS)
+    shown = "".join(c for c in words if c.isprintable() or c in JOINERS)
     if len(shown) <= MAX_TITLE:
         return shown
     start = shown[: MAX_TITLE - 1]
@@ -151,6 +151,10 @@ class Entry:
     receipts: tuple[Measured, ...] = ()
     # The public key that signed it where it came from, in hex, or nothing.
     signer: str = ""
+
+    def is_called(self, name: str) -> bool:
+        """Whether this is its name, however its letters are composed."""
+        return self.name == normalize_name(name)
 
 
 FORMAT = 1

@@ -542,7 +542,7 @@ class Chat:
 
     def _is_taken(self, name: str) -> bool:
         try:
-            return self._store.entry(name).name == name
+            return self._store.entry(name).is_called(name)
         except (EntryNotFoundError, IntegrityError):
             return False  # a damaged entry does not reserve its name
 

@@ -7,7 +7,6 @@ from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm.generate import GenerationResponse
 
 from ..format.entry import Entry
@@ -22,8 +21,7 @@ from .session import (
     Session,
     Stopped,
     encode_text,
-    prefill,
-    speculate,
+    respond,
 )
 
 
@@ -88,22 +86,7 @@ def stream_generate(
         callbacks=callbacks,
     )
     session.begin(cache)
-    watch = session.watch()
-    responses = (
-        mlx_lm.stream_generate(
-            model.model,
-            model.tokenizer,
-            session.rest,
-            sampling.max_tokens,
-            sampler=sampling.sampler,
-            logits_processors=sampling.logits_processors,
-            prompt_cache=session.prompt_cache,
-            prefill_step_size=prefilling.step_size,
-            prompt_progress_callback=watch,
-        )
-        if model.draft_model is None
-        else speculate(session, watch, sampling)
-    )
+    responses = respond(session, sampling)
     try:
         # Closed before anything is saved: it holds MLX's stream.
         with closing(responses), suppress(Stopped):
@@ -168,18 +151,9 @@ def save_prompt(
         callbacks=dataclasses.replace(callbacks, should_stop=None),
     )
     session.begin(cache, 0 if live is not None else 1)
-    watch = session.watch()
     try:
-        if model.draft_model is not None:
-            session.feed(session.rest, len(session.rest), watch)
-        elif session.rest:
-            prefill(
-                model.model,
-                session.rest,
-                session.prompt_cache,
-                prefill_step_size=prefilling.step_size,
-                progress=watch,
-            )
+        if session.rest:
+            session.feed(with_last=True)
     except KeyboardInterrupt:
         session.finish(is_interrupted=True)
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -18,7 +19,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import GenerationResponse, generate_step, generation_stream
+from mlx_lm.generate import (
+    GenerationResponse,
+    generate_step,
+    generation_stream,
+    wired_limit,
+)
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..caches import live as caches
@@ -44,6 +50,8 @@ from .titles import make_title
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
 _CPU_STEP_SIZE = 256
+# Of steps sized by time, the first: quick even with a large model.
+_LEAST_STEP_SIZES = {True: 32, False: 512}
 CHECKPOINT_EVERY = 2048
 """A state may be as large as the rows of thousands of tokens."""
 Sampler = Callable[[mx.array], mx.array]
@@ -69,13 +77,31 @@ class CacheOptions:
 class PrefillOptions:
     """How a prompt is computed."""
 
-    # Tokens computed, and then stored, at a time.
+    # Tokens computed, and then stored, at a time; with `step_s`, at most.
     step_size: int = PREFILL_STEP_SIZE
     # Tokens at least between two stored states of recurrent layers.
     checkpoint_every: int = CHECKPOINT_EVERY
     # Tokens at least between two writes of full blocks, so that small steps make no
     # small shards; 0 writes after each step.
     save_every: int = 0
+    # Seconds that a step is to take, so that somebody who waits sees it move. Sizes are
+    # powers of two: two runs take other steps only where the machine is busier.
+    step_s: float | None = None
+
+    def next_size(self, num_tokens: int = 0, seconds: float = 0.0) -> int:
+        """Return how many tokens the next step computes.
+
+        Args:
+            num_tokens: What the last step has computed; 0 before the first.
+            seconds: How long that took.
+        """
+        if self.step_s is None:
+            return self.step_size
+        # A GPU needs many tokens to be busy.
+        least = _LEAST_STEP_SIZES[mx.default_device().type == mx.cpu]
+        wanted = num_tokens * self.step_s / max(seconds, 1e-6)
+        size = 1 << int(math.log2(max(wanted, 1)))
+        return min(max(least, size), self.step_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +112,7 @@ class SamplingOptions:
     max_tokens: int = 256
     # mlx-lm's ``sampler``.
     sampler: Sampler | None = None
-    # mlx-lm's. They see only tokens that were not restored, and with a draft model the
-    # last token of the prompt and the reply.
+    # mlx-lm's. They see the whole prompt, restored or not.
     logits_processors: list[LogitsProcessor] | None = None
     # How many tokens the draft model guesses at a time.
     num_draft_tokens: int = 2
@@ -259,7 +284,7 @@ def entry_tokens(
         IntegrityError: A part of it is missing or damaged.
     """
     try:
-        if store.entry(name).name != name:
+        if not store.entry(name).is_called(name):
             return None
     except EntryNotFoundError:
         return None
@@ -297,26 +322,6 @@ class Stopped(Exception):  # noqa: N818  (no error)
     """Ends a prefill between two steps."""
 
 
-class _Stopwatch:
-    """Adds up the time that a model works; stopped at first.
-
-    Attributes:
-        seconds: The sum.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._begin: float | None = None
-
-    def start(self) -> None:
-        self._begin = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._begin is not None:
-            self.seconds += time.perf_counter() - self._begin
-            self._begin = None
-
-
 class Session:
     """One run of a model: its tokens, their rows, and how many of these are whole.
 
@@ -335,6 +340,7 @@ class Session:
     Attributes:
         prompt_cache: Grows while mlx-lm works.
         rest: The tokens to feed.
+        tokens: The prompt, and what was generated.
         num_restored: Tokens that were held.
         model: The model.
     """
@@ -357,8 +363,8 @@ class Session:
         self._name = name
         self._replace = replace
         self._is_kept = is_kept
-        self._tokens = list(tokens)
-        self._num_prompt = len(self._tokens)
+        self.tokens = list(tokens)
+        self._num_prompt = len(self.tokens)
         self._prefill = prefill
         self._next_checkpoint = prefill.checkpoint_every
         self._next_save = prefill.save_every
@@ -383,7 +389,7 @@ class Session:
         self._check_name(empty)
         if not self._take_live(empty, num_left, options.min_bits):
             # One more than there is: it is the last that is never restored.
-            wanted = [*self._tokens, *[-1] * (1 - num_left)]
+            wanted = [*self.tokens, *[-1] * (1 - num_left)]
             held, rest = self._store.load(
                 wanted,
                 self.model.fingerprint,
@@ -402,7 +408,7 @@ class Session:
             return False
         held = self._live.prompt_cache
         num_rows = common_run(
-            self._live.tokens, self._tokens[: self._num_prompt - num_left]
+            self._live.tokens, self.tokens[: self._num_prompt - num_left]
         )
         is_longer = num_rows < len(self._live.tokens)
         if not num_rows or (is_longer and not caches.is_cuttable(held)):
@@ -418,53 +424,60 @@ class Session:
         return True
 
     def _start_at(self, num_rows: int) -> None:
-        self.rest = self._tokens[num_rows:]
+        self.rest = self.tokens[num_rows:]
         self.num_restored = self._num_rows = self._num_draft_rows = num_rows
 
-    def watch(self) -> Progress:
-        """Return a callback for mlx-lm that keeps what is whole.
+    def note(self, done: int, total: int) -> None:
+        """Note that so many of the tokens to compute have whole rows in all layers.
 
         Raises:
             Stopped: The run is to end, and no step is under way.
         """
-        watch, progress = _Stopwatch(), self._callbacks.on_prefill
-
-        def note(done: int, total: int) -> None:
-            watch.stop()
-            self._num_rows = self._num_draft_rows = self.num_restored + done
-            if done == total:
-                self._store.note_prefill(self.model.fingerprint, total, watch.seconds)
-            if progress is not None:
-                progress(done, total)
-            # At the end the cache may be a token ahead already.
-            if 0 < done < total:
-                self._save_blocks(done, is_last=done == total - 1)
-            if done < total and self.is_stopped():
-                raise Stopped
-            watch.start()
-
-        return note
+        self._num_rows = self._num_draft_rows = self.num_restored + done
+        if self._callbacks.on_prefill is not None:
+            self._callbacks.on_prefill(done, total)
+        # At the end the cache may be a token ahead already.
+        if 0 < done < total:
+            self._save_blocks(done, is_last=done == total - 1)
+        if done < total and self.is_stopped():
+            raise Stopped
 
     def is_stopped(self) -> bool:
         """Whether the run is to end here."""
         should_stop = self._callbacks.should_stop
         return should_stop is not None and should_stop()
 
-    def feed(self, tokens: Sequence[int], total: int, progress: Progress) -> None:
-        """Have both models compute the rows of some tokens, a step at a time.
+    def feed(self, *, with_last: bool = False) -> None:
+        """Have the models compute the rows of the rest, a step at a time.
+
+        All but the last token, which goes alone: so it has the same bits that mlx-lm
+        gives it when it begins a reply.
 
         Args:
-            tokens: The next ones.
-            total: How many are to be computed in all, for the callback.
-            progress: Called with (tokens computed, tokens to compute).
+            with_last: Feed the last token too.
+
+        Raises:
+            Stopped: The run is to end, and no step is under way.
         """
-        step = self._prefill.step_size
-        progress(0, total)
-        for start in range(0, len(tokens), step):
-            some = tokens[start : start + step]
-            for model, part in self.model.parts(self.prompt_cache):
-                _feed(model, some, part)
-            progress(start + len(some), total)
+        total, done, seconds = len(self.rest), 0, 0.0
+        size = self._prefill.next_size()
+        self.note(0, total)
+        streams: list[Any] = [generation_stream]
+        with wired_limit(self.model.model, streams):
+            while done < total - 1 or (with_last and done < total):
+                # Sized by time, steps end at multiples of their size, as blocks do.
+                ahead = (self.num_restored + done) % size if self._prefill.step_s else 0
+                some = self.rest[done : min(done + size - ahead, total - 1)]
+                begin = time.perf_counter()
+                some = some or self.rest[-1:]
+                for model, part in self.model.parts(self.prompt_cache):
+                    _feed(model, some, part)
+                took = time.perf_counter() - begin
+                done, seconds = done + len(some), seconds + took
+                size = self._prefill.next_size(len(some), took)
+                self.note(done, total)
+        if done:
+            self._store.note_prefill(self.model.fingerprint, done, seconds)
 
     def _save_blocks(self, done: int, *, is_last: bool) -> None:
         """Store what a long prefill has computed so far.
@@ -482,7 +495,7 @@ class Session:
             self._next_checkpoint = done + self._prefill.checkpoint_every
         try:
             self._store.save_blocks(
-                self._tokens[: self._num_rows],
+                self.tokens[: self._num_rows],
                 self.prompt_cache,
                 self.model.fingerprint,
                 checkpoint=due,
@@ -496,8 +509,8 @@ class Session:
         With a draft model only where it had guessed the token. The draft model is up to
         two tokens behind: the last guess is not fed to it, nor what came instead.
         """
-        self._tokens.append(int(response.token))
-        num_tokens = len(self._tokens)
+        self.tokens.append(int(response.token))
+        num_tokens = len(self.tokens)
         is_fed = self.model.draft_model is None or response.from_draft
         self._num_rows = num_tokens if is_fed else num_tokens - 1
         self._num_draft_rows = num_tokens - 2
@@ -527,20 +540,20 @@ class Session:
 
     def _catch_up(self) -> None:
         """Have both models hold the same rows: all that was said."""
-        if len(self._tokens) == self._num_prompt:
+        if len(self.tokens) == self._num_prompt:
             # mlx-lm, interrupted, takes back guesses that it has not made yet.
             self._num_rows = caches.cut(self.prompt_cache, self._num_rows)
             return
         held = (self._num_rows, self._num_draft_rows)
         parts = self.model.parts(self.prompt_cache)
         for (model, part), num_rows in zip(parts, held, strict=True):
-            _feed(model, self._tokens[caches.cut(part, num_rows) :], part)
-        self._num_rows = len(self._tokens)
+            _feed(model, self.tokens[caches.cut(part, num_rows) :], part)
+        self._num_rows = len(self.tokens)
 
     def _hold(self) -> None:
         """Leave the prompt cache to the next run."""
         if self._live is not None:
-            self._live.tokens = self._tokens[: self._num_rows]
+            self._live.tokens = self.tokens[: self._num_rows]
             self._live.prompt_cache = self.prompt_cache
 
     def keep(self) -> Entry:
@@ -566,12 +579,12 @@ class Session:
 
     def _save(self, name: str | None) -> Entry:
         return self._store.save(
-            self._tokens[: self._num_rows],
+            self.tokens[: self._num_rows],
             self.prompt_cache,
             self.model.fingerprint,
             name=name,
             replace=self._replace,
-            title=make_title(self.model.tokenizer, self._tokens),
+            title=make_title(self.model.tokenizer, self.tokens),
             progress=self._callbacks.on_save,
         )
 
@@ -598,40 +611,52 @@ class Session:
             return False
         if held is None:
             return True
-        is_prefix = held == self._tokens[: len(held)]
+        is_prefix = held == self.tokens[: len(held)]
         return is_prefix and self._store.is_like(name, like)
 
 
-def speculate(
-    session: Session, watch: Progress, sampling: SamplingOptions
+def respond(
+    session: Session, sampling: SamplingOptions
 ) -> Generator[GenerationResponse, None, None]:
-    """Yield mlx-lm's responses with a draft model.
+    """Yield mlx-lm's responses.
 
-    The prompt is computed here: mlx-lm would tell nobody how far it is.
+    The prompt is computed here: mlx-lm takes steps of one size, and with a draft model
+    tells nobody how far it is.
     """
     begin = time.perf_counter()
     total, prompt_tps = len(session.rest), 0.0
-    session.feed(session.rest[:-1], total, watch)
+    session.feed()
+    before = mx.array(session.tokens[:-1])
     responses = mlx_lm.stream_generate(
         session.model.model,
         session.model.tokenizer,
         session.rest[-1:],
-        # mlx-lm's own sign for no limit is none here.
+        # With a draft model, mlx-lm's own sign for no limit is none.
         sys.maxsize if sampling.max_tokens == -1 else sampling.max_tokens,
         session.model.draft_model,
         num_draft_tokens=sampling.num_draft_tokens,
         sampler=sampling.sampler,
-        logits_processors=sampling.logits_processors,
+        logits_processors=[
+            functools.partial(_process_all, processor, before)
+            for processor in sampling.logits_processors or ()
+        ],
         prompt_cache=session.prompt_cache,
     )
     with closing(responses):
         for response in responses:
             if not prompt_tps:
                 prompt_tps = total / (time.perf_counter() - begin)
-                watch(total, total)
+                session.note(total, total)
             yield dataclasses.replace(
                 response, prompt_tokens=total, prompt_tps=prompt_tps
             )
+
+
+def _process_all(
+    processor: LogitsProcessor, before: mx.array, tokens: mx.array, logits: mx.array
+) -> mx.array:
+    """Have a processor see the tokens that mlx-lm was not fed, too."""
+    return processor(mx.concatenate([before.astype(tokens.dtype), tokens]), logits)
 
 
 def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:

@@ -1084,18 +1084,16 @@ def test_what_is_pasted_is_one_message(tiny_model, store_path):
     chat = Terminal(store_path, tiny_model, "--name", "daily", "--max-tokens", 4)
     chat.wait_for(">")
     pasted = "def f(x):\r    return x\r\rf(2)"
-    for typed in (
-        f"\x1b[200~{pasted}\x1b[201~\r",
-        f"{pasted}\n",
-        '"""\r',
-        "line two\r",
-        'line three"""\r',
-        "one \\\r",
-        "two\r",
+    for message in (
+        [f"\x1b[200~{pasted}\x1b[201~", "\r"],
+        [f"{pasted}\n"],
+        ['"""\r', "line two\r", 'line three"""\r'],
+        ["one \\\r", "two\r"],
     ):
-        chat.type(typed)
-    chat.wait_for("two")
-    chat.wait_for("wrote 4")
+        for typed in message:
+            chat.type(typed)
+        chat.wait_for("wrote 4")
+        chat.wait_for(">")
     chat.type("/bye\r")
     assert chat.wait() == 0
     with kvstore.Store(store_path, "raw") as store:
@@ -1107,6 +1105,7 @@ def test_what_is_pasted_is_one_message(tiny_model, store_path):
     assert said == [lines, lines, "line two\nline three", "one \ntwo"]
 
 
+@pytest.mark.slow
 def test_a_person_edits_what_was_taken_back(tiny_model, store_path, tmp_path):
     """After `/undo` the message stands in the line; Tab completes."""
     document = tmp_path / "notes.txt"

@@ -72,6 +72,21 @@ def rows_close(left, right):
     return mx.allclose(rows(left), rows(right), atol=1e-3).item()
 
 
+def test_processors_see_the_whole_prompt(loaded, store):
+    """A penalty for what was said counts what was restored, as without a store."""
+    seen: list[list[int]] = []
+
+    def look(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    for restored in (False, True):
+        seen.clear()
+        said = generate(loaded, store, PROMPT, logits_processors=[look], max_tokens=3)
+        assert seen[:3] == [[*PROMPT, *said[:n]] for n in range(3)], restored
+    assert store.lookup([*PROMPT, 1], loaded[2]).num_tokens == len(PROMPT)
+
+
 def test_a_reply_is_the_one_of_mlx_lm(loaded, store):
     """With an empty store and with a full one, greedy text is what mlx-lm generates."""
     model, tokenizer, _ = loaded

@@ -1,18 +1,22 @@
 """While something slow works, it is seen to move, and Ctrl-C is heard at once."""
 
 import os
+import re
 import signal
+import sys
 import time
+from pathlib import Path
 from threading import Event, Timer
 
 import mlx.core as mx
+import pexpect
 import pytest
 
 import kvstore
 from kvstore.cli.interrupts import Interrupts
 from kvstore.cli.options import prefilling
 from kvstore.cli.output import Bars
-from kvstore.models import LoadedModel, PrefillOptions, save_prompt
+from kvstore.models import Callbacks, LoadedModel, PrefillOptions, save_prompt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -77,11 +81,36 @@ def test_the_wakeup_descriptor_is_as_before():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_steps_are_small_where_somebody_waits_on_a_cpu():
-    """A step is what a CPU computes in about a second, unless another is asked for."""
-    on_cpu = mx.default_device().type == mx.cpu
-    assert prefilling(None, 2048).step_size == (256 if on_cpu else 2048)
-    assert prefilling(64, 2048).step_size == 64
+def test_steps_take_about_a_second():
+    """A step's tokens follow from the last one's speed, unless a size is given."""
+    options, most = prefilling(None, 2048), 2048
+    least = options.next_size()
+    assert least == (32 if mx.default_device().type == mx.cpu else 512)
+    assert options.next_size(least, least / 700) == 512
+    assert options.next_size(least, least / 5) == least
+    assert options.next_size(least, 0.0) == most
+    fixed = prefilling(64, 2048)
+    assert [fixed.next_size(), fixed.next_size(64, 10.0)] == [64, 64]
+
+
+def test_steps_by_time_are_seen_to_move(loaded, store_path):
+    """Each ends at a multiple of its size, wherever the prompt goes on from."""
+    model, tokens = LoadedModel(*loaded), [(7 * i) % 250 for i in range(300)]
+    seen: list[int] = []
+    with kvstore.Store(store_path, "raw") as store:
+        save_prompt(model, tokens[:30], store=store)
+        save_prompt(
+            model,
+            tokens,
+            store=store,
+            prefilling=PrefillOptions(64, step_s=1.0),
+            callbacks=Callbacks(on_prefill=lambda done, total: seen.append(done)),
+        )
+        held = store.lookup(tokens[:30], model.fingerprint).num_tokens
+    assert held <= 30
+    start = 300 - seen[-1]
+    assert all((start + done) % 32 == 0 for done in seen[1:-2])
+    assert len(seen) > 5
 
 
 def test_small_steps_make_no_small_shards(loaded, store_path):
@@ -113,3 +142,56 @@ def test_a_spinner_is_for_a_terminal_only(capsys):
     with Bars(False).spinner("loading the model"):
         pass
     assert capsys.readouterr() == ("", "")
+
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENT = "The sea was calm, and nobody on the ship knew what the night would bring. "
+
+
+@pytest.fixture
+def long_chat(tmp_path):
+    """A chat with the demo model on a terminal, which has read a long document."""
+    document = tmp_path / "sea.txt"
+    document.write_text(DOCUMENT * 250)
+    model = os.environ.get("KVSTORE_DEMO_MODEL") or ROOT / ".cache/smollm2"
+    words = ["-m", "kvstore", "--store", tmp_path / "store", "chat", "--model", model]
+    env = {"PROMPT_TOOLKIT_NO_CPR": "1", "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
+    chat = pexpect.spawn(
+        sys.executable,
+        [str(word) for word in words],
+        env=os.environ | env,
+        cwd=ROOT,
+        timeout=60,
+        dimensions=(24, 80),
+    )
+    chat.expect_exact("loading the model")
+    chat.expect_exact("lists the commands")
+    chat.expect_exact(">")
+    chat.send(f"/file {document}\r")
+    chat.expect_exact("goes before what you say next")
+    yield chat
+    chat.kill(signal.SIGKILL)
+    chat.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_bar_moves_and_ctrl_c_is_heard_at_once(long_chat):
+    """Both within a second and a half on an idle machine; the message comes back."""
+    long_chat.expect_exact(">")
+    long_chat.send("What is it about?\r")
+    long_chat.expect(re.compile(rb"[m ]0/\d{4}"))
+    begin = time.monotonic()
+    long_chat.expect(re.compile(rb"[m ][1-9]\d*/\d{4}"))
+    moved = time.monotonic() - begin
+    time.sleep(2.0)
+    begin = time.monotonic()
+    long_chat.sendintr()
+    long_chat.expect_exact("stopping")
+    heard = time.monotonic() - begin
+    long_chat.expect_exact("interrupted before the reply")
+    stopped = time.monotonic() - begin
+    long_chat.expect_exact("What is it about?")
+    print(f"bar moved {moved:.2f} s, word {heard:.2f} s, stopped {stopped:.2f} s")
+    assert moved < 1.5
+    assert heard < 1.5

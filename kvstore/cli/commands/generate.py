@@ -332,7 +332,7 @@ def _conversation(
 def _entry_named(store: Store, name: str | None) -> str | None:
     """Return the name if there is an entry of it; an id is no name."""
     try:
-        return name if name is not None and store.entry(name).name == name else None
+        return name if name is not None and store.entry(name).is_called(name) else None
     except EntryNotFoundError:
         return None
 
