@@ -61,7 +61,7 @@ def _general_options(*, hidden: bool) -> list[click.Option]:
             **common,
         ),
         click.Option(
-            ["--base"],
+            ["--base", "base_store"],
             type=StoreParam(path_type=Path),
             metavar="DIR",
             help="A store that is only read, on a share or a stick say: what it has is"
@@ -185,7 +185,7 @@ def open_store(
     if not is_utf8(str(path)):
         raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
     try:
-        base = context.meta.get("kvstore.base")
+        base = context.meta.get("kvstore.base_store")
         store = Store(path, codec, create=create, base=base)
     except NotADirectoryError as error:
         raise StoreNotFoundError(
