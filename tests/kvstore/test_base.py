@@ -176,9 +176,9 @@ def test_a_chat_may_be_kept_late(base, chat, command):
 
 
 def test_turns_before_a_name_may_be_taken_back(base, chat):
-    """`/rewind` needs nothing on disk."""
+    """`/undo` needs nothing on disk."""
     before = files_of(base)
-    code, _, err = chat("one\ntwo\n/rewind 2\nthree\n", "--from", "handbook")
+    code, _, err = chat("one\ntwo\n/undo 2\nthree\n", "--from", "handbook")
     assert (code, "taken back" in err) == (0, True)
     assert before == files_of(base)
 

@@ -791,21 +791,6 @@ def test_files_history_and_other_chats(chat_cli, tmp_path, loaded):
     assert "four" not in text
 
 
-def test_the_limit_of_the_model_is_told_before_and_behind_it(chat_cli, tiny_model):
-    """A message that goes past it is told before it is read."""
-    path = tiny_model / "config.json"
-    config = path.read_text()
-    try:
-        path.write_text(
-            json.dumps(json.loads(config) | {"max_position_embeddings": 56})
-        )
-        _, _, err = chat_cli("one\ntwo\nthree\n/undo\n")
-    finally:
-        path.write_text(config)
-    assert "of the model's 56 tokens are left: `/undo` takes turns back" in err
-    assert "and the model was made for 56: what it says may be of no use" in err
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

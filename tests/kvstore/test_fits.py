@@ -85,7 +85,7 @@ def test_a_chat_sees_the_end_of_the_context_coming(run_cli, short_model, monkeyp
     code, _, error = run_cli("chat", "--model", short_model, "--max-tokens", "2")
     assert code == 0
     assert "of the model's 128 tokens are left" in error
-    assert "and the model was made for 128: `/rewind K`" in error
+    assert "and the model was made for 128: what" in error
 
 
 @pytest.mark.parametrize(("num", "length"), [(5, None), (5, 5), (4, 5)])
