@@ -720,6 +720,12 @@ class Store:
 
         return self._blocks.run(lambda: grow_tree(self._blocks, entries))
 
+    def eviction_order(self) -> list[Entry]:
+        """Return what a save at the size limit may evict: the least worth first."""
+        from .ops.prune import eviction_order
+
+        return self._blocks.run(lambda: eviction_order(self._blocks))
+
     def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
         """Return the blocks of an entry, first to last, and where they lie.
 

@@ -155,7 +155,7 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
 def make_room(
     blocks: BlockStore, nbytes: int, needed: Callable[[], frozenset[BlockHash]]
 ) -> None:
-    """Evict the least recently used entries if new bytes would pass the size limit.
+    """Evict the entries that are least worth if new bytes would pass the size limit.
 
     Args:
         blocks: The store's blocks.

@@ -30,6 +30,7 @@ from ..storage.shards import (
     shard_path,
 )
 from .quarantine import empty_quarantine
+from .worth import HALF_LIFE_S, advantages, sum_uses
 
 GRACE_S = 3600.0
 _SLACK_BYTES = 65_536
@@ -128,6 +129,12 @@ def plan_confirmed(blocks: BlockStore, policy: Policy) -> PrunePlan:
     return plan
 
 
+def eviction_order(blocks: BlockStore) -> list[Entry]:
+    """Return the entries that a save may evict, in that order."""
+    survey = _Survey(blocks.folder, blocks.index, frozenset())
+    return survey.candidates(named=False)
+
+
 def forgotten(folder: StoreFolder) -> dict[Path, int]:
     """Return what crashed saves have left in ``tmp``, with its bytes."""
     staged = files.sizes_in(folder.staging)
@@ -150,6 +157,8 @@ class _Survey:
         )
         self._references.update(needed)
         self._uses = index.uses()
+        self._summed = index.summed_uses()
+        self._advantages = advantages(index, self.entries)
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
         self.is_whole = not self._unreadable and all(
@@ -185,11 +194,24 @@ class _Survey:
         return max(map(_past, [entry.updated_at, *uses]))
 
     def candidates(self, *, named: bool) -> list[Entry]:
-        """Return what may be evicted: least recently used first, named ones last."""
+        """Return what may be evicted: the least worth first, named ones last."""
         if self._unreadable:
             return []  # an entry that cannot be read may need any block
         found = [e for e in self.entries if not e.pinned and (e.name is None or named)]
-        return sorted(found, key=lambda e: (e.name is not None, self.used_at(e), e.id))
+        return sorted(found, key=lambda e: (e.name is not None, self._worth(e), e.id))
+
+    def _worth(self, entry: Entry) -> float:
+        """Return what an entry is worth its bytes for.
+
+        A hit that ended in a block of others too would do without the entry.
+        """
+        own = (block for block in self._chains[entry.id] if self._references[block] < 2)
+        sums = (self._summed[block] for block in own if block in self._summed)
+        # Nobody has a million uses: a clock was ahead.
+        most = time.time() + 20 * HALF_LIFE_S
+        known = (moment if moment <= most else _past(moment) for moment in sums)
+        uses = sum_uses([_past(entry.updated_at), *known])
+        return uses + self._advantages[entry.root]
 
     def release(self, entry: Entry) -> list[BlockHash]:
         """Take an entry away and return the blocks that nothing needs any more."""

@@ -14,6 +14,7 @@ from ..fingerprint import Fingerprint
 from ..format.block import BlockHash
 from ..storage.index import Index, Timing
 from . import speeds
+from .worth import sum_uses
 
 if TYPE_CHECKING:
     from .load import Hit
@@ -93,7 +94,7 @@ class LoadNotes:
         with suppress(StoreLockedError, IndexDamagedError, OSError), index.unsynced():
             index.count(**counts)
             for block, used_at in uses.items():
-                index.note_use(block, used_at)
+                index.note_use(block, used_at, sum_uses)
             if timings:
                 _write_timings(index, timings)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from itertools import pairwise
@@ -117,9 +117,10 @@ CREATE TABLE blocks (
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
 CREATE INDEX blocks_by_shard ON blocks (shard);
-CREATE TABLE uses (  -- when a hit last ended in a block; may be lost
+CREATE TABLE uses (  -- of blocks in which hits ended; may be lost
     hash BLOB PRIMARY KEY,
-    used_at REAL NOT NULL
+    used_at REAL NOT NULL,  -- by the last one
+    summed REAL NOT NULL  -- all of them; `ops.worth` says how
 ) WITHOUT ROWID;
 CREATE TABLE counters (
     name TEXT PRIMARY KEY,
@@ -491,9 +492,28 @@ class Index:
         finally:
             self._query("PRAGMA synchronous = FULL")
 
-    def note_use(self, block: BlockHash, used_at: float) -> None:
-        """Remember that a hit ended in a block."""
-        self._query("INSERT OR REPLACE INTO uses VALUES (?, ?)", (block, used_at))
+    def summed_uses(self) -> dict[BlockHash, float]:
+        """Return what was noted of all hits that ended in each block."""
+        rows = self._select("SELECT hash, summed FROM uses", (), (bytes, float))
+        return {BlockHash(block): summed for block, summed in rows}
+
+    def note_use(
+        self,
+        block: BlockHash,
+        used_at: float,
+        add: Callable[[Sequence[float]], float],
+    ) -> None:
+        """Remember that a hit ended in a block.
+
+        Args:
+            block: The block.
+            used_at: When, Unix seconds.
+            add: Sums uses.
+        """
+        query = "SELECT summed FROM uses WHERE hash = ?"
+        sums = [summed for (summed,) in self._select(query, (block,), (float,))]
+        values = (block, used_at, add([*sums, used_at]))
+        self._query("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", values)
 
     def timings(self, fingerprint: str | None = None) -> list[Timing]:
         """Return what was measured of one model, or of all, latest first."""

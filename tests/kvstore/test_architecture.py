@@ -45,11 +45,12 @@ OPS = {  # and inside of ops
     "near": {"load"},
     "recognise": {"load"},
     "check": {"quarantine"},
-    "prune": {"quarantine"},
+    "prune": {"quarantine", "worth"},
     "purge": {"check", "prune", "quarantine", "traces"},
     "export_bundle": {"bases"},
     "stats": {"speeds"},
-    "usage": {"load", "speeds"},
+    "usage": {"load", "speeds", "worth"},
+    "worth": {"speeds"},
 }
 # Where more than the name of the module says is imported from a package of others;
 # `top` is the module level, so at import time.

@@ -42,7 +42,7 @@ def check(path, caches, names):
 
 
 def test_a_save_into_an_index_that_was_replaced_counts(store, store_path, caches):
-    """A store that was open meanwhile takes the new index, and both entries are there."""
+    """A store that was open meanwhile takes the new index; both entries are there."""
     rebuild_index(store)
     save(store, caches, 2, "two")
     check(store_path, caches, ["one", "two"])

@@ -88,7 +88,7 @@ class Span(click.ParamType[float]):
     "--max-size",
     metavar="SIZE",
     type=Size(),
-    help="Evict entries, least recently used first, until this much is left: 20GB.",
+    help="Evict entries, the least worth first, until this much is left: 20GB.",
 )
 @click.option(
     "--older-than",

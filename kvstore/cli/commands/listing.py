@@ -107,7 +107,7 @@ def list_entries(
     """List the entries, latest first.
 
     SIZE counts blocks that entries share with each of them. USED is when an entry was
-    saved or last loaded; what was used least recently is evicted first. An entry
+    saved or last loaded; what is used seldom is evicted first. An entry
     without a name is listed by its first words. Where the terminal is narrow, columns
     are left out.
     """

@@ -70,9 +70,7 @@ def describe(store: Store) -> JSON:
     """Return what the page shows."""
     entries = store.entries()
     tree = store.tree(entries)
-    nameless = [e for e in entries if e.name is None and not e.pinned]
-    nameless.sort(key=lambda entry: tree.used_at[entry.id])
-    going = {entry.id for entry in nameless[:_NUM_NEXT]}
+    going = {entry.id for entry in store.eviction_order()[:_NUM_NEXT]}
     by_age = sorted(entries, key=lambda entry: entry.created_at)
     lines = list(tree_lines(tree))
     sizes = {line.entry.id: line.nbytes for line in lines if line.entry}
