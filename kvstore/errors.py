@@ -15,6 +15,7 @@
     ├── IndexDamagedError                the index is wrong, and could not be rebuilt
     ├── ArgumentError                    a mistake in a call; also ValueError, TypeError
     ├── RemoteError                      an object store fails, or refuses a request
+    ├── KeyNotFoundError                 the key of an encrypted store is not there
     └── SignerError                      not signed by whom it has to be
 
 A caller writes::
@@ -128,6 +129,10 @@ class IndexDamagedError(KVStoreError):
 
 class ArgumentError(KVStoreError, ValueError, TypeError):
     """An argument is not what the call takes; the hint says what it takes."""
+
+
+class KeyNotFoundError(KVStoreError):
+    """The key of an encrypted store is not where it should be, or is another one."""
 
 
 class SignerError(KVStoreError):

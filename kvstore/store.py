@@ -1142,6 +1142,12 @@ class Store:
         """Whether only what a trusted key signed is taken from elsewhere."""
         return self._folder.is_signed_only
 
+    @property
+    def key_method(self) -> str | None:
+        """How the key of an encrypted store is kept; ``None`` where it is not."""
+        encryption = self._folder.encryption
+        return None if encryption is None else str(encryption["method"])
+
     def remake(self) -> bool:
         """Go on with the store that is at the path now, made anew where it was deleted.
 

@@ -17,6 +17,7 @@ from .commands import doctor as _doctor
 from .commands import entries as _entries
 from .commands import generate as _generate
 from .commands import housekeeping as _housekeeping
+from .commands import init as _init
 from .commands import keys as _keys
 from .commands import listing as _listing
 from .commands import lookup as _lookup
@@ -38,6 +39,7 @@ for _verb in (
     _serve.serve,
     _transfer.export,
     _transfer.import_file,
+    _init.init,
     _keys.key,
     _remote.remote,
     _remote.push,

@@ -178,12 +178,10 @@ def open_store(
         StoreNotFoundError: There is none.
         click.UsageError: Its path is not UTF-8, which the index needs.
     """
-    from ..storage.folder import default_path
     from ..store import Store
 
-    path = store_path(context) or default_path()
-    if not is_utf8(str(path)):
-        raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
+    path = chosen_path(context)
+    _unlock(path)
     try:
         base = context.meta.get("kvstore.base_store")
         store = Store(path, codec, create=create, base=base)
@@ -194,6 +192,31 @@ def open_store(
         ) from error
     log.info("store: %s", store.path)
     return context.with_resource(store)
+
+
+def chosen_path(context: click.Context) -> Path:
+    """Return the folder of the store, whether there is one or not.
+
+    Raises:
+        click.UsageError: Its path is not UTF-8, which the index needs.
+    """
+    from ..storage.folder import default_path
+
+    path = store_path(context) or default_path()
+    if not is_utf8(str(path)):
+        raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
+    return path
+
+
+def _unlock(path: Path) -> None:
+    """Ask for the passphrase of an encrypted store, where somebody can be asked."""
+    from ..storage import vault
+    from ..storage.folder import encryption_of
+
+    encryption = encryption_of(path)
+    if encryption and vault.needs_passphrase(encryption) and sys.stdin.isatty():
+        given = click.prompt("passphrase of the store", hide_input=True, err=True)
+        vault.unlock(encryption, given)
 
 
 def is_utf8(text: str) -> bool:

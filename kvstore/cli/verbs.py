@@ -5,6 +5,7 @@ GROUPS = {
     "See what is there": ("ls", "show", "search", "inspect", "lookup", "stats", "view"),
     "Hand over": ("load", "export", "import", "key", "remote", "push", "pull", "adopt"),
     "Look after the store": (
+        "init",
         "rename",
         "pin",
         "rm",
@@ -59,6 +60,7 @@ EXAMPLES = {
     "push": ["kvstore push handbook"],
     "pull": ["kvstore pull handbook"],
     "adopt": ["kvstore adopt handbook --model M"],
+    "init": ["kvstore init --encrypt --key-file ~/kvstore.key"],
     "rename": ["kvstore rename daily archive"],
     "pin": ["kvstore pin handbook", "kvstore pin handbook --off"],
     "rm": ["kvstore rm daily", "kvstore rm daily --purge -y"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NewType
 
 if TYPE_CHECKING:
@@ -136,3 +136,5 @@ class ShardHeader:
     data_begin: int
     # Size of the whole file.
     nbytes: int
+    # Of an encrypted store: what opens its blocks.
+    sealed: Any = field(default=None, compare=False)

@@ -111,9 +111,10 @@ def _versions() -> dict[str, str]:
 
     found = {}
     for distribution in ("mlx-kvstore", "mlx", "mlx-lm"):
-        with suppress(PackageNotFoundError):
+        # A package whose METADATA is missing is told in other ways by other releases.
+        with suppress(PackageNotFoundError, OSError, KeyError):
             found[distribution] = version(distribution)
-    # A package whose METADATA is missing or unreadable has `None` for a version.
+    # Or it has `None` for a version.
     return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
@@ -200,12 +201,13 @@ def entry_to_bytes(entry: Entry) -> bytes:
     return canonical_json({"digest": _digest(body), **body})
 
 
-def parse_entry(path: Path, data: bytes) -> Entry:
+def parse_entry(path: Path, data: bytes, entry_id: str | None = None) -> Entry:
     """Return the entry that ``data`` spells, having checked its digest.
 
     Args:
-        path: The file that it was read from; its stem must be the entry's id.
+        path: The file that it was read from.
         data: Its bytes.
+        entry_id: The id that it must have; the stem of the file by default.
 
     Raises:
         IntegrityError: It is damaged.
@@ -227,16 +229,16 @@ def parse_entry(path: Path, data: bytes) -> Entry:
             f"entry has format {form}, this release reads {FORMAT}: {path}",
             hint="upgrade mlx-kvstore",
         )
-    return _build(path, body)
+    return _build(path, body, entry_id or path.stem)
 
 
-def _build(path: Path, body: JSON) -> Entry:
+def _build(path: Path, body: JSON, entry_id: str) -> Entry:
     """Return an :class:`Entry`, having checked names and types of all fields."""
     if body.keys() | _OPTIONAL != {field.name for field in fields(Entry)}:
         raise damaged_entry(path, "unexpected fields")
     if not all(_fits(name, value) for name, value in body.items()):
         raise damaged_entry(path, "a field has the wrong type")
-    if body["id"] != path.stem:
+    if body["id"] != entry_id:
         raise damaged_entry(path, f"holds the entry {body['id']}")
     return to_entry(body)
 

@@ -23,12 +23,12 @@ ITEM_SIZES = {
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-def parse_header(header: bytes, data_nbytes: int) -> tuple[dict[str, Any], JSON]:
+def parse_header(header: bytes, data_nbytes: int | None) -> tuple[dict[str, Any], JSON]:
     """Return the tensors and the metadata that a header describes.
 
     Args:
         header: The JSON text, without the length in front of it.
-        data_nbytes: Bytes that follow the header in the file.
+        data_nbytes: Bytes that follow the header in the file, if that is known.
 
     Returns:
         Name to ``(dtype, shape, begin, end)`` in the order of the bytes, and the
@@ -87,12 +87,12 @@ def _check_tensor(name: str, spec: Any) -> tuple[str, tuple[int, ...], int, int]
     return dtype, tuple(shape), begin, end
 
 
-def _check_coverage(tensors: dict[str, Any], data_nbytes: int) -> None:
+def _check_coverage(tensors: dict[str, Any], data_nbytes: int | None) -> None:
     """Refuse holes, overlaps and trailing bytes."""
     position = 0
     for name, (_, _, begin, end) in tensors.items():
         if begin != position:
             raise ValueError(f"tensor {name} overlaps another or leaves a hole")
         position = end
-    if position != data_nbytes:
+    if data_nbytes not in (position, None):
         raise ValueError(f"tensors end at byte {position}, the data at {data_nbytes}")

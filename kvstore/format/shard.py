@@ -183,15 +183,20 @@ def _seal(text: bytes) -> bytes:
     return text.replace(_digest_field(_NO_DIGEST), _digest_field(digest), 1)
 
 
-def parse_shard_header(header: bytes, size: int) -> ShardHeader:
+def parse_shard_header(header: bytes, size: int | None) -> ShardHeader:
     """Return what a header says, having checked all of it.
+
+    Args:
+        header: Its bytes, without the length in front of it.
+        size: Of the whole file; ``None`` where it has not come yet.
 
     Raises:
         ValueError: Anything is not as it should be.
         FormatError: A newer release wrote it.
     """
     data_begin = 8 + len(header)
-    tensors, metadata = parse_header(header, size - data_begin)
+    expected = None if size is None else size - data_begin
+    tensors, metadata = parse_header(header, expected)
     meta = strict_json(metadata["kvstore"], allow_floats=True)
     digest = _field(meta, "header_digest", str)
     blank = header.replace(_digest_field(digest), _digest_field(_NO_DIGEST))
@@ -208,7 +213,8 @@ def parse_shard_header(header: bytes, size: int) -> ShardHeader:
         _field(meta, "layout", list),
     )
     blocks = _parse_blocks(_field(meta, "blocks", list), tensors)
-    return ShardHeader(origin, blocks, data_begin, size)
+    nbytes = data_begin + max((block.end for block in blocks), default=0)
+    return ShardHeader(origin, blocks, data_begin, nbytes)
 
 
 def _field(value: Any, name: str, kind: type) -> Any:

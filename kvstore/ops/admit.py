@@ -317,8 +317,10 @@ def _prepared(
                 if len(wanted) == len(blocks):
                     files.sync_file(staged.path)
                 else:
-                    opened = stack.enter_context(open_shard_at(staged.path))
-                    copy = staged_copy(folder.staging, opened, wanted)
+                    opened = stack.enter_context(
+                        open_shard_at(staged.path, folder.cipher)
+                    )
+                    copy = staged_copy(folder, opened, wanted)
                     staged = stack.enter_context(copy)
             except FileNotFoundError as error:
                 raise _vanishing() from error

@@ -53,7 +53,7 @@ def adopt_entry(
     needed = chain.hashes.union(place.hash for place in places)
     token_bytes = sum(group.token_bytes for group in group_layers(chain.layout))
     for batch in batches(_copies(blocks, places, origin_root(origin), chain)):
-        with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
+        with staged_shard(blocks.folder, chain.origin, batch) as staged:
             make_room(blocks, staged.header.nbytes, lambda: needed)
             with blocks.index.transaction():
                 blocks.add_new([staged], token_bytes)

@@ -21,9 +21,9 @@ from ..storage.bases import basis_path, list_bases, read_basis, read_calibration
 from ..storage.blocks import READ_ONLY, _build_index, is_sound, place_in
 from ..storage.entries import (
     copied_entry,
-    entry_path,
     list_ids,
     read_entry,
+    set_entry_aside,
     write_entry,
 )
 from ..storage.folder import StoreFolder, config_of, read_config, write_config
@@ -84,7 +84,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
     sound: Sound = {}
     findings: list[Finding] = []
     # Entries first: the blocks of what is saved from now on are not asked for.
-    found = [(i, _read_entry(folder, i)) for i in list_ids(folder.entries)]
+    found = [(i, _read_entry(folder, i)) for i in list_ids(folder)]
     findings += _check_config(folder)
     names = list_shards(folder.shards)
     progress(0, len(names))
@@ -117,8 +117,10 @@ def repair(folder: StoreFolder) -> list[Finding]:
             write_config(folder.path, config_of(folder))
         for finding in findings:
             path = folder.path / finding.path
-            if finding.kind == "damaged-entry" and _is_broken(folder, path.stem):
-                _replace_entry(folder, path)
+            is_entry = finding.kind == "damaged-entry"
+            entry_id = folder.entry_of(path.name) if is_entry else None
+            if entry_id is not None and _is_broken(folder, entry_id):
+                _replace_entry(folder, entry_id)
         for shard in sorted({f.path for f in findings if f.kind in _SHARD_DAMAGE}):
             name = Path(shard).stem
             # It may have been written anew since it was looked at.
@@ -136,25 +138,24 @@ def _make_way(folder: StoreFolder, path: Path) -> None:
         files.publish(path, folder.quarantine / aside)
 
 
-def _replace_entry(folder: StoreFolder, path: Path) -> None:
+def _replace_entry(folder: StoreFolder, entry_id: str) -> None:
     """Put a damaged entry into quarantine, and the index's copy into its place."""
     entry = None
     with suppress(IndexDamagedError, OSError):
-        index = Index(folder.index)
+        index = Index(folder.index, cipher=folder.cipher)
         try:
-            entry = copied_entry(folder, index, path.stem)
+            entry = copied_entry(folder, index, entry_id)
         finally:
             index.close()
-    aside = f"entry-{path.stem}-{secrets.token_hex(4)}.json"
-    files.publish(path, folder.quarantine / aside)
+    set_entry_aside(folder, folder.entry_path(entry_id))
     if entry is not None:
-        write_entry(folder.entries, entry, folder.staging)
+        write_entry(folder, entry)
 
 
 def _is_broken(folder: StoreFolder, entry_id: str) -> bool:
     """Whether an entry still cannot be read; it may have been saved again."""
     try:
-        read_entry(folder.entries, entry_id)
+        read_entry(folder, entry_id)
     except (IntegrityError, OSError):
         return True
     except FormatError:
@@ -167,12 +168,12 @@ def _replace_shard(folder: StoreFolder, name: str) -> None:
     with (
         # Where nothing in it can be told apart, or read at all.
         suppress(IntegrityError, FormatError, OSError),
-        open_shard(folder.shards, name) as opened,
+        open_shard(folder, name) as opened,
     ):
         found = opened.header.blocks
         good = [b for b in found if _block_problem(opened, b, True) is None]
         if good:
-            with staged_copy(folder.staging, opened, good) as staged:
+            with staged_copy(folder, opened, good) as staged:
                 publish_shard(folder.shards, staged)
     quarantine_shard(folder.shards, name, folder.quarantine)
 
@@ -217,7 +218,7 @@ def _check_shard(
     """Yield what is wrong with a shard; add its good blocks to ``sound``."""
     path = shard_path(folder.shards, name)
     try:
-        with open_shard(folder.shards, name) as opened:
+        with open_shard(folder, name) as opened:
             for stored in opened.header.blocks:
                 problem = _block_problem(opened, stored, whole)
                 if problem is None:
@@ -278,7 +279,7 @@ def _check_index(
             yield _finding(folder, "damaged-index", folder.index, "it is missing")
         return
     try:
-        index = Index(folder.index)
+        index = Index(folder.index, cipher=folder.cipher)
     except IndexDamagedError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
         return
@@ -311,7 +312,7 @@ def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[F
         yield _finding(folder, "missing-shard", path, "the index names it")
     for name in sorted(known & on_disk):
         with suppress(IntegrityError, FormatError, OSError):
-            with open_shard(folder.shards, name) as opened:
+            with open_shard(folder, name) as opened:
                 held = {place_in(name, stored) for stored in opened.header.blocks}
             for place in index.places_in(name):
                 if place not in held:
@@ -326,11 +327,11 @@ def _read_entry(
     folder: StoreFolder, entry_id: str
 ) -> Entry | IntegrityError | FormatError | None:
     try:
-        return read_entry(folder.entries, entry_id)
+        return read_entry(folder, entry_id)
     except (IntegrityError, FormatError) as error:
         return error
     except OSError as error:
-        return damaged_entry(entry_path(folder.entries, entry_id), str(error))
+        return damaged_entry(folder.entry_path(entry_id), str(error))
 
 
 def _check_entries(
@@ -341,7 +342,7 @@ def _check_entries(
 ) -> Iterator[Finding]:
     """Yield entries that cannot be read or lack a block; add their blocks."""
     for entry_id, entry in found:
-        path = entry_path(folder.entries, entry_id)
+        path = folder.entry_path(entry_id)
         if isinstance(entry, FormatError):
             yield _finding(folder, "newer-format", path, str(entry), (entry_id,))
         elif isinstance(entry, IntegrityError):

@@ -6,10 +6,9 @@ lacks.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as changed
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.folder import StoreFolder
 from ..storage.keys import check_signer
-from ..storage.shards import OpenShard, StagedShard, open_shard_at
+from ..storage.shards import OpenShard, StagedShard, open_shard_at, receive_shard
 from .admit import Incoming, Inspector, admit, check_space
 from .bases import carried_codecs
 
@@ -142,10 +141,11 @@ def _unpacked(
         for name, size, parts in bundle.shards():
             check_space(folder, size)
             path = stack.enter_context(files.staged_path(folder.staging))
-            _receive(path, name, parts)
-            with _refusing_shard(name, path), open_shard_at(path) as opened:
-                _inspect(inspector, bundle, opened)
-            found.append(StagedShard(path, name, opened.header))
+            with _refusing_shard(name, path):
+                own = receive_shard(folder, path, name, parts)
+                with open_shard_at(path, folder.cipher) as opened:
+                    _inspect(inspector, bundle, opened)
+            found.append(StagedShard(path, own, opened.header))
             progress(inspector.num_tokens, bundle.entry.num_tokens)
             if time.monotonic() - touched_at > _TOUCH_EVERY_S:
                 touched_at = time.monotonic()
@@ -168,25 +168,6 @@ def _inspect(inspector: Inspector, bundle: BundleReader, opened: OpenShard) -> N
         raise IntegrityError("it is of another model or layout, or has no block")
     for stored in opened.header.blocks:
         inspector.inspect(stored, opened)
-
-
-def _receive(path: Path, name: str, parts: Iterable[bytes]) -> None:
-    """Write a shard to a new file.
-
-    Raises:
-        IntegrityError: Its bytes are not those that its name says.
-    """
-    digest = hashlib.sha256()
-    descriptor = files.create(path)
-    try:
-        for part in parts:
-            digest.update(part)
-            files.write_all(descriptor, part)
-        os.fchmod(descriptor, 0o400)
-    finally:
-        os.close(descriptor)
-    if digest.hexdigest() != name:
-        raise refused(f"shard {name[:12]} has other bytes than its name says")
 
 
 @contextmanager

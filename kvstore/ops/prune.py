@@ -296,7 +296,7 @@ class Pruner:
         with files.locked(self._folder.lock, exclusive=True):
             self._remove_shards((*plan.removed, *repacked), gone)
             # Of entries that were removed while the index was locked.
-            left = self._index.entry_ids() - set(list_ids(self._folder.entries))
+            left = self._index.entry_ids() - set(list_ids(self._folder))
             for entry_id in left:
                 self._index.drop_entry(entry_id)
             put_aside = empty_quarantine(self._folder) if plan.quarantine_bytes else 0
@@ -407,7 +407,7 @@ class Pruner:
     def _is_readable(self, name: str) -> bool:
         """Whether a shard is one of this release; others are not ours to remove."""
         try:
-            with open_shard(self._folder.shards, name):
+            with open_shard(self._folder, name):
                 return True
         except (IntegrityError, FormatError, OSError):
             return False
@@ -415,7 +415,7 @@ class Pruner:
     def _is_unchanged(self, entry: Entry) -> bool:
         """Whether an entry was not saved again since the plan was made."""
         try:
-            return read_entry(self._folder.entries, entry.id) == entry
+            return read_entry(self._folder, entry.id) == entry
         except IntegrityError:
             return True  # damaged since, and still the one that may go
 

@@ -17,7 +17,7 @@ def take_back(folder: StoreFolder) -> None:
     """
     for path in folder.quarantine.glob("*.safetensors"):
         with suppress(IntegrityError, FormatError, OSError, ValueError):
-            with open_shard_at(path) as opened:
+            with open_shard_at(path, folder.cipher) as opened:
                 is_whole = opened.sha256() == path.stem
             target = shard_path(folder.shards, path.stem)
             if is_whole and not target.exists():

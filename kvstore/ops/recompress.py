@@ -64,7 +64,7 @@ def recompress_entry(
     done = 0
     progress(0, num_tokens)
     for batch in batches(_encoded(blocks, origin, groups, codec, wanted)):
-        with staged_shard(blocks.folder.staging, origin, batch) as staged:
+        with staged_shard(blocks.folder, origin, batch) as staged:
             blocks.replace(staged, old)
         done += sum(len(encoded.block.tokens) for encoded in batch)
         progress(done, num_tokens)

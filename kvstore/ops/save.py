@@ -159,8 +159,8 @@ def copy_blocks(
     for name, stored in wanted.items():
         with (
             suppress(IntegrityError, FormatError, FileNotFoundError),
-            open_shard(base.folder.shards, name) as opened,
-            staged_copy(blocks.folder.staging, opened, stored) as staged,
+            open_shard(base.folder, name) as opened,
+            staged_copy(blocks.folder, opened, stored) as staged,
         ):
             for basis in read_named(base.folder, stored).values():
                 add_basis(blocks.folder, basis)
@@ -201,7 +201,7 @@ def _write_missing(
     chain = encoder.snapshot.chain
     progress(0, chain.num_tokens)
     for batch in batches(encoder.encode(_missing(blocks, encoder))):
-        with staged_shard(blocks.folder.staging, chain.origin, batch) as staged:
+        with staged_shard(blocks.folder, chain.origin, batch) as staged:
             make_room(staged.header.nbytes)
             with blocks.index.transaction():
                 blocks.add_new([staged], encoder.token_bytes)

@@ -64,7 +64,7 @@ def _needed(blocks: BlockStore, catalog: Catalog) -> set[BlockHash]:
         IntegrityError: One cannot be read, and may have any.
     """
     entries = catalog.all()
-    if len(entries) < len(list_ids(blocks.folder.entries)):
+    if len(entries) < len(list_ids(blocks.folder)):
         raise IntegrityError(
             "an entry cannot be read", hint="`kvstore verify` names it"
         )

@@ -45,7 +45,8 @@ def find_traces(blocks: BlockStore, traces: Traces) -> Path | None:
             other entries need are not looked for.
     """
     gone = {b: words for b, words in traces.items() if not blocks.index.place(b)}
-    hashes = [form for b in gone for form in (bytes(b), b.hex().encode())]
+    written = blocks.index.written
+    hashes = [f for b in gone for f in (bytes(b), b.hex().encode(), written(bytes(b)))]
     tokens = [word for words in gone.values() for word in words]
     for path in sorted(p for p in blocks.folder.path.rglob("*") if p.is_file()):
         # Another conversation in a shard may have said the same.

@@ -260,6 +260,11 @@ class Remotes:
         Raises:
             KVStoreError: There is none of this name.
         """
+        if self._blocks.folder.cipher is not None:
+            raise KVStoreError(
+                "an encrypted store has no remotes: what lies there is in the clear",
+                hint="`kvstore export` writes one entry in the clear, on purpose",
+            )
         if isinstance(remote, Client):
             return remote
         found = find_remote(self._blocks.folder, remote)

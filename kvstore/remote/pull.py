@@ -384,7 +384,7 @@ def _staged(
             for stored in arriving.wanted:
                 plan.inspector.check_rows(stored, opened)
             if not arriving.is_whole:
-                copy = staged_copy(folder.staging, opened, arriving.wanted)
+                copy = staged_copy(folder, opened, arriving.wanted)
                 return stack.enter_context(copy)
             if opened.sha256() != shard.name:
                 raise IntegrityError("it has other bytes than its name says")

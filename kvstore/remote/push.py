@@ -125,7 +125,7 @@ def _prepare(blocks: BlockStore, chain: Chain, stack: ExitStack) -> dict[str, _U
     for name, of_entry in wanted.items():
         with _opened(blocks, name) as opened:
             if _reveals_more(opened.header, tokens):
-                copy = staged_copy(blocks.folder.staging, opened, of_entry)
+                copy = staged_copy(blocks.folder, opened, of_entry)
                 staged = stack.enter_context(copy)
                 with open_shard_at(staged.path) as copied:
                     uploads[name] = _upload(copied, staged.name)
@@ -138,7 +138,7 @@ def _prepare(blocks: BlockStore, chain: Chain, stack: ExitStack) -> dict[str, _U
 def _opened(blocks: BlockStore, name: str) -> Iterator[OpenShard]:
     """Open a shard of the store, which `prune` may have taken meanwhile."""
     try:
-        with open_shard(blocks.folder.shards, name) as opened:
+        with open_shard(blocks.folder, name) as opened:
             yield opened
     except FileNotFoundError as error:
         raise IntegrityError(

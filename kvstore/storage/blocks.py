@@ -27,12 +27,12 @@ from ..format.chain import (
     hash_root,
     origin_root,
 )
-from ..format.entry import MAX_BYTES, Entry, parse_entry
+from ..format.entry import Entry, entry_to_bytes
 from . import files
 from .bases import basis_size, remove_basis
 from .folder import StoreFolder
 from .index import Index, Place, index_identity, is_better
-from .ledger import see_entries, stamp_of
+from .ledger import load_entry, see_entries, stamp_of
 from .shards import (
     StagedShard,
     list_shards,
@@ -69,7 +69,7 @@ def open_index(folder: StoreFolder) -> Index:
     if seen is not None:
         try:
             if files.is_regular(folder.index):
-                return Index(folder.index)
+                return Index(folder.index, cipher=folder.cipher)
         except IndexDamagedError:
             pass  # rebuilt below, outside of the handler
         replace_index(folder, seen)
@@ -77,7 +77,7 @@ def open_index(folder: StoreFolder) -> Index:
         with files.locked(folder.lock, exclusive=True):
             if not folder.index.exists():
                 _build_index(folder)
-    return Index(folder.index)
+    return Index(folder.index, cipher=folder.cipher)
 
 
 def replace_index(folder: StoreFolder, seen: tuple[int, int] | None) -> None:
@@ -113,7 +113,7 @@ def _build_index(folder: StoreFolder) -> None:
     """
     with files.staged_path(folder.staging) as path:
         try:
-            index = Index(path, create=True)
+            index = Index(path, create=True, cipher=folder.cipher)
             try:
                 index_folder(index, folder)
                 _copy_entries(index, folder)
@@ -124,7 +124,7 @@ def _build_index(folder: StoreFolder) -> None:
             files.publish(path, folder.index)
             # Shards that others told the old index of while this one was built. Who
             # still uses the old one is refused: see `Index.transaction`.
-            with closing(Index(folder.index)) as index:
+            with closing(Index(folder.index, cipher=folder.cipher)) as index:
                 index_folder(index, folder)
         finally:
             for suffix in ("-wal", "-shm"):
@@ -141,12 +141,13 @@ def _temporary_index(folder: StoreFolder) -> Index:
 def _copy_entries(index: Index, folder: StoreFolder) -> None:
     """Put the second copy of every readable entry into a new index."""
     read = []
-    for path in folder.entries.glob("*.json"):
-        with suppress(OSError, ValueError, EOFError, IntegrityError, FormatError):
+    for path in folder.entries.iterdir():
+        if (entry_id := folder.entry_of(path.name)) is None:
+            continue
+        with suppress(OSError, IntegrityError, FormatError):
             stamp = stamp_of(path.lstat())
-            data = files.read_small(path, MAX_BYTES)
-            entry = parse_entry(path, data)
-            index.put_entry(entry.id, data)
+            entry = load_entry(folder, entry_id)
+            index.put_entry(entry.id, entry_to_bytes(entry))
             read.append((entry, stamp))
     see_entries(index, read)
 
@@ -392,7 +393,7 @@ class BlockStore:
         """Note which bases shards name that are not noted yet; say if all could be."""
         for shard in set(list_shards(self.folder.shards)) - named.keys():
             try:
-                with open_shard(self.folder.shards, shard) as opened:
+                with open_shard(self.folder, shard) as opened:
                     named[shard] = bases_named(opened.header.blocks)
             except FileNotFoundError:
                 continue  # pruned just now
@@ -440,11 +441,11 @@ class BlockStore:
         folder = self.folder
         with ExitStack() as stack:
             try:
-                opened = stack.enter_context(open_shard(folder.shards, name))
+                opened = stack.enter_context(open_shard(folder, name))
                 stored = [b for b in opened.header.blocks if b.block.hash in kept]
                 if not stored:
                     return
-                copy = staged_copy(folder.staging, opened, stored)
+                copy = staged_copy(folder, opened, stored)
                 staged = stack.enter_context(copy)
             except (IntegrityError, FormatError, OSError) as error:
                 if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -566,7 +567,7 @@ class BlockStore:
         kept = self._headers.get(shard)
         if kept is not None and kept[0] == stamp:
             return kept[1]
-        with open_shard(self.folder.shards, shard) as opened:
+        with open_shard(self.folder, shard) as opened:
             self._headers[shard] = (stamp, opened.header)
         if len(self._headers) > _MAX_HEADERS:
             self._headers.popitem(last=False)
@@ -784,7 +785,7 @@ def _is_so(folder: StoreFolder, found: tuple[Place, BlockHash] | None) -> bool:
         return False
     place, parent = found
     try:
-        with open_shard(folder.shards, place.shard) as opened:
+        with open_shard(folder, place.shard) as opened:
             return (place, parent) in [
                 (place_in(place.shard, stored), stored.block.parent)
                 for stored in opened.header.blocks
@@ -813,7 +814,7 @@ def _index_each(
         if name in same:
             continue
         try:
-            with open_shard(folder.shards, name) as opened:
+            with open_shard(folder, name) as opened:
                 header = opened.header
             added_at = shard_path(folder.shards, name).stat().st_mtime
         except (IntegrityError, FormatError, OSError):

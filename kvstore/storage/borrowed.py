@@ -66,7 +66,9 @@ def _copy_index(folder: StoreFolder, *, is_trusted: bool) -> Index:
     index = Index(folder.index, create=True, temporary=True)
     if is_trusted:
         with suppress(OSError, IndexDamagedError, StoreLockedError, FormatError):
-            copied = Index(folder.index, temporary=True, copied=True)
+            copied = Index(
+                folder.index, temporary=True, copied=True, cipher=folder.cipher
+            )
             index.close()
             index = copied
     index_new(index, folder)

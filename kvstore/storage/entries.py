@@ -23,7 +23,6 @@ from ..format.entry import (
     check_name,
     damaged_entry,
     entry_to_bytes,
-    is_id,
     normalize_name,
     parse_entry,
 )
@@ -31,63 +30,62 @@ from . import files
 from .blocks import BlockStore
 from .folder import StoreFolder
 from .index import Index
-from .ledger import read_entries, see_entries, stamp_of
+from .ledger import load_entry, read_entries, see_entries, stamp_of
 
 
-def entry_path(folder: Path, entry: str) -> Path:
-    """Return where the entry with this id lies."""
-    return folder / f"{entry}.json"
-
-
-def write_entry(folder: Path, entry: Entry, staging: Path) -> None:
+def write_entry(folder: StoreFolder, entry: Entry) -> None:
     """Commit an entry durably.
 
     Raises:
         IntegrityError: It could not be read again; what was there before stays.
     """
-    path, data = entry_path(folder, entry.id), entry_to_bytes(entry)
+    path, data = folder.entry_path(entry.id), entry_to_bytes(entry)
     # Before it is written: a save must not be acknowledged that nobody can read.
-    if len(data) > MAX_BYTES or parse_entry(path, data) != entry:
+    if len(data) > MAX_BYTES or parse_entry(path, data, entry.id) != entry:
         raise damaged_entry(path, "it would be read as another")
-    files.write_atomic(path, data, staging)
+    sealed = folder.seal(data, "entry", entry.id)
+    files.write_atomic(path, sealed, folder.staging)
 
 
-def read_entry(folder: Path, entry: str) -> Entry | None:
+def read_entry(folder: StoreFolder, entry: str) -> Entry | None:
     """Return the entry with this id, or ``None``.
 
     Raises:
         IntegrityError: Its file is damaged.
         FormatError: It has a format we do not read.
     """
-    path = entry_path(folder, entry)
     try:
-        data = files.read_small(path, MAX_BYTES)
+        return load_entry(folder, entry)
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError) as error:
-        raise damaged_entry(path, str(error)) from error
-    return parse_entry(path, data)
+
+
+def set_entry_aside(folder: StoreFolder, path: Path) -> None:
+    """Move the file of an entry that cannot be read to quarantine."""
+    aside = f"entry-{path.stem}-{secrets.token_hex(4)}{path.suffix}"
+    files.publish(path, folder.quarantine / aside)
 
 
 def copied_entry(folder: StoreFolder, index: Index, entry: str) -> Entry | None:
     """Return an entry by its second copy in the index, or ``None``."""
     body = index.entry(entry)
     try:
-        return parse_entry(entry_path(folder.entries, entry), body) if body else None
+        path = folder.entry_path(entry)
+        return parse_entry(path, body, entry) if body else None
     except (IntegrityError, FormatError):
         return None
 
 
-def list_ids(folder: Path) -> list[str]:
+def list_ids(folder: StoreFolder) -> list[str]:
     """Return the ids of all entries, sorted."""
-    stems = (path.stem for path in folder.glob("*.json"))
-    return sorted(stem for stem in stems if is_id(stem))
+    found = (folder.entry_of(path.name) for path in folder.entries.iterdir())
+    return sorted(entry for entry in found if entry is not None)
 
 
 def remove_entries(blocks: BlockStore, ids: Sequence[str]) -> None:
     """Remove the files of entries durably, then their copies; the lock is held."""
     for entry_id in ids:
-        entry_path(blocks.folder.entries, entry_id).unlink()
+        blocks.folder.entry_path(entry_id).unlink()
     files.sync_dir(blocks.folder.entries)
     # Nobody reads a copy whose file is gone, and `prune` drops those that are left.
     with (
@@ -132,7 +130,7 @@ class Catalog:
             EntryNotFoundError: There is none, or the start is short or fits several.
             IntegrityError: Its file is damaged.
         """
-        folder = self._folder.entries
+        folder = self._folder
         named = read_entry(folder, entries.entry_id(ref, ""))
         if named is not None:
             return named
@@ -150,7 +148,7 @@ class Catalog:
         """Return an entry; one that is given only where it has not moved on."""
         if isinstance(ref, str):
             return self.find(ref)
-        entry = read_entry(self._folder.entries, ref.id)
+        entry = read_entry(self._folder, ref.id)
         if entry is None or entry.tip != ref.tip:
             raise EntryNotFoundError(
                 f"`{ref.name or ref.id}` is another conversation by now",
@@ -162,7 +160,7 @@ class Catalog:
         """Return the entry that a save under this name would replace."""
         key = entries.entry_id(name, tip)
         try:
-            return read_entry(self._folder.entries, key)
+            return read_entry(self._folder, key)
         except (IntegrityError, OSError):
             return None  # a damaged entry does not reserve its name
 
@@ -172,17 +170,16 @@ class Catalog:
         What could not be read in its place goes to quarantine.
         """
         folder = self._folder
-        path = entry_path(folder.entries, entry.id)
+        path = folder.entry_path(entry.id)
         # First, so that the copy is never older than what was acknowledged.
         self._blocks.run(
             lambda: self._blocks.index.put_entry(entry.id, entry_to_bytes(entry))
         )
         try:
-            read_entry(folder.entries, entry.id)
+            read_entry(folder, entry.id)
         except IntegrityError:
-            aside = f"entry-{entry.id}-{secrets.token_hex(4)}.json"
-            files.publish(path, folder.quarantine / aside)
-        write_entry(folder.entries, entry, folder.staging)
+            set_entry_aside(folder, path)
+        write_entry(folder, entry)
         with suppress(IndexDamagedError, OSError):
             see_entries(self._blocks.index, [(entry, stamp_of(path.lstat()))])
         return entry

@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ArgumentError, FormatError, IntegrityError, StoreNotFoundError
@@ -21,7 +21,11 @@ from ..format.config import (
     damaged_config,
     parse_config,
 )
+from ..format.documents import JSON
+from ..format.entry import is_id
 from . import files
+from .cipher import Cipher
+from .vault import is_kept, unlock
 
 _MAX_DEFAULT_BYTES = 50_000_000_000
 _FOLDERS = ("entries", "shards", "quarantine", "tmp")
@@ -42,6 +46,9 @@ class StoreFolder:
     device: int = 0
     # Entries from elsewhere are taken only where a trusted key signed them.
     is_signed_only: bool = False
+    # Of an encrypted store: where its key is, and what it does.
+    encryption: JSON | None = field(default=None, hash=False)
+    cipher: Cipher | None = None
 
     @property
     def max_bytes(self) -> int:
@@ -75,6 +82,35 @@ class StoreFolder:
     def staging(self) -> Path:
         """Files that are being written; what a crash leaves here is garbage."""
         return self.path / "tmp"
+
+    def entry_path(self, entry: str) -> Path:
+        """Return where the entry with this id lies; in the clear, its id tells much."""
+        if self.cipher is None:
+            return self.entries / f"{entry}.json"
+        return self.entries / f"{self.cipher.hide(bytes.fromhex(entry)).hex()}.sealed"
+
+    def entry_of(self, name: str) -> str | None:
+        """Return the id of the entry in a file of this name, or ``None``."""
+        stem, dot, suffix = name.partition(".")
+        if self.cipher is None:
+            return stem if dot + suffix == ".json" and is_id(stem) else None
+        try:
+            entry = self.cipher.show(bytes.fromhex(stem)).hex()
+        except ValueError:
+            return None
+        return entry if dot + suffix == ".sealed" and is_id(entry) else None
+
+    def seal(self, data: bytes, *about: str) -> bytes:
+        """Return what is written to disk of a small file."""
+        return data if self.cipher is None else self.cipher.seal(data, *about)
+
+    def unseal(self, data: bytes, *about: str) -> bytes:
+        """Return what :meth:`seal` was given.
+
+        Raises:
+            ValueError: It is not of this store and kind.
+        """
+        return data if self.cipher is None else self.cipher.open(data, *about)
 
     @property
     def index(self) -> Path:
@@ -129,13 +165,29 @@ def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
         config.max_bytes,
         device,
         config.is_signed_only,
+        config.encryption,
+        None
+        if config.encryption is None
+        else Cipher(unlock(config.encryption), config.id),
     )
+
+
+def encryption_of(path: Path) -> JSON | None:
+    """Return where the key of the store at ``path`` is, if that is encrypted."""
+    for name in (CONFIG, CONFIG_COPY):
+        with suppress(OSError, IntegrityError, FormatError):
+            return read_config(path / name).encryption
+    return None
 
 
 def config_of(folder: StoreFolder) -> StoreConfig:
     """Return the configuration of an open store."""
     return StoreConfig(
-        folder.id, folder.block_size, folder.chosen_bytes, folder.is_signed_only
+        folder.id,
+        folder.block_size,
+        folder.chosen_bytes,
+        folder.is_signed_only,
+        folder.encryption,
     )
 
 
@@ -151,7 +203,14 @@ def read_config(path: Path) -> StoreConfig:
         data = files.read_small(path, MAX_CONFIG_BYTES)
     except (ValueError, EOFError) as error:
         raise damaged_config(path) from error
-    return parse_config(path, data)
+    config = parse_config(path, data)
+    if config.encryption is not None and not is_kept(config.encryption):
+        raise FormatError(
+            f"the key of this store is kept in a way that this release does not know:"
+            f" {path}",
+            hint="upgrade mlx-kvstore",
+        )
+    return config
 
 
 def write_config(path: Path, config: StoreConfig) -> None:
@@ -167,13 +226,20 @@ def write_config(path: Path, config: StoreConfig) -> None:
         files.write_atomic(path / name, data, path / "tmp")
 
 
-def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
+def create_folder(
+    path: Path, block_size: int = BLOCK_SIZE, encryption: JSON | None = None
+) -> StoreFolder:
     """Return the store at ``path``, made now where there is none.
+
+    Args:
+        path: The folder.
+        block_size: Tokens in a full block.
+        encryption: Where the key is of a store that is to be encrypted.
 
     Raises:
         StoreNotFoundError: The folder holds something else.
     """
-    if _is_store(path):
+    if is_store(path):
         return open_folder(path)
     if path.exists() and not path.is_dir():
         raise _not_a_store(path)
@@ -181,8 +247,8 @@ def create_folder(path: Path, block_size: int = BLOCK_SIZE) -> StoreFolder:
     _refuse_foreign(path)
     with files.locked(path / "lock", exclusive=True):
         # Another process may have made it while this one waited.
-        if not _is_store(path):
-            _fill(path, block_size)
+        if not is_store(path):
+            _fill(path, block_size, encryption)
     return open_folder(path)
 
 
@@ -201,7 +267,8 @@ def remake_folder(folder: StoreFolder) -> StoreFolder:
         # What is at the mount point of a disk that is gone belongs to another disk.
         if _existing(folder.path).stat().st_dev != folder.device:
             raise
-    made = create_folder(folder.path, folder.block_size)
+    # What was to be encrypted is not to be written in the clear now.
+    made = create_folder(folder.path, folder.block_size, folder.encryption)
     set_here = made.chosen_bytes, made.is_signed_only
     if (folder.chosen_bytes, folder.is_signed_only) == set_here:
         return made
@@ -237,7 +304,8 @@ def _configured(folder: StoreFolder) -> StoreFolder:
     return folder
 
 
-def _is_store(path: Path) -> bool:
+def is_store(path: Path) -> bool:
+    """Whether there is a store, damaged or not."""
     return (path / CONFIG).exists() or (path / CONFIG_COPY).exists()
 
 
@@ -246,11 +314,11 @@ def _refuse_foreign(path: Path) -> None:
     ours = {*_FOLDERS, "lock", "CACHEDIR.TAG", CONFIG, CONFIG_COPY}
     foreign = {child.name for child in path.iterdir()} - ours
     # Another process may have made it a store meanwhile, and used it.
-    if foreign and not _is_store(path):
+    if foreign and not is_store(path):
         raise _not_a_store(path)
 
 
-def _fill(path: Path, block_size: int) -> None:
+def _fill(path: Path, block_size: int, encryption: JSON | None) -> None:
     """Make everything a store has; the configuration last, since it makes it one."""
     for name in _FOLDERS:
         files.make_private_dir(path / name)
@@ -259,7 +327,9 @@ def _fill(path: Path, block_size: int) -> None:
         files.make_private_dir(path / "shards" / f"{number:02x}")
     files.sync_dir(path / "shards")
     files.write_atomic(path / "CACHEDIR.TAG", files.CACHEDIR_TAG, path / "tmp")
-    write_config(path, StoreConfig(secrets.token_hex(16), block_size))
+    write_config(
+        path, StoreConfig(secrets.token_hex(16), block_size, encryption=encryption)
+    )
 
 
 def _check_path(path: Path) -> None:

@@ -22,6 +22,7 @@ from ..errors import FormatError, IndexDamagedError, StoreLockedError
 from ..format.block import EXACT_BITS, STATE_EXTRAS, Block, BlockHash
 from ..format.documents import JSON
 from . import files
+from .cipher import Cipher
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,8 @@ class Index:
         temporary: Keep it in memory, for a store that cannot be written to.
         copied: Fill it from the file, which is neither locked nor written to.
         timeout_s: How long to wait for another process's write.
+        cipher: Of an encrypted store: of texts and bytes, hashes too, and of first
+            tokens only what stands for them is written; of numbers, these.
 
     Attributes:
         identity: Device and inode, which tell this file from one that replaced it.
@@ -227,8 +230,10 @@ class Index:
         temporary: bool = False,
         copied: bool = False,
         timeout_s: float = 10.0,
+        cipher: Cipher | None = None,
     ) -> None:
         self.path = path
+        self._cipher = cipher
         self.identity: tuple[int, int] | None = None
         self.is_temporary = temporary
         with self._translated():
@@ -315,7 +320,8 @@ class Index:
             place = self.place(block.hash)
             if place is None:
                 return None
-            told = self._query(query, (block.parent, block.tokens[0], block.hash))
+            first = self._first_of(block.parent, block.tokens[0])
+            told = self._query(query, (block.parent, first, block.hash))
         if told != [(len(block.tokens),)]:
             raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
         return place
@@ -349,10 +355,11 @@ class Index:
             "SELECT hash, shard, num_tokens, nbytes, quality, extras, parent"
             " FROM blocks NOT INDEXED"
         )
-        rows = self._select(query, (), (bytes, *(int,) * 5, bytes))
-        pairs = (*pairwise(shards), *pairwise(rows))
+        written = self._execute(query, ())
+        pairs = (*pairwise(shards), *pairwise(written))
         if any(left[0] >= right[0] for left, right in pairs):
             raise self._damaged("blocks are out of order")
+        rows = self._checked(self._shown(written), (bytes, *(int,) * 5, bytes))
         return {
             BlockHash(block): (
                 _to_place((block, names[shard], *numbers)),
@@ -384,7 +391,7 @@ class Index:
             "WHERE blocks.parent = ? AND blocks.first_token = ? ORDER BY blocks.hash"
             f" LIMIT {MAX_CHILDREN}"
         )
-        values = (parent, first_token)
+        values = (parent, self._first_of(parent, first_token))
         rows = self._select(_PLACE + query, values, _PLACE_KINDS)
         return [_to_place(row) for row in rows]
 
@@ -640,7 +647,7 @@ class Index:
             (
                 block.hash,
                 block.parent,
-                block.tokens[0],
+                self._first_of(block.parent, block.tokens[0]),
                 len(block.tokens),
                 place.nbytes,
                 _quality_of(place),
@@ -735,8 +742,40 @@ class Index:
         return [text for (text,) in rows if text != "ok"]
 
     def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        return self._shown(self._execute(sql, values))
+
+    def _execute(self, sql: str, values: Sequence[Any]) -> list[Any]:
+        """Return rows as they are written."""
+        if self._cipher is not None:
+            values = [self.written(value) for value in values]
         with self._translated():
             return self._connection.execute(sql, values).fetchall()
+
+    def written(self, value: Any) -> Any:
+        """Return what stands in the file for a value: that itself, or it hidden."""
+        if self._cipher is None or not isinstance(value, str | bytes):
+            return value
+        text = b"s" + value.encode() if isinstance(value, str) else b"b" + value
+        return self._cipher.hide(text)
+
+    def _shown(self, rows: list[Any]) -> list[Any]:
+        """Return rows of what is written as rows of what it stands for."""
+        if self._cipher is None:
+            return rows
+        with self._translated():
+            return [tuple(map(self._value_of, row)) for row in rows]
+
+    def _value_of(self, written: Any) -> Any:
+        if self._cipher is None or not isinstance(written, bytes):
+            return written  # a number, or what SQLite itself says
+        value = self._cipher.show(written)
+        return value[1:].decode() if value[:1] == b"s" else value[1:]
+
+    def _first_of(self, parent: BlockHash, token: int) -> int:
+        """Return what is written of the first token of a block."""
+        if self._cipher is None:
+            return token
+        return self._cipher.number(parent + token.to_bytes(8, "little", signed=True))
 
     def _select(
         self, sql: str, values: Sequence[Any], kinds: tuple[type, ...]
@@ -745,7 +784,9 @@ class Index:
 
         SQLite checks types when it writes; a flipped bit makes another one.
         """
-        rows = self._query(sql, values)
+        return self._checked(self._query(sql, values), kinds)
+
+    def _checked(self, rows: list[Any], kinds: tuple[type, ...]) -> list[Any]:
         for row in rows:
             if tuple(map(type, row)) != kinds:
                 raise self._damaged("a column is of another type")

@@ -17,12 +17,13 @@ from ..errors import FormatError, IntegrityError, StoreLockedError
 from ..format.entry import (
     MAX_BYTES,
     Entry,
+    damaged_entry,
     entry_to_bytes,
-    is_id,
     parse_entry,
     to_entry,
 )
 from . import files
+from .cipher import SEALED_BYTES
 from .folder import StoreFolder
 from .index import Index
 
@@ -40,13 +41,10 @@ def read_entries(index: Index, folder: StoreFolder) -> dict[str, Found]:
         if seen == stamp and _digest(body) == digest:
             found[entry_id] = _to_entry(body)
             continue
-        path = folder.entries / f"{entry_id}.json"
         try:
-            entry = parse_entry(path, files.read_small(path, MAX_BYTES))
+            entry = load_entry(folder, entry_id)
         except FileNotFoundError:
             continue  # another process has removed it just now
-        except (ValueError, EOFError) as error:
-            found[entry_id] = IntegrityError(str(error), path=path)
         except (IntegrityError, FormatError, OSError) as error:
             found[entry_id] = error
         else:
@@ -54,6 +52,23 @@ def read_entries(index: Index, folder: StoreFolder) -> dict[str, Found]:
             read.append((entry, stamp))
     see_entries(index, read)
     return found
+
+
+def load_entry(folder: StoreFolder, entry_id: str) -> Entry:
+    """Return the entry with this id, as its file has it.
+
+    Raises:
+        FileNotFoundError: There is none.
+        IntegrityError: Its file is damaged.
+        FormatError: It has a format we do not read.
+    """
+    path = folder.entry_path(entry_id)
+    try:
+        data = files.read_small(path, MAX_BYTES + SEALED_BYTES)
+        data = folder.unseal(data, "entry", entry_id)
+    except (ValueError, EOFError) as error:
+        raise damaged_entry(path, str(error)) from error
+    return parse_entry(path, data, entry_id)
 
 
 def see_entries(index: Index, read: list[tuple[Entry, str]]) -> None:
@@ -85,8 +100,7 @@ def _stamps(folder: StoreFolder) -> list[tuple[str, str]]:
     found = []
     with os.scandir(folder.entries) as items:
         for item in items:
-            entry_id, dot, suffix = item.name.partition(".")
-            if dot + suffix == ".json" and is_id(entry_id):
+            if (entry_id := folder.entry_of(item.name)) is not None:
                 with suppress(FileNotFoundError):
                     status = item.stat(follow_symlinks=False)
                     found.append((entry_id, stamp_of(status)))

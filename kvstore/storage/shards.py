@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from struct import unpack
 
@@ -16,6 +17,9 @@ from ..format.documents import blake3_hex
 from ..format.safetensors import MAX_HEADER_BYTES
 from ..format.shard import _HEX, _describe, as_written, parse_shard_header, shard_header
 from . import files
+from .cipher import Cipher
+from .folder import StoreFolder
+from .sealed import SealedShard, seal_shard
 
 _READ_BYTES = 8 * 1024 * 1024
 
@@ -51,29 +55,104 @@ class StagedShard:
 
 @contextmanager
 def staged_shard(
-    staging: Path, origin: Origin, blocks: Sequence[EncodedBlock]
+    folder: StoreFolder, origin: Origin, blocks: Sequence[EncodedBlock]
 ) -> Iterator[StagedShard]:
-    """Write a shard into ``staging`` and sync it; it goes unless published.
+    """Write a shard into the store's `tmp` and sync it; it goes unless published.
 
     The same origin and blocks give the same bytes.
     """
-    header = shard_header(origin, [_describe(block) for block in blocks])
+    stored = [_describe(block) for block in blocks]
+    header = shard_header(origin, stored)
+    written: Iterable[bytes | memoryview]
+    written = chain([header], (p.data for block in blocks for p in block.parts))
+    if folder.cipher is not None:
+        pieces = ((part.data for part in block.parts) for block in blocks)
+        written = seal_shard(folder.cipher, header, stored, pieces)
     sha256 = hashlib.sha256()
-    with files.staged(staging) as (path, descriptor):
-        for data in (header, *(part.data for block in blocks for part in block.parts)):
+    with files.staged(folder.staging) as (path, descriptor):
+        for data in written:
             sha256.update(data)
             files.write_all(descriptor, data)
         os.fchmod(descriptor, 0o400)
         files.sync(descriptor)
-        size = os.fstat(descriptor).st_size
         # What we cannot read back must not be acknowledged.
-        parsed = parse_shard_header(header[8:], size)
+        size = os.fstat(descriptor).st_size
+        if folder.cipher is None:
+            parsed = parse_shard_header(header[8:], size)
+        else:
+            parsed = replace(parse_shard_header(header[8:], None), nbytes=size)
         yield StagedShard(path, sha256.hexdigest(), parsed)
+
+
+def receive_shard(
+    folder: StoreFolder, path: Path, name: str, parts: Iterable[bytes]
+) -> str:
+    """Write a shard that comes from elsewhere to a new file, and return its name here.
+
+    In an encrypted store it is sealed block by block, and has another name.
+
+    Raises:
+        IntegrityError: Its bytes are not those that its name says.
+    """
+    sha256, own = hashlib.sha256(), hashlib.sha256()
+
+    def seen() -> Iterator[bytes]:
+        for part in parts:
+            sha256.update(part)
+            yield part
+
+    written = seen()
+    if folder.cipher is not None:
+        written = _sealed_on_the_way(folder.cipher, written)
+    descriptor = files.create(path)
+    try:
+        for part in written:
+            own.update(part)
+            files.write_all(descriptor, part)
+        os.fchmod(descriptor, 0o400)
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise IntegrityError(str(error)) from error
+    finally:
+        os.close(descriptor)
+    if sha256.hexdigest() != name:
+        raise IntegrityError("it has other bytes than its name says")
+    return own.hexdigest()
+
+
+def _sealed_on_the_way(cipher: Cipher, parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the bytes of a sealed shard while those of the plain one come in.
+
+    Raises:
+        ValueError: They are not those of a shard.
+    """
+    held = bytearray()
+
+    def take(size: int) -> bytes:
+        while len(held) < size:
+            part = next(parts, None)
+            if part is None:
+                raise ValueError("it is shorter than it says")
+            held.extend(part)
+        data = bytes(held[:size])
+        del held[:size]
+        return data
+
+    start = take(8)
+    (length,) = unpack("<Q", start)
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"header of {length} bytes")
+    header = start + take(length)
+    # The size of the data is what the header says; that it is right shows at the end.
+    blocks = parse_shard_header(header[8:], None).blocks
+    data = ([take(stored.end - stored.begin)] for stored in blocks)
+    yield from seal_shard(cipher, header, blocks, data)
+    if held or next(parts, None):
+        raise ValueError("it is longer than it says")
 
 
 @contextmanager
 def staged_copy(
-    staging: Path, opened: OpenShard, blocks: Sequence[StoredBlock]
+    folder: StoreFolder, opened: OpenShard, blocks: Sequence[StoredBlock]
 ) -> Iterator[StagedShard]:
     """Write some blocks of a shard into another: bytes are copied, never decoded.
 
@@ -82,7 +161,7 @@ def staged_copy(
     """
     data = opened.read(blocks)
     copies = [as_written(b, d) for b, d in zip(blocks, data, strict=True)]
-    with staged_shard(staging, opened.header.origin, copies) as staged:
+    with staged_shard(folder, opened.header.origin, copies) as staged:
         yield staged
 
 
@@ -125,13 +204,11 @@ class OpenShard:
         Raises:
             IntegrityError: The bytes disagree with the block's digest.
         """
-        self._fill(buffers, self.header.data_begin + stored.begin)
-        if blake3_hex(*buffers) == stored.digest:
+        if self._has_filled(stored, buffers):
             return
         # A cable or memory that erred once does not condemn a block.
         files.forget_cached(self._descriptor)
-        self._fill(buffers, self.header.data_begin + stored.begin)
-        if blake3_hex(*buffers) != stored.digest:
+        if not self._has_filled(stored, buffers):
             block = stored.block.hash.hex()
             raise IntegrityError(
                 f"block {block[:12]} does not match its digest: {self.path}",
@@ -139,6 +216,21 @@ class OpenShard:
                 block=block,
                 hint="save the prompt again; `kvstore verify --read-data` finds more",
             )
+
+    def _has_filled(self, stored: StoredBlock, buffers: Sequence[memoryview]) -> bool:
+        """Read the bytes of a block; whether they are those that were written."""
+        sealed = self.header.sealed
+        if sealed is None:
+            self._fill(buffers, self.header.data_begin + stored.begin)
+            return blake3_hex(*buffers) == stored.digest
+        number = self.header.blocks.index(stored)
+        try:
+            sealed.open_block(
+                number, stored, buffers, lambda part, at: self._fill([part], at)
+            )
+        except ValueError:
+            return False
+        return True  # a tag is a digest with a key
 
     def read_header(self) -> memoryview:
         """Return the bytes before the data: the header with its length."""
@@ -175,7 +267,7 @@ def _uninitialised(size: int) -> memoryview:
 
 
 @contextmanager
-def open_shard(folder: Path, name: str) -> Iterator[OpenShard]:
+def open_shard(folder: StoreFolder, name: str) -> Iterator[OpenShard]:
     """Open a shard and check its header.
 
     Raises:
@@ -183,21 +275,22 @@ def open_shard(folder: Path, name: str) -> Iterator[OpenShard]:
         IntegrityError: Its header cannot be read.
         FormatError: A newer release wrote it.
     """
-    with open_shard_at(shard_path(folder, name)) as opened:
+    path = shard_path(folder.shards, name)
+    with open_shard_at(path, folder.cipher) as opened:
         yield opened
 
 
 @contextmanager
-def open_shard_at(path: Path) -> Iterator[OpenShard]:
+def open_shard_at(path: Path, cipher: Cipher | None = None) -> Iterator[OpenShard]:
     """Open a shard that lies elsewhere, as :func:`open_shard` does."""
     descriptor, size = files.open_regular(path)
     try:
         try:
-            header = _read_header(descriptor, path, size)
+            header = _read_header(descriptor, path, size, cipher)
         except IntegrityError:
             # Read again before a whole shard is condemned for one misread.
             files.forget_cached(descriptor)
-            header = _read_header(descriptor, path, size)
+            header = _read_header(descriptor, path, size, cipher)
         yield OpenShard(descriptor, path, header)
     finally:
         os.close(descriptor)
@@ -236,7 +329,9 @@ def _damaged(path: Path, why: str) -> IntegrityError:
     )
 
 
-def _read_header(descriptor: int, path: Path, size: int) -> ShardHeader:
+def _read_header(
+    descriptor: int, path: Path, size: int, cipher: Cipher | None
+) -> ShardHeader:
     """Read and check the header of an open shard."""
     try:
         prefix = bytearray(8)
@@ -246,7 +341,17 @@ def _read_header(descriptor: int, path: Path, size: int) -> ShardHeader:
             raise ValueError(f"header of {length} bytes in a file of {size}")
         header = bytearray(length)
         files.read_into(descriptor, [memoryview(header)], 8)
-        return parse_shard_header(bytes(header), size)
+        if cipher is None:
+            return parse_shard_header(bytes(header), size)
+        sealed = SealedShard(cipher, bytes(header), size)
+        inner = sealed.open_header(
+            lambda part, at: files.read_into(descriptor, [part], at)
+        )
+        parsed = parse_shard_header(inner[8:], sealed.num_bytes)
+        sizes = [stored.end - stored.begin for stored in parsed.blocks]
+        if sealed.sizes != [len(inner), *sizes]:
+            raise ValueError("its parts have other sizes than its header says")
+        return replace(parsed, nbytes=size, sealed=sealed)
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise _damaged(path, str(error)) from error
     except OSError as error:

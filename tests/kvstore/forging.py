@@ -26,6 +26,7 @@ from kvstore.format.chain import hash_block_tokens
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_id
 from kvstore.storage import shards as stored_shards
+from kvstore.storage.folder import StoreFolder
 from kvstore.storage.shards import open_shard_at, staged_shard
 
 BLOCK = 16
@@ -174,13 +175,19 @@ def decode(shard):
             return opened.header.origin, [shards.as_written(b, d) for b, d in pairs]
 
 
+def folder_in(path):
+    """Return a store in the clear, of which there is `tmp` alone."""
+    (path / "tmp").mkdir()
+    return StoreFolder(path, "0" * 32, BLOCK)
+
+
 def encode(origin, blocks):
     """Return a shard of blocks, whatever they are."""
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as name,
         # Who forges does not look whether it can be read back.
         patch.object(stored_shards, "parse_shard_header"),
-        staged_shard(Path(folder), origin, blocks) as staged,
+        staged_shard(folder_in(Path(name)), origin, blocks) as staged,
     ):
         return staged.path.read_bytes()
 

@@ -64,7 +64,9 @@ ALLOWED = {
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.check"},
     "obstore": {"remote.client"},
-    "cryptography": {"format.signature"},
+    "cryptography": {"format.signature", "storage.cipher"},
+    "keyring": {"storage.vault"},
+    "pyrage": {"storage.vault"},
 }
 ALLOWED_AT_TOP = {
     "mlx_lm": {
@@ -75,6 +77,7 @@ ALLOWED_AT_TOP = {
     },
     "obstore": set(),
     "cryptography": set(),
+    "keyring": set(),
     "rich": set(),
     "transformers": set(),
 }
@@ -270,9 +273,8 @@ PUBLIC = {
     "ArgumentError", "Chat", "CodecError", "DiskPromptCache", "Entry",
     "EntryExistsError", "EntryNotFoundError", "Explanation",
     "Finding", "Fingerprint", "FingerprintError", "FormatError", "IndexDamagedError",
-    "IntegrityError", "KVStoreError", "LoadedModel", "Match", "Reanchoring",
-    "RemoteError", "SignerError",
-    "Speeds", "Stats",
+    "IntegrityError", "KVStoreError", "KeyNotFoundError", "LoadedModel", "Match",
+    "Reanchoring", "RemoteError", "SignerError", "Speeds", "Stats",
     "Store", "StoreLockedError",
     "StoreNotFoundError", "Tier", "UnsupportedCacheError", "__version__", "codec_names",
     "get_codec", "register_kind", "save_prompt", "stream_generate", "tier",

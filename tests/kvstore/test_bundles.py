@@ -119,7 +119,7 @@ def test_the_same_entry_gives_the_same_bytes(stores, caches):
             entry = store.entry("doc")
         folder = open_folder(path)
         stamped = replace(entry, created_at=1.5e9, updated_at=2e9, pinned=True)
-        write_entry(folder.entries, stamped, folder.staging)
+        write_entry(folder, stamped)
         made[path] = export(path)
     assert len(list(stores[1].glob("shards/*/*"))) == 3
     with kvstore.Store(stores[1], "raw") as store:

@@ -67,7 +67,7 @@ def test_a_new_store_has_no_findings(store_path):
 def test_a_finding_says_what_where_and_who_suffers(folder):
     """A damaged block is found with its file, and every entry that needs it."""
     path = shard_files(folder)[0]
-    with open_shard(folder.shards, path.stem) as opened:
+    with open_shard(folder, path.stem) as opened:
         first = opened.header.blocks[0]
         begin = opened.header.data_begin
     spoil(path, begin + first.begin)
@@ -256,7 +256,7 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
     from dataclasses import replace
 
     path = shard_files(folder)[0]
-    with open_shard(folder.shards, path.stem) as opened:
+    with open_shard(folder, path.stem) as opened:
         blocks = [
             shards.as_written(stored, data)
             for stored, data in zip(
@@ -265,7 +265,7 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
         ]
         origin = opened.header.origin
     odd = replace(blocks[0], block=replace(blocks[0].block, tokens=(9,) * 16))
-    with staged_shard(folder.staging, origin, [odd]) as staged:
+    with staged_shard(folder, origin, [odd]) as staged:
         publish_shard(folder.shards, staged)
     assert ["damaged-block"] == [f.kind for f in find(folder)]
     assert "not named by its tokens" in find(folder)[0].detail

@@ -53,7 +53,7 @@ def two_entries(tmp_path):
     folder = create_folder(tmp_path / "store")
     for number, name in enumerate(["one", "two"]):
         entry = make_entry(name, 1_700_000_000.0 + number)
-        write_entry(folder.entries, entry, folder.staging)
+        write_entry(folder, entry)
     return folder
 
 
@@ -253,7 +253,7 @@ def test_a_reader_that_leaves_is_no_error(two_entries):
 def test_a_narrow_encoding_prints_escapes(two_entries, kvstore_cli):
     """Where stdout cannot spell a name, it is escaped and the verb goes on."""
     entry = make_entry("日本")
-    write_entry(two_entries.entries, entry, two_entries.staging)
+    write_entry(two_entries, entry)
     finished = kvstore_cli("ls", env={"PYTHONIOENCODING": "latin-1"})
     assert finished.returncode == 0
     assert "\\u65e5\\u672c" in finished.stdout
@@ -616,7 +616,7 @@ def test_ls_of_a_thousand_entries_reads_each_once(tmp_path, monkeypatch):
     folder = create_folder(tmp_path / "store")
     for number in range(1000):
         entry = make_entry(f"entry-{number}")
-        write_entry(folder.entries, entry, folder.staging)
+        write_entry(folder, entry)
     opened = []
     original = files.open_regular
     monkeypatch.setattr(

@@ -15,13 +15,12 @@ from kvstore.format.documents import canonical_json
 from kvstore.format.entry import MAX_BYTES, Entry
 from kvstore.storage.blocks import BlockStore
 from kvstore.storage.entries import (
-    entry_path,
     list_ids,
     read_entry,
     remove_entries,
     write_entry,
 )
-from kvstore.storage.folder import open_folder
+from kvstore.storage.folder import StoreFolder, open_folder
 
 ENTRY = Entry(
     id=entries.entry_id("handbök", ""),
@@ -44,16 +43,16 @@ ENTRY = Entry(
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder for entries, beside one for staging."""
+    """A store in the clear, of which there are entries alone."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "entries").mkdir()
-    return tmp_path / "entries"
+    return StoreFolder(tmp_path, "0" * 32, 16)
 
 
 def write(folder, entry=ENTRY):
     """Write an entry and return its file."""
-    write_entry(folder, entry, folder.parent / "tmp")
-    return entry_path(folder, entry.id)
+    write_entry(folder, entry)
+    return folder.entry_path(entry.id)
 
 
 def forge(folder, **changes):
@@ -61,7 +60,7 @@ def forge(folder, **changes):
     body = {"format": 1, **asdict(ENTRY), **changes}
     body = {key: value for key, value in body.items() if value is not forge}
     digest = blake3.blake3(canonical_json(body)).hexdigest()
-    path = entry_path(folder, ENTRY.id)
+    path = folder.entry_path(ENTRY.id)
     path.write_bytes(canonical_json({**body, "digest": digest}))
 
 
@@ -103,8 +102,8 @@ def test_an_entry_that_is_not_there_is_none(folder):
 def test_a_removed_entry_is_gone(store_path):
     """What was removed is neither read nor listed."""
     blocks = BlockStore(open_folder(store_path))
-    folder = blocks.folder.entries
-    write_entry(folder, ENTRY, blocks.folder.staging)
+    folder = blocks.folder
+    write_entry(folder, ENTRY)
     remove_entries(blocks, [ENTRY.id])
     blocks.close()
     assert read_entry(folder, ENTRY.id) is None
@@ -167,7 +166,7 @@ def test_every_truncation_is_detected(folder):
 )
 def test_what_is_no_entry_is_damaged(folder, data):
     """Any bytes at all give an entry or an IntegrityError."""
-    entry_path(folder, ENTRY.id).write_bytes(data)
+    folder.entry_path(ENTRY.id).write_bytes(data)
     with pytest.raises(IntegrityError):
         read_entry(folder, ENTRY.id)
 
@@ -221,7 +220,7 @@ def test_a_file_under_another_id_is_damaged(folder):
     """A file renamed to another entry's id does not take its place."""
     path = write(folder)
     other = entries.entry_id("other", "")
-    path.rename(entry_path(folder, other))
+    path.rename(folder.entry_path(other))
     with pytest.raises(IntegrityError, match=ENTRY.id):
         read_entry(folder, other)
 
@@ -237,8 +236,8 @@ def test_other_files_are_not_taken_for_entries(folder):
     """What the store did not write is not listed."""
     write(folder)
     for name in ("notes.json", f".{ENTRY.id}.json", f"{ENTRY.id}.json~", "x"):
-        (folder / name).write_text("mine")
-    (folder / "folder.json").mkdir()
+        (folder.entries / name).write_text("mine")
+    (folder.entries / "folder.json").mkdir()
     assert [ENTRY.id] == list_ids(folder)
 
 

@@ -178,7 +178,7 @@ def test_a_damaged_configuration_is_said_to_be_one(store_path, config):
 
 @pytest.mark.parametrize(
     "config",
-    [{"format": 2, "id": "a", "block_size": 256}, {"format": 9, "whatever": []}],
+    [{"format": 3, "id": "a", "block_size": 256}, {"format": 9, "whatever": []}],
 )
 def test_a_newer_store_is_not_a_damaged_one(store_path, config):
     """A format of a later release is told apart, whatever else it has."""

@@ -471,7 +471,7 @@ def test_what_nobody_could_read_is_not_exported(stores, caches):
         entry = store.save(tokens, cache, caches.MODEL, name="doc")
         folder = open_folder(stores[0])
         strange = replace(entry, created_at=1e18)
-        write_entry(folder.entries, strange, folder.staging)
+        write_entry(folder, strange)
         with pytest.raises(kvstore.IntegrityError, match="time is out of range"):
             store.export_bundle("doc", file)
     assert file.getvalue() == b""

@@ -322,7 +322,7 @@ def outgrown_tail(path, key):
     from kvstore.storage.shards import open_shard
 
     name = key.rpartition("/")[2].partition(".")[0]
-    with open_shard(path / "shards", name) as opened:
+    with open_shard(open_folder(path), name) as opened:
         header = opened.header
     for stored in header.blocks:
         if stored.block.hash not in needed:

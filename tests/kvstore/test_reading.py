@@ -59,7 +59,7 @@ def path_of(folder):
 def rewrite(folder, index, change, origin=None):
     """Put a changed shard, with right digests, in place of the only one."""
     old = name_of(folder)
-    with open_shard(folder.shards, old) as opened:
+    with open_shard(folder, old) as opened:
         blocks = [
             change(shards.as_written(stored, data))
             for stored, data in zip(
@@ -70,7 +70,7 @@ def rewrite(folder, index, change, origin=None):
     with index.transaction():
         index.drop_shard(old)
     shard_path(folder.shards, old).unlink()
-    with staged_shard(folder.staging, origin, blocks) as staged:
+    with staged_shard(folder, origin, blocks) as staged:
         publish_shard(folder.shards, staged)
         with index.transaction():
             index_shard(index, staged.name, staged.header, 0.0)
@@ -80,7 +80,7 @@ def rewrite(folder, index, change, origin=None):
 def read(folder, index, reader):
     """Read all blocks of the only shard."""
     name = name_of(folder)
-    with open_shard(folder.shards, name) as opened:
+    with open_shard(folder, name) as opened:
         root = origin_root(opened.header.origin)
     return list(reader.read(name, index.places_in(name), root))
 
@@ -170,7 +170,7 @@ def test_a_name_that_is_no_shards_is_the_index_s_fault(folder, index, reader):
 
 def test_a_shard_of_another_model_is_not_taken(folder, index, reader, caches):
     """Right tokens under a wrong fingerprint are refused, digests or no."""
-    with open_shard(folder.shards, name_of(folder)) as opened:
+    with open_shard(folder, name_of(folder)) as opened:
         origin = opened.header.origin
         root = origin_root(opened.header.origin)
     foreign = replace(origin, fingerprint=caches.OTHER_WEIGHTS.fields)

@@ -18,6 +18,7 @@ from kvstore.format.block import EXACT_BITS, EncodedBlock, Origin, Part
 from kvstore.format.chain import hash_root, split_tokens
 from kvstore.format.documents import canonical_json
 from kvstore.storage import files
+from kvstore.storage.folder import StoreFolder
 from kvstore.storage.shards import (
     list_shards,
     open_shard,
@@ -63,12 +64,17 @@ print(names["write"](Path(sys.argv[2])))
 """
 
 
+def of(folder):
+    """Return a store in the clear."""
+    return StoreFolder(folder, "0" * 32, 16)
+
+
 def write(folder, blocks=None, origin=ORIGIN):
     """Write a shard and return its name."""
     for name in ("tmp", "shards"):
         (folder / name).mkdir(exist_ok=True)
     blocks = ENCODED if blocks is None else blocks
-    with staged_shard(folder / "tmp", origin, blocks) as staged:
+    with staged_shard(of(folder), origin, blocks) as staged:
         publish_shard(folder / "shards", staged)
         return staged.name
 
@@ -80,7 +86,7 @@ def path_of(folder, name):
 
 def read(folder, name):
     """Return a shard's header and the bytes of its blocks."""
-    with open_shard(folder / "shards", name) as opened:
+    with open_shard(of(folder), name) as opened:
         return opened.header, [bytes(b) for b in opened.read(opened.header.blocks)]
 
 
@@ -147,7 +153,7 @@ def test_a_shard_is_named_by_its_bytes(tmp_path):
     """`sha256sum` alone tells whether a shard is whole."""
     name = write(tmp_path)
     assert name == hashlib.sha256(path_of(tmp_path, name).read_bytes()).hexdigest()
-    with open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(of(tmp_path), name) as opened:
         assert name == opened.sha256()
 
 
@@ -161,7 +167,7 @@ def test_a_shard_is_read_only_and_leaves_nothing_behind(tmp_path):
 def test_a_shard_that_is_not_published_is_gone(tmp_path):
     """What was staged and not renamed leaves no file."""
     (tmp_path / "tmp").mkdir()
-    with staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
+    with staged_shard(of(tmp_path), ORIGIN, ENCODED) as staged:
         assert staged.path.exists()
     assert [] == os.listdir(tmp_path / "tmp")
 
@@ -173,7 +179,7 @@ def test_a_shard_is_synced_before_it_can_be_published(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size)
     )
-    with staged_shard(tmp_path / "tmp", ORIGIN, ENCODED) as staged:
+    with staged_shard(of(tmp_path), ORIGIN, ENCODED) as staged:
         assert [staged.header.nbytes] == sizes
 
 
@@ -263,7 +269,7 @@ def test_a_flipped_bit_of_the_data_spoils_just_its_block(tmp_path, shard, flip_b
     for number, stored in enumerate(header.blocks):
         for at in (stored.begin, (stored.begin + stored.end) // 2, stored.end - 1):
             name = put(tmp_path, flip_bit(shard, (8 + length + at) * 8 + at % 8))
-            with open_shard(tmp_path / "shards", name) as opened:
+            with open_shard(of(tmp_path), name) as opened:
                 for other, block in enumerate(opened.header.blocks):
                     if other != number:
                         assert [good[other]] == [bytes(b) for b in opened.read([block])]
@@ -276,7 +282,7 @@ def test_a_flipped_bit_of_the_data_spoils_just_its_block(tmp_path, shard, flip_b
 def test_blocks_before_the_damaged_one_are_yielded(tmp_path, shard, flip_bit):
     """A read of several blocks gives those that precede the damage."""
     name = put(tmp_path, flip_bit(shard, len(shard) * 8 - 1))
-    with open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(of(tmp_path), name) as opened:
         blocks = opened.read(opened.header.blocks)
         assert len(next(blocks)) > 0
         assert len(next(blocks)) > 0
@@ -288,7 +294,7 @@ def test_a_missing_shard_is_not_a_damaged_one(tmp_path):
     """A shard that is not there is a FileNotFoundError."""
     with (
         pytest.raises(FileNotFoundError),
-        open_shard(tmp_path, "ab" * 32),
+        open_shard(of(tmp_path), "ab" * 32),
     ):
         pass
 
@@ -324,7 +330,7 @@ def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path):
     odd = replace(ENCODED[0], bits=EXACT_BITS)
     with (
         pytest.raises(ValueError, match="calls itself exact"),
-        staged_shard(tmp_path / "tmp", ORIGIN, [odd]),
+        staged_shard(of(tmp_path), ORIGIN, [odd]),
     ):
         pass
     assert [] == os.listdir(tmp_path / "tmp")
@@ -574,12 +580,12 @@ def test_reading_opens_the_file_once_and_closes_it(tmp_path, monkeypatch):
 def test_a_copy_is_the_same_shard(tmp_path):
     """All blocks of a shard, copied, give its very bytes; some give a smaller one."""
     name = write(tmp_path)
-    with open_shard(tmp_path / "shards", name) as opened:
+    with open_shard(of(tmp_path), name) as opened:
         blocks = opened.header.blocks
         header = shards.shard_header(opened.header.origin, blocks)
-        with staged_copy(tmp_path / "tmp", opened, blocks) as copy:
+        with staged_copy(of(tmp_path), opened, blocks) as copy:
             assert copy.name == name
-        with staged_copy(tmp_path / "tmp", opened, blocks[1:2]) as copy:
+        with staged_copy(of(tmp_path), opened, blocks[1:2]) as copy:
             assert [b.block for b in copy.header.blocks] == [BLOCKS[1]]
             with open_shard_at(copy.path) as other:
                 (data,) = other.read(other.header.blocks)
