@@ -101,9 +101,9 @@ def restore(store, entry):
     return [token for block in chain for token in block["tokens"]], restored
 
 
-def read(chain, prefix, count, params, heads, dim, dtype, begin, end, kind):
+def read(chain, prefix, n, params, h, d, dtype, begin, end, kind):
     """Yield what each block has of one array, (L, H, T, D) (8.2 and 8.3)."""
-    width = count * heads * dim * np.dtype(DTYPES[dtype]).itemsize
+    width = n * h * d * np.dtype(DTYPES[dtype]).itemsize
     if kind == "window":
         kept = params["max_size" if "max_size" in params else "chunk_size"]
         begin += max(0, chain[-1]["stop"] - kept)
@@ -115,16 +115,16 @@ def read(chain, prefix, count, params, heads, dim, dtype, begin, end, kind):
         first = stop - held if kind != "window" else max(block["start"], begin)
         if first < stop:
             check(held >= stop - first, f"{prefix} lacks rows of the window")
-            rows = decode(block, prefix, stop - held, (count, heads, held, dim), dtype)
+            rows = decode(block, prefix, params, stop - held, (n, h, held, d), dtype)
             rows = rows[:, :, first - stop :]
             yield (rows.astype("<u4") << 16).view("<f4") if dtype == "BF16" else rows
 
 
-def decode(block, prefix, start, shape, dtype):
+def decode(block, prefix, params, start, shape, dtype):
     """Return the rows of one array of one block; BF16 as its bits (9 and 10)."""
     pattern = r"(raw|planes|turbo([1-8])(v(?!\2)[1-8])?)(\+zstd)?"
     check(re.fullmatch(pattern, block["codec"]), f"codec {block['codec']} is unknown")
-    codec, zstd, _ = block["codec"].partition("+zstd")
+    (codec, zstd, _), array = block["codec"].partition("+zstd"), prefix.split(".", 1)[1]
     check(block["lossless"] != codec.startswith("turbo"), "codec and block disagree")
 
     def part(name, dtype, shape):
@@ -135,11 +135,12 @@ def decode(block, prefix, start, shape, dtype):
             check(sizes == {int(np.prod(shape)) * kind.itemsize}, f"{name} is too long")
             frame = zstandard.ZstdDecompressor(max_window_size=2**23)
             data = frame.decompress(data, allow_extra_data=False)
-        is_right = is_frame or (was, size) == (dtype, shape)
-        check(is_right, f"{prefix}{name} has a bad shape")
+        check(is_frame or (was, size) == (dtype, shape), f"{name} has a bad shape")
         return np.frombuffer(data, kind).reshape(shape)
 
-    if codec.startswith("turbo") and prefix.split(".", 1)[1] not in ("k.", "v."):
+    if array[1:] == ".coded." and prefix + "norms" in block["tensors"]:
+        codec = f"turbo{params['k_bits']}v{params['v_bits']}"
+    elif codec.startswith("turbo") and array not in ("k.", "v."):
         codec = "planes" if zstd else "raw"
     if codec == "raw":
         return part("rows", dtype, shape)
@@ -147,7 +148,7 @@ def decode(block, prefix, start, shape, dtype):
         size, high = np.dtype(DTYPES[dtype]).itemsize, part("high", "U8", shape)
         low = part("low", "U8", (size - 1, *shape)) if size > 1 else ()
         return np.stack([*low, high], axis=-1).view(DTYPES[dtype])[..., 0]
-    (*outer, tokens, dim), is_key = shape, prefix.endswith(".k.")
+    (*outer, tokens, dim), is_key = shape, array in ("k.", "k.coded.")
     sinks, bits = max(0, min(4 - start, tokens)), int(codec[5 if is_key else -1])
     coded, symbols, number = (*outer, tokens - sinks), 0, 0
     for width in (w for w in (8, 4, 2, 1) if bits & w):
@@ -192,9 +193,8 @@ def levels(bits):
 
 
 if __name__ == "__main__":
-    store, wanted = Path(sys.argv[1]), sys.argv[2:]
-    for entry in read_entries(store):
+    for entry in read_entries(store := Path(sys.argv[1])):
         print(entry["id"], entry["name"], entry["num_tokens"], entry["codec"])
-        is_wanted = wanted and wanted[0] in (entry["id"], entry["name"])
+        is_wanted = {entry["id"], entry["name"]} & {*sys.argv[2:]}
         for number, layer in enumerate(restore(store, entry)[1] if is_wanted else ()):
             print(number, {name: rows.shape for name, rows in layer.items()})

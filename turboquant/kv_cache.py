@@ -1,8 +1,9 @@
 """A KV cache that keeps TurboQuant codes in memory instead of keys and values.
 
-A drop-in for mlx-lm's ``KVCache``: rows are coded as they come, and every step decodes
-all of them for attention. It trades time for memory: what stays allocated is the codes,
-their norms and the first 4 tokens, which are kept as they are.
+A drop-in for mlx-lm's ``KVCache``: whole blocks of 256 rows are coded, all but the
+newest, and every step decodes all of them for attention. It trades time for memory:
+what stays allocated is the codes, their norms, a mean of the keys for each block, the
+first 4 tokens and the newest block, which are kept as they are.
 
 Knows mlx-lm's cache interface; knows nothing of files or the store.
 """
@@ -11,15 +12,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, create_attention_mask
 
 from turboquant.quantizer import dequantize_polar, quantize_polar
-from turboquant.rotation import Rotation, make_wh_rotation
+from turboquant.rotation import make_wh_rotation
 
 NUM_SINKS = 4
+BLOCK = 256
+"""Rows that are coded together; those of a stored block, which then has them as is."""
+_LARGEST_MEAN = 65504.0  # of float16
 _MODE = re.compile(r"turbo([1-8])(?:v([1-8]))?")
 
 
@@ -64,81 +69,152 @@ def quantize_prompt_cache(prompt_cache: Sequence[Any], mode: str) -> list[Any]:
     return coded
 
 
+@dataclass(frozen=True)
 class CodedRows:
-    """Keys or values as codes, in a buffer that grows by whole steps.
+    """Keys or values: codes of the first rows, and the last ones as they are.
 
-    Args:
-        bits: Bits per coordinate, 1 to 8.
-
-    Attributes:
-        sinks: The first 4 rows as they are, ``(B, H, 4, D)``, or fewer; ``None``
-            before the first row.
-        codes: Packed codes of the rows behind them, ``(B, H, capacity, D*bits/8)``.
-        norms: Their norms, ``(B, H, capacity)``, ``float32``.
+    Codes end where a block does, or nothing follows them. So each block of rows is
+    coded as a whole or not at all, whatever is taken back in between.
     """
 
-    step = 256
-
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        self.sinks: mx.array | None = None
-        self.codes: mx.array | None = None
-        self.norms: mx.array | None = None
+    # Bits per coordinate, 1 to 8.
+    bits: int
+    # Whether each head's mean over a block is taken off its rows, as is done to keys.
+    is_centred: bool
+    # How many rows went through the codec; the first 4 of them are kept beside it.
+    num_coded: int = 0
+    # ``(B, H, 4, D)``; this and the next ones are ``None`` before the first block.
+    sinks: Any = None
+    # Packed codes of the coded rows behind the sinks, ``(B, H, N, D * bits / 8)``.
+    codes: Any = None
+    # ``(B, H, N)``, ``float32``.
+    norms: Any = None
+    # ``(B, H, blocks, D)``, ``float16``; of keys only.
+    means: Any = None
+    # Rows that are not coded, ``(B, H, T, D)``; ``None`` before the first row.
+    tail: mx.array | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all that is allocated."""
-        held = (self.sinks, self.codes, self.norms)
-        return sum(array.nbytes for array in held if array is not None)
+    def arrays(self) -> list[mx.array]:
+        """All that is allocated."""
+        held = (self.sinks, self.codes, self.norms, self.means, self.tail)
+        return [array for array in held if array is not None]
 
-    def write(self, rows: mx.array, offset: int) -> None:
-        """Put rows of shape ``(B, H, T, D)`` behind the first ``offset``."""
-        missing = max(0, min(NUM_SINKS - offset, rows.shape[2]))
-        if missing:
-            kept = [] if self.sinks is None else [self.sinks[:, :, :offset]]
-            self.sinks = mx.concatenate([*kept, rows[:, :, :missing]], axis=2)
-        rest = rows[:, :, missing:]
-        if rest.shape[2]:
-            self._write_codes(rest, max(0, offset - NUM_SINKS))
-
-    def read(self, offset: int) -> mx.array:
-        """Return the first ``offset`` rows, ``(B, H, offset, D)``, decoded."""
-        assert self.sinks is not None
-        sinks = self.sinks[:, :, :offset]
-        num_coded = offset - NUM_SINKS
-        if num_coded <= 0 or self.codes is None or self.norms is None:
-            return sinks
-        rows = dequantize_polar(
-            self.codes[:, :, :num_coded],
-            self.norms[:, :, :num_coded],
+    def read(self) -> mx.array:
+        """Return all rows, ``(B, H, T, D)``, decoded."""
+        assert self.tail is not None
+        if not self.num_coded:
+            return self.tail
+        means = None
+        if self.means is not None:
+            means = mx.repeat(self.means, BLOCK, axis=2)
+            means = means[:, :, NUM_SINKS : self.num_coded]
+        decoded = dequantize_polar(
+            self.codes,
+            self.norms,
             self.bits,
-            self._rotation(sinks.shape[-1]),
-            dtype=sinks.dtype,
+            make_wh_rotation(self.sinks.shape[-1]),
+            dtype=self.sinks.dtype,
+            mean=means,
         )
-        return mx.concatenate([sinks, rows], axis=2)
+        return mx.concatenate([self.sinks, decoded, self.tail], axis=2)
 
-    def _write_codes(self, rows: mx.array, start: int) -> None:
-        codes, norms = quantize_polar(rows, self.bits, self._rotation(rows.shape[-1]))
-        stop = start + rows.shape[2]
-        self.codes = _grown(self.codes, codes, start, stop, self.step)
-        self.norms = _grown(self.norms, norms, start, stop, self.step)
-        self.codes[:, :, start:stop] = codes
-        self.norms[:, :, start:stop] = norms
+    def append(self, rows: mx.array) -> CodedRows:
+        """Return these rows and others behind them, ``(B, H, T, D)``."""
+        if rows.shape[-1] % 8:
+            raise ValueError(f"the last axis must be a multiple of 8: {rows.shape}")
+        if self.tail is None:
+            return replace(self, tail=rows[:, :, :0]).append(rows)
+        # What follows a part of a coded block has no block of its own.
+        missing = min(-self.num_coded % BLOCK, rows.shape[2])
+        coded = self._code(rows[:, :, :missing]) if missing else self
+        tail = mx.concatenate([self.tail, rows[:, :, missing:]], axis=2)
+        return replace(coded, tail=tail)
 
-    def _rotation(self, dim: int) -> Rotation:
-        return make_wh_rotation(dim)
+    def settle(self, num_exact: int = 1) -> CodedRows:
+        """Return the same with all whole blocks coded, but for the last rows."""
+        if self.tail is None:
+            return self
+        whole = max(0, self.tail.shape[2] - num_exact) // BLOCK * BLOCK
+        coded = self
+        for i in range(0, whole, BLOCK):
+            coded = coded._code(self.tail[:, :, i : i + BLOCK])
+        return replace(coded, tail=self.tail[:, :, whole:]) if whole else self
+
+    def trim(self, num_rows: int) -> CodedRows:
+        """Return the first rows."""
+        if self.tail is None:
+            return self
+        if num_rows >= self.num_coded:
+            return replace(self, tail=self.tail[:, :, : num_rows - self.num_coded])
+        if num_rows <= NUM_SINKS:
+            rows = self.sinks[:, :, :num_rows]
+            return replace(CodedRows(self.bits, self.is_centred), tail=rows)
+        means = self.means
+        return replace(
+            self,
+            num_coded=num_rows,
+            codes=self.codes[:, :, : num_rows - NUM_SINKS],
+            norms=self.norms[:, :, : num_rows - NUM_SINKS],
+            means=None if means is None else means[:, :, : -(-num_rows // BLOCK)],
+            tail=self.tail[:, :, :0],
+        )
+
+    def append_codes(
+        self,
+        codes: mx.array,
+        norms: mx.array,
+        mean: mx.array | None = None,
+        sinks: mx.array | None = None,
+    ) -> CodedRows:
+        """Return these rows and one block's codes behind them.
+
+        Args:
+            codes: ``(B, H, N, D * bits / 8)``; without the sinks.
+            norms: ``(B, H, N)``.
+            mean: Of keys, ``(B, H, 1, D)``.
+            sinks: Of the first block, ``(B, H, 4, D)``.
+        """
+        known = self.tail if sinks is None else sinks
+        assert known is not None
+        num_rows = codes.shape[2] + (0 if sinks is None else NUM_SINKS)
+        return replace(
+            self,
+            num_coded=self.num_coded + num_rows,
+            sinks=self.sinks if sinks is None else sinks,
+            codes=_joined(self.codes, codes),
+            norms=_joined(self.norms, norms),
+            means=self.means if mean is None else _joined(self.means, mean),
+            tail=known[:, :, :0],
+        )
+
+    def _code(self, rows: mx.array) -> CodedRows:
+        """Return these rows and others of one block, coded, and no tail."""
+        sinks = None
+        if not self.num_coded:
+            # A copy: a view would keep all of the rows.
+            sinks = mx.take(rows, mx.arange(NUM_SINKS), axis=2)
+        rest = rows if sinks is None else rows[:, :, NUM_SINKS:]
+        mean, centred = None, rest
+        if self.is_centred:
+            is_new = self.num_coded % BLOCK == 0
+            known = _mean(rest) if is_new else self.means[:, :, -1:]
+            mean = known if is_new else None
+            centred = rest.astype(mx.float32) - known.astype(mx.float32)
+        rotation = make_wh_rotation(rows.shape[-1])
+        coded = quantize_polar(centred, self.bits, rotation)
+        return self.append_codes(*coded, mean, sinks)
 
 
-def _grown(
-    buffer: mx.array | None, rows: mx.array, start: int, stop: int, step: int
-) -> mx.array:
-    """Return a buffer with room up to ``stop``, holding the first ``start`` rows."""
-    if buffer is not None and stop <= buffer.shape[2]:
-        return buffer
-    capacity = (stop + step - 1) // step * step
-    shape = (*rows.shape[:2], capacity - start, *rows.shape[3:])
-    room = mx.zeros(shape, rows.dtype)
-    return room if buffer is None else mx.concatenate([buffer[:, :, :start], room], 2)
+def _mean(rows: mx.array) -> mx.array:
+    """Return each head's mean, ``(B, H, 1, D)``; 0 where it is not finite."""
+    mean = mx.mean(rows.astype(mx.float32), axis=2, keepdims=True)
+    mean = mx.where(mx.isfinite(mean), mean, 0)
+    return mx.clip(mean, -_LARGEST_MEAN, _LARGEST_MEAN).astype(mx.float16)
+
+
+def _joined(rows: mx.array | None, more: mx.array) -> mx.array:
+    return more if rows is None else mx.concatenate([rows, more], axis=2)
 
 
 class TurboQuantKVCache:
@@ -153,15 +229,18 @@ class TurboQuantKVCache:
 
     Attributes:
         offset: Rows held.
+        coded_keys: The keys.
+        coded_values: The values.
 
     References:
         TurboQuant, arXiv:2504.19874.
     """
 
     def __init__(self, key_bits: int = 4, value_bits: int | None = None) -> None:
+        value_bits = key_bits if value_bits is None else value_bits
         self.offset = 0
-        self.coded_keys = CodedRows(key_bits)
-        self.coded_values = CodedRows(key_bits if value_bits is None else value_bits)
+        self.coded_keys = CodedRows(key_bits, is_centred=True)
+        self.coded_values = CodedRows(value_bits, is_centred=False)
 
     @classmethod
     def from_kv_cache(
@@ -173,6 +252,7 @@ class TurboQuantKVCache:
             # mlx-lm 0.31 has no `keys_and_values`; a slice past the end is the end.
             sides: Any = (cache.keys, cache.values)
             coded._append(*(side[:, :, : cache.offset] for side in sides))
+            coded._settle()
         coded.__dict__ |= _marks(cache)
         return coded
 
@@ -188,7 +268,7 @@ class TurboQuantKVCache:
         marks = _marks(self)
         bits = (self.coded_keys.bits, self.coded_values.bits)
         cache.__dict__ |= marks | {  # mlx-lm's has no such attributes
-            "coded_tokens": self.offset,
+            "coded_tokens": self.coded_keys.num_coded,
             "coded_bits": min(*bits, marks.get("coded_bits", 8)),
         }
         return cache
@@ -196,7 +276,7 @@ class TurboQuantKVCache:
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Append rows and return all rows, decoded.
+        """Append rows and return all rows, those that were coded before decoded.
 
         Args:
             keys: Shape ``(B, H, T, D)``, any float dtype.
@@ -204,25 +284,30 @@ class TurboQuantKVCache:
 
         Returns:
             Keys and values, ``(B, H, offset, D)``, in the dtype they came in.
+
+        Raises:
+            ValueError: ``D`` is no multiple of 8.
         """
         self._append(keys, values)
-        return self.keys_and_values()
+        # What is coded now is read as it came once more: attention needs it anyway.
+        found = self.keys_and_values()
+        self._settle()
+        return found
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return all rows, decoded, ``(B, H, offset, D)``."""
-        return self.coded_keys.read(self.offset), self.coded_values.read(self.offset)
+        return self.coded_keys.read(), self.coded_values.read()
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """All that the cache is: arrays, offset and bits."""
+        """All that the cache is: arrays, bits and counts."""
         sides = (self.coded_keys, self.coded_values)
-        arrays = [(side.sinks, side.codes, side.norms, side.bits) for side in sides]
-        return (*arrays, self.offset)
+        return (*(tuple(vars(side).values()) for side in sides), self.offset)
 
     @state.setter
     def state(self, value: tuple[Any, ...]) -> None:
-        *sides, self.offset = value
-        self.coded_keys, self.coded_values = (_from_state(side) for side in sides)
+        keys, values, self.offset = value
+        self.coded_keys, self.coded_values = CodedRows(*keys), CodedRows(*values)
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> TurboQuantKVCache:
@@ -237,7 +322,7 @@ class TurboQuantKVCache:
 
     def empty(self) -> bool:
         """Whether there never was a row."""
-        return self.coded_keys.sinks is None
+        return self.coded_keys.tail is None
 
     def is_trimmable(self) -> bool:
         """Say that rows can be taken back."""
@@ -247,6 +332,8 @@ class TurboQuantKVCache:
         """Take back the last ``n`` rows and return how many that were."""
         n = min(self.offset, n)
         self.offset -= n
+        self.coded_keys = self.coded_keys.trim(self.offset)
+        self.coded_values = self.coded_values.trim(self.offset)
         return n
 
     def make_mask(
@@ -261,7 +348,8 @@ class TurboQuantKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is allocated."""
-        return self.coded_keys.nbytes + self.coded_values.nbytes
+        held = (*self.coded_keys.arrays, *self.coded_values.arrays)
+        return sum(array.nbytes for array in held)
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantKVCache]) -> BatchKVCache:
@@ -273,9 +361,13 @@ class TurboQuantKVCache:
         return batch
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
-        self.coded_keys.write(keys, self.offset)
-        self.coded_values.write(values, self.offset)
+        self.coded_keys = self.coded_keys.append(keys)
+        self.coded_values = self.coded_values.append(values)
         self.offset += keys.shape[2]
+
+    def _settle(self) -> None:
+        self.coded_keys = self.coded_keys.settle()
+        self.coded_values = self.coded_values.settle()
 
 
 class DecodedBatch(BatchKVCache):
@@ -304,10 +396,3 @@ def _marks(cache: Any) -> dict[str, Any]:
     """Return what others have noted on a cache, which is true of its codes too."""
     own = vars(type(cache)())
     return {name: mark for name, mark in vars(cache).items() if name not in own}
-
-
-def _from_state(state: tuple[Any, ...]) -> CodedRows:
-    sinks, codes, norms, bits = state
-    rows = CodedRows(bits)
-    rows.sinks, rows.codes, rows.norms = sinks, codes, norms
-    return rows

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..codecs import get_codec
 from ..errors import KVStoreError, UnsupportedCacheError
@@ -214,6 +215,7 @@ def _stored(cache: Any, num_rows: int) -> Any:
     for block in chain.blocks:
         stop = block.start + len(block.tokens)
         for piece, array in rows.read(block):
+            assert isinstance(array, np.ndarray)  # mlx-lm has no codes of ours
             parts = codec.array.encode(array, piece.rows)
             restoring.write(codec, parts, piece.group, piece.rows, stop)
     (found,) = restoring.finish(num_rows, rows.provenance)

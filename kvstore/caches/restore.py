@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +15,22 @@ import numpy.typing as npt
 from turboquant import make_wh_rotation
 from turboquant.kernels import gpu, transfer
 
-from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Codec, OnDevice, Rows, Run
-from ..codecs.turbo import SEED
+from ..codecs.base import (
+    MLX_DTYPES,
+    NUMPY_DTYPES,
+    Codec,
+    OnDevice,
+    Rows,
+    Run,
+    map_arrays,
+)
+from ..codecs.turbo import SEED, Turbo
 from ..errors import IntegrityError
 from ..format.block import StoredBlock
+from ..format.chain import BLOCK_SIZE
 from .kinds import kind_named
 from .kinds.base import capacity
+from .kinds.turboquant import CODED, live_blocks
 from .layout import (
     Group,
     LayerLayout,
@@ -142,6 +152,8 @@ class _Target:
         for number, layer in enumerate(self.layers):
             zeros = {}
             for name, spec in layer.rows:
+                if name in CODED:
+                    continue
                 shape = (
                     1,
                     spec.num_heads,
@@ -191,6 +203,7 @@ class HostRestoring:
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
         self._target = _Target(layout, num_tokens)
+        self._coded = _LiveBlocks()
         self._arrays = self._target.allocate()
         nbytes = sum(a.nbytes for held in self._arrays for a in held.values())
         self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
@@ -211,6 +224,7 @@ class HostRestoring:
             where, which = self._target.cut(group, rows, stop)
             spec = stored.tensors.get(f"{piece.number}.{rows.side}.rows")
             is_all = piece.kind == "rows" and which == slice(0, rows.shape[2])
+            is_all = is_all and rows.side not in CODED
             if codec.name != "raw" or not is_all or spec is None or spec.begin != end:
                 return ()
             if (spec.dtype, spec.shape, spec.raw_nbytes) != (
@@ -229,6 +243,9 @@ class HostRestoring:
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
     ) -> None:
         """Decode into the buffers."""
+        if rows.side in CODED:
+            self._coded.write(codec, parts, group, rows)
+            return
         where, which = self._target.cut(group, rows, stop)
         end = where + which.stop - which.start
         sides = _sides(rows)
@@ -264,6 +281,7 @@ class HostRestoring:
             }
             for layer, arrays in zip(self._target.layers, self._arrays, strict=True)
         ]
+        self._coded.move_to(typed, num_tokens)
         return _build(self._layout, typed, num_tokens, provenance)
 
     def _view(self, layer: int, group: Group, name: str) -> Array:
@@ -291,6 +309,7 @@ class KernelRestoring(HostRestoring):
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
         self._target = _Target(layout, num_tokens)
+        self._coded = _LiveBlocks()
         self._sent: dict[tuple[int, str], list[_Sent]] = {}
         nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
         self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
@@ -299,7 +318,9 @@ class KernelRestoring(HostRestoring):
             {
                 name: np.zeros(self._shape(layer, name, spec), NUMPY_DTYPES[spec.dtype])
                 for name, spec in layer.rows
-                if spec.kind != "mark" and not _has_kernel(spec)
+                if spec.kind != "mark"
+                and name not in CODED
+                and not _has_kernel(name, spec)
             }
             for layer in self._target.layers
         ]
@@ -319,7 +340,7 @@ class KernelRestoring(HostRestoring):
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
     ) -> None:
         """Send the parts, or what they decode to."""
-        if not _has_kernel(group.spec(rows.side)):
+        if not _has_kernel(rows.side, group.spec(rows.side)):
             super().write(codec, parts, group, rows, stop)
             return
         cut = self._target.cut(group, rows, stop)
@@ -346,7 +367,7 @@ class KernelRestoring(HostRestoring):
             each.pieces.clear()
         for group in group_layers(self._layout):
             for name, spec in group.layout.rows:
-                if _has_kernel(spec):
+                if _has_kernel(name, spec):
                     self._restore(data, group, name, spec, num_tokens)
         mx.eval(self._arrays)
         return super().finish(num_tokens, provenance)
@@ -396,8 +417,9 @@ class _Sent:
     begin: int = 0
 
 
-def _has_kernel(spec: RowSpec) -> bool:
-    return spec.kind in ("rows", "window") and spec.dtype in ("F32", "F16", "BF16")
+def _has_kernel(name: str, spec: RowSpec) -> bool:
+    is_float = spec.dtype in ("F32", "F16", "BF16")
+    return spec.kind in ("rows", "window") and is_float and name not in CODED
 
 
 def _runs(codec: Codec, parts: Parts, rows: Rows) -> Iterator[tuple[str, list[Run]]]:
@@ -453,9 +475,10 @@ class DeviceRestoring:
         self._layout = layout
         self._target = _Target(layout, num_tokens)
         self._pieces: list[dict[str, list[mx.array]]] = [
-            {name: [] for name, spec in layer.rows if spec.kind != "mark"}
+            {n: [] for n, spec in layer.rows if spec.kind != "mark" and n not in CODED}
             for layer in self._target.layers
         ]
+        self._coded = _LiveBlocks()
 
     def buffers(
         self, pieces: Pieces, stored: StoredBlock, stop: int
@@ -467,6 +490,9 @@ class DeviceRestoring:
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
     ) -> None:
         """Decode on the device, evaluated at once so that the codes can go."""
+        if rows.side in CODED:
+            self._coded.write(codec, parts, group, rows)
+            return
         _, which = self._target.cut(group, rows, stop)
         sides = _sides(rows)
         decoded = codec.array.decode(parts, rows)[:, :, which]
@@ -491,6 +517,7 @@ class DeviceRestoring:
             )
             # Layer by layer, so that the pieces of one go before the next is joined.
             mx.eval(joined[-1])
+        self._coded.move_to(joined, num_tokens)
         return _build(self._layout, joined, num_tokens, provenance)
 
     def _join(
@@ -501,6 +528,40 @@ class DeviceRestoring:
         shape = (1, spec.num_heads, missing, spec.head_dim)
         room = [mx.zeros(shape, MLX_DTYPES[spec.dtype])] if missing else []
         return mx.concatenate([*pieces, *room], axis=2)
+
+
+class _LiveBlocks:
+    """Blocks of a live cache of codes: its codes, or rows that were the newest."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Turbo | None, Array | Parts, Group, Rows]] = []
+
+    def write(self, codec: Codec, parts: Parts, group: Group, rows: Rows) -> None:
+        """Keep what a block has of some layers, decoded unless it is their codes."""
+        if isinstance(codec.array, Turbo):
+            if rows.start % BLOCK_SIZE:
+                raise IntegrityError(f"codes from token {rows.start} are no block's")
+            # Copied, since the memory that a block was read into is used again.
+            own = map_arrays(np.array, parts)
+            self._found.append((codec.array, own, group, rows))
+            return
+        decoded = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
+        codec.array.decode_into(parts, rows, list(decoded))
+        self._found.append((None, decoded, group, rows))
+
+    def move_to(self, buffers: Sequence[dict[str, Any]], num_tokens: int) -> None:
+        """Hand all blocks over to the layers that they are of, in order."""
+        # Threads wrote them, which may own no array of MLX's.
+        for codec, found, group, rows in sorted(self._found, key=_start):
+            if rows.start < num_tokens:
+                blocks = live_blocks(codec, found, rows)
+                for layer, block in zip(group.layers, blocks, strict=True):
+                    buffers[layer].setdefault(rows.side, []).append(block)
+        self._found.clear()
+
+
+def _start(item: tuple[Any, Any, Any, Rows]) -> int:
+    return item[3].start
 
 
 def _sides(rows: Rows) -> tuple[str, ...]:
@@ -532,7 +593,11 @@ def check_layout(layout: Layout, num_tokens: int) -> None:
             }
             for layer in target.layers
         ]
-        nbytes = sum(array.nbytes for held in buffers for array in held.values())
+        nbytes = sum(
+            _bits(layer, name, array) * array.size // 8
+            for layer, held in zip(target.layers, buffers, strict=True)
+            for name, array in held.items()
+        )
         if nbytes > memory_bytes():
             raise ValueError(
                 f"{num_tokens:,} tokens take {nbytes / 1e9:,.1f} GB, which is more than"
@@ -544,6 +609,12 @@ def check_layout(layout: Layout, num_tokens: int) -> None:
         raise IntegrityError(f"its layout is of no prompt cache: {error}") from error
     if found != layout:
         raise IntegrityError("its layout is not that of the prompt cache that it makes")
+
+
+def _bits(layer: LayerLayout, name: str, array: mx.array) -> int:
+    """Return the bits of one number of an array that a restored cache will hold."""
+    is_coded = name in CODED
+    return dict(layer.params)[f"{name[0]}_bits"] if is_coded else 8 * array.itemsize
 
 
 def _build(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..codecs.base import Parts, map_arrays, nbytes
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
     digest_fields,
@@ -23,6 +24,7 @@ from ..format.chain import (
 from ..format.documents import JSON
 from ..format.entry import Entry
 from . import live as caches
+from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .live import Provenance
 from .stored import Piece
@@ -112,6 +114,7 @@ class LiveRows:
     def __init__(
         self, prompt_cache: Sequence[Any], layout: Layout, tip: int | None
     ) -> None:
+        self._caches = caches.flatten_caches(prompt_cache)
         self._held = caches.hold(prompt_cache)
         self._groups = group_layers(layout)
         self._tip = tip
@@ -129,17 +132,29 @@ class LiveRows:
             )
         ]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array]]:
-        """Yield what there is of a block, in arrays of shape ``(L, H, T, D)``."""
+    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array | Parts]]:
+        """Yield what there is of a block, in arrays of shape ``(L, H, T, D)``.
+
+        Of rows that are in codes, those.
+        """
         for piece in self.pieces(block):
-            rows = piece.rows
-            yield piece, caches.split(self._held, piece.group, rows.side, rows)
+            group, rows = piece.group, piece.rows
+            codes = None
+            if rows.side in CODED:
+                members = [self._caches[layer] for layer in group.layers]
+                codes = read_codes(codec_of(group.layout), members, rows)
+            if codes is None:
+                yield piece, caches.split(self._held, group, rows.side, rows)
+            else:
+                yield piece, codes
 
     def take(self, blocks: Iterable[Block]) -> TakenRows:
         """Return the rows of some blocks, for another thread."""
         # Copied, since MLX's buffers are to be freed by the thread that made them.
         taken = {
-            block.hash: [(piece, np.array(x)) for piece, x in self.read(block)]
+            block.hash: [
+                (piece, map_arrays(np.array, x)) for piece, x in self.read(block)
+            ]
             for block in blocks
         }
         return TakenRows(taken, self.provenance)
@@ -149,13 +164,13 @@ class TakenRows:
     """Rows of some blocks, independent of the prompt cache.
 
     Args:
-        taken: Per block its pieces, each with an array of shape ``(L, H, T, D)``.
+        taken: Per block its pieces, each with what :meth:`LiveRows.read` yields.
         provenance: What the rows went through.
     """
 
     def __init__(
         self,
-        taken: dict[BlockHash, list[tuple[Piece, caches.Array]]],
+        taken: dict[BlockHash, list[tuple[Piece, caches.Array | Parts]]],
         provenance: Provenance,
     ) -> None:
         self._taken = taken
@@ -169,8 +184,7 @@ class TakenRows:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (array for found in self._taken.values() for _, array in found)
-        return sum(array.nbytes for array in arrays)
+        return sum(nbytes(x) for found in self._taken.values() for _, x in found)
 
     def joined(self, other: TakenRows, hashes: Container[BlockHash]) -> TakenRows:
         """Return these rows, and of others those of blocks that have these hashes."""
@@ -182,8 +196,8 @@ class TakenRows:
         """Return what was taken of a block."""
         return [piece for piece, _ in self._taken[block.hash]]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array]]:
-        """Yield what was taken of a block, in arrays of shape ``(L, H, T, D)``."""
+    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array | Parts]]:
+        """Yield what was taken of a block, as :meth:`LiveRows.read` does."""
         yield from self._taken[block.hash]
 
 
@@ -237,6 +251,7 @@ def make_chain(
         ValueError: It is empty, a batch, or holds other than ``tokens``.
     """
     layout = caches.read_layout(prompt_cache, len(tokens))
+    check_blocks(caches.flatten_caches(prompt_cache), block_size)
     if caches.read_provenance(prompt_cache).num_moved:
         # Under a root of their own nobody finds them who did not ask for such rows.
         fingerprint = mark_reanchored(fingerprint)

@@ -12,6 +12,7 @@ from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Array, Codec, Parts, Rows
 from ..errors import IntegrityError
 from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
 from .kinds import kind_named
+from .kinds.turboquant import CODED, codec_of
 from .layout import Group, Layout, RowSpec, group_layers
 
 
@@ -38,7 +39,11 @@ def stored_pieces(
         found = rows_stored(stored.tensors, number, group, start, stop)
         pieces = [Piece(number, group, rows) for _, rows in found]
         for piece in join_pieces(pieces) if codec.is_joint else pieces:
-            yield codec if piece.rows.side in CODABLE else twin, piece
+            name = piece.rows.side
+            if name in CODED and f"{number}.{name}.norms" in stored.tensors:
+                yield Codec(codec_of(group.layout), codec.compressor), piece
+            else:
+                yield codec if name in CODABLE else twin, piece
 
 
 def open_piece(

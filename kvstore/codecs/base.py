@@ -7,7 +7,7 @@ they are stored in; bfloat16, which NumPy lacks, travels as its bits in ``uint16
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -21,6 +21,20 @@ from ..format.block import EXACT_BITS, Part, TensorSpec
 Array = npt.NDArray[np.generic]
 Parts = Mapping[str, Array]
 """The named arrays that a codec made of rows."""
+
+
+def map_arrays(function: Callable[[Array], Array], x: Array | Parts) -> Array | Parts:
+    """Return what a function makes of an array, or of each of several."""
+    if isinstance(x, Mapping):
+        return {name: function(part) for name, part in x.items()}
+    return function(x)
+
+
+def nbytes(x: Array | Parts) -> int:
+    """Return the bytes of an array, or of several."""
+    return sum(p.nbytes for p in x.values()) if isinstance(x, Mapping) else x.nbytes
+
+
 NUMPY_DTYPES: dict[str, type[np.generic]] = {
     "F32": np.float32,
     "F16": np.float16,
@@ -188,14 +202,16 @@ class Codec:
             return EXACT_BITS
         return min(getattr(self.array, "bits", 0), EXACT_BITS - 1)
 
-    def encode(self, x: Array, rows: Rows, prefix: str) -> list[Part]:
+    def encode(self, x: Array | Parts, rows: Rows, prefix: str) -> list[Part]:
         """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on.
+
+        Rows that are in codes of this codec already are only packed.
 
         Raises:
             CodecError: This codec cannot hold such rows.
         """
         specs = self.array.parts(rows)  # refuses the rows before any work is done
-        encoded = self.array.encode(x, rows)
+        encoded = x if isinstance(x, Mapping) else self.array.encode(x, rows)
         return [
             _pack(f"{prefix}{name}", dtype, encoded[name], self._compressor_of(name))
             for name, (dtype, _) in specs.items()

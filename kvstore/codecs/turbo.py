@@ -16,10 +16,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from turboquant import dequantize_polar, make_wh_rotation
 from turboquant.kernels import best_kernels
 from turboquant.packing import plane_widths
+from turboquant.packing import split_planes as split_codes
 
 from ..errors import CodecError
 from .base import MLX_DTYPES, Array, PartSpecs, Rows, Run
@@ -98,7 +100,7 @@ class Turbo:
             for name, width in self._planes(rows)
         }
         specs["norms"] = ("U8", (4, *coded))
-        if rows.side == "k":
+        if _is_key(rows):
             specs["mean"] = ("F16", (layers, heads, dim))
         if sinks:
             specs["sinks"] = (rows.dtype, (layers, heads, sinks, dim))
@@ -115,7 +117,7 @@ class Turbo:
             list(x[:, :, sinks:]),
             self._bits(rows),
             make_wh_rotation(rows.shape[3], SEED),
-            is_centred=rows.side == "k",
+            is_centred=_is_key(rows),
         )
         names = [name for name, _ in self._planes(rows)]
         parts: dict[str, Array] = dict(zip(names, codes.planes, strict=True))
@@ -134,21 +136,19 @@ class Turbo:
         if sinks:
             for layer, exact in zip(layers, parts["sinks"], strict=True):
                 layer[:, :sinks] = exact
-        norms = np.empty(parts["norms"].shape[1:], np.float32)
-        join_planes(list(parts["norms"]), norms)
+        norms = _join_norms(parts)
         best_kernels().decode_block(
             [parts[name] for name, _ in self._planes(rows)],
             norms,
             [layer[:, sinks:] for layer in layers],
             self._bits(rows),
             make_wh_rotation(rows.shape[3], SEED),
-            mean=parts["mean"] if rows.side == "k" else None,
+            mean=parts["mean"] if _is_key(rows) else None,
         )
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Decode all layers on the device."""
-        norms = np.empty(parts["norms"].shape[1:], np.float32)
-        join_planes(list(parts["norms"]), norms)
+        norms = _join_norms(parts)
         codes = [mx.array(parts[name]) for name, _ in self._planes(rows)]
         dtype = MLX_DTYPES[rows.dtype]
         decoded = dequantize_polar(
@@ -157,7 +157,7 @@ class Turbo:
             self._bits(rows),
             make_wh_rotation(rows.shape[3], SEED),
             dtype=dtype,
-            mean=mx.array(parts["mean"])[:, :, None] if rows.side == "k" else None,
+            mean=mx.array(parts["mean"])[:, :, None] if _is_key(rows) else None,
         )
         if not _num_sinks(rows):
             return decoded
@@ -171,8 +171,28 @@ class Turbo:
         num_coded, mean = rows.shape[2] - sinks, parts.get("mean")
         return [*exact, Run(num_coded, self._bits(rows), planes, parts["norms"], mean)]
 
+    def from_live(self, live: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
+        """Return the parts of rows that a live cache has codes of.
+
+        Args:
+            live: ``codes``, all planes of a vector behind each other, ``(L, H, N, D *
+                bits / 8)``; ``norms``, ``(L, H, N)``; ``mean`` and ``sinks`` as stored.
+            rows: What rows they are of.
+        """
+        names = [name for name, _ in self._planes(rows)]
+        planes = split_codes(live["codes"], self._bits(rows))
+        found = {**live, **dict(zip(names, planes, strict=True))}
+        found["norms"] = split_planes(live["norms"])
+        return {name: found[name] for name in self.parts(rows)}
+
+    def to_live(self, parts: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
+        """Undo :meth:`from_live`."""
+        planes = [parts[name] for name, _ in self._planes(rows)]
+        found = {"codes": np.concatenate(planes, axis=-1), "norms": _join_norms(parts)}
+        return found | {n: parts[n] for n in ("mean", "sinks") if n in parts}
+
     def _bits(self, rows: Rows) -> int:
-        return self.key_bits if rows.side == "k" else self.value_bits
+        return self.key_bits if _is_key(rows) else self.value_bits
 
     def _planes(self, rows: Rows) -> list[tuple[str, int]]:
         """Return name and width in bits of each plane of codes."""
@@ -183,6 +203,16 @@ class Turbo:
 def kernels_name() -> str:
     """Return what computes codes here: ``numpy``, or an instruction set."""
     return best_kernels().name
+
+
+def _is_key(rows: Rows) -> bool:
+    return rows.side.startswith("k")
+
+
+def _join_norms(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+    norms = np.empty(parts["norms"].shape[1:], np.float32)
+    join_planes(list(parts["norms"]), norms)
+    return norms
 
 
 def _num_sinks(rows: Rows) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from ..caches import live as caches
+from ..caches.kinds.turboquant import codec_of
 from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
+from ..codecs.base import Array, Parts, nbytes
 from ..codecs.parallel import map_in_order
 from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
@@ -267,12 +268,12 @@ class _Encoder:
             lambda item: self._encode_one(*item),
             read,
             NUM_ENCODERS,
-            nbytes=lambda item: sum(x.nbytes for _, x in item[1]),
+            nbytes=lambda item: sum(nbytes(x) for _, x in item[1]),
             max_bytes=_MAX_BYTES,
         )
 
     def _encode_one(
-        self, block: Block, pieces: Iterable[tuple[Piece, caches.Array]]
+        self, block: Block, pieces: Iterable[tuple[Piece, Array | Parts]]
     ) -> EncodedBlock:
         codec, bits = self._codec_of(block), self.bits(block)
         return encode_block(block, codec, pieces, bits, self.num_extras(block))
@@ -287,7 +288,7 @@ def codec_of_rows(codec: Codec, groups: Sequence[Group]) -> Codec:
 def encode_block(
     block: Block,
     codec: Codec,
-    pieces: Iterable[tuple[Piece, caches.Array]],
+    pieces: Iterable[tuple[Piece, Array | Parts]],
     bits: int,
     num_extras: int,
 ) -> EncodedBlock:
@@ -296,7 +297,7 @@ def encode_block(
     Args:
         block: The block.
         codec: For keys and values; all else is stored lossless.
-        pieces: Its rows.
+        pieces: Its rows, or what a live cache has in their place.
         bits: The fewest per number that they went through, this codec included.
         num_extras: As in :class:`Place`.
     """
@@ -305,6 +306,8 @@ def encode_block(
     for piece, x in _join(pieces) if codec.is_joint else pieces:
         name = piece.rows.side
         array_codec = codec if name in CODABLE else twin
+        if isinstance(x, Mapping):
+            array_codec = Codec(codec_of(piece.group.layout), twin.compressor)
         parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
     # Windows have moved on and states were elsewhere; only tokens are left.
     parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
@@ -314,8 +317,8 @@ def encode_block(
 
 
 def _join(
-    pieces: Iterable[tuple[Piece, caches.Array]],
-) -> Iterator[tuple[Piece, caches.Array]]:
+    pieces: Iterable[tuple[Piece, Array | Parts]],
+) -> Iterator[tuple[Piece, Array | Parts]]:
     """Yield keys and values of equal shape as one piece; all else as it is."""
     found = list(pieces)
     arrays = iter([x for _, x in found])

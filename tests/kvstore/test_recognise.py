@@ -102,7 +102,7 @@ def test_a_damaged_copy_is_no_reason_to_call_rows_lossy(store_path, caches, flip
 
 def test_codes_of_coded_rows_have_the_fewer_bits(caches):
     """A live cache of codes remembers what its rows went through before."""
-    rows = caches.make_cache(40)
+    rows = caches.make_cache(300)
     once = [c.to_kv_cache() for c in quantize_prompt_cache(rows, "turbo2")]
     again = quantize_prompt_cache(once, "turbo8")
     assert read_provenance(again).bits == 2
@@ -140,8 +140,10 @@ def test_a_part_of_a_lossy_block_is_lossy(store_path, tmp_path, caches):
     """A hit may end inside a tail that was computed on coded rows."""
     tokens = list(range(40))
     coded = [
-        c.to_kv_cache() for c in quantize_prompt_cache(caches.make_cache(9), "turbo2")
+        c.to_kv_cache() for c in quantize_prompt_cache(caches.make_cache(300), "turbo2")
     ]
+    for cache in coded:
+        cache.trim(300 - 9)
     with kvstore.Store(store_path, codec="turbo8") as store:
         store.save(tokens[:9], coded, caches.MODEL)
         held, rest = store.load([*tokens[:5], -1, -2], caches.MODEL)

@@ -92,7 +92,7 @@ def test_the_device_restores_live_codes(
             prompt = [*range(length), -1]
             restored, _ = store.load(prompt, caches.MODEL, like=cache)
             for a, b in zip(restored, cache, strict=True):
-                got, kept = a.coded_keys.read(length), b.coded_keys.read(length)
+                got, kept = a.coded_keys.read(), b.coded_keys.read()[:, :, :length]
                 assert mx.array_equal(got, kept).item()
 
 
