@@ -99,19 +99,23 @@ class Verb(click.Command):
                 formatter.write("".join(f"  {line}\n" for line in lines))
 
 
-class Root(click.Group):
-    """The command; lists its verbs by what they are for."""
+class VerbGroup(click.Group):
+    """A verb with verbs of its own."""
 
     command_class = Verb
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a verb by its name, or another that people try."""
+        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
+
+
+class Root(VerbGroup):
+    """The command; lists its verbs by what they are for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the verbs in the order of the groups."""
         grouped = [name for names in GROUPS.values() for name in names]
         return sorted(self.commands, key=[*grouped, *self.commands].index)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a verb by its name, or another that people try."""
-        return super().get_command(ctx, ALIASES.get(cmd_name, cmd_name))
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter

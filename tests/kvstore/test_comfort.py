@@ -140,6 +140,22 @@ def test_help_has_examples(run_cli):
     assert run_cli("help", "nothing")[0] == 2
 
 
+def groups(command=cli, path=()):
+    """Yield the words of every verb that has verbs of its own, and those."""
+    for name, verb in getattr(command, "commands", {}).items():
+        if hasattr(verb, "commands"):
+            yield [*path, name], list(verb.commands)
+            yield from groups(verb, (*path, name))
+
+
+@pytest.mark.parametrize("words, verbs", groups(), ids=lambda value: value[0])
+def test_a_verb_with_verbs_lists_them(run_cli, words, verbs):
+    """With what each is for."""
+    code, out, _ = run_cli(*words, "--help")
+    lines = out.split("Commands:")[1].split()
+    assert (code, set(verbs) - set(lines)) == (0, set())
+
+
 def test_failures_are_documents_too(run_cli, tmp_path):
     """With `--json` stdout has the error, once."""
     code, out, err = run_cli("ls", "--json")

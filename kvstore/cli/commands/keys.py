@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...storage import keys
-from ..main import Root, Verb, open_store, output_of
+from ..main import Verb, VerbGroup, open_store, output_of
 from ..output import Column
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _POLICIES = ("any", "signed-only")
 
 
-@click.group("key", cls=Root, subcommand_metavar="new|show|trust|policy ...")
+@click.group("key", cls=VerbGroup, subcommand_metavar="new|show|trust|policy ...")
 def key() -> None:
     """Sign what you hand over, and trust the keys of others."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import options
-from ..main import Root, Verb, open_store, output_of
+from ..main import Verb, VerbGroup, open_store, output_of
 from ..options import ModelOptions, PromptOptions, gathered
 from ..output import Column, format_bytes, format_count
 from .entries import entry_data, entry_label
@@ -41,7 +41,7 @@ _trust_option = click.option(
 )
 
 
-@click.group("remote", cls=Root, subcommand_metavar="add|ls|rm ...")
+@click.group("remote", cls=VerbGroup, subcommand_metavar="add|ls|rm ...")
 def remote() -> None:
     """Name object stores that entries are pushed to and pulled from."""
 
