@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ..errors import KVStoreError, RemoteError
+from ..errors import IntegrityError, KVStoreError, RemoteError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -157,15 +157,17 @@ class Client:
 
         Raises:
             FileNotFoundError: There is no such object.
-            RemoteError: The server fails, or sends something else.
+            IntegrityError: It is shorter.
+            RemoteError: The server fails.
         """
 
         def receive() -> memoryview:
             data = memoryview(self._store.get_range(key, start=begin, end=end))
             if len(data) != end - begin:
-                raise RemoteError(
-                    f"remote `{self.remote.name}` sent {len(data)} of {end - begin}"
-                    f" bytes of {key}"
+                raise IntegrityError(
+                    f"remote `{self.remote.name}` has {len(data)} bytes of"
+                    f" {end - begin}: {key}",
+                    hint="whoever owns the remote can remove the object",
                 )
             return data
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from ..errors import RemoteError
+from ..errors import IntegrityError, RemoteError
 from .client import Client
 from .layout import ENTRIES
 
@@ -80,7 +80,7 @@ def _creates_once(client: Client, key: str) -> bool:
 def _has_ranges(client: Client, key: str) -> bool:
     try:
         return bytes(client.read(key, 3, 9)) == _DATA[3:9]
-    except (RemoteError, FileNotFoundError):
+    except (IntegrityError, RemoteError, FileNotFoundError):
         return False
 
 

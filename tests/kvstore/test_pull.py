@@ -4,6 +4,9 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import mlx.core as mx
@@ -523,3 +526,36 @@ def test_a_thousand_lost_replies_lose_nothing(s3_server, stores, remote, caches)
     assert 1000 == len(s3_server.objects)
     for key, data in s3_server.objects.items():
         assert hashlib.sha256(data).hexdigest() in key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["push", "pull"])
+def test_a_kill_on_the_way_loses_nothing(s3_server, stores, remote, caches, job):
+    """Killed again and again, it goes on each time, and nothing is half there."""
+    with kvstore.Store(stores[0], "raw") as store:
+        tokens, cache = caches.make_conversation(40, 3)
+        store.save(tokens, cache, caches.MODEL, name="doc")
+    for path in stores:
+        with kvstore.Store(path) as store:
+            store.remotes.add(remote)
+    program = f"import kvstore; kvstore.Store({str(stores[job == 'pull'])!r})"
+    words = [sys.executable, "-c", f"{program}.remotes.{job}('doc')"]
+    if job == "pull":
+        push(stores[0], remote)
+    s3_server.log.clear()
+    chance = random.Random(1)
+    for _ in range(8):
+        process = subprocess.Popen(words)
+        num_asked = len(s3_server.log) + chance.randint(1, 5)
+        while process.poll() is None and len(s3_server.log) < num_asked:
+            time.sleep(0.005)
+        time.sleep(chance.random() / 20)
+        process.kill()
+        process.wait()
+        with kvstore.Store(stores[1]) as store:
+            assert all(entry.num_tokens == len(tokens) for entry in store.entries())
+            assert [] == store.verify()
+    with kvstore.Store(stores[0]) as here, kvstore.Store(stores[1]) as there:
+        here.remotes.push("doc")
+        there.remotes.pull("doc")
+    assert load(stores[0], caches) == load(stores[1], caches)

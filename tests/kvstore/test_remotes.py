@@ -363,6 +363,7 @@ def test_the_verbs_work_together(run, s3_server, caches):
         (("pull",), 2, "give names, or `--model` and `--prompt`"),
         (("pull", "doc", "--prompt", "x"), 2, "give names"),
         (("pull", "--prompt", "x"), 2, "`--prompt` needs `--model`"),
+        (("pull", "--request", "-"), 2, "`--request` needs `--model`"),
         (("pull", "a", "--adapter-path", "x"), 2, "needs `--model`"),
         (("pull", "a", "b", "--name", "x"), 2, "`--name` is for one entry"),
         (("ls", "--remote"), 1, "the store has no remote"),
@@ -392,5 +393,11 @@ def test_a_prompt_is_pulled_with_its_model(run_cli, tmp_path, tiny_model, s3_ser
     code, out, err = run_cli("pull", *prompt, "--name", "mine", "--trust", store=there)
     assert (0, "") == (code, err)
     assert "as `mine`" in out
+    request = tmp_path / "request.json"
+    request.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    words = ("--model", tiny_model, "--request", request, "--trust")
+    code, _, err = run_cli("pull", *words, store=there)
+    assert 1 == code
+    assert "has nothing of this prompt" in err
     held = [run_cli("lookup", *prompt, "-q", store=store)[1] for store in (here, there)]
     assert held[0] == held[1] != "0\n"

@@ -29,10 +29,19 @@ def run(folder, *words):
 def test_a_small_campaign_finds_nothing(tmp_path):
     """Every act at least once."""
     counts = {"kills": "6", "errors": "60", "damage": "60", "fuzz": "20000"}
+    counts |= {"poison": "20"}
     words = [word for act, count in counts.items() for word in (f"--{act}", count)]
     code, table, told = run(tmp_path, "--seed", "7", *words)
     expected = [[act, f"{int(count):,}", "0"] for act, count in counts.items()]
     assert (code, table) == (0, expected), told
+
+
+@pytest.mark.slow
+def test_bad_connections_lose_nothing(tmp_path):
+    """How many are broken in a round is for chance to say."""
+    code, table, told = run(tmp_path, "--connections", "9", "--replies", "9")
+    assert (0, ["0", "0"]) == (code, [row[2] for row in table]), told
+    assert all(int(row[1]) >= 9 for row in table)
 
 
 @pytest.mark.slow

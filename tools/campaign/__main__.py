@@ -1,12 +1,15 @@
 """Break a store in many ways, and count what is lost: nothing, as it should be.
 
     python -m tools.campaign --seed 1 --kills 1000 --errors 2000 --damage 20000 \
-        --fuzz 3000000 --mutants
+        --fuzz 3000000 --connections 200 --replies 1000 --poison 1000 --mutants
 
 It drives what the tests are made of: killed processes, errors of the system at the K-th
-call, damaged files, mutated bytes. With `--mutants`, the code itself is broken, and the
-tests, or this program, must notice. Each line is an act, its count, and what was found;
-exit code 1 where anything was. The same seed gives the same choices.
+call, damaged files, mutated bytes, bad connections to an object store, and what
+somebody has poisoned in it. The object store is one in memory, or that at
+$KVSTORE_S3_ENDPOINT, whose bucket `kvstore-campaign` must be there. With `--mutants`,
+the code itself is broken, and the tests, or this program, must notice. Each line is an
+act, its count, and what was found; exit code 1 where anything was. The same seed gives
+the same choices.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +32,9 @@ from typing import Any
 import pytest
 
 from kvstore.storage.folder import create_folder
+from kvstore.storage.keys import new_signing_key
 
+from . import remotes
 from .damage import damage_store
 from .fuzz import Fuzzer
 from .mutants import MUTANTS, find_survivors
@@ -167,7 +173,73 @@ def fuzz(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcom
     return found
 
 
-ACTS = {"kills": kills, "errors": errors, "damage": damage, "fuzz": fuzz}
+def connections(
+    chance: random.Random, count: int, folder: Path, empty: Path
+) -> Outcome:
+    """Cut, stall and corrupt connections to an object store."""
+
+    def choose(request: bytes) -> str | None:
+        return chance.choice(remotes.FAULTS) if chance.random() < 0.3 else None
+
+    return _through_proxy(chance, count, folder, empty, choose)
+
+
+def replies(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Lose the reply to each PUT to an object store."""
+
+    def choose(request: bytes) -> str | None:
+        return "lose" if request.startswith(b"PUT ") else None
+
+    return _through_proxy(chance, count, folder, empty, choose)
+
+
+def _through_proxy(
+    chance: random.Random,
+    count: int,
+    folder: Path,
+    empty: Path,
+    choose: Callable[[bytes], str | None],
+) -> Outcome:
+    """Push and pull until so many connections were broken."""
+    found, told, rounds = Outcome(), Counter[str](), 0
+    with remotes.made_world(folder, empty, kit) as world:
+        broken = Counter[str]()
+        while broken.total() < count and not found.failures:
+            seed = chance.randrange(1 << 30)
+            act = remotes.push_and_pull
+            done = found.attempt(f"round {rounds}", act, world, rounds, choose, seed)
+            rounds += 1
+            for sums, new in zip((broken, told), done or (), strict=False):
+                sums.update(new)
+    found.count = broken.total()
+    sums = ", ".join(f"{n} {what}" for what, n in sorted((broken + told).items()))
+    found.note = f"{rounds} rounds of 3 entries: {sums}"
+    return found
+
+
+def poison(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Poison an object of a remote: it is named, and nothing becomes visible."""
+    found, done = Outcome(), Counter[str]()
+    with remotes.made_world(folder, empty, kit) as world:
+        new_signing_key()
+        for number in range(count):
+            what = found.attempt(
+                f"poison {number}", remotes.poison_once, world, number, chance
+            )
+            done[what or "failed"] += 1
+    found.note = ", ".join(f"{n} {what}" for what, n in sorted(done.items()))
+    return found
+
+
+ACTS = {
+    "kills": kills,
+    "errors": errors,
+    "damage": damage,
+    "fuzz": fuzz,
+    "connections": connections,
+    "replies": replies,
+    "poison": poison,
+}
 
 
 def main() -> int:

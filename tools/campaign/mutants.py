@@ -87,6 +87,20 @@ MUTANTS = {
         "server/tenants.py", "served.fingerprint.with_salt(key[1])",
         "served.fingerprint", _test("tenants", "its_own_only"),
     ),
+    "a remote's signature is not checked": Mutant(
+        "remote/layout.py",
+        "    check_signature(remote.signature, _KIND, _body(remote))\n", "",
+        _test("remote_trust", "signature_is"),
+    ),
+    "all who may write to a remote are trusted": Mutant(
+        "remote/catalog.py",
+        "    if remote.is_trusted or key in known_keys():\n        return key\n",
+        "    return key\n", _test("remote_trust", "nobody_signed"),
+    ),
+    "a base is written to": Mutant(
+        "storage/borrowed.py", "def _quarantine", "def _unused",
+        _test("borrowed", "never_changed"),
+    ),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -207,6 +207,7 @@ def _describe_pushed(done: Pushed) -> str:
 @_trust_option
 @partial(options.model_options, is_needed=False)
 @partial(options.prompt_options, is_argument=False)
+@options.request
 @options.name
 @options.replace
 @click.pass_context
@@ -219,26 +220,31 @@ def pull(
     trust: bool,
     model: ModelOptions,
     prompt: PromptOptions,
+    request: BinaryIO | None,
     name: str | None,
     replace: bool,
 ) -> None:
     """Take entries of a remote into the store, checked to the last byte.
 
     NAME is an entry's name, the start of its id in `ls --remote`, or its whole key that
-    `push --json` prints, which needs no list. With `--model` and
-    `--prompt`, what the remote has of that prompt is taken. Only what the store lacks
+    `push --json` prints, which needs no list. With `--model`, and `--prompt` or
+    `--request`, what the remote has of that prompt is taken. Only what the store lacks
     is read, and the same command goes on after an interruption. Whoever wrote an entry
     decided what the model has read: it must be signed by a key that you trust (`kvstore
     key`), unless `--trust` was given, here or to `remote add`.
     """
     output = output_of(context)
-    _check_wanted(context, refs, model, prompt, name)
+    asked = next(
+        (o for o, v in (("prompt", prompt.prompt), ("request", request)) if v), None
+    )
+    _check_wanted(context, refs, model, asked, name)
     store = open_store(context)
     begin = time.monotonic()
     client = store.remotes.client(remote, is_trusted=trust)
     with output.progress() as bars:
-        if prompt.prompt is not None:
-            tokens, fingerprint, _ = prompt_tokens(model, prompt, prompt.read())
+        if asked is not None:
+            source = options.read_source(prompt, request)
+            tokens, fingerprint, _ = prompt_tokens(model, prompt, source)
             like, _ = _made_by(model)
             entries = [
                 store.remotes.pull_prompt(
@@ -281,7 +287,7 @@ def _check_wanted(
     context: click.Context,
     refs: Sequence[str],
     model: ModelOptions,
-    prompt: PromptOptions,
+    asked: str | None,
     name: str | None,
 ) -> None:
     """Refuse what does not say which entries are meant.
@@ -289,10 +295,11 @@ def _check_wanted(
     Raises:
         click.UsageError: It does not.
     """
-    if bool(refs) == (prompt.prompt is not None):
-        raise click.UsageError("give names, or `--model` and `--prompt`", context)
-    if prompt.prompt is not None and model.model is None:
-        raise click.UsageError("`--prompt` needs `--model`", context)
+    if bool(refs) == (asked is not None):
+        words = "give names, or `--model` and `--prompt` or `--request`"
+        raise click.UsageError(words, context)
+    if asked is not None and model.model is None:
+        raise click.UsageError(f"`--{asked}` needs `--model`", context)
     if model.adapter_path is not None and model.model is None:
         raise click.UsageError("`--adapter-path` needs `--model`", context)
     if name is not None and len(refs) > 1:
