@@ -60,6 +60,7 @@ for _verb in (
     _calibrate.calibrate,
     _recompress.recompress,
     _doctor.doctor,
+    _demo.bench,
     _demo.demo,
     _housekeeping.show_dir,
     _housekeeping.completion,

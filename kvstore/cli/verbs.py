@@ -14,6 +14,7 @@ GROUPS = {
         "calibrate",
         "recompress",
         "doctor",
+        "bench",
     ),
     "Help": ("dir", "completion", "help"),
 }
@@ -69,5 +70,6 @@ EXAMPLES = {
     "calibrate": ["kvstore calibrate --model M", "kvstore calibrate --from-store"],
     "recompress": ["kvstore recompress handbook --quality small"],
     "doctor": ["kvstore doctor --model M"],
+    "bench": ["kvstore bench --model M > report.md"],
     "completion": ['eval "$(kvstore completion)"'],
 }

@@ -95,6 +95,8 @@ class Job:
 class Run:
     """What a process did, with the model loaded and the tokens ready."""
 
+    # Seconds to have the prompt cache of the document.
+    load_s: float
     # Seconds to the first logits behind the document, which one token more has to be
     # fed for.
     first_s: float
@@ -105,6 +107,18 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a prompt cache was saved; nowhere by default."""
+
+    path: Path = Path()
+    nbytes: int | None = None
+    # Seconds that it took.
+    save_s: float | None = None
+    # Fewest tokens that are loaded faster than computed; `None` where none are.
+    pays_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DemoRow:
     """One line of the table."""
 
@@ -112,6 +126,13 @@ class DemoRow:
     way: str
     # On disk; `None` where nothing is.
     nbytes: int | None
+    # Seconds to save.
+    save_s: float | None
+    # Fewest tokens that are loaded faster than computed; `None` where that is not
+    # known, or none are.
+    pays_from: int | None
+    # Seconds to have the prompt cache, computed or loaded.
+    load_s: float
     # Seconds to the first logits behind the document.
     first_s: float
     # How many times faster that is than prefill.
@@ -239,39 +260,65 @@ class _Demo:
         prefill_s = time.perf_counter() - start
         with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
             ways = {MLX_LM: self._save_file(Path(folder))}
-            ways |= {codec: self._save(job, codec, Path(folder)) for codec in codecs}
+            for codec in codecs:
+                ways[codec] = self._save(job, codec, Path(folder), prefill_s)
             run = _answer(self._model, self._tokenizer, self._cache, job, prefill_s)
-            rows = [self._make_row(PREFILL, None, run, run)]
-            for number, (way, (path, nbytes)) in enumerate(ways.items(), 1):
+            rows = [self._make_row(PREFILL, Saved(), run, run)]
+            for number, (way, saved) in enumerate(ways.items(), 1):
                 self._note(f"{number} of {len(ways)}: {way} in a new process")
-                task = replace(job, path=str(path), is_store=way != MLX_LM)
-                rows.append(self._make_row(way, nbytes, _start_process(task), run))
+                task = replace(job, path=str(saved.path), is_store=way != MLX_LM)
+                rows.append(self._make_row(way, saved, _start_process(task), run))
         return rows
 
-    def _save_file(self, folder: Path) -> tuple[Path, int]:
-        """Save with mlx-lm, to compare with; return the file and its size."""
+    def _save_file(self, folder: Path) -> Saved:
+        """Save with mlx-lm, to compare with."""
         from mlx_lm.models.cache import save_prompt_cache
 
         path = folder / "prompt_cache.safetensors"
+        start = time.perf_counter()
         save_prompt_cache(str(path), self._cache)
-        return path, path.stat().st_size
+        return Saved(path, path.stat().st_size, time.perf_counter() - start)
 
-    def _save(self, job: Job, codec: str, folder: Path) -> tuple[Path, int]:
-        """Save in a store of its own; return its folder and its size."""
+    def _save(self, job: Job, codec: str, folder: Path, prefill_s: float) -> Saved:
+        """Save in a store of its own, and find from where on loading is faster."""
         from ..store import Store
 
         with Store(folder / codec, codec) as store:
             progress = self._bar(f"save {codec}")
+            start = time.perf_counter()
             store.save(job.document, self._cache, self._fingerprint, progress=progress)
-            return store.path, store.stats().nbytes
+            save_s = time.perf_counter() - start
+            pays_from = self._find_break_even(store, job.document, prefill_s)
+            return Saved(store.path, store.stats().nbytes, save_s, pays_from)
 
-    def _make_row(
-        self, way: str, nbytes: int | None, run: Run, without: Run
-    ) -> DemoRow:
+    def _find_break_even(
+        self, store: Store, document: list[int], prefill_s: float
+    ) -> int | None:
+        """Return from how many tokens on loading is faster than computing."""
+        from ..ops.speeds import Speeds, add, observe
+
+        now, digest = time.time(), self._fingerprint.digest
+        known = None
+        for number, part in enumerate((4, 1, 2, 3, 4)):
+            start = time.perf_counter()
+            wanted = [*document[: len(document) * part // 4], -1]
+            _, rest = store.load(wanted, self._fingerprint)
+            seconds, held = time.perf_counter() - start, len(wanted) - len(rest)
+            found = observe(digest, "load", held, seconds=seconds, at=now)
+            # The first load of a process says little of the next.
+            if number and found is not None:
+                known = add(known, found)
+        computed = observe(digest, None, len(document), seconds=prefill_s, at=now)
+        return Speeds(computed, known).break_even_tokens
+
+    def _make_row(self, way: str, saved: Saved, run: Run, without: Run) -> DemoRow:
         """Return a line of the table, compared with the run without a store."""
         return DemoRow(
             way,
-            nbytes,
+            saved.nbytes,
+            saved.save_s,
+            saved.pays_from,
+            run.load_s,
             run.first_s,
             without.first_s / run.first_s,
             run.answer_s,
@@ -387,7 +434,7 @@ def _answer(
         if token in tokenizer.eos_token_ids:
             break
         answer.append(int(token))
-    return Run(first_s, answer_s, answer)
+    return Run(before_s, first_s, answer_s, answer)
 
 
 def _start_process(job: Job) -> Run:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 import kvstore
-from kvstore.cli.commands.demo import format_result
+from kvstore.cli.commands.demo import format_report, format_result
 from kvstore.models import demo
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd")
@@ -172,7 +172,7 @@ def test_importing_the_demo_leaves_openblas_its_chance():
 
 def test_the_table_is_readable():
     """One line per way; answers are printed where they differ."""
-    same = demo.DemoRow("raw", 5_000_000, 0.5, 40, 1, "Yes.", 2, 2, True)
+    same = demo.DemoRow("raw", 5_000_000, 0.1, 30, 0.4, 0.5, 40, 1, "Yes.", 2, 2, True)
     differs = replace(same, way="turbo2", answer="No.", num_same=0, is_same=False)
     prefill = replace(same, way=demo.PREFILL, nbytes=None, speedup=1.0)
     result = demo.DemoResult("m", 2000, "Is it?", (prefill, same, differs))
@@ -188,3 +188,38 @@ def test_the_table_is_readable():
     assert max(map(len, wide.splitlines())) <= 80
     assert text.endswith("question: Is it?\nprefill: Yes.\nturbo2: No.")
     assert json.loads(json.dumps(result.to_json()))["rows"][1]["way"] == "raw"
+
+
+@pytest.mark.slow
+def test_a_bench_is_a_report_to_paste(run_cli, tiny_model):
+    """It has each way to save, what it took, and the machine."""
+    words = ("bench", "--model", tiny_model, "--num-tokens", 600, "--codec", "raw")
+    code, out, err = run_cli(*words, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    ways = {row["way"]: row for row in data["rows"]}
+    assert set(ways) == {demo.PREFILL, demo.MLX_LM, "raw"}
+    assert ways["raw"]["save_s"] > 0
+    assert ways["raw"]["load_s"] < ways["raw"]["first_s"]
+    assert "mlx-lm" in data["machine"]["versions"]
+
+
+def test_the_report_has_a_line_for_each_codec(finished):
+    """Where loading never pays, it says no number; what it ran on stands below."""
+    table = format_report(finished[0], {"cores": "2"}).splitlines()
+    ways = [line.split(" | ")[0] for line in table if line.startswith("| ")]
+    assert ways == ["|", f"| {demo.MLX_LM}", *(f"| {codec}" for codec in CODECS)]
+    assert table[4].endswith("| - |")
+    assert table[-1] == "* cores: 2"
+
+
+def test_loading_pays_where_it_is_faster(tiny_demo, tmp_path):
+    """The break-even is of this machine: none where computing takes no time."""
+    document, question = tiny_demo.make_tokens("long " * 900, "Why?", 800)
+    job = demo.Job(None, document, question, 8)
+    demo._read(tiny_demo._model, tiny_demo._cache, document, demo._show_nothing(""))
+    slow = tiny_demo._save(job, "raw", tmp_path / "slow", 1000.0)
+    fast = tiny_demo._save(job, "raw", tmp_path / "fast", 1e-12)
+    assert slow.nbytes == fast.nbytes > 0
+    assert 0 < slow.pays_from < 100
+    assert fast.pays_from is None

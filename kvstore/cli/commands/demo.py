@@ -1,7 +1,9 @@
-"""The verb demo."""
+"""The verbs demo and bench: one measurement, told in two ways."""
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +11,26 @@ import click
 
 from ..main import Verb, load_fast_blas, output_of
 from ..options import CodecName, ModelOptions, Text, gathered, model_options
-from ..output import Column, format_bytes, format_table, terminal_width
+from ..output import Column, format_bytes, format_count, format_table, terminal_width
 
 if TYPE_CHECKING:
     from ...models.demo import DemoResult, DemoRow
+
+num_tokens = click.option(
+    "--num-tokens",
+    metavar="N",
+    type=click.IntRange(min=256),
+    help="How much of a document to read.  [default: about 2,000 tokens, 256 where the"
+    " model is slow]",
+)
+codecs = click.option(
+    "--codec",
+    "codecs",
+    metavar="CODEC",
+    type=CodecName(),
+    multiple=True,
+    help="A codec to compare; may be given several times.  [default: the usual ones]",
+)
 
 
 @click.command(cls=Verb)
@@ -24,13 +42,7 @@ if TYPE_CHECKING:
     help="A text to read.  [default: a part of Python's manual]",
 )
 @click.option("--question", metavar="TEXT", type=Text(), help="What to ask about it.")
-@click.option(
-    "--num-tokens",
-    metavar="N",
-    type=click.IntRange(min=256),
-    help="How much of it to read.  [default: about 2,000 tokens, 256 where the model"
-    " is slow]",
-)
+@num_tokens
 @click.option(
     "--max-tokens",
     metavar="N",
@@ -39,14 +51,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens of an answer at most.",
 )
-@click.option(
-    "--codec",
-    "codecs",
-    metavar="CODEC",
-    type=CodecName(),
-    multiple=True,
-    help="A codec to compare; may be given several times.  [default: the usual ones]",
-)
+@codecs
 @click.pass_context
 @gathered("model", ModelOptions)
 def demo(
@@ -65,6 +70,56 @@ def demo(
     nothing is left behind.
     """
     output = output_of(context)
+    model, result = _run(
+        context, model, document, question, num_tokens, max_tokens, codecs
+    )
+    output.result(format_result(result, terminal_width()), result.to_json())
+    output.hint(
+        f"now with a text of yours: `kvstore save --model {model.model} --name doc <"
+        ' FILE`, then `kvstore generate --from doc "QUESTION"`'
+    )
+
+
+@click.command(cls=Verb)
+@model_options
+@num_tokens
+@codecs
+@click.pass_context
+@gathered("model", ModelOptions)
+def bench(
+    context: click.Context,
+    model: ModelOptions,
+    num_tokens: int | None,
+    codecs: tuple[str, ...],
+) -> None:
+    """Measure what a store saves with a model of yours, on this machine.
+
+    Takes about two minutes: a document is computed, saved, and loaded in a new process
+    for each codec. The report says from how many tokens on loading is faster than
+    computing, and can be pasted into an issue. Nothing is left behind.
+    """
+    output = output_of(context)
+    _, result = _run(context, model, None, None, num_tokens, 8, codecs)
+    from ...ops.doctor import examine_machine
+
+    found = list(examine_machine())
+    machine = {one.subject: one.detail for one in found}
+    machine["machine"] = f"{platform.platform()}, {os.cpu_count()} cores"
+    data = result.to_json() | {"machine": machine}
+    output.result(format_report(result, machine), data)
+
+
+def _run(
+    context: click.Context,
+    model: ModelOptions,
+    document: Path | None,
+    question: str | None,
+    num_tokens: int | None,
+    max_tokens: int,
+    codecs: tuple[str, ...],
+) -> tuple[ModelOptions, DemoResult]:
+    """Return the model, and what was measured with it."""
+    output = output_of(context)
     model = model.chosen(context)
     load_fast_blas()
     from ...models.demo import CODECS, run_demo
@@ -82,11 +137,32 @@ def demo(
             bar=bars.bar,
             note=output.note,
         )
-    output.result(format_result(result, terminal_width()), result.to_json())
-    output.hint(
-        f"now with a text of yours: `kvstore save --model {model.model} --name doc <"
-        ' FILE`, then `kvstore generate --from doc "QUESTION"`'
-    )
+    return model, result
+
+
+def format_report(result: DemoResult, machine: dict[str, str]) -> str:
+    """Return what was measured, in Markdown.
+
+    Args:
+        result: What was found.
+        machine: What it was found on: names and values.
+    """
+    prefill_s = result.rows[0].load_s
+    lines = [
+        f"`{Path(result.model).name}`, {result.num_tokens:,} tokens, computed in"
+        f" {prefill_s:.2f} s ({result.num_tokens / prefill_s:,.0f} tokens/s)",
+        "",
+        "| | MB on disk | save, s | load, s | first logits, s | ratio | pays from |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result.rows[1:]:
+        pays = format_count(row.pays_from, "token") if row.pays_from else "-"
+        lines.append(
+            f"| {row.way} | {(row.nbytes or 0) / 1e6:.1f} | {row.save_s:.2f} |"
+            f" {row.load_s:.2f} | {row.first_s:.2f} | {_speedup_cell(row)} | {pays} |"
+        )
+    lines += ["", *(f"* {name}: {value}" for name, value in machine.items())]
+    return "\n".join(lines)
 
 
 def format_result(result: DemoResult, width: int | None = None) -> str:
