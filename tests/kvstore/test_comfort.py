@@ -148,7 +148,7 @@ def groups(command=cli, path=()):
             yield from groups(verb, (*path, name))
 
 
-@pytest.mark.parametrize("words, verbs", groups(), ids=lambda value: value[0])
+@pytest.mark.parametrize(("words", "verbs"), list(groups()), ids=lambda value: value[0])
 def test_a_verb_with_verbs_lists_them(run_cli, words, verbs):
     """With what each is for."""
     code, out, _ = run_cli(*words, "--help")
