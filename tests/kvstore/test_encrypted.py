@@ -1,5 +1,6 @@
 """Encrypted stores: what lies on disk, what opens it, and what does not."""
 
+import io
 import json
 import os
 import shutil
@@ -362,6 +363,15 @@ def test_a_key_for_an_age_identity(tmp_path, forgotten, monkeypatch):
     assert vault.unlock(kept) == key
     with pytest.raises(KVStoreError, match="no age recipient"):
         vault.keep_by_recipient(key, "age1nobody")
+
+
+def test_where_nobody_can_be_asked_for_a_passphrase(tmp_path, capsys, monkeypatch):
+    """One line says how to give it, and no store is made."""
+    monkeypatch.delenv("KVSTORE_PASSPHRASE", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    store = ("--store", tmp_path / "store", "init", "--encrypt")
+    assert "`$KVSTORE_PASSPHRASE` gives it" in kv(capsys, *store, code=1).err
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.slow  # to try a passphrase takes seconds, on purpose

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,13 @@ def _encryption(key_file: Path | None, keychain: bool, recipient: str | None) ->
         return vault.keep_by_keychain(key)
     if recipient is not None:
         return vault.keep_by_recipient(key, recipient)
-    passphrase = os.environ.get("KVSTORE_PASSPHRASE") or click.prompt(
+    passphrase = os.environ.get("KVSTORE_PASSPHRASE")
+    if not passphrase and not sys.stdin.isatty():
+        raise KVStoreError(
+            "no passphrase was given, and nobody is there to be asked",
+            hint="`$KVSTORE_PASSPHRASE` gives it, and `--key-file` needs none",
+        )
+    passphrase = passphrase or click.prompt(
         "new passphrase", hide_input=True, confirmation_prompt=True, err=True
     )
     return vault.keep_by_passphrase(key, passphrase)
