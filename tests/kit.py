@@ -101,14 +101,14 @@ class Encoded:
     @property
     def data(self):
         """The bytes of all parts, one behind the other."""
-        return b"".join(bytes(part.data) for part in self.parts)
+        return b"".join(data for part in self.parts for data in part.buffers)
 
     @property
     def tensors(self):
         """What a shard's header says of the parts."""
         found, position = {}, 0
         for part in self.parts:
-            end = position + len(part.data)
+            end = position + part.nbytes
             found[part.name] = TensorSpec(
                 part.dtype, part.shape, position, end, part.raw_nbytes
             )

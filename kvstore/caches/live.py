@@ -293,21 +293,3 @@ def quantize(
         else cache
         for cache in empty
     ]
-
-
-def split(held: Sequence[Held], group: Group, name: str, rows: Rows) -> Array:
-    """Return rows of some layers as NumPy holds them, shape ``(L, H, T, D)``.
-
-    They are evaluated here, on the caller's thread.
-    """
-    is_state = group.spec(name).kind in ("state", "mark")
-    pieces = []
-    for layer in group.layers:
-        array, begin = held[layer][name]
-        first = 0 if is_state else rows.start - begin
-        pieces.append(array[0, :, first : first + rows.shape[2], :])
-    stacked = mx.stack(pieces)
-    if stacked.dtype == mx.bfloat16:
-        stacked = stacked.view(mx.uint16)
-    mx.eval(stacked)
-    return np.asarray(stacked)

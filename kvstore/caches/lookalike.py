@@ -214,9 +214,9 @@ def _stored(cache: Any, num_rows: int) -> Any:
     restoring = start_restoring(chain.layout, num_rows)
     for block in chain.blocks:
         stop = block.start + len(block.tokens)
-        for piece, array in rows.read(block):
-            assert isinstance(array, np.ndarray)  # mlx-lm has no codes of ours
-            parts = codec.array.encode(array, piece.rows)
+        for piece, layers in rows.read(block):
+            assert isinstance(layers, list)  # mlx-lm has no codes of ours
+            parts = {"rows": np.stack(layers)}
             restoring.write(codec, parts, piece.group, piece.rows, stop)
     (found,) = restoring.finish(num_rows, rows.provenance)
     return found

@@ -92,11 +92,16 @@ class Restoring(Protocol):
 
 def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
     """Return what rebuilds a prompt cache fastest on MLX's default device."""
-    if mx.default_device() == mx.cpu or _shares_memory():
+    if is_shared():
         return HostRestoring(layout, num_tokens)
     if gpu.can("restore"):
         return KernelRestoring(layout, num_tokens)
     return DeviceRestoring(layout, num_tokens)
+
+
+def is_shared() -> bool:
+    """Whether NumPy sees the memory of MLX's arrays."""
+    return bool(mx.default_device() == mx.cpu or _shares_memory())
 
 
 @cache

@@ -10,9 +10,10 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Parts, map_arrays, nbytes
+from ..codecs.base import Layers, Parts, map_arrays, nbytes
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
     digest_fields,
@@ -24,9 +25,11 @@ from ..format.chain import (
 from ..format.documents import JSON
 from ..format.entry import Entry
 from . import live as caches
+from .kinds.base import Held
 from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .live import Provenance
+from .restore import is_shared
 from .stored import Piece
 
 
@@ -99,6 +102,32 @@ class Chain:
         return tip == hash_block_tokens(block.parent, block.tokens[:rest])
 
 
+def read_layers(held: Sequence[Held], piece: Piece) -> Layers:
+    """Return rows of some layers, evaluated here, on the caller's thread.
+
+    Where NumPy sees the memory of MLX's arrays, they are views of it: the caches are
+    not to be written to meanwhile.
+    """
+    found, num_rows = [], piece.rows.shape[2]
+    for layer in piece.group.layers:
+        array, begin = held[layer][piece.rows.side]
+        first = 0 if piece.kind in ("state", "mark") else piece.rows.start - begin
+        found.append((array, slice(first, first + num_rows)))
+    if is_shared():
+        arrays = [_as_bits(array) for array, _ in found]
+        mx.eval(arrays)
+        pairs = zip(arrays, found, strict=True)
+        return [np.asarray(array)[0, :, rows] for array, (_, rows) in pairs]
+    # Sent by the device at once.
+    stacked = _as_bits(mx.stack([array[0, :, rows] for array, rows in found]))
+    return list(np.asarray(stacked))
+
+
+def _as_bits(array: mx.array) -> mx.array:
+    """Return an array as its bits, where NumPy lacks its dtype."""
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
 class LiveRows:
     """Rows of a prompt cache, read when they are wanted, on its own thread.
 
@@ -132,8 +161,8 @@ class LiveRows:
             )
         ]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array | Parts]]:
-        """Yield what there is of a block, in arrays of shape ``(L, H, T, D)``.
+    def read(self, block: Block) -> Iterator[tuple[Piece, Layers | Parts]]:
+        """Yield what there is of a block, in an array ``(H, T, D)`` for each layer.
 
         Of rows that are in codes, those.
         """
@@ -143,10 +172,7 @@ class LiveRows:
             if rows.side in CODED:
                 members = [self._caches[layer] for layer in group.layers]
                 codes = read_codes(codec_of(group.layout), members, rows)
-            if codes is None:
-                yield piece, caches.split(self._held, group, rows.side, rows)
-            else:
-                yield piece, codes
+            yield piece, read_layers(self._held, piece) if codes is None else codes
 
     def take(self, blocks: Iterable[Block]) -> TakenRows:
         """Return the rows of some blocks, for another thread."""
@@ -170,7 +196,7 @@ class TakenRows:
 
     def __init__(
         self,
-        taken: dict[BlockHash, list[tuple[Piece, caches.Array | Parts]]],
+        taken: dict[BlockHash, list[tuple[Piece, Layers | Parts]]],
         provenance: Provenance,
     ) -> None:
         self._taken = taken
@@ -196,7 +222,7 @@ class TakenRows:
         """Return what was taken of a block."""
         return [piece for piece, _ in self._taken[block.hash]]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, caches.Array | Parts]]:
+    def read(self, block: Block) -> Iterator[tuple[Piece, Layers | Parts]]:
         """Yield what was taken of a block, as :meth:`LiveRows.read` does."""
         yield from self._taken[block.hash]
 

@@ -7,9 +7,9 @@ they are stored in; bfloat16, which NumPy lacks, travels as its bits in ``uint16
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -21,18 +21,24 @@ from ..format.block import EXACT_BITS, Part, TensorSpec
 Array = npt.NDArray[np.generic]
 Parts = Mapping[str, Array]
 """The named arrays that a codec made of rows."""
+Layers = list[Array]
+"""Rows of some layers, each of shape ``(H, T, D)``."""
+Encoded = Array | Layers
+"""A part as it comes out of encoding: an array, or one for each layer."""
 
 
-def map_arrays(function: Callable[[Array], Array], x: Array | Parts) -> Array | Parts:
-    """Return what a function makes of an array, or of each of several."""
+def map_arrays(function: Callable[[Array], Array], x: Any) -> Any:
+    """Return what a function makes of an array, or of each of several, as they are."""
     if isinstance(x, Mapping):
         return {name: function(part) for name, part in x.items()}
-    return function(x)
+    return [function(part) for part in x] if isinstance(x, list) else function(x)
 
 
-def nbytes(x: Array | Parts) -> int:
+def nbytes(x: Array | Layers | Parts) -> int:
     """Return the bytes of an array, or of several."""
-    return sum(p.nbytes for p in x.values()) if isinstance(x, Mapping) else x.nbytes
+    if isinstance(x, Mapping):
+        return sum(part.nbytes for part in x.values())
+    return sum(part.nbytes for part in x) if isinstance(x, list) else x.nbytes
 
 
 NUMPY_DTYPES: dict[str, type[np.generic]] = {
@@ -100,8 +106,11 @@ class ArrayCodec(Protocol):
     def is_compressible(self, part: str) -> bool:
         """Whether a compressor is worth its time on a part."""
 
-    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
-        """Encode rows of shape ``(L, H, T, D)``."""
+    def encode(self, layers: Sequence[Array], rows: Rows) -> dict[str, Encoded]:
+        """Encode rows of some layers, each of shape ``(H, T, D)``, strided or not.
+
+        They may be a live cache's own memory, which is not to be written to.
+        """
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
@@ -202,8 +211,12 @@ class Codec:
             return EXACT_BITS
         return min(getattr(self.array, "bits", 0), EXACT_BITS - 1)
 
-    def encode(self, x: Array | Parts, rows: Rows, prefix: str) -> list[Part]:
-        """Encode rows of shape ``(L, H, T, D)`` to parts named ``prefix`` and on.
+    def encode(
+        self, layers: Sequence[Array] | Parts, rows: Rows, prefix: str
+    ) -> list[Part]:
+        """Encode rows of some layers to parts named ``prefix`` and on.
+
+        Parts may be views of the rows, which must stay as they are for so long.
 
         Rows that are in codes of this codec already are only packed.
 
@@ -211,7 +224,9 @@ class Codec:
             CodecError: This codec cannot hold such rows.
         """
         specs = self.array.parts(rows)  # refuses the rows before any work is done
-        encoded = x if isinstance(x, Mapping) else self.array.encode(x, rows)
+        encoded: Mapping[str, Encoded] = (
+            layers if isinstance(layers, Mapping) else self.array.encode(layers, rows)
+        )
         return [
             _pack(f"{prefix}{name}", dtype, encoded[name], self._compressor_of(name))
             for name, (dtype, _) in specs.items()
@@ -253,13 +268,32 @@ class Codec:
         return self.compressor if self.array.is_compressible(part) else None
 
 
-def _pack(name: str, dtype: str, array: Array, compressor: BytesCodec | None) -> Part:
-    # Flat bytes: a memoryview of an array without rows cannot be cast.
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _pack(
+    name: str, dtype: str, encoded: Encoded, compressor: BytesCodec | None
+) -> Part:
+    if isinstance(encoded, list):
+        if compressor is None:
+            shape = (len(encoded), *encoded[0].shape)
+            return Part(name, dtype, shape, tuple(_contiguous(encoded)))
+        encoded = np.stack(encoded)
+    data = _octets(np.ascontiguousarray(encoded))
     if compressor is None:
-        return Part(name, dtype, array.shape, data)
+        return Part(name, dtype, encoded.shape, data)
     packed = compressor.compress(data)
     return Part(name, "U8", (len(packed),), packed, raw_nbytes=len(data))
+
+
+def _contiguous(layers: Sequence[Array]) -> Iterator[memoryview]:
+    """Yield the bytes of layers in order, in place where a head's lie side by side."""
+    for layer in layers:
+        whole = layer.flags.c_contiguous
+        for array in [layer] if whole else layer:
+            yield _octets(np.ascontiguousarray(array))
+
+
+def _octets(array: Array) -> memoryview:
+    # Flat bytes: a memoryview of an array without rows cannot be cast.
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _unpack(

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
 from ..format.calibration import nominal_bits
-from .base import MLX_DTYPES, Array, PartSpecs, Rows
+from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows
 from .fitted import (
     Fitted,
     FittedLayers,
@@ -109,12 +109,14 @@ class Fit:
         """All parts but the low planes of rows that are stored in planes."""
         return part != "low"
 
-    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
-        """Encode rows of shape ``(L, 2 H, T, D)``."""
+    def encode(self, layers: Sequence[Array], rows: Rows) -> dict[str, Encoded]:
+        """Encode rows, the heads of the keys first."""
         plan = self._plan(rows)
+        if plan is None:
+            return _PLANES.encode(layers, rows)
         # Of a broken row NaN is made, which is nothing to warn of.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            return plan.encode(x) if plan else _PLANES.encode(x, rows)
+            return plan.encode(np.stack(layers))
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
@@ -225,7 +227,7 @@ class _Plan:
             if not are_packed(parts[f"c{stream.first}"], stream):
                 raise IntegrityError("a coefficient is out of range")
 
-    def encode(self, x: Array) -> dict[str, Array]:
+    def encode(self, x: Array) -> dict[str, Encoded]:
         """Return the parts of rows of shape ``(L, 2 H, T, D)``."""
         coded = np.ascontiguousarray(x[:, :, self._sinks :])
         wide = self._centred(widen(coded, self._rows.dtype))
@@ -237,7 +239,7 @@ class _Plan:
         is_exact |= self._is_large(exact)
         q[is_exact] = 0
         marks = exponents.astype(np.int16) + MAX_EXPONENT
-        parts: dict[str, Array] = {
+        parts: dict[str, Encoded] = {
             "exponents": np.where(is_exact, _EXACT, marks).astype(np.uint8),
             "exact": exact[is_exact],
         }

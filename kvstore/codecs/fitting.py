@@ -374,8 +374,8 @@ def _measure(
                     "kv", start, (layers, heads, tokens, dim), sample.dtype,
                     group.layers,
                 )  # fmt: skip
-                parts = codec.encode(x, rows, "")
-                nbytes += sum(len(p.data) for p in parts if p.name != "sinks")
+                parts = codec.encode(list(x), rows, "")
+                nbytes += sum(p.nbytes for p in parts if p.name != "sinks")
                 count += x.size
     return nbytes * 8 / count
 

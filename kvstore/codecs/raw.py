@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .base import MLX_DTYPES, Array, PartSpecs, Rows, Run
+from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Raw:
         """All parts."""
         return True
 
-    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
-        """Return the rows."""
-        return {"rows": x}
+    def encode(self, layers: Sequence[Array], rows: Rows) -> dict[str, Encoded]:
+        """Return the rows, from where they are."""
+        return {"rows": list(layers)}
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]

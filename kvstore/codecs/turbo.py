@@ -24,8 +24,7 @@ from turboquant.packing import plane_widths
 from turboquant.packing import split_planes as split_codes
 
 from ..errors import CodecError
-from .base import MLX_DTYPES, Array, PartSpecs, Rows, Run
-from .planes import join_planes, split_planes
+from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows, Run
 
 NUM_SINKS = 4
 SEED = 0
@@ -110,22 +109,22 @@ class Turbo:
         """All parts."""
         return True
 
-    def encode(self, x: Array, rows: Rows) -> dict[str, Array]:
-        """Encode rows of shape ``(L, H, T, D)``."""
+    def encode(self, layers: Sequence[Array], rows: Rows) -> dict[str, Encoded]:
+        """Encode all layers in one call."""
         sinks = _num_sinks(rows)
         codes = best_kernels().encode_block(
-            list(x[:, :, sinks:]),
+            [layer[:, sinks:] for layer in layers],
             self._bits(rows),
             make_wh_rotation(rows.shape[3], SEED),
             is_centred=_is_key(rows),
         )
         names = [name for name, _ in self._planes(rows)]
-        parts: dict[str, Array] = dict(zip(names, codes.planes, strict=True))
-        parts["norms"] = split_planes(codes.norms)
+        parts: dict[str, Encoded] = dict(zip(names, codes.planes, strict=True))
+        parts["norms"] = best_kernels().split_bytes([codes.norms])[:, 0]
         if codes.mean is not None:
             parts["mean"] = codes.mean
         if sinks:
-            parts["sinks"] = x[:, :, :sinks]
+            parts["sinks"] = [layer[:, :sinks] for layer in layers]
         return parts
 
     def decode_into(
@@ -182,7 +181,7 @@ class Turbo:
         names = [name for name, _ in self._planes(rows)]
         planes = split_codes(live["codes"], self._bits(rows))
         found = {**live, **dict(zip(names, planes, strict=True))}
-        found["norms"] = split_planes(live["norms"])
+        found["norms"] = best_kernels().split_bytes([live["norms"]])[:, 0]
         return {name: found[name] for name in self.parts(rows)}
 
     def to_live(self, parts: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
@@ -211,7 +210,7 @@ def _is_key(rows: Rows) -> bool:
 
 def _join_norms(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     norms = np.empty(parts["norms"].shape[1:], np.float32)
-    join_planes(list(parts["norms"]), norms)
+    best_kernels().join_bytes(list(parts["norms"][:, None]), [norms])
     return norms
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NewType
 
 if TYPE_CHECKING:
@@ -48,10 +49,20 @@ class Part:
     # safetensors name of the element type.
     dtype: str
     shape: tuple[int, ...]
-    # Its bytes, little-endian, row-major.
-    data: bytes | memoryview
+    # Its bytes, little-endian, row-major; in several buffers where they lie apart.
+    data: bytes | memoryview | tuple[memoryview, ...]
     # Bytes before compression, or ``None`` where there was none.
     raw_nbytes: int | None = None
+
+    @property
+    def buffers(self) -> tuple[bytes | memoryview, ...]:
+        """Its bytes, as the buffers that hold them."""
+        return self.data if isinstance(self.data, tuple) else (self.data,)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return sum(map(len, self.buffers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,11 @@ class EncodedBlock:
     parts: tuple[Part, ...]
     # As in :class:`Place`.
     num_extras: int = 0
+
+    @property
+    def buffers(self) -> tuple[bytes | memoryview, ...]:
+        """The bytes of all parts, as the buffers that hold them."""
+        return tuple(chain.from_iterable(part.buffers for part in self.parts))
 
 
 @dataclass(frozen=True, slots=True)

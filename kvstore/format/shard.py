@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from struct import pack
 from typing import Any
 
-import blake3
-
 from ..errors import FormatError
 from .block import (
     EXACT_BITS,
@@ -61,11 +59,14 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
     )
 
 
+def nbytes_of(blocks: Sequence[EncodedBlock]) -> int:
+    """Return the bytes of all parts of some blocks."""
+    return sum(part.nbytes for block in blocks for part in block.parts)
+
+
 def is_full(blocks: Sequence[EncodedBlock]) -> bool:
     """Whether a shard of these blocks takes no further one like the last."""
-    return _is_full(
-        [(sum(len(p.data) for p in block.parts), len(block.parts)) for block in blocks]
-    )
+    return _is_full([(nbytes_of([block]), len(block.parts)) for block in blocks])
 
 
 def group_blocks(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
@@ -127,14 +128,12 @@ def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
     return pack("<Q", len(text)) + _seal(text)
 
 
-def _describe(encoded: EncodedBlock) -> StoredBlock:
+def describe_block(encoded: EncodedBlock) -> StoredBlock:
     """Return a block as the header of a shard of its own would describe it."""
-    digest = blake3.blake3()
     tensors: dict[str, TensorSpec] = {}
     begin = end = 0
     for part in encoded.parts:
-        digest.update(part.data)
-        begin, end = end, end + len(part.data)
+        begin, end = end, end + part.nbytes
         tensors[part.name] = TensorSpec(
             part.dtype, part.shape, begin, end, part.raw_nbytes
         )
@@ -144,7 +143,7 @@ def _describe(encoded: EncodedBlock) -> StoredBlock:
         encoded.is_lossless,
         encoded.bits,
         encoded.num_extras,
-        digest.hexdigest(),
+        blake3_hex(*encoded.buffers),
         0,
         end,
         tensors,

@@ -21,7 +21,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..caches import live as caches
 from ..caches.layout import Group, group_layers
-from ..caches.stored import rows_of
+from ..caches.snapshot import read_layers
+from ..caches.stored import Piece, rows_of
 from ..codecs.fitting import GroupFit, Sample, finish_basis
 from ..errors import KVStoreError, UnsupportedCacheError
 from ..fingerprint import Fingerprint
@@ -268,7 +269,7 @@ def _samples(
     found = []
     for group in groups:
         pair = [rows_of(group, side, 0, PREFIX) for side in ("k", "v")]
-        halves = [caches.split(held, group, rows.side, rows) for rows in pair]
+        halves = [np.stack(read_layers(held, Piece(0, group, r))) for r in pair]
         gradient = np.stack([gradients[layer] for layer in group.layers])
         x = np.concatenate(halves, axis=1)
         found.append(Sample(0, pair[0].dtype, x, gradient))

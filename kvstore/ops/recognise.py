@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 
-import numpy as np
-
 from ..caches.fit import Wanted
 from ..caches.kinds import holds_codes
 from ..caches.snapshot import Chain, LiveRows, Snapshot
@@ -84,7 +82,7 @@ def _stops(hit: Hit) -> list[int]:
 
 def _bits(rows: LiveRows, block: Block) -> Iterator[bytes]:
     """Yield the rows of a block that a lossy codec may code."""
-    for piece, array in rows.read(block):
+    for piece, layers in rows.read(block):
         if piece.rows.side in CODABLE and piece.kind == "rows":
-            assert isinstance(array, np.ndarray)  # the others are codes
-            yield array.tobytes()
+            assert isinstance(layers, list)  # the others are codes
+            yield b"".join(layer.tobytes() for layer in layers)

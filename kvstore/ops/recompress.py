@@ -97,7 +97,7 @@ def _encoded(
     for place, _ in wanted:
         for stored, data in blocks.read(place.shard, [place], root):
             pieces = [
-                (piece, decode_piece(found, piece, stored, data))
+                (piece, list(decode_piece(found, piece, stored, data)))
                 for found, piece in stored_pieces(stored, groups, own)
             ]
             bits = codec.bits

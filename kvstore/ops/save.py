@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
-from ..codecs.base import Array, Parts, nbytes
+from ..codecs.base import Layers, Parts, nbytes
 from ..codecs.parallel import map_in_order
 from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
@@ -31,12 +31,11 @@ from ..storage.bases import add_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from ..storage.index import is_better
-from ..storage.shards import open_shard, staged_copy, staged_shard
+from ..storage.shards import StagedShard, open_shard, staged_copy, staged_shard
 from .bases import read_named
 from .commit import commit, make_room, replaceable
 
-# With two cores, the model has both of them.
-NUM_ENCODERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+NUM_ENCODERS = min(8, os.cpu_count() or 1)
 # Of rows that are being encoded.
 _MAX_BYTES = 256 * 1024 * 1024
 # How often blocks that `prune` takes away meanwhile are written again.
@@ -197,17 +196,35 @@ def _write_missing(
 ) -> None:
     """Encode and write every block that the store lacks.
 
-    No lock is held while a codec works.
+    No lock is held while a codec works. While one shard is hashed, written and synced,
+    the blocks of the next are encoded.
     """
     chain = encoder.snapshot.chain
     progress(0, chain.num_tokens)
-    for batch in batches(encoder.encode(_missing(blocks, encoder))):
-        with staged_shard(blocks.folder, chain.origin, batch) as staged:
-            make_room(staged.header.nbytes)
-            with blocks.index.transaction():
-                blocks.add_new([staged], encoder.token_bytes)
-        last = batch[-1].block
-        progress(last.start + len(last.tokens), chain.num_tokens)
+    opened: list[ExitStack] = []
+
+    def stage(batch: list[EncodedBlock]) -> tuple[ExitStack, StagedShard]:
+        stack = ExitStack()
+        opened.append(stack)
+        staged = staged_shard(blocks.folder, chain.origin, batch)
+        return stack, stack.enter_context(staged)
+
+    try:
+        found = batches(encoder.encode(_missing(blocks, encoder)))
+        staged = map_in_order(
+            stage, found, 2, nbytes=shards.nbytes_of, max_bytes=shards.MAX_BYTES
+        )
+        with closing(staged):
+            for stack, shard in staged:
+                with stack:
+                    make_room(shard.header.nbytes)
+                    with blocks.index.transaction():
+                        blocks.add_new([shard], encoder.token_bytes)
+                last = shard.header.blocks[-1].block
+                progress(last.start + len(last.tokens), chain.num_tokens)
+    finally:
+        for stack in opened:
+            stack.close()
     blocks.add_root(chain.root, chain.origin)
     progress(chain.num_tokens, chain.num_tokens)
 
@@ -273,7 +290,7 @@ class _Encoder:
         )
 
     def _encode_one(
-        self, block: Block, pieces: Iterable[tuple[Piece, Array | Parts]]
+        self, block: Block, pieces: Iterable[tuple[Piece, Layers | Parts]]
     ) -> EncodedBlock:
         codec, bits = self._codec_of(block), self.bits(block)
         return encode_block(block, codec, pieces, bits, self.num_extras(block))
@@ -288,7 +305,7 @@ def codec_of_rows(codec: Codec, groups: Sequence[Group]) -> Codec:
 def encode_block(
     block: Block,
     codec: Codec,
-    pieces: Iterable[tuple[Piece, Array | Parts]],
+    pieces: Iterable[tuple[Piece, Layers | Parts]],
     bits: int,
     num_extras: int,
 ) -> EncodedBlock:
@@ -303,12 +320,12 @@ def encode_block(
     """
     twin = lossless_twin(codec)
     parts: list[Part] = []
-    for piece, x in _join(pieces) if codec.is_joint else pieces:
+    for piece, layers in _join(pieces) if codec.is_joint else pieces:
         name = piece.rows.side
         array_codec = codec if name in CODABLE else twin
-        if isinstance(x, Mapping):
+        if isinstance(layers, Mapping):
             array_codec = Codec(codec_of(piece.group.layout), twin.compressor)
-        parts += array_codec.encode(x, piece.rows, f"{piece.number}.{name}.")
+        parts += array_codec.encode(layers, piece.rows, f"{piece.number}.{name}.")
     # Windows have moved on and states were elsewhere; only tokens are left.
     parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
     return EncodedBlock(
@@ -317,13 +334,17 @@ def encode_block(
 
 
 def _join(
-    pieces: Iterable[tuple[Piece, Array | Parts]],
-) -> Iterator[tuple[Piece, Array | Parts]]:
+    pieces: Iterable[tuple[Piece, Layers | Parts]],
+) -> Iterator[tuple[Piece, Layers | Parts]]:
     """Yield keys and values of equal shape as one piece; all else as it is."""
     found = list(pieces)
-    arrays = iter([x for _, x in found])
+    arrays = iter([layers for _, layers in found])
     for piece in join_pieces([piece for piece, _ in found]):
-        x = next(arrays)
+        layers = next(arrays)
         if piece.rows.side == "kv":
-            x = np.concatenate([x, next(arrays)], axis=1)
-        yield piece, x
+            values = next(arrays)
+            assert isinstance(layers, list)
+            assert isinstance(values, list)
+            pairs = zip(layers, values, strict=True)
+            layers = [np.concatenate(pair) for pair in pairs]
+        yield piece, layers

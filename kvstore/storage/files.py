@@ -58,11 +58,12 @@ def create(path: Path) -> int:
     return os.open(path, flags, 0o600)
 
 
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte of ``data``, however short the single writes are."""
-    rest = memoryview(data).cast("B")
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+def write_all(descriptor: int, *buffers: bytes | memoryview) -> None:
+    """Write every byte of some buffers, however short the single writes are."""
+    for buffer in buffers:
+        rest = memoryview(buffer).cast("B")
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
 
 
 def sync(descriptor: int) -> None:
@@ -305,8 +306,11 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int) -> No
         if count == 0:
             raise EOFError(f"file ends at byte {offset}")
         offset += count
-        while rest and count >= len(rest[0]):
-            count -= len(rest.pop(0))
+        done = 0
+        while done < len(rest) and count >= len(rest[done]):
+            count -= len(rest[done])
+            done += 1
+        del rest[:done]
         if count:
             rest[0] = rest[0][count:]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,7 +16,13 @@ from ..errors import IntegrityError
 from ..format.block import EncodedBlock, Origin, ShardHeader, StoredBlock
 from ..format.documents import blake3_hex
 from ..format.safetensors import MAX_HEADER_BYTES
-from ..format.shard import _HEX, _describe, as_written, parse_shard_header, shard_header
+from ..format.shard import (
+    _HEX,
+    as_written,
+    describe_block,
+    parse_shard_header,
+    shard_header,
+)
 from . import files
 from .cipher import Cipher
 from .folder import StoreFolder
@@ -61,18 +68,23 @@ def staged_shard(
 
     The same origin and blocks give the same bytes.
     """
-    stored = [_describe(block) for block in blocks]
+    stored = [describe_block(block) for block in blocks]
     header = shard_header(origin, stored)
     written: Iterable[bytes | memoryview]
-    written = chain([header], (p.data for block in blocks for p in block.parts))
+    written = chain([header], (data for block in blocks for data in block.buffers))
     if folder.cipher is not None:
-        pieces = ((part.data for part in block.parts) for block in blocks)
+        pieces = (block.buffers for block in blocks)
         written = seal_shard(folder.cipher, header, stored, pieces)
     sha256 = hashlib.sha256()
     with files.staged(folder.staging) as (path, descriptor):
-        for data in written:
-            sha256.update(data)
-            files.write_all(descriptor, data)
+        # Beside the writes: of all that a save does, SHA-256 takes longest.
+        with ThreadPoolExecutor(1, "kvstore-sha256") as hashing:
+            hashed = []
+            for data in written:
+                hashed.append(hashing.submit(sha256.update, data))
+                files.write_all(descriptor, data)
+            for each in hashed:
+                each.result()
         os.fchmod(descriptor, 0o400)
         files.sync(descriptor)
         # What we cannot read back must not be acknowledged.

@@ -60,7 +60,7 @@ ALLOWED = {
     "rich": {"cli"},
     "mlx_lm": {"caches", "fingerprint", "models", "server", "cli"},
     "transformers": {"models", "server"},
-    "turboquant": {"codecs.turbo", "caches", "models"},
+    "turboquant": {"codecs.turbo", "codecs.planes", "caches", "models"},
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.check"},
     "obstore": {"remote.client"},

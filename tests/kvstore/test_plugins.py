@@ -31,8 +31,9 @@ class Inverted:
         """Say whether zstd is worth its time on a part."""
         return True
 
-    def encode(self, x, rows):
+    def encode(self, layers, rows):
         """Invert all bits."""
+        x = np.stack(layers)
         return {"bits": (~x.view(np.uint8)).view(x.dtype)}
 
     def decode_into(self, parts, rows, layers):

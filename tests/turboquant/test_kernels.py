@@ -342,3 +342,23 @@ def test_neon_under_an_emulator() -> None:
         [*command, "--runner=qemu-aarch64"], capture_output=True, text=True
     )
     assert (0, "336 cases, 0 bad\n") == (done.returncode, done.stdout), done.stderr
+
+
+@every_set
+@pytest.mark.parametrize("dtype", [np.uint8, *DTYPES, np.int64])
+@pytest.mark.parametrize("shape", [(2, 3, 16, 64), (3, 1, 5, 7), (1, 2, 1, 40)])
+def test_bytes_are_split_and_joined_as_by_numpy(kernels, dtype, shape):
+    """Planes are NumPy's, and the first rows come back out of them, strided or not."""
+    *outer, num_rows, dim = shape
+    random = np.random.default_rng(shape)
+    width = dim * np.dtype(dtype).itemsize
+    room = random.integers(0, 256, (*outer, num_rows + 3, width), np.uint8)
+    layers = list(room.view(dtype)[:, :, :num_rows])
+    planes = kernels.split_bytes(layers)
+    assert np.array_equal(NUMPY.split_bytes(layers), planes)
+    for each in (kernels, NUMPY):
+        out = np.full((*outer, num_rows + 2, dim), 7, dtype)
+        each.join_bytes(list(planes), list(out[:, :, : num_rows - 1]))
+        # By their bytes: some are NaN.
+        assert out[:, :, :-3].tobytes() == np.stack(layers)[:, :, :-1].tobytes()
+        assert (out[:, :, -3:] == 7).all()

@@ -79,6 +79,29 @@ class Kernels(Protocol):
                 not fit.
         """
 
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
+        """Return the bytes of some layers' numbers, plane by plane.
+
+        Args:
+            layers: For each layer its rows, shape ``(H, T, D)``, of any strides and
+                one dtype.
+
+        Returns:
+            Shape ``(itemsize, L, H, T, D)``, the least significant bytes first.
+        """
+
+    def join_bytes(
+        self, planes: Sequence[NDArray[Any]], layers: Sequence[NDArray[Any]]
+    ) -> None:
+        """Write numbers whose bytes lie in planes.
+
+        Args:
+            planes: One for each byte of a number, least significant first, each of
+                shape ``(L, H, T, D)``, ``uint8``.
+            layers: ``L`` buffers to fill, of any strides; they may have fewer than
+                ``T`` rows, which are the first ones then.
+        """
+
 
 @lru_cache(maxsize=1)
 def best_kernels() -> Kernels:

@@ -750,6 +750,77 @@ template <int TYPE> void add_all(const Job& job, float* sums) {
     add_rows<TYPE>(job, head, sums + head * stride);
 }
 
+// --- Bytes of numbers into planes, and back ---
+
+INLINE u8x16 even(u8x16 a, u8x16 b) {
+#if defined(__x86_64__)
+  const u16x8 mask = (u16x8){} + 0xff;
+  return (u8x16)_mm_packus_epi16((__m128i)((u16x8)a & mask), (__m128i)((u16x8)b & mask));
+#else
+  return SHUFFLE(u8x16, a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#endif
+}
+INLINE u8x16 odd(u8x16 a, u8x16 b) {
+#if defined(__x86_64__)
+  return (u8x16)_mm_packus_epi16((__m128i)((u16x8)a >> 8), (__m128i)((u16x8)b >> 8));
+#else
+  return SHUFFLE(u8x16, a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#endif
+}
+
+template <int SIZE> INLINE void split_16(const char* from, uint8_t* const* to, int64_t i) {
+  u8x16 v[SIZE];
+  for (int k = 0; k < SIZE; k++) v[k] = load<u8x16>(from + i * SIZE + k * 16);
+  if constexpr (SIZE == 2) {
+    store(to[0] + i, even(v[0], v[1]));
+    store(to[1] + i, odd(v[0], v[1]));
+  } else {
+    u8x16 a = even(v[0], v[1]), b = even(v[2], v[3]);
+    u8x16 c = odd(v[0], v[1]), d = odd(v[2], v[3]);
+    store(to[0] + i, even(a, b));
+    store(to[1] + i, even(c, d));
+    store(to[2] + i, odd(a, b));
+    store(to[3] + i, odd(c, d));
+  }
+}
+
+template <int SIZE> INLINE void join_16(uint8_t* const* from, char* to, int64_t i) {
+  u8x16 v[SIZE];
+  for (int k = 0; k < SIZE; k++) v[k] = load<u8x16>(from[k] + i);
+  to += i * SIZE;
+  if constexpr (SIZE == 2) {
+    store(to, low(v[0], v[1]));
+    store(to + 16, high(v[0], v[1]));
+  } else {
+    u16x8 a = (u16x8)low(v[0], v[1]), b = (u16x8)low(v[2], v[3]);
+    u16x8 c = (u16x8)high(v[0], v[1]), d = (u16x8)high(v[2], v[3]);
+    store(to, low(a, b));
+    store(to + 16, high(a, b));
+    store(to + 32, low(c, d));
+    store(to + 48, high(c, d));
+  }
+}
+
+template <int SIZE, bool IS_SPLIT> void move_bytes(const Bytes& job) {
+  for (int head = 0; head < job.num_heads; head++) {
+    char* numbers = job.heads[head];
+    uint8_t* planes[SIZE];
+    for (int k = 0; k < SIZE; k++) planes[k] = job.planes[k] + head * job.plane_stride;
+    int64_t i = 0;
+    for (; i + 16 <= job.count; i += 16)
+      if constexpr (IS_SPLIT)
+        split_16<SIZE>(numbers, planes, i);
+      else
+        join_16<SIZE>(planes, numbers, i);
+    for (; i < job.count; i++)
+      for (int k = 0; k < SIZE; k++)
+        if constexpr (IS_SPLIT)
+          planes[k][i] = numbers[i * SIZE + k];
+        else
+          numbers[i * SIZE + k] = planes[k][i];
+  }
+}
+
 }  // namespace
 
 #define BY_TYPE(call) \
@@ -771,5 +842,15 @@ EXPORT int JOIN(turboquant_encode_, ISA)(const Job* job) {
 
 EXPORT int JOIN(turboquant_sum_, ISA)(const Job* job, float* sums) {
   BY_TYPE(add_all)(*job, sums);
+  return 0;
+}
+
+EXPORT int JOIN(turboquant_split_, ISA)(const Bytes* job) {
+  (job->itemsize == 2 ? move_bytes<2, true> : move_bytes<4, true>)(*job);
+  return 0;
+}
+
+EXPORT int JOIN(turboquant_join_, ISA)(const Bytes* job) {
+  (job->itemsize == 2 ? move_bytes<2, false> : move_bytes<4, false>)(*job);
   return 0;
 }

@@ -28,3 +28,13 @@ struct Job {
   const float* signs;       // dim
   const float* factors;     // dim: what makes the transform orthonormal
 };
+
+// Numbers of 2 or 4 bytes, and the planes of their bytes, least significant first.
+struct Bytes {
+  int32_t itemsize;
+  int32_t num_heads;
+  int64_t count;         // numbers of a head, which lie side by side
+  int64_t plane_stride;  // from a head's first byte in a plane to the next one's
+  char* const* heads;
+  uint8_t* const* planes;
+};

@@ -36,7 +36,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 1
+_ABI = 2
 # Best first.
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "sse2")
 # As in kernel.h; uint16 holds bfloat16 bits.
@@ -72,6 +72,19 @@ class _Job(ctypes.Structure):
     )
 
 
+class _Bytes(ctypes.Structure):
+    """`Bytes` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("itemsize", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("count", ctypes.c_int64),
+        ("plane_stride", ctypes.c_int64),
+        ("heads", ctypes.c_void_p),
+        ("planes", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Tables:
     """What depends on bits and rotation alone."""
@@ -84,12 +97,14 @@ class _Tables:
 
 @dataclass(frozen=True, slots=True)
 class NativeKernels:
-    """The kernels of one instruction set."""
+    """The kernels of one instruction set; NumPy moves the bytes of odd numbers."""
 
     name: str
     _encode: Callable[..., int]
     _decode: Callable[..., int]
     _sum: Callable[..., int]
+    _split: Callable[..., int]
+    _join: Callable[..., int]
 
     def encode_block(
         self,
@@ -134,6 +149,25 @@ class NativeKernels:
         for target, buffer in zip(targets, buffers, strict=True):
             if target is not buffer:
                 buffer[...] = target
+
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> Bytes:
+        """Return the bytes of some layers' numbers, plane by plane."""
+        if not _can_move(layers):
+            return NumpyKernels().split_bytes(layers)
+        itemsize, shape = layers[0].itemsize, layers[0].shape
+        planes = np.empty((itemsize, len(layers), *shape), np.uint8)
+        _move(self._split, list(planes), layers)
+        return planes
+
+    def join_bytes(
+        self, planes: Sequence[NDArray[Any]], layers: Sequence[NDArray[Any]]
+    ) -> None:
+        """Write numbers whose bytes lie in planes."""
+        if _can_move(layers):
+            buffers = [_writable(layer) for layer in layers]
+            _move(self._join, [np.ascontiguousarray(p) for p in planes], buffers)
+        else:
+            NumpyKernels().join_bytes(planes, layers)
 
     def _mean(
         self, layers: Sequence[NDArray[Any]], rotation: Rotation
@@ -198,6 +232,35 @@ class _Call:
             raise MemoryError("the kernels found no memory to work in")
 
 
+def _can_move(layers: Sequence[NDArray[Any]]) -> bool:
+    """Whether the kernels move the bytes of such numbers, head by head."""
+    first = layers[0]
+    size, dim = first.itemsize, first.shape[2]
+    return size in (2, 4) and all(
+        layer.strides[1:] == (dim * size, size) and layer.dtype == first.dtype
+        for layer in layers
+    )
+
+
+def _move(
+    function: Callable[..., int],
+    planes: Sequence[NDArray[Any]],
+    layers: Sequence[NDArray[Any]],
+) -> None:
+    _, num_rows, dim = layers[0].shape
+    heads = np.concatenate([_head_addresses(layer) for layer in layers])
+    addresses = np.array([plane.ctypes.data for plane in planes], np.uintp)
+    job = _Bytes(
+        itemsize=layers[0].itemsize,
+        num_heads=len(heads),
+        count=num_rows * dim,
+        plane_stride=planes[0].shape[2] * dim,
+        heads=heads.ctypes.data,
+        planes=addresses.ctypes.data,
+    )
+    function(ctypes.byref(job))
+
+
 def load_all(library: Path = LIBRARY) -> list[NativeKernels]:
     """Return the kernels that this processor can run, fastest first.
 
@@ -242,7 +305,7 @@ def _trial(
 def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:
     return [
         getattr(library, f"turboquant_{verb}_{name}")
-        for verb in ("encode", "decode", "sum")
+        for verb in ("encode", "decode", "sum", "split", "join")
     ]
 
 

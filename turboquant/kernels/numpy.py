@@ -115,6 +115,25 @@ class NumpyKernels:
                 mean=None if mean is None else mean[number],
             )
 
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> Bytes:
+        """Return the bytes of some layers' numbers, plane by plane."""
+        size, shape = layers[0].itemsize, layers[0].shape
+        planes = np.empty((size, len(layers), *shape), np.uint8)
+        for number, layer in enumerate(layers):
+            octets = np.ascontiguousarray(layer).view(np.uint8).reshape(*shape, size)
+            planes[:, number] = np.moveaxis(octets, -1, 0)
+        return planes
+
+    def join_bytes(
+        self, planes: Sequence[NDArray[Any]], layers: Sequence[NDArray[Any]]
+    ) -> None:
+        """Write numbers whose bytes lie in planes."""
+        for number, layer in enumerate(layers):
+            octets = np.empty((*layer.shape, len(planes)), np.uint8)
+            for i, plane in enumerate(planes):
+                octets[..., i] = plane[number, :, : layer.shape[1]]
+            layer[...] = octets.view(layer.dtype)[..., 0]
+
 
 def encode(x: NDArray[Any], bits: int, rotation: Rotation) -> tuple[Bytes, Floats]:
     """Quantize vectors to ``bits`` bits per coordinate, as `quantize_polar` does.

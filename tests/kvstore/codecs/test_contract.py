@@ -52,9 +52,9 @@ def check_declared(encoded):
         nbytes = math.prod(shape) * np.dtype(kit.NUMPY_DTYPES[dtype]).itemsize
         if not is_compressed(encoded, name):
             assert (dtype, shape, None) == (part.dtype, part.shape, part.raw_nbytes)
-            assert nbytes == len(part.data)
+            assert nbytes == part.nbytes
         else:
-            assert ("U8", (len(part.data),)) == (part.dtype, part.shape)
+            assert ("U8", (part.nbytes,)) == (part.dtype, part.shape)
             assert nbytes == part.raw_nbytes
     for name, array in encoded.open().items():
         assert declared[name][1] == array.shape
