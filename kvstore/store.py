@@ -491,14 +491,46 @@ class Store:
         blocks = self._holder(ref)[0]
         return blocks.run_again(lambda: work(*self._holder(ref)))
 
+    def load_near(
+        self,
+        tokens: Sequence[int],
+        fingerprint: Fingerprint,
+        near: Reanchoring,
+        *,
+        held: int = 0,
+        min_bits: int = 0,
+        like: Sequence[Any] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[list[Any] | None, list[int]]:
+        """Restore what :meth:`load` does with ``near``, where that is re-anchored.
+
+        Args:
+            tokens: The prompt.
+            fingerprint: The model's.
+            near: The model, measured.
+            held: How many of its leading tokens the caller has rows of already: then
+                so many more are wanted as it takes to be worth it.
+            min_bits: As for :meth:`load`.
+            like: The same.
+            progress: Called with (tokens restored, tokens held).
+
+        Returns:
+            The prompt cache, and the tokens still to be fed; ``None`` where
+            re-anchoring brings nothing.
+        """
+        token_list = as_tokens(tokens)
+        request = self._request(token_list, fingerprint, min_bits, like)
+        made = self._load_near(request, fingerprint, near, progress, held)
+        return made, token_list[made[0].offset if made else 0 :]
+
     def _load_near(
         self,
         request: Request,
         fingerprint: Fingerprint,
         near: Reanchoring,
         progress: Progress | None,
+        held: int = 0,
     ) -> list[Any] | None:
-        """Return a prompt cache with re-anchored rows, or ``None``."""
         from .ops.near import load_near
 
         if request.min_bits == EXACT_BITS:
@@ -509,7 +541,7 @@ class Store:
 
         def load(blocks: BlockStore) -> list[Any] | None:
             known = Catalog(blocks).all()
-            return load_near(blocks, known, request, moved, near, tell)
+            return load_near(blocks, known, request, moved, near, held, tell)
 
         found = (blocks.run(partial(load, blocks)) for blocks in self._layers(request))
         return next((made for made in found if made is not None), None)

@@ -63,6 +63,8 @@ class Reanchoring:
         self._model = model
         self._rotations: list[LayerRotation] = measure_rotation(model)
         self.num_fresh = num_fresh
+        self.num_computed = 0
+        """Tokens that were computed so far."""
         self.sketches: dict[str, Sketch] = {}
         """Of stored prompts, by the hash of their last block: to find them again."""
 
@@ -75,6 +77,10 @@ class Reanchoring:
     def count(prompt_cache: Sequence[Any]) -> int:
         """Return how many rows of a prompt cache were taken over, at most."""
         return read_provenance(prompt_cache).num_moved
+
+    def gain(self, runs: Sequence[Run]) -> int:
+        """Return of how many tokens rows are taken over from some runs."""
+        return sum(run.size - self.num_fresh for run in runs)
 
     def make_cache(self) -> PromptCache:
         """Return an empty prompt cache of the model's."""
@@ -93,8 +99,10 @@ class Reanchoring:
         prompt: Sequence[int],
         source: PromptCache,
         runs: Sequence[Run],
-    ) -> int:
+    ) -> None:
         """Grow a prompt cache by rows of another one, and by what it computes.
+
+        It ends with the last run then, and is marked.
 
         Args:
             prompt_cache: Of the model's classes, of leading tokens of the prompt.
@@ -103,12 +111,8 @@ class Reanchoring:
                 run ends with.
             runs: In order, behind what the prompt cache has; each longer than
                 ``num_fresh``.
-
-        Returns:
-            How many rows were taken over. The prompt cache ends with the last run, and
-            is marked.
         """
-        done, num_moved = prompt_cache[0].offset, 0
+        done = prompt_cache[0].offset
         mine = read_provenance(prompt_cache)
         marks, before = mine.joined(read_provenance(source)), mine.num_moved
         for run in runs:
@@ -119,13 +123,13 @@ class Reanchoring:
             for cache, held, rotation in layers:
                 _append(cache, held, first, run.source + run.size, rotation, begin)
             mx.eval([cache.state for cache in prompt_cache])
-            num_moved += done - begin
         coded = done if marks.coded_tokens else 0
-        set_provenance(prompt_cache, Provenance(coded, marks.bits, before + num_moved))
-        return num_moved
+        num_moved = before + self.gain(runs)
+        set_provenance(prompt_cache, Provenance(coded, marks.bits, num_moved))
 
     def _compute(self, prompt_cache: PromptCache, tokens: Sequence[int]) -> None:
         """Append rows of tokens, computed on what there is."""
+        self.num_computed += len(tokens)
         for start in range(0, len(tokens), _STEP):
             some = mx.array([tokens[start : start + _STEP]])
             self._model(some, cache=prompt_cache)

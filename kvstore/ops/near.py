@@ -27,6 +27,7 @@ def load_near(
     request: Request,
     moved: str,
     near: Reanchoring,
+    held: int,
     progress: Progress,
 ) -> PromptCache | None:
     """Return more of a prompt than its longest stored prefix, or ``None``.
@@ -37,6 +38,7 @@ def load_near(
         request: What is wanted.
         moved: Digest of the fingerprint of rows that were re-anchored themselves.
         near: The model.
+        held: How many leading tokens need not be computed anyway.
         progress: Called with (tokens restored, tokens held).
     """
     tokens, least = request.tokens, near.num_fresh + MIN_MOVED
@@ -45,15 +47,17 @@ def load_near(
         return None
     loader, also = Loader(blocks), replace(request, fingerprint=moved)
     exact, other = _find(loader, request, near), _find(loader, also, near)
-    num_exact, num_other = _length(exact), _length(other)
-    is_moved = num_other >= num_exact + MIN_MOVED
-    base, begin = (other, num_other) if is_moved else (exact, num_exact)
+    held, num_other = max(held, _length(exact)), _length(other)
+    is_moved = num_other >= held + MIN_MOVED
+    base = other if is_moved else exact
     made = None
-    if len(tokens) - 1 - begin >= least:
-        made = _behind_changes(blocks, entries, (request, also), base, near, progress)
+    if len(tokens) - 1 - max(held, _length(base)) >= least:
+        made = _behind_changes(
+            blocks, entries, (request, also), base, near, held, progress
+        )
     if made is None and is_moved and base is not None:
         made, base = loader.restore(base, progress)
-        made = made if base.num_tokens == begin else None
+        made = made if base.num_tokens == num_other else None
     return made
 
 
@@ -63,6 +67,7 @@ def _behind_changes(
     requests: tuple[Request, Request],
     base: Hit | None,
     near: Reanchoring,
+    held: int,
     progress: Progress,
 ) -> PromptCache | None:
     """Return a prompt cache that goes on behind a prefix with rows of another prompt.
@@ -73,6 +78,7 @@ def _behind_changes(
         requests: What is wanted, of computed rows and of re-anchored ones.
         base: The prefix.
         near: The model.
+        held: How many leading tokens need not be computed anyway.
         progress: Called with (tokens restored, tokens held).
     """
     tokens, begin, loader = requests[0].tokens, _length(base), Loader(blocks)
@@ -85,7 +91,9 @@ def _behind_changes(
     common = common_run(own, tokens[:-1])
     least = near.num_fresh + MIN_MOVED
     runs = find_runs(stored, given, max(begin, common), least)
-    if not runs:
+    # What is held and not in the prefix would be computed for it.
+    least_gain = max(0, held - begin) + MIN_MOVED
+    if near.gain(runs) < least_gain:
         return None
     longest = max(runs, key=lambda run: run.size)
     end = longest.source + longest.size
@@ -103,7 +111,7 @@ def _behind_changes(
         for run in runs
         if (size := min(run.size, hit.num_tokens - run.source)) >= least
     ]
-    if not runs:
+    if near.gain(runs) < least_gain:
         return None
     if has_only_rows(hit.layout) and common >= begin:
         made = head(source, common)

@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..caches.fit import expect_rows, feed, shapes_of
 from ..caches.layout import Shapes
-from ..caches.live import is_cuttable, quantize
+from ..caches.live import (
+    Provenance,
+    is_cuttable,
+    quantize,
+    read_provenance,
+    set_provenance,
+)
+from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..models.context import past_context, read_context_length
@@ -63,6 +70,8 @@ def serve(
     make_cache: MakeCache,
     tenant_header: str | None = None,
     view: View | None = None,
+    *,
+    reanchor: bool = False,
 ) -> None:
     """Run ``mlx_lm.server`` until SIGINT or SIGTERM; what waits is written then.
 
@@ -72,6 +81,7 @@ def serve(
         tenant_header: Names who asks; a request without it is refused. The prompt
             cache is then one of :class:`TenantPromptCache`.
         view: How the store is shown at ``/kvstore``; nowhere by default.
+        reanchor: Reuse rows behind a change in a prompt, where the model can.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
@@ -85,7 +95,7 @@ def serve(
             batch.give_up()
         batches.clear()
 
-    provider_class = _provider_class(server, give_up)
+    provider_class = _provider_class(server, give_up, reanchor=reanchor)
     requests = Requests()
     generator_class = _generator_class(server, give_up, requests)
     providers: list[Any] = []
@@ -186,12 +196,17 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
                 options["prefill_batch_size"] = 1
             self._begun: dict[Any, Steps] = {}
             self._tenants: dict[Any, str | None] = {}
+            # What merging caches into a batch makes them forget.
+            self._marks: dict[Any, Provenance] = {}
             self._has_rows_only = is_cuttable(_make_caches(model))
             super().__init__(model, **options)
 
         def insert_segments(self, *parts: Any, **options: Any) -> Any:
             uids = super().insert_segments(*parts, **options)
             held = options.get("all_tokens") or [[]] * len(uids)
+            for uid, begun in zip(uids, options.get("caches") or (), strict=False):
+                if begun and (mark := read_provenance(begun)).num_moved:
+                    self._marks[uid] = mark
             for uid, tokens in zip(uids, held, strict=True):
                 steps = Steps(len(tokens), has_rows_only=self._has_rows_only)
                 self._begun[uid] = steps
@@ -207,13 +222,21 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
                     self._begun.pop(response.uid, None)
                     tenant = self._tenants.pop(response.uid, None)
                     response.all_tokens = own(response.all_tokens, tenant)
+                    self._mark(response.uid, response.prompt_cache)
+                    self._marks.pop(response.uid, None)
             return found
 
+        def _mark(self, uid: Any, prompt_cache: list[Any] | None) -> None:
+            """Give caches of a request's back what they have forgotten."""
+            if prompt_cache and uid in self._marks:
+                set_provenance(prompt_cache, self._marks[uid])
+
         def extract_cache(self, uids: Any) -> Any:
-            return {
-                uid: (prompt_cache, own(tokens, self._tenants.get(uid)))
-                for uid, (prompt_cache, tokens) in super().extract_cache(uids).items()
-            }
+            found = super().extract_cache(uids)
+            for uid, (prompt_cache, tokens) in found.items():
+                self._mark(uid, prompt_cache)
+                found[uid] = (prompt_cache, own(tokens, self._tenants.get(uid)))
+            return found
 
         def _note(self, response: Any) -> None:
             """Hand over what has been computed of a prompt, if it is worth it."""
@@ -226,7 +249,9 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
                 steps.note(len(tokens))  # which mlx-lm's server keeps
             elif steps.is_due(len(tokens)):
                 mine = own(list(tokens), self._tenants.get(response.uid))
-                keep_prefill(mine, view(batch.prompt_cache, number))
+                rows = view(batch.prompt_cache, number)
+                self._mark(response.uid, rows)
+                keep_prefill(mine, rows)
 
         def give_up(self) -> None:
             """Keep what was computed of all requests that have not ended."""
@@ -237,8 +262,11 @@ def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
             for uid in uids:
                 self._begun.pop(uid, None)
             held = super().remove(uids, return_prompt_caches=True)
+            for uid, (prompt_cache, _) in held.items():
+                self._mark(uid, prompt_cache)
             for uid in uids:
                 self._tenants.pop(uid, None)
+                self._marks.pop(uid, None)
             for prompt_cache, tokens in held.values():
                 if prompt_cache and tokens:
                     keep(tokens[:], prompt_cache)
@@ -418,17 +446,21 @@ def _check(cli_args: argparse.Namespace) -> None:
         )
 
 
-def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
+def _provider_class(
+    server: Any, give_up: Callable[[], None], *, reanchor: bool = False
+) -> Any:
     """Return mlx-lm's ``ModelProvider``, which also knows what it has loaded.
 
     Args:
         server: The copy of mlx-lm's module.
         give_up: Called before the model goes.
+        reanchor: Measure whether its rows can be re-anchored.
     """
 
     class Provider(server.ModelProvider):  # type: ignore[misc]
         loaded: Fingerprint | Exception | None = None
         context_length: int | None = None
+        near: Reanchoring | None = None
         find_shapes: Callable[[], list[Shapes]]
         make_title: Callable[[Sequence[int]], str]
 
@@ -460,6 +492,7 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             )
             if not _is_batched_right(self.model):
                 self.is_batchable = False
+            self.near = _measure(self.model) if reanchor else None
             # By which it is asked for again.
             self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -469,7 +502,8 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
                 raise self.loaded
             if key != self.model_key or self.loaded is None:
                 raise KVStoreError("another model was loaded meanwhile")
-            return ServedModel(self.loaded, self._empty_caches(), self.make_title)
+            near = None if self.draft_model is not None else self.near
+            return ServedModel(self.loaded, self._empty_caches(), self.make_title, near)
 
         def _check_codes(self) -> None:
             """Refuse, before any prompt, codes that the model cannot run with."""
@@ -502,6 +536,15 @@ def _provider_class(server: Any, give_up: Callable[[], None]) -> Any:
             return tuple(kinds)
 
     return Provider
+
+
+def _measure(model: Any) -> Reanchoring | None:
+    """Return a model whose rows can be re-anchored; why they cannot be is logged."""
+    try:
+        return Reanchoring(model)
+    except KVStoreError as error:
+        log.warning("kvstore: nothing is re-anchored: %s", error)
+        return None
 
 
 def _is_batched_right(model: Any) -> bool:

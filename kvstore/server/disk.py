@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..caches import live as caches
+from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Progress
@@ -53,6 +54,14 @@ class ServedModel:
     empty_caches: tuple[list[Any], ...]
     # Returns the first words of a conversation, for people. The writing thread asks.
     make_title: Callable[[Sequence[int]], str] = lambda tokens: ""
+    # The model, where rows may be re-anchored. Whoever merges caches into batches then
+    # has to keep their marks, as `serve` does: nothing else tells what was.
+    near: Reanchoring | None = None
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that were computed so far to re-anchor what follows them."""
+        return self.near.num_computed if self.near else 0
 
 
 class Disk:
@@ -187,6 +196,9 @@ class Disk:
             like, match = self._longest(served, tokens, spans)
         about = f"{pulled}; " if pulled else ""
         reason = self._why_not(served, match, num_held)
+        moved = self._read_near(served, tokens, num_held, spans)
+        if moved is not None:
+            return moved
         if reason is not None:
             return None, about + reason
         begin = time.monotonic()
@@ -207,6 +219,37 @@ class Disk:
         quality = provenance.quality
         why = f"{num_read} read from disk in {seconds:.3f} s, {quality}"
         return (prompt_cache, rest), about + why
+
+    def _read_near(
+        self,
+        served: ServedModel,
+        tokens: list[int],
+        num_held: int,
+        spans: Sequence[Span],
+    ) -> tuple[tuple[list[Any], list[int]], str] | None:
+        """Return re-anchored rows of a prompt, where they are allowed and worth it."""
+        near, begin = served.near, time.monotonic()
+        if near is None or spans:
+            return None
+        before = served.num_computed
+        prompt_cache, rest = self.store.load_near(
+            tokens,
+            served.fingerprint,
+            near,
+            held=num_held,
+            min_bits=self._min_bits,
+            like=served.empty_caches[0],
+            progress=self._limit(served, len(tokens) - num_held),
+        )
+        if prompt_cache is None:
+            return None
+        num_rows, num_computed = len(tokens) - len(rest), served.num_computed - before
+        why = (
+            f"{num_rows - num_computed} read from disk and {num_computed} computed in"
+            f" {time.monotonic() - begin:.3f} s,"
+            f" {caches.read_provenance(prompt_cache).quality}"
+        )
+        return (prompt_cache, rest), why
 
     def _bring(
         self, served: ServedModel, tokens: list[int], num_held: int

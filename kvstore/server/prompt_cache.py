@@ -36,6 +36,8 @@ class Lookup:
     from_memory: int
     from_disk: int
     reason: str
+    # Of these, rows that were computed behind other words, at most.
+    num_reanchored: int = 0
 
     def sums(self) -> dict[str, int]:
         """Return where the rows of the prompt come from."""
@@ -51,9 +53,11 @@ class Lookup:
         return self.num_prompt_tokens - self.from_memory - self.from_disk
 
     def __str__(self) -> str:
+        moved = f", {self.num_reanchored} re-anchored" if self.num_reanchored else ""
         return (
             f"{self.num_prompt_tokens} tokens: {self.from_memory} from memory,"
-            f" {self.from_disk} from disk, {self.num_computed} computed ({self.reason})"
+            f" {self.from_disk} from disk{moved}, {self.num_computed} computed"
+            f" ({self.reason})"
         )
 
 
@@ -153,13 +157,16 @@ class DiskPromptCache(LRUPromptCache):
                 held, rest = _leave_units(near, beyond, tokens, spans)
         num_held = len(tokens) - len(rest)
         if served is not None:
-            why = "the disk failed"
+            why, before = "the disk failed", served.num_computed
             with harmless("not read"):
                 found, why = self._disk.read(served, tokens, num_held, spans)
                 if found is not None:
                     num_read = len(tokens) - len(found[1])
-                    return *found, Lookup(len(tokens), 0, num_read, why)
-        return held, rest, Lookup(len(tokens), num_held, 0, why)
+                    num_read -= served.num_computed - before
+                    moved = _num_moved(served, found[0], num_read)
+                    return *found, Lookup(len(tokens), 0, num_read, why, moved)
+        moved = _num_moved(served, held, num_held)
+        return held, rest, Lookup(len(tokens), num_held, 0, why, moved)
 
     def insert_cache(
         self,
@@ -267,6 +274,15 @@ class DiskPromptCache(LRUPromptCache):
         with harmless("served from memory only"):
             return self._describe(model)
         return None
+
+
+def _num_moved(
+    served: ServedModel | None, prompt_cache: list[Any] | None, num_rows: int
+) -> int:
+    """Return how many of so many rows may have been re-anchored."""
+    if served is None or served.near is None or prompt_cache is None:
+        return 0
+    return min(num_rows, served.near.count(prompt_cache))
 
 
 def _key(model: Any, served: ServedModel | None) -> Any:

@@ -147,7 +147,8 @@ def watch(
             response = make(handler, *args, **options)
             # A streamed answer has it in its last part only.
             if "usage" in response and (found := lookup()) is not None:
-                response["usage"]["kvstore"] = found.sums()
+                moved = {"reanchored_tokens": found.num_reanchored}
+                response["usage"]["kvstore"] = found.sums() | moved
             return response
 
         return made

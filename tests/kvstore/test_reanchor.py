@@ -1,17 +1,22 @@
 """Re-anchored rows: near what is computed, marked, and found only where asked for."""
 
 import random
+import signal
+import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from kit import load_beside
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
 from kvstore.caches.live import Provenance, read_provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
+from kvstore.server import DiskPromptCache, ServedModel, app
 
-architectures = load_beside("architectures")
+architectures, beside = load_beside("architectures"), load_beside("servers")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
 TAIL = [(7 * i * i + 3 * i + i // 9) % 89 + 10 for i in range(300)]
 TOKENS, PROMPT = HEAD + OLD + TAIL, HEAD + NEW + TAIL + [5, 6]
@@ -178,6 +183,116 @@ def test_a_copy_and_a_cut_keep_the_mark(saved, model, near, caches):
         tier.flush()
         held, _ = tier.fetch(PROMPT)
         assert held[0].offset == len(HEAD)
+
+
+@pytest.fixture
+def served(model, near, caches):
+    """The model as a server has it, allowed to re-anchor."""
+    return ServedModel(caches.MODEL, (make_prompt_cache(model),), near=near)
+
+
+def test_a_server_says_how_many_were_taken_over(store_path, served, model, caches):
+    """From disk first, then from memory; and after a restart what is exact is so."""
+    tier = DiskPromptCache(kvstore.Store(store_path, "raw"), lambda key: served)
+    tier.insert_cache("m", TOKENS, compute(model, TOKENS))
+    assert tier.flush()
+    found, rest = tier.fetch_nearest_cache("m", PROMPT)
+    sums = tier.lookup_of(PROMPT).sums()
+    num_moved, num_new = len(TAIL) - NUM_FRESH, len(NEW) + NUM_FRESH
+    assert sums == {
+        "memory_tokens": 0,
+        "disk_tokens": len(HEAD) + num_moved,
+        "computed_tokens": num_new + len(rest),
+    }
+    assert tier.lookup_of(PROMPT).num_reanchored == num_moved
+    assert f"{num_moved} re-anchored" in str(tier.lookup_of(PROMPT))
+    compute(model, rest, found)
+    tier.insert_cache("m", PROMPT, found)
+    tier.fetch_nearest_cache("m", [*PROMPT, 8])
+    assert tier.lookup_of([*PROMPT, 8]).num_reanchored == num_moved
+    # What memory holds of the old prompt is worth more than what could be moved.
+    tier.fetch_nearest_cache("m", [*TOKENS, *NEW * 30])
+    assert tier.lookup_of([*TOKENS, *NEW * 30]).num_reanchored == 0
+    tier.close()
+    with kvstore.Store(store_path) as store:
+        assert store.lookup(PROMPT, caches.MODEL).num_tokens == len(HEAD)
+        assert store.lookup([*TOKENS, 1], caches.MODEL).num_tokens == len(TOKENS)
+
+
+def test_a_batch_does_not_forget_what_was_moved(saved, model, near, caches):
+    """Not at the end of a segment, nor at the end, nor where it is given up."""
+    kept = []
+    batch_class = app._batch_class(
+        SimpleNamespace(BatchGenerator=BatchGenerator),
+        lambda tokens, cache: kept.append(near.count(cache)),
+        lambda *_: None,
+    )
+    batch = batch_class(model, prefill_step_size=64, completion_batch_size=8)
+    prompts = {}
+    for number, last in enumerate([[5, 6], [7, 8, 9]]):
+        # One is computed, and one re-anchored.
+        prompt = (HEAD + NEW + TAIL if number else TOKENS) + last
+        found, rest = saved.load(prompt, caches.MODEL, near=near)
+        (uid,) = batch.insert_segments(
+            segments=[[rest[:1], rest[1:]]],
+            max_tokens=[4],
+            caches=[found],
+            all_tokens=[prompt[: -len(rest)]],
+        )
+        prompts[uid] = near.count(found)
+    assert sorted(prompts.values()) == [0, len(TAIL) - NUM_FRESH]
+    ends = {}
+    while len(ends) < 2:
+        begun, made = batch.next()
+        segments = [r.uid for r in begun if r.end_of_segment and not r.end_of_prompt]
+        for uid, (cache, _) in batch.extract_cache(segments).items():
+            assert near.count(cache) == prompts[uid]
+        for response in made:
+            if response.finish_reason:
+                ends[response.uid] = near.count(response.prompt_cache)
+    assert ends == prompts
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    batch.insert_segments(
+        segments=[[rest]], max_tokens=[9], caches=[found], all_tokens=[PROMPT[:-2]]
+    )
+    while not batch.next()[1]:
+        pass
+    batch.give_up()
+    assert kept == [len(TAIL) - NUM_FRESH]
+    assert batch._marks == {}
+
+
+@pytest.mark.slow
+def test_a_clock_in_the_head_costs_its_own_tokens(tiny_model, tmp_path):
+    """Turn for turn, and after a kill; without the option, all of it each time."""
+    computed = {}
+    for words in ((), ("--reanchor",)):
+        servers = beside.Servers(tmp_path / f"home{len(words)}")
+        folder, found = tmp_path / f"store{len(words)}", []
+        server = servers.kvstore(folder, tiny_model, *words)
+        talk = [
+            {"role": "user", "content": "Read the file, and say what is in it. " * 20}
+        ]
+        for turn in range(6):
+            head = f"Today is Monday, 09:{turn:02}:17. Answer briefly."
+            answer = server.ask([{"role": "system", "content": head}, *talk])
+            usage = answer.usage.kvstore
+            found.append(usage["computed_tokens"])
+            if turn and words:
+                assert usage["reanchored_tokens"] > 0
+            talk += [
+                {"role": "assistant", "content": "A poem."},
+                {"role": "user", "content": f"And number {turn}?"},
+            ]
+            time.sleep(0.5)
+            if turn == 3:
+                server.stop(signal.SIGKILL)
+                server = servers.kvstore(folder, tiny_model, *words)
+        assert (" re-anchored" in server.text()) == bool(words)
+        servers.close()
+        computed[words] = found
+    assert min(computed[()][1:]) > 700
+    assert max(computed["--reanchor",][1:]) < 160
 
 
 def test_windows_hold_what_they_still_see(store, caches):

@@ -532,7 +532,12 @@ def test_an_answer_says_what_came_from_disk(servers, models, tmp_path):
     )
     assert raw.headers["X-KVStore-Disk-Tokens"] == "636"
     usage = json.loads(raw.text)["usage"]["kvstore"]
-    assert usage == {"memory_tokens": 0, "disk_tokens": 636, "computed_tokens": 1}
+    assert usage == {
+        "memory_tokens": 0,
+        "disk_tokens": 636,
+        "computed_tokens": 1,
+        "reanchored_tokens": 0,
+    }
     *_, last = server.ask(LONG, stream=True, stream_options={"include_usage": True})
     assert last.usage.kvstore["memory_tokens"] == 636
     server.stop()

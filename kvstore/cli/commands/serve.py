@@ -65,6 +65,16 @@ class RemoteOptions:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RowOptions:
+    """Which rows may be read."""
+
+    exact: bool
+    min_bits: int
+    # Those behind a change in a prompt too.
+    reanchor: bool
+
+
 class ServeVerb(Verb):
     """Shows the options of mlx-lm's server too."""
 
@@ -158,15 +168,21 @@ class ServeVerb(Verb):
 @click.option(
     "--push", is_flag=True, help="Put into the remote what is written to the store."
 )
+@click.option(
+    "--reanchor",
+    is_flag=True,
+    help="Where a few tokens of a prompt have changed, a date say, reuse the rows of"
+    " what follows, moved to where it stands now: an approximation. What is stored of"
+    " it is marked. A model whose rows cannot be moved is served without.",
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
 @gathered("tenants", TenantOptions)
 @gathered("team", RemoteOptions)
+@gathered("rows", RowOptions)
 def serve(
     context: click.Context,
     codec: str | None,
-    exact: bool,
-    min_bits: int,
     max_size: int | None,
     min_free: int,
     min_tokens: int,
@@ -174,6 +190,7 @@ def serve(
     log_format: str,
     tenants: TenantOptions,
     team: RemoteOptions,
+    rows: RowOptions,
     args: tuple[str, ...],
 ) -> None:
     """Run `mlx_lm.server` with its prompt cache kept on disk.
@@ -191,9 +208,13 @@ def serve(
     logged at the start; /metrics has counters for Prometheus.
     """
     load_fast_blas()
-    chosen = options.codec_of(codec, options.least_bits(exact, min_bits), "high")
-    if exact and any(word.partition("=")[0] == "--kv-bits" for word in args):
-        raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
+    least = options.least_bits(rows.exact, rows.min_bits)
+    chosen = options.codec_of(codec, least, "high")
+    has_codes = any(word.partition("=")[0] == "--kv-bits" for word in args)
+    wanted = {"exact": rows.exact, "reanchor": rows.reanchor, "kv-bits": has_codes}
+    both = [f"`--{word}`" for word, is_wanted in wanted.items() if is_wanted]
+    if len(both) > 1:
+        raise click.UsageError(f"{' and '.join(both[:2])} exclude each other")
     header = tenants.tenant_header
     if tenants.shared and header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
@@ -225,8 +246,8 @@ def serve(
             remote=team.open(store),
             max_size=max_in_memory,
             min_tokens=min_tokens,
-            exact=exact,
-            min_bits=min_bits,
+            exact=rows.exact,
+            min_bits=rows.min_bits,
             min_free_bytes=min_free,
             max_queued_bytes=max_queue,
         )
@@ -238,7 +259,7 @@ def serve(
     )
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, header, shown)
+        run(args, make_cache, header, shown, reanchor=rows.reanchor)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 
