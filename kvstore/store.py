@@ -6,8 +6,10 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -78,6 +80,10 @@ class Store:
         create: Make the store where there is none.
         base: The folder of a store that is only read: what it has is found too, behind
             what this one has. What an entry needs of it is copied when it is saved.
+        on_load: Called after each :meth:`load` with what was restored and the seconds
+            that it took; a miss says why it is one.
+        on_evict: Called with each entry that was evicted, once it is gone: by a save at
+            the size limit, or a plan of :meth:`plan_prune`. Neither may raise.
 
     Raises:
         StoreNotFoundError: There is no store, or the folder is something else.
@@ -93,7 +99,10 @@ class Store:
         *,
         create: bool = True,
         base: str | Path | None = None,
+        on_load: Callable[[Match, float], None] | None = None,
+        on_evict: Callable[[Entry], None] | None = None,
     ) -> None:
+        self._on_load, self._on_evict = on_load, on_evict
         self._codec_name = codec or "balanced"
         if codec is not None:
             from .ops.bases import check_codec
@@ -103,7 +112,7 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         if codec is not None:
             check_codec(codec, self._folder)
-        self._opened: BlockStore | None = BlockStore(self._folder)
+        self._opened: BlockStore | None = BlockStore(self._folder, on_evict)
         self._base: BlockStore | None = None
         if base is not None:
             self._base = open_borrowed(Path(base), self._folder.block_size)
@@ -442,6 +451,8 @@ class Store:
             if made is not None:
                 return made, token_list[made[0].offset :]
 
+        missed: list[Match] = []
+
         def restore(blocks: BlockStore) -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
                 begin = time.perf_counter()
@@ -456,13 +467,17 @@ class Store:
                 if hit.reason != "damaged" or is_last:
                     self._note_load(hit, len(token_list), fingerprint, begin)
                     return prompt_cache, token_list[hit.num_tokens :]
+            missed.append(replaced(_to_match(hit, len(token_list)), num_tokens=0))
             return None, token_list
 
+        start = time.perf_counter()
         for blocks in self._layers(request):
             found = blocks.run(partial(restore, blocks))
             if found[0] is not None:
                 return found
         self._notes.add(None, len(token_list))
+        if self._on_load is not None:
+            self._on_load(missed[-1], time.perf_counter() - start)
         return None, token_list
 
     def _layers(self, request: Request) -> list[BlockStore]:
@@ -595,6 +610,23 @@ class Store:
 
         return self._with_entry(ref, restore)
 
+    def prefetch(self, ref: str) -> Thread:
+        """Start reading an entry's shards, while its prompt is tokenized say.
+
+        A thread of its own reads them into the system's cache of files, where
+        :meth:`load` finds them. A disk that fails says so then.
+
+        Returns:
+            The thread, which nobody needs to wait for.
+
+        Raises:
+            EntryNotFoundError: There is no such entry.
+        """
+        from .ops.prefetch import read_ahead
+
+        blocks, entry = self._holder(ref)
+        return blocks.run(lambda: read_ahead(blocks, entry))
+
     def lookup(
         self,
         tokens: Sequence[int],
@@ -667,7 +699,14 @@ class Store:
         It writes down at each save what this one notes, which may only load.
         """
         base = None if self._base is None else self._base.folder.path
-        other = Store(self.path, self._codec_name, create=False, base=base)
+        other = Store(
+            self.path,
+            self._codec_name,
+            create=False,
+            base=base,
+            on_load=self._on_load,
+            on_evict=self._on_evict,
+        )
         other._notes = self._notes
         return other
 
@@ -1196,7 +1235,7 @@ class Store:
             return False
         self._blocks.close()
         self._folder = found
-        self._opened = BlockStore(found)
+        self._opened = BlockStore(found, self._on_evict)
         return True
 
     def stats(self) -> Stats:
@@ -1283,8 +1322,10 @@ class Store:
     ) -> None:
         """Note a load that began then, and how long it took."""
         self._notes.add(hit, num_tokens)
+        seconds = time.perf_counter() - begin
+        if self._on_load is not None:
+            self._on_load(_to_match(hit, num_tokens), seconds)
         if fingerprint is not None and hit.codec is not None:
-            seconds = time.perf_counter() - begin
             self._notes.add_timing(
                 fingerprint, hit.codec, hit.num_tokens, seconds=seconds
             )
@@ -1299,6 +1340,12 @@ def _loader(blocks: BlockStore) -> Loader:
     from .ops.load import Loader
 
     return Loader(blocks)
+
+
+def _to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:
+    from .ops.load import to_match
+
+    return to_match(hit, num_prompt_tokens)
 
 
 def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:

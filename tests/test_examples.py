@@ -1,6 +1,7 @@
 """Every example does what its first lines say, on a tiny model."""
 
 import importlib.util
+import json
 import shutil
 import threading
 import urllib.request
@@ -40,6 +41,20 @@ def test_a_handbook_stays_as_it_is(tiny_model, tmp_path, own_store, capsys):
     assert capsys.readouterr().out.count("\n") >= 4
     with kvstore.Store(own_store) as store:
         assert [entry.name for entry in store] == ["handbook"]
+
+
+def test_a_notebook_may_be_run_again(tiny_model, monkeypatch, capsys):
+    """All cells in their order; the second time the document comes from the disk."""
+    monkeypatch.setenv("KVSTORE_MODEL", str(tiny_model))
+    notebook = json.loads((FOLDER / "notebook.ipynb").read_text())
+    cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
+    for _ in range(2):
+        names = {}
+        for cell in cells:
+            exec("".join(cell), names)
+        names["store"].close()
+    held, _, prompt = capsys.readouterr().out.splitlines()[-1].split()[:3]
+    assert int(prompt) > int(held) > 256
 
 
 def test_an_agent_computes_its_instructions_once(tiny_model, capsys):

@@ -285,6 +285,9 @@ class Pruner:
             tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
             gone = {p.hash for tip in tips for p, _ in self._index.chain(tip)}
             remove_entries(self._blocks, [entry.id for entry in removed])
+        if self._blocks.on_evict is not None:
+            for entry in removed:
+                self._blocks.on_evict(entry)
         before = self._index.nbytes()
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)

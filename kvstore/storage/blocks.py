@@ -168,13 +168,18 @@ class BlockStore:
 
     Args:
         folder: The store.
+        on_evict: Called with each entry that was evicted, once it is gone.
 
     Attributes:
         folder: The same; a new size limit takes the place of the old one here.
+        on_evict: The same.
     """
 
-    def __init__(self, folder: StoreFolder) -> None:
+    def __init__(
+        self, folder: StoreFolder, on_evict: Callable[[Entry], None] | None = None
+    ) -> None:
         self.folder = folder
+        self.on_evict = on_evict
         self._opened: Index | None = None
         self._is_running = False
         self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
