@@ -20,7 +20,8 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-031 test-all campaign bench serve-bench quality check format docs clean
+.PHONY: demo test test-031 test-all campaign bench serve-bench quality check format docs \
+	site mac clean
 
 demo: $(STAMP) $(MODEL)/config.json
 	$(BIN)/kvstore demo --model $(MODEL)
@@ -62,6 +63,26 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/cli_docs.py
+
+# A page is the same file here and on a forge: only its links are moved.
+SITE := .cache/docs
+site: $(STAMP)
+	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5"
+	mkdir -p $(SITE)
+	cp docs/* CHANGELOG.md CONTRIBUTING.md SECURITY.md $(SITE)
+	cp README.md $(SITE)/index.md
+	sed -i.old -E 's#\]\((docs/|\.\./)#](#g; s#\]\(README\.md#](index.md#g' $(SITE)/*.md
+	rm $(SITE)/*.old
+	$(BIN)/mkdocs build --quiet
+
+# Ten minutes on a Mac, and a report to paste into an issue.
+MAC_TESTS := tests/turboquant tests/kvstore/codecs $(addprefix tests/kvstore/test_,$(addsuffix \
+	.py,layers restoring generate chat real_model windows reanchor))
+mac: $(STAMP) $(MODEL)/config.json
+	@{ sw_vers; sysctl -n machdep.cpu.brand_string hw.memsize; \
+	$(BIN)/kvstore doctor --model $(MODEL); $(BIN)/kvstore bench --model $(MODEL); \
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not slow" $(MAC_TESTS) | tail -40; \
+	} 2>&1 | tee mac-report.md
 
 clean:
 	rm -rf $(VENV) $(VENV_031) .cache .mypy_cache .pytest_cache .ruff_cache \

@@ -20,8 +20,9 @@ from typing import Any
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+    from hatchling.metadata.plugin.interface import MetadataHookInterface
 except ImportError:  # run by hand, where nothing is built with hatchling
-    BuildHookInterface = object
+    BuildHookInterface = MetadataHookInterface = object
 
 KERNELS = Path(__file__).parent / "turboquant/kernels"
 LIBRARY = "_native.so"
@@ -71,6 +72,24 @@ class CustomBuildHook(BuildHookInterface):
         """Remove what was compiled, once it is in the wheel."""
         if self.target_name == "wheel" and version != "editable":
             self._folder.cleanup()
+
+
+class ForgeURLs(MetadataHookInterface):
+    """The project's addresses, from what a forge tells its builds of itself."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Add the addresses, where they are known."""
+        server, name = map(os.environ.get, ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY"))
+        if not (server and name):
+            metadata["urls"] = {}
+            return
+        home = f"{server}/{name}"
+        metadata["urls"] = {
+            "Homepage": home,
+            "Documentation": f"{home}/tree/main/docs",
+            "Issues": f"{home}/issues",
+            "Changelog": f"{home}/blob/main/CHANGELOG.md",
+        }
 
 
 def compile_library(library: Path) -> bool:

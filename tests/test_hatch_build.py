@@ -58,3 +58,14 @@ def test_an_unknown_machine_is_no_error(hook, monkeypatch, tmp_path) -> None:
     """A processor that there are no kernels for gets none."""
     monkeypatch.setattr("platform.machine", lambda: "vax")
     assert not hook.compile_library(tmp_path / hook.LIBRARY)
+
+
+def test_a_release_says_where_the_project_lives(hook, monkeypatch) -> None:
+    """A forge's build names its addresses; any other names none."""
+    found: dict[str, dict[str, str]] = {}
+    for server, expected in (("https://forge.example", True), ("", False)):
+        monkeypatch.setenv("GITHUB_SERVER_URL", server)
+        monkeypatch.setenv("GITHUB_REPOSITORY", "team/kvstore")
+        hook.ForgeURLs.update(None, found)
+        home = found["urls"].get("Homepage") == "https://forge.example/team/kvstore"
+        assert home == expected

@@ -1,4 +1,4 @@
-"""Write docs/CLI.md from the command line itself.
+"""Write docs/CLI.md and the manual page docs/kvstore.1 from the command line itself.
 
 Usage: python tools/cli_docs.py
 """
@@ -15,17 +15,46 @@ from kvstore.cli import cli
 from kvstore.cli.verbs import EXAMPLES
 
 PATH = Path(__file__).parent.parent / "docs/CLI.md"
+MANUAL = PATH.with_name("kvstore.1")
 
 
 def render() -> str:
     """Return the page."""
-    root = click.Context(cli, info_name="kvstore", **cli.context_settings)
+    root = _root()
     lines = ["# The command line", ""]
     lines += ["Written by `make docs` from the program itself; do not edit.", ""]
     lines += describe(root)
     for verb in verbs(root):
         lines += ["", f"## {verb.command_path}", "", *describe(verb)]
     return "\n".join(lines) + "\n"
+
+
+def render_manual() -> str:
+    """Return the manual page, as roff."""
+    root = _root()
+    lines = [".TH KVSTORE 1", ".SH NAME", "kvstore \\- keep prompt caches on disk"]
+    for context in (root, *verbs(root)):
+        command = context.command
+        usage = " ".join(command.collect_usage_pieces(context))
+        lines += [f".SH {context.command_path.upper()}", ".B", context.command_path]
+        lines += [_roff(usage)]
+        for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+            lines += [".PP", _roff(paragraph)]
+        for flags, meaning in options(context):
+            lines += [".TP", ".B", _roff(flags), _roff(meaning)]
+        if examples := EXAMPLES.get(context.command_path.partition(" ")[2]):
+            lines += [".PP", ".nf", *map(_roff, examples), ".fi"]
+    return "\n".join(lines) + "\n"
+
+
+def _root() -> click.Context:
+    return click.Context(cli, info_name="kvstore", **cli.context_settings)
+
+
+def _roff(text: str) -> str:
+    """Return a text on one line, with nothing that roff takes for a request."""
+    plain = " ".join(text.split()).replace("`", "").replace("\\", "\\e")
+    return "\\&" + plain.replace("-", "\\-")
 
 
 def verbs(parent: click.Context) -> Iterator[click.Context]:
@@ -69,3 +98,4 @@ def option_row(option: tuple[str, str]) -> str:
 
 if __name__ == "__main__":
     PATH.write_text(render())
+    MANUAL.write_text(render_manual())
