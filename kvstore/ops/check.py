@@ -51,6 +51,7 @@ FindingKind = Literal[
     "damaged-config",
     "damaged-basis",
     "missing-basis",
+    "foreign-rows",
 ]
 
 

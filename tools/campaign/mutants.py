@@ -49,8 +49,8 @@ MUTANTS = {
     ),
     "an entry before its blocks": Mutant(
         "ops/commit.py",
-        "if len(places) < len(hashes) or not all(map(blocks.has, places)):",
-        "if False:", _test("prune", "pruned_during_a_save"),
+        "    if len(places) < len(hashes):\n        return None\n", "",
+        _test("prune", "pruned_during_a_save"),
     ),
     "rows after the file is gone": Mutant(
         "storage/blocks.py",
@@ -58,14 +58,38 @@ MUTANTS = {
         _test("prune", "published_again"),
     ),
     "an entry is written in place": Mutant(
-        "storage/entries.py", "    files.write_atomic(path, data, staging)\n",
+        "storage/entries.py",
+        "    files.write_atomic(path, sealed, folder.staging)\n",
         "    path.unlink(missing_ok=True)\n    descriptor = files.create(path)\n"
-        "    files.write_all(descriptor, data)\n    files.sync(descriptor)\n",
+        "    files.write_all(descriptor, sealed)\n    files.sync(descriptor)\n",
         _test("faults", "error_at_any_call_of_a_save and write"),
     ),
     "a digest is not compared": Mutant(
-        "storage/shards.py", "        if blake3_hex(*buffers) != stored.digest:\n",
-        "        if False:\n", _test("faults", "the_table and codes"),
+        "storage/shards.py", "return blake3_hex(*buffers) == stored.digest",
+        "return True", _test("faults", "the_table and codes"),
+    ),
+    "a tag is not compared": Mutant(
+        "storage/cipher.py",
+        "            decryptor.finalize_with_tag(bytes(scratch[:TAG_BYTES]))\n",
+        "            pass\n", _test("encrypted", "one_block or flipped_bit"),
+    ),
+    "an index in the clear": Mutant(
+        "storage/index.py",
+        "            values = [self.written(value) for value in values]\n",
+        "            pass\n", _test("encrypted", "no_byte_of_the_folder"),
+    ),
+    "a key is not checked": Mutant(
+        "storage/vault.py", "len(key) != KEY_BYTES or _check(key) != check", "not key",
+        _test("encrypted", "without_its_key"),
+    ),
+    "a signature is not checked": Mutant(
+        "format/bundle.py", "            if self._signature is not None:\n",
+        "            if False:\n", _test("signing", "something_else"),
+    ),
+    "rows of somebody else count as signed": Mutant(
+        "ops/admit.py",
+        "    if all(rows(held[name]) == rows(signed[name]) for name in held):\n",
+        "    if True:\n", _test("signing", "somebody_else"),
     ),
     "a header's digest is not compared": Mutant(
         "format/shard.py", "    if digest != blake3_hex(blank):\n", "    if False:\n",

@@ -18,7 +18,7 @@ from ...ops.prune import PrunePlan
 from ...ops.speeds import ModelSpeeds
 from ...ops.stats import Stats
 from .. import options
-from ..main import Verb, cli, open_store, output_of
+from ..main import Verb, cli, load_fast_blas, open_store, output_of
 from ..options import Percentage
 from ..output import (
     Column,
@@ -354,14 +354,34 @@ _SHELLS = ("bash", "zsh", "fish")
     help="Read everything and put right what can be: damaged files go to quarantine,"
     " what is whole in them into new ones, and the index is built anew.",
 )
+@click.option(
+    "--recompute",
+    "num_blocks",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Have `--model` compute the rows of N random blocks of its own anew, and"
+    " compare.",
+)
+@options.model_options
 @click.pass_context
-def verify(context: click.Context, read_data: float, repair: bool) -> None:
+@options.gathered("model", options.ModelOptions)
+def verify(
+    context: click.Context,
+    read_data: float,
+    repair: bool,
+    num_blocks: int | None,
+    model: options.ModelOptions,
+) -> None:
     """Compare entries, index and shards, and list what is wrong.
 
     Nothing is changed, unless `--repair` is given. Exits with 1 where anything is
-    wrong, or still is after a repair.
+    wrong, or still is after a repair. What was forged together with its digests is
+    found by `--recompute` alone, which takes as long as the prompts it draws.
     """
     output = output_of(context)
+    if num_blocks is not None:
+        model = model.chosen(context)
+        load_fast_blas()
     store = open_store(context)
     if repair:
         for finding in store.repair():
@@ -369,6 +389,22 @@ def verify(context: click.Context, read_data: float, repair: bool) -> None:
         read_data = 1.0
     with output.progress() as bars:
         findings = store.verify(read_data, progress=bars.bar("verify"))
+        if num_blocks is not None:
+            from ...models.load import load_models
+            from ...models.recompute import recompute
+
+            loaded = load_models(
+                model.model,
+                model.adapter_path,
+                trust_remote_code=model.trust_remote_code,
+            )
+            found = recompute(store, loaded, num_blocks, progress=bars.bar("recompute"))
+            findings += [one.finding for one in found if not one.is_right]
+            worst = max((one.error for one in found), default=0.0)
+            output.note(
+                f"{format_count(len(found), 'block')} computed anew: they differ by"
+                f" {worst:.2%} at most"
+            )
     _print_findings(output, findings)
     if findings:
         raise KVStoreError(

@@ -1,0 +1,90 @@
+"""`verify --recompute`: what a model computes anew, against what is stored of it."""
+
+import json
+import random
+
+import pytest
+
+import kvstore
+from kvstore.cli import cli
+from kvstore.cli.failures import run
+from kvstore.models.load import load_models
+from kvstore.models.recompute import recompute
+from kvstore.models.session import prefill
+from kvstore.storage.folder import create_folder
+
+TOKENS = random.Random(3).choices(range(256), k=150)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_models(str(tiny_model))
+
+
+def fill(path, model, codec, computed_from=TOKENS):
+    """Save what a model computes of some tokens as that of others."""
+    cache = prefill(model.model, computed_from, prefill_step_size=31)
+    with kvstore.Store(path, codec) as store:
+        store.save(TOKENS, cache, model.fingerprint, name="doc")
+
+
+def look(path, model, num_blocks=6):
+    with kvstore.Store(path) as store:
+        return recompute(store, model, num_blocks, progress=lambda done, total: None)
+
+
+@pytest.mark.parametrize("codec", ["raw", "planes+zstd", "turbo4", "turbo2"])
+def test_what_the_model_computed_is_right(store_path, model, codec):
+    """Other steps and lossy codes are no forgery; each block is looked at once."""
+    fill(store_path, model, codec)
+    found = look(store_path, model)
+    assert len({one.block for one in found}) == len(found) == 6
+    assert all(one.is_right for one in found)
+    assert len(look(store_path, model, 100)) == 10
+
+
+@pytest.mark.parametrize("codec", ["raw", "turbo2"])
+def test_rows_of_other_tokens_are_found(store_path, model, codec):
+    """Rows under tokens that they were not computed from are found, digests or not."""
+    other = [(token * 7 + 11) % 256 for token in TOKENS]
+    fill(store_path, model, codec, other)
+    with kvstore.Store(store_path) as store:
+        assert store.verify() == []
+    found = look(store_path, model)
+    assert not any(one.is_right for one in found)
+    assert {one.finding.kind for one in found} == {"foreign-rows"}
+
+
+def test_where_the_tokens_part_the_rows_do(store_path, model):
+    """Of tokens that begin alike, the blocks before the change are right."""
+    fill(store_path, model, "raw", [*TOKENS[:80], *TOKENS[:70]])
+    found = look(store_path, model, 10)
+    assert {one.start for one in found if one.is_right} == set(range(0, 80, 16))
+
+
+def test_a_store_without_this_model_is_said_so(store_path, model, caches):
+    """Nothing is drawn from what another model made."""
+    with kvstore.Store(store_path, "raw") as store:
+        store.save(range(40), caches.make_cache(40), caches.MODEL, name="other")
+    with pytest.raises(kvstore.KVStoreError, match="no entry that this model made"):
+        look(store_path, model)
+
+
+def test_the_verb(tmp_path, tiny_model, model, capsys):
+    """`verify --recompute N` names what is wrong, and exits with 1."""
+    path = create_folder(tmp_path / "store", 16).path
+    words = ("--store", path, "verify", "--recompute", 3, "--model", tiny_model)
+    fill(path, model, "raw")
+    assert run(cli, list(map(str, words))) == 0
+    told = capsys.readouterr()
+    assert "nothing is wrong" in told.out
+    assert "3 blocks computed anew: they differ by" in told.err
+    with kvstore.Store(path, "raw") as store:
+        cache = prefill(model.model, TOKENS[::-1])
+        store.remove("doc")
+        store.purge()
+        store.save(TOKENS, cache, model.fingerprint, name="doc")
+    assert run(cli, list(map(str, (*words, "--json")))) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert [one["kind"] for one in findings] == ["foreign-rows"] * 3
+    assert all((path / one["path"]).exists() for one in findings)
