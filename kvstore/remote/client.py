@@ -48,6 +48,11 @@ class Remote:
     # Whoever may write to it is trusted: its entries need no signature.
     is_trusted: bool = False
 
+    @property
+    def is_web(self) -> bool:
+        """Whether it is a web server, which is only read."""
+        return self.url.startswith("http")
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -197,6 +202,7 @@ class Client:
         """
 
         def receive() -> list[str]:
+            self._check_lists()
             pages = self._store.list(prefix, chunk_size=1000)
             try:
                 return [found["path"] for page in pages for found in page]
@@ -213,6 +219,7 @@ class Client:
         """
 
         def receive() -> list[str]:
+            self._check_lists()
             try:
                 found = self._store.list_with_delimiter(prefix)["common_prefixes"]
             except FileNotFoundError:
@@ -220,6 +227,13 @@ class Client:
             return [path.rpartition("/")[2] for path in found]
 
         return self._retried(receive)
+
+    def _check_lists(self) -> None:
+        if self.remote.is_web:
+            raise RemoteError(
+                f"remote `{self.remote.name}` is a web server, which lists nothing",
+                hint="name the entry by its whole key, which `push --json` prints",
+            )
 
     def is_there(self, key: str, nbytes: int, *, tries: int | None = None) -> bool:
         """Whether there is an object of this size.

@@ -39,15 +39,16 @@ def probe(client: Client) -> Probe:
         RemoteError: It cannot be reached, or does nothing that is needed.
     """
     key = f"{_FOLDER}/{hashlib.sha256(_DATA).hexdigest()}"
-    refusal = _write(client, key)
+    is_web = client.remote.is_web
+    refusal = None if is_web else _write(client, key)
     is_there = client.is_there(key, len(_DATA)) if refusal is None else False
     found = Probe(
-        can_write=is_there,
-        creates_once=_creates_once(client, key) if is_there else None,
+        can_write=is_there and not is_web,
+        creates_once=_creates_once(client, key) if is_there and not is_web else None,
         has_ranges=_has_ranges(client, key) if is_there else None,
         can_list=_can_list(client, key if is_there else None),
     )
-    if not found.can_write and not found.can_list:
+    if not (found.can_write or found.can_list or is_web):
         raise refusal or RemoteError(
             f"remote `{client.remote.name}` forgets what it is sent"
         )

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import IntegrityError
+from ..errors import IntegrityError, RemoteError
 from ..format.block import Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields
 from ..format.entry import Entry
@@ -79,6 +79,11 @@ def push_entry(
             such entry then.
         RemoteError: The remote fails. Pushing again goes on from there.
     """
+    if client.remote.is_web:
+        raise RemoteError(
+            f"remote `{client.remote.name}` is a web server, which is only read",
+            hint="push to the object store that it shows",
+        )
     return blocks.run_again(lambda: _push(blocks, entry, client, progress))
 
 

@@ -230,6 +230,20 @@ def test_a_whole_key_needs_no_list(opened, s3_server):
         right.remotes.pull(key.path.replace(key.digest, "0" * 64), name="else")
 
 
+def test_a_web_server_is_read_by_keys(opened, s3_server):
+    """What lies behind it was pushed otherwise; a list is not needed."""
+    left, right = opened
+    key = left.remotes.push("doc").key
+    url = f"{s3_server.endpoint}/bucket/some/where"
+    found = right.remotes.add(Remote("web", url, is_trusted=True))
+    assert Probe(False, None, True, False) == found
+    assert "doc" == right.remotes.pull(key.path, "web").name
+    with pytest.raises(RemoteError, match="only read"):
+        right.remotes.push("doc", "web")
+    with pytest.raises(RemoteError, match="lists nothing"):
+        right.remotes.pull("else", "web")
+
+
 def test_what_is_not_there_is_said(opened, caches):
     """Neither name, nor id, nor model."""
     left, right = opened
