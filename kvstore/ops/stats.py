@@ -5,8 +5,8 @@ From entries and index alone, so that it takes a moment. Knows no arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..format.block import BlockHash
@@ -14,7 +14,7 @@ from ..format.entry import Entry
 from ..format.safetensors import ITEM_SIZES
 from ..storage import files
 from ..storage.blocks import BlockStore
-from ..storage.index import Link, Timing
+from ..storage.index import HASH_PREFIX, Index, Timing
 from .speeds import ModelSpeeds, Speeds, is_current, is_sound
 
 
@@ -65,6 +65,7 @@ class Stats:
 
 
 _MAX_NESTING = 8
+_MAX_ROUNDS = 32
 
 
 def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats:
@@ -78,13 +79,11 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
     folder, index = blocks.folder, blocks.index
     sizes, counters = index.shards(), index.counters()
     layouts = {root: layout for root, _, layout in index.all_roots()}
-    reach = _Reach(index.links(), layouts)
-    for entry in filter(_is_kept, entries):
-        reach.add(entry)
+    reach = _Reach(index)
+    kept = [entry for entry in entries if _is_kept(entry)]
+    reach.add(kept, layouts)
     kept_bytes = reach.nbytes
-    for entry in entries:
-        if not _is_kept(entry):
-            reach.add(entry)
+    reach.add([entry for entry in entries if not _is_kept(entry)], layouts)
     quarantined, staged = (
         list(files.sizes_in(path).values())
         for path in (folder.quarantine, folder.staging)
@@ -92,7 +91,7 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
     saved_ms = counters.get("saved_ms")
     return Stats(
         num_entries=len(entries),
-        num_blocks=index.count_blocks(),
+        num_blocks=reach.num_blocks,
         num_shards=len(sizes),
         num_tokens=sum(entry.num_tokens for entry in entries),
         nbytes=sum(sizes.values()),
@@ -112,42 +111,90 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
     )
 
 
-@dataclass(slots=True)
 class _Reach:
-    """The blocks that entries reach, each counted when the first one does."""
+    """The blocks that entries reach, each counted when the first one does.
 
-    links: dict[BlockHash, Link]
-    layouts: dict[BlockHash, Any]
-    entry_bytes: int = 0
-    nbytes: int = 0
-    raw_bytes: int = 0
-    coded_bytes: int = 0  # of what has raw bytes
-    _totals: dict[BlockHash, int] = field(default_factory=dict)
+    All blocks at once, in arrays: a store may have millions.
+    """
 
-    def add(self, entry: Entry) -> None:
-        """Count an entry's blocks."""
-        tip, root = (BlockHash(bytes.fromhex(text)) for text in (entry.tip, entry.root))
-        new = [self.links[block] for block in self._walk(tip)]
-        nbytes = sum(link.nbytes for link in new)
-        self.entry_bytes += self._totals.get(tip, 0)
-        self.nbytes += nbytes
-        token_bytes = _token_bytes(self.layouts.get(root))
-        if token_bytes:
-            self.raw_bytes += token_bytes * sum(link.num_tokens for link in new)
-            self.coded_bytes += nbytes
+    def __init__(self, index: Index) -> None:
+        # Imported here, since a command line that needs none starts faster.
+        import numpy as np
 
-    def _walk(self, tip: BlockHash) -> list[BlockHash]:
-        """Return the blocks of a chain that are new, and note the bytes up to each."""
-        new: dict[BlockHash, None] = {}
-        # An index may say anything, circles included.
-        while tip in self.links and tip not in self._totals and tip not in new:
-            new[tip] = None
-            tip = self.links[tip].parent
-        total = self._totals.get(tip, 0)
-        for block in reversed(new):
-            total += self.links[block].nbytes
-            self._totals[block] = total
-        return list(new)
+        self._np = np
+        columns, sizes = index.columns(), index.shard_sizes()
+        self.num_blocks = len(columns.shards)
+        self.entry_bytes = self.nbytes = 0
+        self.raw_bytes = self.coded_bytes = 0  # both of what has raw bytes
+        self._hashes = self._halves(columns.hashes)
+        self._num_tokens = np.array(columns.num_tokens)
+        # One more stands for what a first block hangs from.
+        self._parent = np.append(self._find(self._halves(columns.parents)), -1)
+        numbers = np.array([0, *sizes])
+        known = np.array([(0, 1), *sizes.values()])
+        order = np.argsort(numbers)
+        at = np.searchsorted(numbers, columns.shards, sorter=order)
+        whole, inner = known[order[np.minimum(at, len(order) - 1)]].T
+        # With its share of the header, rounded up.
+        share = -(-np.array(columns.nbytes) * whole // inner)
+        self._nbytes = np.append(share, 0)
+        self._seen = np.zeros(self.num_blocks + 1, np.bool_)
+        self._totals = self._sum_up()
+
+    def add(self, entries: Sequence[Entry], layouts: Mapping[BlockHash, Any]) -> None:
+        """Count the blocks of entries."""
+        by_root: dict[str, list[bytes]] = {}
+        for entry in entries:
+            tips = by_root.setdefault(entry.root, [])
+            tips.append(bytes.fromhex(entry.tip)[:HASH_PREFIX])
+        for root, tips in by_root.items():
+            found = self._find(self._halves(bytearray(b"".join(tips))))
+            self.entry_bytes += int(self._totals[found].sum())
+            num_tokens, nbytes = self._walk(found)
+            self.nbytes += nbytes
+            token_bytes = _token_bytes(layouts.get(BlockHash(bytes.fromhex(root))))
+            if token_bytes:
+                self.raw_bytes += token_bytes * num_tokens
+                self.coded_bytes += nbytes
+
+    def _halves(self, hashes: bytearray) -> Any:
+        """Return hashes as pairs of numbers that have their order."""
+        pairs = self._np.frombuffer(hashes, ">u8").reshape(-1, 2)
+        return self._np.ascontiguousarray(pairs.T, self._np.uint64)
+
+    def _find(self, hashes: Any) -> Any:
+        """Return where blocks stand, -1 for others."""
+        np = self._np
+        if not self.num_blocks:
+            return np.full(hashes.shape[1], -1)
+        at = np.searchsorted(self._hashes[0], hashes[0])
+        at[at == self.num_blocks] = 0
+        is_it = (self._hashes[:, at] == hashes).all(axis=0)
+        return np.where(is_it, at, -1)
+
+    def _sum_up(self) -> Any:
+        """Return the bytes up to each block."""
+        totals, before = self._nbytes.copy(), self._parent.copy()
+        # Each round doubles how far back it looks. An index may say anything, circles
+        # included, which would go on for ever.
+        for _ in range(_MAX_ROUNDS):
+            if (before == -1).all():
+                break
+            totals += totals[before]
+            before = before[before]
+        return totals
+
+    def _walk(self, tips: Any) -> tuple[int, int]:
+        """Return tokens and bytes of the blocks of some chains that are new."""
+        np = self._np
+        num_tokens = nbytes = 0
+        while len(tips):
+            tips = np.unique(tips[(tips >= 0) & ~self._seen[tips]])
+            self._seen[tips] = True
+            num_tokens += int(self._num_tokens[tips].sum())
+            nbytes += int(self._nbytes[tips].sum())
+            tips = self._parent[tips]
+        return num_tokens, nbytes
 
 
 def _is_kept(entry: Entry) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import blake3
 
@@ -325,6 +325,11 @@ class BlockStore:
             basis_size(self.folder, basis)  # one that `prune` has removed meanwhile
         publish_shard(self.folder.shards, staged)
         index_shard(self.index, staged.name, staged.header, added_at)
+        # Nobody knows better than who has just written both, so that the first look
+        # for room need not read every shard.
+        path = shard_path(self.folder.shards, staged.name)
+        rows = _digest(self.index.rows_in(staged.name))
+        self.index.note_compared(staged.name, stamp_of(path.lstat()), rows)
 
     def add_new(self, staged: Sequence[StagedShard], token_bytes: int) -> None:
         """Publish shards of new blocks, as :meth:`add` does, and count them.
@@ -752,15 +757,20 @@ def confirm_folder(
 
 def _digests(told: Mapping[BlockHash, tuple[Place, BlockHash]]) -> dict[str, bytes]:
     """Return a digest of all that an index says of the blocks in each shard."""
-    found: dict[str, Any] = {}
+    found: dict[str, list[tuple[Place, BlockHash]]] = {}
     for place, parent in told.values():
-        digest = found.get(place.shard) or found.setdefault(
-            place.shard, blake3.blake3()
-        )
+        found.setdefault(place.shard, []).append((place, parent))
+    return {shard: _digest(rows) for shard, rows in found.items()}
+
+
+def _digest(rows: Iterable[tuple[Place, BlockHash]]) -> bytes:
+    """Return a digest of what an index says of blocks, in the order of their hashes."""
+    digest = blake3.blake3()
+    for place, parent in rows:
         numbers = (place.num_tokens, place.nbytes, place.bits, place.num_extras)
         data = struct.pack("<4q?", *numbers, place.is_lossless)
         digest.update(place.hash + parent + data)
-    return {shard: digest.digest() for shard, digest in found.items()}
+    return digest.digest()
 
 
 def _rootless(

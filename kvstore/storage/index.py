@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import apsw
 
@@ -25,8 +26,8 @@ from . import files
 from .cipher import Cipher
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+# Tuples, since a look makes hundreds, and a dataclass takes twice as long.
+class Place(NamedTuple):
     """Where the index says a block lies, and what may be asked of it."""
 
     # The block's hash.
@@ -52,8 +53,7 @@ class Place:
         return self.bits == EXACT_BITS
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
+class Link(NamedTuple):
     """What a block hangs from, and what it takes."""
 
     # Hash of the block before, or the root hash.
@@ -62,6 +62,23 @@ class Link:
     num_tokens: int
     # Its bytes in the shard, with its share of the header.
     nbytes: int
+
+
+HASH_PREFIX = 16
+"""Leading bytes of a hash that tell it from all others, where nothing depends on it."""
+
+
+class Columns(NamedTuple):
+    """The table of blocks by columns, in the order of their hashes."""
+
+    # The first ``HASH_PREFIX`` bytes of each block's hash, and of its parent's.
+    hashes: bytearray
+    parents: bytearray
+    # Numbers of shards.
+    shards: array[int]
+    num_tokens: array[int]
+    # Without the headers.
+    nbytes: array[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +134,8 @@ CREATE TABLE blocks (
     extras INTEGER NOT NULL  -- rows of windows and states held
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_parent ON blocks (parent, first_token);
-CREATE INDEX blocks_by_shard ON blocks (shard);
+CREATE INDEX blocks_by_shard ON blocks
+    (shard, hash, num_tokens, nbytes, quality, extras);  -- all that a Place says
 CREATE TABLE uses (  -- of blocks in which hits ended; may be lost
     hash BLOB PRIMARY KEY,
     used_at REAL NOT NULL,  -- by the last one
@@ -196,8 +214,6 @@ _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
 # How SQLite says that the file system maps no file shared; a full disk is another code.
 _UNSHARED = (apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_SHMLOCK)
-# Blocks that one statement asks for.
-_MAX_LOOKS = 512
 
 
 class Index:
@@ -372,17 +388,18 @@ class Index:
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
         found: list[Place] = []
-        size = 1  # grows, so that a miss costs one look and a long hit few
-        while part := chain[len(found) : len(found) + size]:
-            marks = ",".join("?" * len(part))
-            query = f"{_PLACE}WHERE blocks.hash IN ({marks})"
-            rows = self._select(query, part, _PLACE_KINDS)
-            places = {place.hash: place for place in map(_to_place, rows)}
-            for block in part:
-                if block not in places:
-                    return found
-                found.append(places[block])
-            size = min(8 * size, _MAX_LOOKS)
+        known: dict[BlockHash, Place] = {}
+        with self._snapshot():
+            for block in chain:
+                place = known.get(block)
+                if place is None:
+                    place = self.place(block)
+                    if place is None:
+                        break
+                    # A save put the next ones there too. They lie side by side in
+                    # the index of shards, where a block costs a tenth of a look.
+                    known = {other.hash: other for other in self.places_in(place.shard)}
+                found.append(place)
         return found
 
     def children(self, parent: BlockHash, first_token: int) -> list[Place]:
@@ -408,9 +425,25 @@ class Index:
 
     def places_in(self, shard: str) -> list[Place]:
         """Return the places of all blocks that the index puts into a shard."""
-        query = _PLACE + "WHERE shards.name = ? ORDER BY blocks.hash"
-        rows = self._select(query, (shard,), _PLACE_KINDS)
-        return [_to_place(row) for row in rows]
+        query = (
+            "SELECT hash, ?1, num_tokens, nbytes, quality, extras FROM blocks"
+            " INDEXED BY blocks_by_shard"
+            " WHERE shard = (SELECT id FROM shards WHERE name = ?1) ORDER BY hash"
+        )
+        return list(map(_to_place, self._select(query, (shard,), _PLACE_KINDS)))
+
+    def rows_in(self, shard: str) -> list[tuple[Place, BlockHash]]:
+        """Return the places of the blocks of a shard with their parents.
+
+        Of the table itself, as :meth:`all_blocks` does.
+        """
+        hashes = [place.hash for place in self.places_in(shard)]
+        marks = ",".join("?" * len(hashes))
+        query = (
+            f"{_PLACE_AND_PARENT}WHERE blocks.hash IN ({marks}) ORDER BY blocks.hash"
+        )
+        rows = self._select(query, hashes, (*_PLACE_KINDS, bytes))
+        return [(_to_place(row[:6]), BlockHash(row[6])) for row in rows]
 
     def lost_blocks(self) -> list[BlockHash]:
         """Return the blocks whose shard the index does not know."""
@@ -552,19 +585,47 @@ class Index:
 
     def links(self) -> dict[BlockHash, Link]:
         """Return what every block hangs from and what it takes."""
-        query = (
-            "SELECT hash, parent, num_tokens,"
-            # With its share of the header, rounded up.
-            " (blocks.nbytes * shards.nbytes + sums.nbytes - 1) / sums.nbytes"
-            " FROM blocks JOIN shards ON shards.id = blocks.shard"
-            " JOIN (SELECT shard, sum(nbytes) AS nbytes FROM blocks GROUP BY shard)"
-            " AS sums ON sums.shard = blocks.shard"
-        )
-        rows = self._select(query, (), (bytes, bytes, int, int))
+        query = "SELECT hash, parent, shard, num_tokens, nbytes FROM blocks NOT INDEXED"
+        rows = self._select(query, (), (bytes, bytes, int, int, int))
+        sizes = self.shard_sizes()
         return {
-            BlockHash(block): Link(BlockHash(parent), num_tokens, nbytes)
-            for block, parent, num_tokens, nbytes in rows
+            # With its share of the header, rounded up.
+            BlockHash(block): Link(
+                BlockHash(parent), num_tokens, -(-nbytes * sizes[at][0] // sizes[at][1])
+            )
+            for block, parent, at, num_tokens, nbytes in rows
+            if at in sizes
         }
+
+    def shard_sizes(self) -> dict[int, tuple[int, int]]:
+        """Return the bytes of each shard, and of the blocks in it, by its number."""
+        query = (
+            "SELECT shards.id, shards.nbytes, sum(blocks.nbytes) FROM blocks"
+            " INDEXED BY blocks_by_shard JOIN shards ON shards.id = blocks.shard"
+            " GROUP BY blocks.shard"
+        )
+        rows = self._select(query, (), (int, int, int))
+        return {number: (nbytes, max(1, inner)) for number, nbytes, inner in rows}
+
+    def columns(self) -> Columns:
+        """Return the table of blocks by columns, which take 50 bytes a block."""
+        hashes, parents = bytearray(), bytearray()
+        shards, num_tokens, nbytes = array("q"), array("q"), array("q")
+        with self._translated():
+            rows = self._connection.execute(
+                "SELECT hash, parent, shard, num_tokens, nbytes FROM blocks NOT INDEXED"
+            )
+            while part := list(islice(rows, 10_000)):
+                some, before, *numbers = zip(*part, strict=True)
+                hashes += b"".join([block[:HASH_PREFIX] for block in some])
+                parents += b"".join([parent[:HASH_PREFIX] for parent in before])
+                for column, values in zip(
+                    (shards, num_tokens, nbytes), numbers, strict=True
+                ):
+                    column.extend(values)
+        if not len(hashes) == len(parents) == HASH_PREFIX * len(shards):
+            raise self._damaged("a hash is too short")
+        return Columns(hashes, parents, shards, num_tokens, nbytes)
 
     def entry(self, entry_id: str) -> bytes | None:
         """Return the copy of an entry's file, or ``None``."""
@@ -863,7 +924,7 @@ class Index:
         except apsw.IOError as error:
             number = self._disk_error() or errno.EIO
             raise OSError(number, str(error), str(self.path)) from error
-        except (apsw.Error, ValueError, UnicodeDecodeError) as error:
+        except (apsw.Error, ValueError, TypeError, OverflowError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
             raise self._damaged(str(error)) from error
 
