@@ -121,23 +121,17 @@ class _Reach:
         # Imported here, since a command line that needs none starts faster.
         import numpy as np
 
-        self._np = np
-        columns, sizes = index.columns(), index.shard_sizes()
-        self.num_blocks = len(columns.shards)
+        self._np, self._index = np, index
+        hashes, parents, num_tokens, nbytes = index.columns()
+        self.num_blocks = len(nbytes)
         self.entry_bytes = self.nbytes = 0
         self.raw_bytes = self.coded_bytes = 0  # both of what has raw bytes
-        self._hashes = self._halves(columns.hashes)
-        self._num_tokens = np.array(columns.num_tokens)
+        self._hashes = self._halves(hashes)
+        del hashes
         # One more stands for what a first block hangs from.
-        self._parent = np.append(self._find(self._halves(columns.parents)), -1)
-        numbers = np.array([0, *sizes])
-        known = np.array([(0, 1), *sizes.values()])
-        order = np.argsort(numbers)
-        at = np.searchsorted(numbers, columns.shards, sorter=order)
-        whole, inner = known[order[np.minimum(at, len(order) - 1)]].T
-        # With its share of the header, rounded up.
-        share = -(-np.array(columns.nbytes) * whole // inner)
-        self._nbytes = np.append(share, 0)
+        self._parent = np.append(self._find(self._halves(parents)), -1)
+        self._num_tokens = np.frombuffer(num_tokens, np.int64)
+        self._nbytes = np.append(np.frombuffer(nbytes, np.int64), 0)
         self._seen = np.zeros(self.num_blocks + 1, np.bool_)
         self._totals = self._sum_up()
 
@@ -146,7 +140,7 @@ class _Reach:
         by_root: dict[str, list[bytes]] = {}
         for entry in entries:
             tips = by_root.setdefault(entry.root, [])
-            tips.append(bytes.fromhex(entry.tip)[:HASH_PREFIX])
+            tips.append(self._index.written(bytes.fromhex(entry.tip))[:HASH_PREFIX])
         for root, tips in by_root.items():
             found = self._find(self._halves(bytearray(b"".join(tips))))
             self.entry_bytes += int(self._totals[found].sum())
@@ -169,8 +163,9 @@ class _Reach:
             return np.full(hashes.shape[1], -1)
         at = np.searchsorted(self._hashes[0], hashes[0])
         at[at == self.num_blocks] = 0
-        is_it = (self._hashes[:, at] == hashes).all(axis=0)
-        return np.where(is_it, at, -1)
+        for mine, theirs in zip(self._hashes, hashes, strict=True):
+            at[mine[at] != theirs] = -1
+        return at
 
     def _sum_up(self) -> Any:
         """Return the bytes up to each block."""

@@ -69,15 +69,13 @@ HASH_PREFIX = 16
 
 
 class Columns(NamedTuple):
-    """The table of blocks by columns, in the order of their hashes."""
+    """What every block hangs from and what it takes, in the order of the table."""
 
-    # The first ``HASH_PREFIX`` bytes of each block's hash, and of its parent's.
+    # The first ``HASH_PREFIX`` bytes of each hash, and of its parent, as written.
     hashes: bytearray
     parents: bytearray
-    # Numbers of shards.
-    shards: array[int]
     num_tokens: array[int]
-    # Without the headers.
+    # As in :class:`Link`.
     nbytes: array[int]
 
 
@@ -585,47 +583,57 @@ class Index:
 
     def links(self) -> dict[BlockHash, Link]:
         """Return what every block hangs from and what it takes."""
-        query = "SELECT hash, parent, shard, num_tokens, nbytes FROM blocks NOT INDEXED"
+        query = "SELECT hash, parent, num_tokens, nbytes, shard FROM blocks NOT INDEXED"
         rows = self._select(query, (), (bytes, bytes, int, int, int))
-        sizes = self.shard_sizes()
+        sizes = self._shard_sizes()
         return {
-            # With its share of the header, rounded up.
             BlockHash(block): Link(
-                BlockHash(parent), num_tokens, -(-nbytes * sizes[at][0] // sizes[at][1])
+                BlockHash(parent),
+                num_tokens,
+                -(-nbytes * sizes[shard][0] // sizes[shard][1]),
             )
-            for block, parent, at, num_tokens, nbytes in rows
-            if at in sizes
+            for block, parent, num_tokens, nbytes, shard in rows
+            if shard in sizes
         }
 
-    def shard_sizes(self) -> dict[int, tuple[int, int]]:
-        """Return the bytes of each shard, and of the blocks in it, by its number."""
+    def columns(self) -> Columns:
+        """Return all blocks by columns, which take 44 bytes a block."""
+        found = Columns(bytearray(), bytearray(), array("q"), array("q"))
+        sizes = self._shard_sizes()
+        with self._translated():
+            rows = self._connection.execute(
+                "SELECT substr(hash, 1, ?1), substr(parent, 1, ?1), num_tokens, nbytes,"
+                " shard FROM blocks NOT INDEXED",
+                (HASH_PREFIX,),
+            )
+            known = (row for row in rows if row[4] in sizes)
+            while part := list(islice(known, 1000)):
+                hashes, parents, num_tokens, nbytes, shards = zip(*part, strict=True)
+                found.hashes.extend(b"".join(hashes))
+                found.parents.extend(b"".join(parents))
+                found.num_tokens.extend(num_tokens)
+                pairs = zip(nbytes, map(sizes.__getitem__, shards), strict=True)
+                found.nbytes.extend(
+                    [-(-n * whole // inner) for n, (whole, inner) in pairs]
+                )
+        size = HASH_PREFIX * len(found.nbytes)
+        if not len(found.hashes) == len(found.parents) == size:
+            raise self._damaged("a hash is too short")
+        return found
+
+    def _shard_sizes(self) -> dict[int, tuple[int, int]]:
+        """Return the bytes of each shard, and of the blocks in it, by its number.
+
+        A block has its share of the header, rounded up: its bytes times the first, over
+        the second.
+        """
         query = (
             "SELECT shards.id, shards.nbytes, sum(blocks.nbytes) FROM blocks"
             " INDEXED BY blocks_by_shard JOIN shards ON shards.id = blocks.shard"
             " GROUP BY blocks.shard"
         )
         rows = self._select(query, (), (int, int, int))
-        return {number: (nbytes, max(1, inner)) for number, nbytes, inner in rows}
-
-    def columns(self) -> Columns:
-        """Return the table of blocks by columns, which take 50 bytes a block."""
-        hashes, parents = bytearray(), bytearray()
-        shards, num_tokens, nbytes = array("q"), array("q"), array("q")
-        with self._translated():
-            rows = self._connection.execute(
-                "SELECT hash, parent, shard, num_tokens, nbytes FROM blocks NOT INDEXED"
-            )
-            while part := list(islice(rows, 10_000)):
-                some, before, *numbers = zip(*part, strict=True)
-                hashes += b"".join([block[:HASH_PREFIX] for block in some])
-                parents += b"".join([parent[:HASH_PREFIX] for parent in before])
-                for column, values in zip(
-                    (shards, num_tokens, nbytes), numbers, strict=True
-                ):
-                    column.extend(values)
-        if not len(hashes) == len(parents) == HASH_PREFIX * len(shards):
-            raise self._damaged("a hash is too short")
-        return Columns(hashes, parents, shards, num_tokens, nbytes)
+        return {number: (whole, max(1, inner)) for number, whole, inner in rows}
 
     def entry(self, entry_id: str) -> bytes | None:
         """Return the copy of an entry's file, or ``None``."""

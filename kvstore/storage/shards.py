@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from .cipher import Cipher
 from .folder import StoreFolder
 from .sealed import SealedShard, seal_shard
 
+_SUFFIX = ".safetensors"
 _READ_BYTES = 8 * 1024 * 1024
 
 
@@ -39,13 +40,19 @@ def shard_path(folder: Path, name: str) -> Path:
     """
     if not _HEX.fullmatch(name):
         raise ValueError(f"not the name of a shard: {name!r}")
-    return folder / name[:2] / f"{name}.safetensors"
+    return folder / name[:2] / f"{name}{_SUFFIX}"
 
 
 def list_shards(folder: Path) -> list[str]:
     """Return the names of all shards, sorted."""
-    paths = folder.glob("??/*.safetensors")
-    return sorted(path.stem for path in paths if _HEX.fullmatch(path.stem))
+    found: list[str] = []
+    # Of thousands of files, which `Path.glob` takes four times as long for.
+    with suppress(FileNotFoundError, PermissionError), os.scandir(folder) as parts:
+        for part in parts:
+            with suppress(OSError), os.scandir(part.path) as items:
+                found += [item.name.removesuffix(_SUFFIX) for item in items
+                          if item.name.endswith(_SUFFIX)]  # fmt: skip
+    return sorted(name for name in found if _HEX.fullmatch(name))
 
 
 @dataclass(frozen=True, slots=True)

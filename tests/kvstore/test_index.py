@@ -87,6 +87,14 @@ def test_the_longest_prefix_ends_at_the_first_gap(index):
     assert [] == index.longest_prefix([])
 
 
+def test_a_prefix_goes_on_in_other_shards(index):
+    """Blocks of one chain may lie anywhere, among those of others."""
+    fill(index, [CHAIN[0], CHAIN[2]])
+    fill(index, [CHAIN[1], CHAIN[3]], OTHER)
+    expected = [place_of(b, (SHARD, OTHER)[i % 2]) for i, b in enumerate(CHAIN[:4])]
+    assert expected == index.longest_prefix([block.hash for block in CHAIN[:4]])
+
+
 def test_children_are_found_by_parent_and_first_token(index):
     """Only blocks that begin with the token asked for are returned."""
     fill(index)

@@ -152,7 +152,7 @@ def test_an_index_that_says_otherwise_is_damaged_and_not_the_shard(
     folder, index, reader, lie
 ):
     """A place that its shard does not confirm is the index's fault."""
-    place = replace(index.places_in(name_of(folder))[0], **lie)
+    place = index.places_in(name_of(folder))[0]._replace(**lie)
     with pytest.raises(IndexDamagedError) as caught:
         reader.stored(place)
     assert folder.index == caught.value.path
@@ -162,7 +162,7 @@ def test_an_index_that_says_otherwise_is_damaged_and_not_the_shard(
 
 def test_a_name_that_is_no_shards_is_the_index_s_fault(folder, index, reader):
     """A name that cannot be a file's name points at the index."""
-    place = replace(index.places_in(name_of(folder))[0], shard="../../x")
+    place = index.places_in(name_of(folder))[0]._replace(shard="../../x")
     with pytest.raises(IndexDamagedError) as caught:
         reader.stored(place)
     assert folder.index == caught.value.path
