@@ -9,17 +9,21 @@
 #include <ucontext.h>
 
 #define DEVICE
+#define AT(place) (data + (place))
 #define FUNCTION static inline
 #define UNROLL
 #define ADD(a, b) ((a) + (b))
 #define MUL(a, b) ((a) * (b))
 #define DIV(a, b) ((a) / (b))
+#define FMA(a, b, c) fmaf(a, b, c)
 #define SQRT(x) sqrtf(x)
+#define FROM_HALF(bits) shim::from_half(bits)
+#define TO_HALF(x) shim::to_half(x)
 #define threadgroup static
 #define BARRIER shim::stop(__LINE__)
 #define simd_shuffle_xor(x, mask) shim::shuffle(x, mask, __LINE__)
-#define thread_position_in_grid shim::Position{shim::first + shim::lane}
-#define thread_position_in_threadgroup shim::Position{(shim::first + shim::lane) % 128}
+#define thread_position_in_grid shim::Position{shim::first + shim::lane, shim::second}
+#define thread_position_in_threadgroup shim::Position{(shim::first + shim::lane) % 128, 0}
 #define thread_index_in_simdgroup shim::lane
 
 typedef uint8_t uchar;
@@ -35,14 +39,28 @@ namespace shim {
 
 constexpr uint LANES = 32;
 constexpr size_t STACK = 64 << 10;
-struct Position { uint x; };
-uint first, lane;  // of the fiber that runs
+struct Position { uint x, y; };
+uint first, second, lane;  // of the fiber that runs
 ucontext_t caller, fibers[LANES];
 char stacks[LANES][STACK];
 int where[LANES];  // the line a lane stopped at, or 0 where it has ended
 uint32_t slots[2][LANES];
 uint turns[LANES];
 void (*body)();
+
+// As hardware converts them, ties to even.
+float from_half(uint bits) {
+  const uint magnitude = bits & 0x7fff;
+  const float x = magnitude < 0x7c00 ? as_type<float>(magnitude << 13) * 0x1p112f
+                                     : as_type<float>(magnitude << 13 | 0x7f800000);
+  return bits & 0x8000 ? -x : x;
+}
+
+uint to_half(float x) {
+  const uint u = as_type<uint>(fabsf(x)), sign = signbit(x) ? 0x8000 : 0;
+  if (u >= 0x38800000) return sign | (u + 0xfff + (u >> 13 & 1) - 0x38000000) >> 13;
+  return sign | as_type<uint>(fabsf(x) + 0.5f) - 0x3f000000;
+}
 
 void stop(int line) {
   const uint me = lane;

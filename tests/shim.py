@@ -36,13 +36,13 @@ def make_launch(folder, edit=lambda text: text):
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(path.with_suffix(".so")))
 
-    def launch(way, name, registers, inputs, numbers, outputs, threads):
+    def launch(way, name, registers, inputs, numbers, outputs, threads, times=1):
         arrays = [np.array(x.reshape(-1).view(mx.uint8)) for x in inputs]
         for shape, dtype in outputs:  # full of something else
             arrays.append(np.full(int(np.prod(shape)) * dtype.size, 7, np.uint8))
         pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
         counts = (ctypes.c_int * len(numbers))(*numbers)
-        if library(name, registers).run(pointers, counts, threads):
+        if library(name, registers).run(pointers, counts, threads, times):
             raise RuntimeError("lanes part ways")
         return [
             mx.array(array).view(dtype).reshape(shape)
@@ -65,11 +65,12 @@ def _runner(name, registers):
 static void** p;
 static int* n;
 static void one() {{ {gpu.entry(name, registers)}({", ".join(values)}); }}
-extern "C" int run(void** pointers, int* numbers, int threads) {{
+extern "C" int run(void** pointers, int* numbers, uint threads, uint times) {{
   p = pointers;
   n = numbers;
-  for (int at = 0; at < threads; at += 32)
-    if (shim::run_group(at, one)) return 1;
+  for (shim::second = 0; shim::second < times; shim::second++)
+    for (uint at = 0; at < threads; at += 32)
+      if (shim::run_group(at, one)) return 1;
   return 0;
 }}
 """

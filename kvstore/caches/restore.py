@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant import make_wh_rotation
-from turboquant.kernels import gpu, transfer
+from turboquant.kernels import gpu
 
 from ..codecs.base import (
     MLX_DTYPES,
     NUMPY_DTYPES,
     Codec,
-    OnDevice,
     Rows,
     Run,
     map_arrays,
@@ -49,6 +48,11 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.generic]
 Pieces = Sequence[tuple[Codec, Piece]]
+Read = Callable[[Sequence[memoryview]], None]
+Cut = tuple[int, slice]
+"""Where in its buffer a block's rows go, and which of them."""
+Segments = list[tuple[int, int, dict[str, Any]]]
+"""Of each run its first row, how many it has, and what `gpu.segment` is told."""
 # Of stored bytes that are being decoded there may be a twelfth of all rows, so that a
 # load takes no more than a tenth above them; but of a short prompt a few blocks.
 _SPARE_PART = 12
@@ -74,6 +78,18 @@ class Restoring(Protocol):
             pieces: What the block has of each array, and the codec.
             stored: The block.
             stop: The token up to which its rows are wanted.
+        """
+
+    def receive(
+        self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
+    ) -> bool:
+        """Have a whole block read to where it is decoded, if it can be; in any thread.
+
+        Args:
+            pieces: What the block has of each array, and the codec.
+            stored: The block.
+            stop: The token up to which its rows are wanted.
+            read: Fills buffers of as many bytes as the block has.
         """
 
     def write(
@@ -182,7 +198,7 @@ class _Target:
         mx.eval(found)
         return found
 
-    def cut(self, group: Group, rows: Rows, stop: int) -> tuple[int, slice]:
+    def cut(self, group: Group, rows: Rows, stop: int) -> Cut:
         """Return where in its buffer a block's rows go, and which of them."""
         spec = group.spec(rows.side)
         if spec.kind in ("state", "mark"):
@@ -243,6 +259,12 @@ class HostRestoring:
                 view = self._views[layer][rows.side][:, where : where + which.stop]
                 found += [head.reshape(-1).view(np.uint8).data for head in view]
         return found if sum(map(len, found)) == end - stored.begin else ()
+
+    def receive(
+        self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
+    ) -> bool:
+        """Refuse: bytes that are no rows are decoded."""
+        return False
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
@@ -309,13 +331,14 @@ class KernelRestoring(HostRestoring):
         num_tokens: How many tokens' rows there will be.
     """
 
-    num_threads = min(16, os.cpu_count() or 1)
+    num_threads = min(8, os.cpu_count() or 1)
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
         self._target = _Target(layout, num_tokens)
         self._coded = _LiveBlocks()
-        self._sent: dict[tuple[int, str], list[_Sent]] = {}
+        self._upload = gpu.start_upload()
+        self._sent: dict[tuple[int, str], list[tuple[Cut, Segments]]] = {}
         nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
         self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
         self._arrays = [{} for _ in self._target.layers]
@@ -341,6 +364,22 @@ class KernelRestoring(HostRestoring):
     ) -> tuple[int, int, int]:
         return spec.num_heads, self._target.num_rows(layer, name, spec), spec.head_dim
 
+    def receive(
+        self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
+    ) -> bool:
+        """Send the bytes as they are read, where the kernels know all of them."""
+        found = [_places(codec, piece, stored) for codec, piece in pieces]
+        if not all(found):
+            return False
+        begin = self._upload.receive(stored.end - stored.begin, read)
+        if begin is None:
+            return False
+        for (codec, piece), places in zip(pieces, found, strict=True):
+            runs = _runs_of(codec, piece.rows)
+            segments = _segments(runs, piece.rows, begin, places)
+            self._note(piece.group, piece.rows, piece.rows.side, stop, segments)
+        return True
+
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int
     ) -> None:
@@ -348,33 +387,29 @@ class KernelRestoring(HostRestoring):
         if not _has_kernel(rows.side, group.spec(rows.side)):
             super().write(codec, parts, group, rows, stop)
             return
-        cut = self._target.cut(group, rows, stop)
-        for side, runs in _runs(codec, parts, rows):
-            arrays = [
-                array
-                for run in runs
-                for array in (*run.planes, run.norms, run.mean)
-                if array is not None
-            ]
-            pieces, places = transfer.send(arrays)
-            sent = _Sent(cut, pieces, _segments(runs, rows, iter(places)))
-            self._sent.setdefault((group.layers[0], side), []).append(sent)
+        for side, runs, arrays in _exact_or_known(codec, parts, rows):
+            names = [n for r in runs for n in (*r.planes, r.norms, r.mean) if n]
+            sent = self._upload.send([arrays[name] for name in names])
+            places = dict(zip(names, sent, strict=True))
+            segments = _segments(runs, rows, 0, places)
+            self._note(group, rows, side, stop, segments)
+
+    def _note(
+        self, group: Group, rows: Rows, side: str, stop: int, segments: Segments
+    ) -> None:
+        """Remember where rows of a block lie on the device."""
+        sent = self._sent.setdefault((group.layers[0], side), [])
+        sent.append((self._target.cut(group, rows, stop), segments))
 
     def finish(self, num_tokens: int, provenance: Provenance) -> PromptCache:
         """Have the kernels restore all layers."""
-        sent = [each for found in self._sent.values() for each in found]
-        pieces = [piece for each in sent for piece in each.pieces]
-        data = mx.concatenate(pieces) if pieces else mx.zeros((2,), mx.uint64)
-        begin = 0
-        for each in sent:
-            each.begin = begin
-            begin += sum(piece.nbytes for piece in each.pieces)
-            each.pieces.clear()
+        data = self._upload.data()
         for group in group_layers(self._layout):
             for name, spec in group.layout.rows:
                 if _has_kernel(name, spec):
                     self._restore(data, group, name, spec, num_tokens)
         mx.eval(self._arrays)
+        del self._upload
         return super().finish(num_tokens, provenance)
 
     def _restore(
@@ -385,20 +420,19 @@ class KernelRestoring(HostRestoring):
         # Segment 0 has the rows that nothing was sent of: zeros.
         which = np.zeros(capacity, np.int32)
         table = [gpu.segment(0, (0, 0, 0), 0, [])]
-        for sent in self._sent.get((group.layers[0], name), []):
-            where, wanted = sent.cut
-            for first, num_rows, numbers in sent.segments:
+        for (where, wanted), segments in self._sent.get((group.layers[0], name), []):
+            for first, num_rows, numbers in segments:
                 begin = max(first, wanted.start)
                 end = min(first + num_rows, wanted.stop)
                 at = where + begin - wanted.start
                 which[at : at + max(0, end - begin)] = len(table)
-                table.append(gpu.moved(numbers, sent.begin, begin - first - at))
+                table.append(gpu.segment(**numbers, skip=begin - first - at))
         if spec.kind == "rows":  # a load that ended early has written more
             which[max(0, num_tokens - spec.begin) :] = 0
         inputs = mx.array(which), mx.array(np.array(table, np.int64))
         has_codes = dim % 8 == 0 and dim <= gpu.MAX_DIM
         for number, layer in enumerate(group.layers):
-            self._arrays[layer][name] = gpu.restore(
+            restored = gpu.restore(
                 data,
                 *inputs,
                 make_wh_rotation(dim, SEED) if has_codes else None,
@@ -406,20 +440,8 @@ class KernelRestoring(HostRestoring):
                 shape=(1, heads, capacity, dim),
                 dtype=MLX_DTYPES[spec.dtype],
             )
-
-
-@dataclass(slots=True)
-class _Sent:
-    """What the device was sent of one array of a block."""
-
-    # Where in its buffer the rows go, and which of the block's.
-    cut: tuple[int, slice]
-    # The bytes.
-    pieces: list[mx.array]
-    # Of each run its first row, how many it has, and where in the bytes they lie.
-    segments: list[tuple[int, int, list[int]]]
-    # Where the bytes begin among all that was sent.
-    begin: int = 0
+            mx.async_eval(restored)  # while the next ones are prepared
+            self._arrays[layer][name] = restored
 
 
 def _has_kernel(name: str, spec: RowSpec) -> bool:
@@ -427,39 +449,72 @@ def _has_kernel(name: str, spec: RowSpec) -> bool:
     return spec.kind in ("rows", "window") and is_float and name not in CODED
 
 
-def _runs(codec: Codec, parts: Parts, rows: Rows) -> Iterator[tuple[str, list[Run]]]:
+def _runs_of(codec: Codec, rows: Rows) -> list[Run]:
+    """Return the runs of rows; none where the kernels do not know the codec."""
+    find_runs = getattr(codec.array, "runs", None)
+    runs: list[Run] = find_runs(rows) if find_runs else []
+    is_known = rows.shape[3] <= gpu.MAX_DIM or not any(run.bits for run in runs)
+    return runs if is_known else []
+
+
+def _places(codec: Codec, piece: Piece, stored: StoredBlock) -> dict[str, int]:
+    """Return where each part of a piece is in a block; none if kernels cannot tell."""
+    rows, places = piece.rows, {}
+    if codec.compressor or not _has_kernel(rows.side, piece.group.spec(rows.side)):
+        return {}
+    if not _runs_of(codec, rows):
+        return {}
+    for name, (dtype, shape) in codec.array.parts(rows).items():
+        spec = stored.tensors.get(f"{piece.number}.{rows.side}.{name}")
+        size = np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        # Whatever is wrong is told when the block is opened in the usual way.
+        if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
+            return {}
+        place, nbytes = spec.begin - stored.begin, spec.end - spec.begin
+        if spec.raw_nbytes or nbytes != size * math.prod(shape) or place % size:
+            return {}
+        places[name] = place
+    return places
+
+
+def _exact_or_known(
+    codec: Codec, parts: Parts, rows: Rows
+) -> Iterator[tuple[str, list[Run], Parts]]:
     """Yield the runs of each array, decoded where the kernels do not know the codec."""
-    sides = _sides(rows)
-    runs = codec.array.runs(parts, rows) if isinstance(codec.array, OnDevice) else []
-    if runs and (rows.shape[3] <= gpu.MAX_DIM or not any(run.bits for run in runs)):
-        yield sides[0], runs
+    sides, runs = _sides(rows), _runs_of(codec, rows)
+    if runs:
+        yield sides[0], runs, parts
         return
     whole = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
     codec.array.decode_into(parts, rows, list(whole))
     for side, half in zip(sides, np.split(whole, len(sides), axis=1), strict=True):
-        yield side, [Run(rows.shape[2], 0, (np.ascontiguousarray(half),))]
+        exact = {"rows": np.ascontiguousarray(half)}
+        yield side, [Run(rows.shape[2], 0, ("rows",))], exact
 
 
 def _segments(
-    runs: Sequence[Run], rows: Rows, places: Iterator[int]
-) -> list[tuple[int, int, list[int]]]:
+    runs: Sequence[Run], rows: Rows, begin: int, places: Mapping[str, int]
+) -> Segments:
     """Return of each run its first row, how many it has, and where they lie.
 
     Args:
         runs: The runs of one array.
         rows: What rows they are of.
-        places: Where each of their arrays begins.
+        begin: Where the bytes of all parts begin.
+        places: Where in these bytes each part is.
     """
-    found, first = [], 0
+    found: Segments = []
+    first = 0
     heads = rows.shape[1] // len(_sides(rows))
     for run in runs:
-        planes = [next(places) for _ in run.planes]
-        norms = next(places) if run.norms is not None else 0
-        mean = next(places) if run.mean is not None else -1
-        shape = (rows.shape[0], heads, run.num_rows)
-        # Exact rows are told by how many arrays they lie in.
-        bits = run.bits or -len(planes)
-        numbers = gpu.segment(bits, shape, 0, planes, norms, mean)
+        numbers = {
+            # Exact rows are told by how many parts they lie in.
+            "bits": run.bits or -len(run.planes),
+            "shape": (rows.shape[0], heads, run.num_rows),
+            "planes": [begin + places[name] for name in run.planes],
+            "norms": begin + places[run.norms] if run.norms else 0,
+            "mean": begin + places[run.mean] if run.mean else -1,
+        }
         found.append((first, run.num_rows, numbers))
         first += run.num_rows
     return found
@@ -490,6 +545,12 @@ class DeviceRestoring:
     ) -> Sequence[memoryview]:
         """Return none: all is decoded on the device."""
         return ()
+
+    def receive(
+        self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
+    ) -> bool:
+        """Refuse: all is decoded on the device."""
+        return False
 
     def write(
         self, codec: Codec, parts: Parts, group: Group, rows: Rows, stop: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -124,9 +124,8 @@ class ArrayCodec(Protocol):
         """Return all layers' rows, ``(L, H, T, D)``, computed on MLX's device."""
 
 
-@runtime_checkable
 class Checking(Protocol):
-    """An array codec of parts that may be wrong although their shapes are right."""
+    """What an array codec has too whose parts may be wrong though their shapes fit."""
 
     def check(self, parts: Mapping[str, Array], rows: Rows) -> None:
         """Refuse parts that no encoding gives.
@@ -144,21 +143,20 @@ class Run:
     num_rows: int
     # Of a coordinate; 0 where the rows are exact.
     bits: int
-    # Contiguous arrays: planes of codes, widest first; or exact rows, as they are or as
-    # their low bytes and their high ones.
-    planes: tuple[Array, ...]
-    # The norms' bytes, least significant first.
-    norms: Array | None = None
-    # What is added to the rows of each head.
-    mean: Array | None = None
+    # The parts with planes of codes, widest first; or with exact rows, as they are or
+    # as their low bytes and their high ones.
+    planes: tuple[str, ...]
+    # The part with the norms' bytes, least significant first.
+    norms: str | None = None
+    # The part with what is added to the rows of each head.
+    mean: str | None = None
 
 
-@runtime_checkable
 class OnDevice(Protocol):
-    """An array codec whose parts the kernels of a GPU can read."""
+    """What an array codec has too where the kernels of a GPU can read its parts."""
 
-    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
-        """Return where in its parts the rows of a block are, in order."""
+    def runs(self, rows: Rows) -> list[Run]:
+        """Return in which parts the rows of a block are, in order."""
 
 
 class BytesCodec(Protocol):
@@ -260,8 +258,10 @@ class Codec:
             except ValueError as error:
                 raise IntegrityError(f"tensor {prefix}{name}: {error}") from error
             opened[name] = np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(shape)
-        if isinstance(self.array, Checking):
-            self.array.check(opened, rows)
+        # A protocol's isinstance takes longer than all the rest of a block.
+        check = getattr(self.array, "check", None)
+        if check is not None:
+            check(opened, rows)
         return opened
 
     def _compressor_of(self, part: str) -> BytesCodec | None:

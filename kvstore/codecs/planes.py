@@ -68,10 +68,9 @@ class Planes:
             joined = joined | (planes[i].astype(whole) << 8 * i)
         return joined.view(MLX_DTYPES[rows.dtype])
 
-    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+    def runs(self, rows: Rows) -> list[Run]:
         """Return one run of exact rows, their low bytes before the high ones."""
-        planes = [parts[name] for name in ("low", "high") if name in parts]
-        return [Run(rows.shape[2], 0, tuple(planes))]
+        return [Run(rows.shape[2], 0, tuple(self.parts(rows)))]
 
 
 def _planes(parts: Mapping[str, Array]) -> list[Array]:

@@ -47,6 +47,6 @@ class Raw:
         """Move the rows to the device."""
         return mx.array(parts["rows"]).view(MLX_DTYPES[rows.dtype])
 
-    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+    def runs(self, rows: Rows) -> list[Run]:
         """Return one run of exact rows."""
-        return [Run(rows.shape[2], 0, (parts["rows"],))]
+        return [Run(rows.shape[2], 0, ("rows",))]

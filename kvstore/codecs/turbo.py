@@ -162,13 +162,14 @@ class Turbo:
             return decoded
         return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
 
-    def runs(self, parts: Mapping[str, Array], rows: Rows) -> list[Run]:
+    def runs(self, rows: Rows) -> list[Run]:
         """Return the sinks, and the rows of codes behind them."""
         sinks = _num_sinks(rows)
-        exact = [Run(sinks, 0, (parts["sinks"],))] if sinks else []
-        planes = tuple(parts[name] for name, _ in self._planes(rows))
-        num_coded, mean = rows.shape[2] - sinks, parts.get("mean")
-        return [*exact, Run(num_coded, self._bits(rows), planes, parts["norms"], mean)]
+        exact = [Run(sinks, 0, ("sinks",))] if sinks else []
+        planes = tuple(name for name, _ in self._planes(rows))
+        mean = "mean" if rows.side == "k" else None
+        coded = rows.shape[2] - sinks
+        return [*exact, Run(coded, self._bits(rows), planes, "norms", mean)]
 
     def from_live(self, live: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
         """Return the parts of rows that a live cache has codes of.

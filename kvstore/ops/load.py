@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal
@@ -473,10 +474,15 @@ class _Decoding:
         The thread that owns the index tells it.
         """
         stored = item.stored
-        data = memoryview(b"") if item.buffers else self._buffer(stored)
+        stop = min(stored.block.start + len(stored.block.tokens), self._num_tokens)
+        data = memoryview(b"")
         try:
             with reopen_shard(self._folder, item.shard, item.header) as opened:
-                opened.read_into(stored, item.buffers or [data])
+                read = partial(opened.read_into, stored)
+                if self._out.receive(item.pieces, stored, stop, read):
+                    return item, None
+                data = data if item.buffers else self._buffer(stored)
+                read(item.buffers or [data])
         except (IntegrityError, OSError) as error:
             return item, error
         if not item.buffers:

@@ -21,7 +21,7 @@ UNROLL for (int i = 0; i < R; i++) {
     const wide from = wide(row) * dim + c;
     const uint u = dtype == F32 ? ((const DEVICE uint*)x)[from] : ((const DEVICE ushort*)x)[from];
     value = widen(u, dtype);
-    if (is_centred) value = ADD(value, -half_to_float(((const DEVICE ushort*)mean)[row / num_rows * dim + c]));
+    if (is_centred) value = ADD(value, -FROM_HALF(((const DEVICE ushort*)mean)[row / num_rows * dim + c]));
   }
   const uint magnitude = as_type<uint>(value) & 0x7fffffff;
   peak = magnitude > peak ? magnitude : peak;

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codebook import decision_boundaries
+from turboquant.kernels import cuda
 from turboquant.kernels.numpy import (
     NumpyKernels,
     index_table,
@@ -39,8 +41,6 @@ Verb = Literal["encode", "restore"]
 MAX_DIM = 256
 """Rows of codes of more numbers are not for these kernels."""
 
-# As many as keep the bus busy.
-_COPYING_THREADS = 256 * 1024
 _FOLDER = Path(__file__).parent
 PTX = _FOLDER / "ptx.zip"
 """What `tools/make_ptx.py` made: a member for each kernel."""
@@ -74,20 +74,22 @@ _KERNELS = {
         ("dim", "dtype", "num_heads", "capacity", "layer"),
         256,
     ),
-    "fetch": _Kernel((), ("out",), ("low", "high", "num_words"), 256),
-    "push": _Kernel(("x",), ("out",), ("low", "high", "num_words"), 256),
 }
 _POINTERS = {"which": "int", "segments": "wide", "tables": "float"}
 _METAL = """
 #pragma METAL fp contract(off)
 typedef long wide;
 #define DEVICE device
+#define AT(place) ((const device uchar*)data + (place))
 #define FUNCTION inline
 #define UNROLL _Pragma("unroll")
 #define ADD(a, b) ((a) + (b))
 #define MUL(a, b) ((a) * (b))
 #define DIV(a, b) ((a) / (b))
+#define FMA(a, b, c) fma(a, b, c)
 #define SQRT(x) precise::sqrt(x)
+#define FROM_HALF(bits) float(as_type<half>(ushort(bits)))
+#define TO_HALF(x) uint(as_type<ushort>(half(x)))
 #define BARRIER simdgroup_barrier(mem_flags::mem_threadgroup)
 """
 _CUDA = """
@@ -95,23 +97,37 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef long long wide;
-struct Position { uint x; };
+struct Position { uint x, y; };
 #define FUNCTION __device__ inline
 #define UNROLL _Pragma("unroll")
 #define DEVICE
+// Of CUDA's segments, places are addresses.
+#define AT(place) ((const uchar*)(place))
 #define threadgroup __shared__
 #define ADD(a, b) __fadd_rn(a, b)
 #define MUL(a, b) __fmul_rn(a, b)
 #define DIV(a, b) __fdiv_rn(a, b)
+#define FMA(a, b, c) __fmaf_rn(a, b, c)
 #define SQRT(x) __fsqrt_rn(x)
 #define BARRIER __syncwarp()
 #define simd_shuffle_xor(x, mask) __shfl_xor_sync(0xffffffffu, x, mask)
-#define thread_position_in_grid Position{blockIdx.x * blockDim.x + threadIdx.x}
-#define thread_position_in_threadgroup Position{threadIdx.x}
+#define thread_position_in_grid \\
+  Position{blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y}
+#define thread_position_in_threadgroup Position{threadIdx.x, 0}
 #define thread_index_in_simdgroup (threadIdx.x & 31)
 template <class To, class From> FUNCTION To as_type(From x) {
   union { From from; To to; } u = {x};
   return u.to;
+}
+FUNCTION float FROM_HALF(uint bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(ushort(bits)));
+  return x;
+}
+FUNCTION uint TO_HALF(float x) {
+  ushort bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
 }
 """
 
@@ -154,7 +170,8 @@ def restore(
     """Restore one array of a layer on the GPU; nothing is evaluated.
 
     Args:
-        data: The bytes that segments point into, any dtype.
+        data: What an upload's `data` returned; the upload is kept until the rows are
+            evaluated.
         which: The segment of each row of a head, shape ``(C,)``, ``int32``.
         segments: What `segment` returns for each, ``int64``.
         rotation: The rotation that rows were quantized with; ``None`` where all are
@@ -182,7 +199,7 @@ def segment(
             exact rows whose bytes lie in two planes, the low ones and the high one.
         shape: Layers, heads and rows of each head, as they lie.
         skip: What added to the number of a row gives its place among those.
-        planes: Where each plane begins in the data, in bytes.
+        planes: Where each plane begins, as an upload says.
         norms: Where the norms' bytes begin.
         mean: Where the means begin, or ``-1`` for none.
     """
@@ -190,45 +207,70 @@ def segment(
     return [bits, shape[2], math.prod(shape), skip, *places, norms, mean, 0]
 
 
-def moved(segment: Sequence[int], begin: int, skip: int) -> list[int]:
-    """Return a segment of data that begins later, and whose rows are others.
-
-    Args:
-        segment: What `segment` returned.
-        begin: So many bytes later.
-        skip: As there.
-    """
-    bits, in_head, num_rows, _, *places, mean, spare = segment
-    places = [place + begin for place in places]
-    mean = mean + begin if mean >= 0 else mean
-    return [bits, in_head, num_rows, skip, *places, mean, spare]
+def start_upload() -> Upload:
+    """Return what sends bytes to where `restore` reads them."""
+    return cuda.Upload() if mx.cuda.is_available() else ArrayUpload()
 
 
-def fetch(address: int, size: int) -> mx.array:
-    """Return the bytes at an address of pinned memory, 16 at least; CUDA alone."""
-    num_words = -(-size // 16)
-    low, high = _halves(address)
-    outputs = [((2 * num_words,), mx.uint64)]
-    way, threads = _way("restore"), min(num_words, _COPYING_THREADS)
-    return _launch(way, "fetch", 1, [], (low, high, num_words), outputs, threads)[0]
+class Upload(Protocol):
+    """Bytes that kernels read; they go when this goes."""
+
+    def send(self, parts: Sequence[Array]) -> list[int]:
+        """Copy contiguous arrays, from any thread; return where each is, in bytes."""
+
+    def receive(
+        self, size: int, read: Callable[[Sequence[memoryview]], None]
+    ) -> int | None:
+        """Have bytes read to where they are sent from, from any thread.
+
+        Args:
+            size: How many.
+            read: Fills buffers of so many in all.
+
+        Returns:
+            Where they are, or ``None``, and nothing is read, if they are too many.
+        """
+
+    def data(self) -> mx.array:
+        """Return all that was sent."""
 
 
-def push(array: mx.array, address: int) -> mx.array:
-    """Write the bytes of an array, of whole 16, to pinned memory; CUDA alone.
+class ArrayUpload:
+    """Bytes that become arrays of MLX's, for a GPU that shares the host's memory."""
 
-    Returns:
-        An array that is evaluated once they are there.
-    """
-    num_words = array.nbytes // 16
-    numbers, outputs = (*_halves(address), num_words), [((1,), mx.int32)]
-    threads = min(num_words, _COPYING_THREADS)
-    return _launch(_way("encode"), "push", 1, [array], numbers, outputs, threads)[0]
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pieces: list[mx.array] = []
+        self._end = 0
 
+    def send(self, parts: Sequence[Array]) -> list[int]:
+        """Copy arrays."""
+        flat = [part.reshape(-1).view(np.uint8) for part in parts]
+        places, size = cuda.lay_out(flat)
+        piece = np.zeros(size, np.uint8)
+        cuda.gather(flat, places, 0, piece)
+        begin = self._add(piece)
+        return [begin + place for place in places]
 
-def _halves(address: int) -> tuple[int, int]:
-    """Return an address as two numbers of 32 bits, since a kernel takes no larger."""
-    low, high = np.array([address], np.uint64).view(np.int32).tolist()
-    return low, high
+    def receive(
+        self, size: int, read: Callable[[Sequence[memoryview]], None]
+    ) -> int | None:
+        """Read the bytes."""
+        piece = np.zeros(cuda.aligned(size), np.uint8)
+        read([piece[:size].data])
+        return self._add(piece)
+
+    def _add(self, piece: Array) -> int:
+        # As numbers of 64 bits, since MLX has no array of 2**31 elements.
+        array = mx.array(piece.view(np.uint64))
+        with self._lock:
+            begin, self._end = self._end, self._end + piece.size
+            self._pieces.append(array)
+            return begin
+
+    def data(self) -> mx.array:
+        """Return them joined."""
+        return mx.concatenate([*self._pieces, mx.zeros((2,), mx.uint64)])
 
 
 def source(
@@ -252,7 +294,7 @@ def source(
     return (
         f"{prefix}{_text('common')}{kind}\n"
         f"{entry(name, registers)}({', '.join(arguments)}) {{\n"
-        f"constexpr int R = {registers};\n{_body(name)}}}\n"
+        f"constexpr int R = {registers};\n{_text(name)}}}\n"
     )
 
 
@@ -264,7 +306,7 @@ def entry(name: str, registers: int) -> str:
 def variants() -> list[tuple[str, int]]:
     """Return every kernel that there is PTX of: its name and its numbers in a lane."""
     wide = [(name, r) for name in ("encode", "restore") for r in _REGISTERS]
-    return [("mean", 1), ("fetch", 1), ("push", 1), *wide]
+    return [("mean", 1), *wide]
 
 
 def _way(verb: Verb) -> str:
@@ -318,20 +360,15 @@ def _agrees_on(way: str, verb: Verb, dim: int, bits: int) -> bool:
         planes, *rest = _encode(way, mx.array(x), bits, rotation, True)
         ours = [np.asarray(each) for each in (*planes, *rest)]
         return all(a.tobytes() == b.tobytes() for a, b in zip(ours, made, strict=True))
-    flat = [array.reshape(-1).view(np.uint8) for array in made]
-    *places, norms_at, mean_at, end = np.cumsum(
-        [0, *(-(-f.size // 16) * 16 for f in flat)]
-    )
-    data = np.zeros(int(end), np.uint8)
-    for array, at in zip(flat, [*places, norms_at, mean_at], strict=True):
-        data[at : at + array.size] = array
+    upload = start_upload()
+    *places, norms_at, mean_at = upload.send(made)
     shape = (1, heads, tokens)
     table = [
         segment(bits, shape, 0, places, norms_at, mean_at),
         segment(0, shape, 0, []),
     ]
     inputs = [
-        mx.array(data),
+        upload.data(),
         mx.array(np.repeat([0, 1], [tokens, 1]).astype(np.int32)),
         mx.array(np.array(table, np.int64)),
     ]
@@ -391,7 +428,8 @@ def _restore(
         [*inputs, _restoring_tables(rotation)],
         (dim, _DTYPES[dtype], num_heads, capacity, layer),
         [(shape, dtype)],
-        32 * num_heads * capacity,
+        32 * capacity,
+        num_heads,
     )
     return out
 
@@ -404,10 +442,11 @@ def _launch(
     numbers: Sequence[int],
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
     threads: int,
+    times: int = 1,
 ) -> list[mx.array]:
-    """Run a kernel, each thread once."""
+    """Run a kernel: so many threads, some times."""
     size = _KERNELS[name].num_threads
-    grid = (-(-threads // size) * size, 1, 1)
+    grid = (-(-threads // size) * size, times, 1)
     shapes, dtypes = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]
     if way == "ptx":
         return mx.fast.precompiled_cuda_kernel(
@@ -443,7 +482,7 @@ def _compiled(way: str, name: str) -> Any:
         name=f"turboquant_{name}",
         input_names=[*kernel.inputs, "numbers"],
         output_names=list(kernel.outputs),
-        source="".join(names) + _body(name),
+        source="".join(names) + _text(name),
         header=(_METAL if way == "metal" else _CUDA) + _text("common"),
     )
 
@@ -457,22 +496,6 @@ def _ptx(name: str) -> bytes:
 @cache
 def _text(name: str) -> str:
     return (_FOLDER / f"{name}.metal").read_text()
-
-
-def _body(name: str) -> str:
-    return _COPIES[name] if name in _COPIES else _text(name)
-
-
-# Between arrays and pinned memory of the host, 16 bytes at a time. CUDA alone.
-_COPY = """
-uint4* host = (uint4*)((unsigned long long)(uint)high << 32 | (uint)low);
-const wide step = wide(gridDim.x) * blockDim.x;
-for (wide i = thread_position_in_grid.x; i < num_words; i += step) {};
-"""
-_COPIES = {
-    "fetch": _COPY.format("((uint4*)out)[i] = host[i]"),
-    "push": _COPY.format("host[i] = ((const uint4*)x)[i]"),
-}
 
 
 def _registers(dim: int) -> int:

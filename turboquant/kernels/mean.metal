@@ -12,4 +12,4 @@ sum = DIV(sum, float(num_rows));
 // A coordinate with NaN or an infinity in it is not centred.
 if ((as_type<uint>(sum) & 0x7f800000) == 0x7f800000) sum = 0;
 sum = sum > 65504.0f ? 65504.0f : sum < -65504.0f ? -65504.0f : sum;
-((DEVICE ushort*)mean)[at] = float_to_half(sum);
+((DEVICE ushort*)mean)[at] = TO_HALF(sum);
