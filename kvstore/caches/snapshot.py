@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Layers, Parts, map_arrays, nbytes
+from ..codecs.base import Codec, Layers, Parts, map_arrays, nbytes
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
     digest_fields,
@@ -30,7 +30,7 @@ from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .live import Provenance
 from .restore import is_shared
-from .stored import Piece
+from .stored import CODABLE, Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +108,39 @@ def read_layers(held: Sequence[Held], piece: Piece) -> Layers:
     Where NumPy sees the memory of MLX's arrays, they are views of it: the caches are
     not to be written to meanwhile.
     """
-    found, num_rows = [], piece.rows.shape[2]
-    for layer in piece.group.layers:
-        array, begin = held[layer][piece.rows.side]
-        first = 0 if piece.kind in ("state", "mark") else piece.rows.start - begin
-        found.append((array, slice(first, first + num_rows)))
+    found = _find_rows(held, piece)
     if is_shared():
         arrays = [_as_bits(array) for array, _ in found]
         mx.eval(arrays)
         pairs = zip(arrays, found, strict=True)
         return [np.asarray(array)[0, :, rows] for array, (_, rows) in pairs]
     # Sent by the device at once.
-    stacked = _as_bits(mx.stack([array[0, :, rows] for array, rows in found]))
-    return list(np.asarray(stacked))
+    return list(np.asarray(_as_bits(_stack(found))))
+
+
+def encode_layers(
+    held: Sequence[Held], piece: Piece, codec: Codec | None
+) -> Parts | None:
+    """Return rows of some layers in a codec's parts, where a GPU can encode them."""
+    encode = getattr(codec.array, "encode_on_device", None) if codec else None
+    if encode is None or piece.rows.side not in CODABLE:
+        return None
+    parts: Parts | None = encode(_stack(_find_rows(held, piece)), piece.rows)
+    return parts
+
+
+def _find_rows(held: Sequence[Held], piece: Piece) -> list[tuple[mx.array, slice]]:
+    """Return the array of each layer, and which of its rows are meant."""
+    found, num_rows = [], piece.rows.shape[2]
+    for layer in piece.group.layers:
+        array, begin = held[layer][piece.rows.side]
+        first = 0 if piece.kind in ("state", "mark") else piece.rows.start - begin
+        found.append((array, slice(first, first + num_rows)))
+    return found
+
+
+def _stack(found: Sequence[tuple[mx.array, slice]]) -> mx.array:
+    return mx.stack([array[0, :, rows] for array, rows in found])
 
 
 def _as_bits(array: mx.array) -> mx.array:
@@ -161,17 +181,22 @@ class LiveRows:
             )
         ]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, Layers | Parts]]:
+    def read(
+        self, block: Block, codec: Codec | None = None
+    ) -> Iterator[tuple[Piece, Layers | Parts]]:
         """Yield what there is of a block, in an array ``(H, T, D)`` for each layer.
 
-        Of rows that are in codes, those.
+        Of rows that are in codes, those; and what the codec makes of rows, if it is
+        given and they lie on a GPU that can encode.
         """
         for piece in self.pieces(block):
             group, rows = piece.group, piece.rows
-            codes = None
+            codes: Parts | None = None
             if rows.side in CODED:
                 members = [self._caches[layer] for layer in group.layers]
                 codes = read_codes(codec_of(group.layout), members, rows)
+            if codes is None:
+                codes = encode_layers(self._held, piece, codec)
             yield piece, read_layers(self._held, piece) if codes is None else codes
 
     def take(self, blocks: Iterable[Block]) -> TakenRows:
@@ -222,7 +247,9 @@ class TakenRows:
         """Return what was taken of a block."""
         return [piece for piece, _ in self._taken[block.hash]]
 
-    def read(self, block: Block) -> Iterator[tuple[Piece, Layers | Parts]]:
+    def read(
+        self, block: Block, codec: Codec | None = None
+    ) -> Iterator[tuple[Piece, Layers | Parts]]:
         """Yield what was taken of a block, as :meth:`LiveRows.read` does."""
         yield from self._taken[block.hash]
 

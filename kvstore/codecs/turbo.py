@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant import dequantize_polar, make_wh_rotation
-from turboquant.kernels import best_kernels
+from turboquant.kernels import best_kernels, gpu
 from turboquant.packing import plane_widths
 from turboquant.packing import split_planes as split_codes
 
@@ -126,6 +126,31 @@ class Turbo:
         if sinks:
             parts["sinks"] = [layer[:, :sinks] for layer in layers]
         return parts
+
+    def encode_on_device(self, x: mx.array, rows: Rows) -> dict[str, Array] | None:
+        """Encode rows ``(L, H, T, D)`` where they are; ``None`` where no GPU can.
+
+        They give the same parts everywhere.
+        """
+        sinks = _num_sinks(rows)
+        is_known = rows.shape[2] > sinks and rows.shape[3] <= gpu.MAX_DIM
+        if not is_known or mx.default_device() != mx.gpu or not gpu.can("encode"):
+            return None
+        planes, norms, mean = gpu.encode(
+            x[:, :, sinks:],
+            self._bits(rows),
+            make_wh_rotation(rows.shape[3], SEED),
+            is_centred=rows.side == "k",
+        )
+        names = [name for name, _ in self._planes(rows)]
+        found = {**dict(zip(names, planes, strict=True)), "norms": norms}
+        if mean is not None:
+            found["mean"] = mean
+        if sinks:
+            exact = x[:, :, :sinks]
+            found["sinks"] = exact.view(mx.uint16) if rows.dtype == "BF16" else exact
+        mx.eval(found)
+        return {name: np.asarray(array) for name, array in found.items()}
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, suppress
 
 import numpy as np
 
-from ..caches.kinds.turboquant import codec_of
+from ..caches.kinds.turboquant import CODED, codec_of
 from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
@@ -280,7 +280,10 @@ class _Encoder:
     def encode(self, blocks: Sequence[Block]) -> Iterator[EncodedBlock]:
         """Encode blocks in order, some at a time where there are cores for it."""
         # Read, and let go of, here: MLX's arrays belong to this thread.
-        read = ((block, list(self._rows.read(block))) for block in blocks)
+        read = (
+            (block, list(self._rows.read(block, self._codec_of(block))))
+            for block in blocks
+        )
         yield from map_in_order(
             lambda item: self._encode_one(*item),
             read,
@@ -323,7 +326,7 @@ def encode_block(
     for piece, layers in _join(pieces) if codec.is_joint else pieces:
         name = piece.rows.side
         array_codec = codec if name in CODABLE else twin
-        if isinstance(layers, Mapping):
+        if name in CODED and isinstance(layers, Mapping):
             array_codec = Codec(codec_of(piece.group.layout), twin.compressor)
         parts += array_codec.encode(layers, piece.rows, f"{piece.number}.{name}.")
     # Windows have moved on and states were elsewhere; only tokens are left.
