@@ -108,12 +108,13 @@ def serve(
 
     metrics = _make_metrics()
     count = metrics.count if metrics else None
-    pages = None if view is None else Pages(view, count)
+    are_private = tenant_header is not None
+    pages = None if view is None else Pages(view, count, are_private=are_private)
 
     def make_prompt_cache(max_size: int) -> DiskPromptCache:
         opened.append(make_cache(providers[-1].describe, max_size))
         if pages is not None:  # mlx-lm has set up its log only now
-            log.info("kvstore: the store is shown at /kvstore?token=%s", pages.token)
+            log.info("kvstore: the store is shown at /kvstore%s", pages.login)
         return opened[-1]
 
     def make_generator(*parts: Any) -> Any:

@@ -1,7 +1,9 @@
 """Pages beside the API of mlx-lm's server: the store as it is now, and counters.
 
-Whoever reaches the port may read the counters. Names and titles of entries are private,
-so what shows or changes them needs the token that is logged at the start.
+Names and titles of entries are private, so what shows or changes them needs a token:
+``$KVSTORE_TOKEN``, or one that is logged at the start. Counters may be read by whoever
+reaches the port, unless clients are told apart: they would tell one how much others
+ask, and how much of it was known.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Callable
@@ -53,14 +56,23 @@ class Pages:
         view: How the store is shown.
         count: Returns the counters of a store and their content type; ``None`` where
             the package for them is missing.
+        are_private: Whether the counters need the token too.
     """
 
     def __init__(
-        self, view: View, count: Callable[[Store], tuple[bytes, str]] | None
+        self,
+        view: View,
+        count: Callable[[Store], tuple[bytes, str]] | None,
+        *,
+        are_private: bool = False,
     ) -> None:
         self._view = view
         self._count = count
-        self.token = secrets.token_urlsafe(16)
+        self._are_private = are_private
+        # One that is given stays the same, so that Prometheus can be told it.
+        given = os.environ.get("KVSTORE_TOKEN")
+        self.token = given or secrets.token_urlsafe(16)
+        self.login = "?token=$KVSTORE_TOKEN" if given else f"?token={self.token}"
 
     def attach(self, handler_class: Any) -> None:
         """Have mlx-lm's handler of requests answer them too."""
@@ -83,11 +95,14 @@ class Pages:
 
     def _answer_safely(self, handler: Any, url: SplitResult) -> Answer:
         command, path = handler.command, url.path
-        if (command, path) == ("GET", "/metrics"):
+        is_count = (command, path) == ("GET", "/metrics")
+        if is_count and not self._are_private:
             return self._metrics()
         if not self._has_token(handler, url.query):
             words = "this page needs the token that the server has logged at its start"
             return _refusal(HTTPStatus.FORBIDDEN, words)
+        if is_count:
+            return self._metrics()
         try:
             return self._answer(handler, path)
         except ConnectionError:  # the client's, which is no fault of the disk

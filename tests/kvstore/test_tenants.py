@@ -1,6 +1,8 @@
 """Clients of one server that are kept apart: nobody reads what another has asked."""
 
 import json
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 
@@ -120,13 +122,30 @@ def test_what_the_operator_names_is_found_by_all(
     assert len(HANDBOOK) < told[0] < num_tokens
 
 
-def test_who_does_not_say_who_asks_is_refused(servers, tiny_model, tmp_path):
-    """And what a server is started with is held against the store at once."""
+def counters(server, token):
+    """Return with what status the counters are told, and whether there are any."""
+    request = urllib.request.Request(f"{server.url}/metrics")
+    request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, b"kvstore_" in answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b"kvstore_" in error.read()
+
+
+def test_who_does_not_say_who_asks_is_refused(
+    servers, tiny_model, tmp_path, monkeypatch
+):
+    """Nor is a client told how much others ask: the counters are the operator's."""
+    monkeypatch.setenv("KVSTORE_TOKEN", "operator")
     options = (*OPTIONS, "--tenant-header", "X-User")
     server = servers.kvstore(tmp_path / "store", tiny_model, *options)
     body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     status, text = server.post("/v1/chat/completions", body)
     assert (status, b"X-User" in text) == (400, True)
+    assert counters(server, "thief") == (403, False)
+    assert counters(server, "operator") == (200, True)
+    assert "operator" not in server.text()
 
 
 def test_an_entry_to_share_must_be_there(kvstore_cli, tiny_model):

@@ -205,7 +205,8 @@ def serve(
     computing it is the faster.
 
     The store is shown, as `kvstore view` does it, at /kvstore, with the token that is
-    logged at the start; /metrics has counters for Prometheus.
+    logged at the start, or is $KVSTORE_TOKEN; /metrics has counters for Prometheus, and
+    needs it too where `--tenant-header` is given.
     """
     load_fast_blas()
     least = options.least_bits(rows.exact, rows.min_bits)
