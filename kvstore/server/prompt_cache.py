@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ class DiskPromptCache(LRUPromptCache):
             max_queued_bytes=min(max_queued_bytes, max_bytes),
             remote=remote,
         )
+        # What waits is written when the process ends, or nobody has this any more.
+        self._end = weakref.finalize(self, self._disk.close)
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0
         """The longest that an insertion has kept the generating thread."""
@@ -185,8 +188,18 @@ class DiskPromptCache(LRUPromptCache):
             cache_type: mlx-lm's ``"system"``, ``"user"`` or ``"assistant"``.
         """
         begin = time.perf_counter()
+        served = self._served(model)
+        key = _key(model, served)
         whole = None
-        # What is no cache of mlx-lm's may lack anything.
+        is_known = False
+        with harmless("kept in memory only"):
+            caches.check_classes(prompt_cache)
+            is_known = True
+        if not is_known:
+            # Nothing is known of such a cache, so memory holds it as mlx-lm would.
+            with harmless("not kept in memory"):
+                super().insert_cache(key, tokens, prompt_cache, cache_type=cache_type)
+            return
         with harmless("not kept"):
             # Cut tokens to the rows that every layer has, for memory too: a surplus
             # row belongs to some other token.
@@ -195,7 +208,6 @@ class DiskPromptCache(LRUPromptCache):
         if whole is None or not tokens:
             log.info("kvstore: not kept: no rows of exactly %d tokens", len(tokens))
             return
-        served = self._served(model)
         if served is not None:
             with harmless("not kept"):
                 is_shared = cache_type == "system"
@@ -203,7 +215,6 @@ class DiskPromptCache(LRUPromptCache):
         stall = time.perf_counter() - begin
         self.longest_stall_s = max(self.longest_stall_s, stall)
         log.debug("kvstore: copied for the disk in %.3f s", stall)
-        key = _key(model, served)
         if key is not None:
             with harmless("not kept in memory"):
                 super().insert_cache(key, tokens, whole, cache_type=cache_type)
@@ -245,6 +256,7 @@ class DiskPromptCache(LRUPromptCache):
         Returns:
             Whether nothing was given up.
         """
+        self._end.detach()
         return self._disk.close(timeout_s)
 
     @property

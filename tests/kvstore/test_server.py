@@ -1,5 +1,6 @@
 """DiskPromptCache: memory first, then disk; right rows, and never in the way."""
 
+import gc
 import os
 import shutil
 import threading
@@ -571,6 +572,31 @@ def test_a_foreign_cache_costs_its_entry_only(open_tier, caches, log):
     tier.insert_cache(KEY, [1, 2, 3, 4, 5], [Foreign()])
     assert any("not kept" in line for line in log())
     assert tier.fetch_nearest_cache(KEY, [1, 2, 3])[0] is None
+
+
+def test_memory_holds_what_the_disk_cannot(open_tier, log):
+    """A cache that nobody knows is served as mlx-lm's own class serves it."""
+
+    class Unknown(Foreign):
+        nbytes = 1
+        is_trimmable = staticmethod(lambda: False)
+
+    tier = open_tier()
+    tier.insert_cache(KEY, [1, 2, 3, 4, 5], [Unknown()])
+    found, rest = tier.fetch_nearest_cache(KEY, [1, 2, 3, 4, 5, 6])
+    assert isinstance(found[0], Unknown)
+    assert rest == [6]
+    assert any("memory only: layer 0 is a Unknown" in line for line in log())
+
+
+def test_what_waits_is_written_when_nobody_has_the_tier(store_path, models, caches):
+    """A server need not call `close`; the end of the process is such an end, too."""
+    tier = DiskPromptCache(Store(store_path, "raw"), models.__getitem__, min_tokens=1)
+    tier.insert_cache(KEY, *caches.make_conversation(3, 1))
+    del tier
+    gc.collect()
+    with Store(store_path) as store:
+        assert len(store.entries()) == 1
 
 
 @pytest.mark.parametrize("is_known", [True, False])
