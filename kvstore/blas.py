@@ -6,13 +6,10 @@ slowly than OpenBLAS; what is loaded with global symbols before it takes its pla
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import os
 import re
 import sys
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +75,8 @@ def is_openblas_needed() -> bool:
     """Whether MLX's CPU wheel is what will run, with the slow BLAS that it carries."""
     if sys.platform != "linux":
         return False
+    from importlib import metadata
+
     # The CUDA wheels and builds from source bring a BLAS of their own.
     try:
         metadata.version("mlx-cpu")
@@ -101,6 +100,8 @@ def _candidates() -> Iterator[str]:
         if path.exists():
             yield str(path)
     # Asked last, since it starts a process.
+    import ctypes.util
+
     if found := ctypes.util.find_library("openblas"):
         yield found
 
@@ -125,6 +126,8 @@ def _can_load(library: str) -> bool:
 
 
 def _load(library: str) -> None:
+    import ctypes
+
     handle = ctypes.CDLL(library)
     if not hasattr(handle, "openblas_get_config"):
         raise OSError("it is another library")

@@ -18,6 +18,35 @@ GROUPS = {
     ),
     "Help": ("dir", "completion", "help"),
 }
+# Where each verb is, so that one is started without the others.
+MODULES = {
+    name: module
+    for module, names in {
+        "generate": ("save", "generate"),
+        "chat": ("chat",),
+        "serve": ("serve",),
+        "demo": ("demo", "bench"),
+        "listing": ("ls",),
+        "show": ("show",),
+        "search": ("search",),
+        "entries": ("inspect", "load", "rm"),
+        "lookup": ("lookup",),
+        "view": ("view",),
+        "transfer": ("export", "import"),
+        "keys": ("key",),
+        "remote": ("remote", "push", "pull"),
+        "adopt": ("adopt",),
+        "init": ("init",),
+        "calibrate": ("calibrate",),
+        "recompress": ("recompress",),
+        "doctor": ("doctor",),
+        "housekeeping": (
+            *("stats", "rename", "pin", "prune", "verify"),
+            *("dir", "completion", "help"),
+        ),
+    }.items()
+    for name in names
+}
 ALIASES = {
     "cat": "show",
     "delete": "rm",

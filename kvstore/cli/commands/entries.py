@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ...errors import KVStoreError
-from ...format.block import StoredBlock
 from ...format.documents import JSON
 from ...format.entry import Entry
-from ...storage.index import Place
 from ...storage.keys import known_keys
 from .. import options
 from ..main import Verb, open_store, output_of
@@ -35,8 +33,10 @@ from ..output import (
 
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
+    from ...format.block import StoredBlock
     from ...ops.quality import Loss
     from ...ops.traces import Traces
+    from ...storage.index import Place
 
 _SHORT = 12
 

@@ -7,16 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from ...errors import KVStoreError
-from ...ops.check import Finding
-from ...ops.prune import PrunePlan
-from ...ops.speeds import ModelSpeeds
-from ...ops.stats import Stats
 from .. import options
 from ..main import Verb, cli, load_fast_blas, open_store, output_of
 from ..options import Percentage
@@ -32,6 +28,12 @@ from ..output import (
     to_rfc3339,
 )
 from .entries import confirm_removal, entry_data, entry_label, name_entries
+
+if TYPE_CHECKING:
+    from ...ops.check import Finding
+    from ...ops.prune import PrunePlan
+    from ...ops.speeds import ModelSpeeds
+    from ...ops.stats import Stats
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _TOO_MANY_BYTES = 2**63
