@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -119,7 +120,15 @@ class Catalog:
 
     def all(self) -> list[Entry]:
         """Return all entries that can be read, latest first."""
-        known = self._blocks.run(lambda: read_entries(self._blocks.index, self._folder))
+        try:
+            known = self._blocks.run(
+                lambda: read_entries(self._blocks.index, self._folder)
+            )
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # Who frees space wants to see what there is, and SQLite opens no file then.
+            known = read_entries(None, self._folder)
         found = [entry for entry in known.values() if isinstance(entry, Entry)]
         return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
 

@@ -735,8 +735,8 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_a_disk_that_fills_up_loses_nothing(small_disk, world, caches):
-    """Saves until the disk is full: what was acknowledged stays, and loads work."""
+def test_a_disk_that_fills_up_loses_nothing(small_disk, world, caches, kvstore_cli):
+    """Saves until the disk is full: what was acknowledged stays, and can be listed."""
     path = shutil.copytree(world.path, small_disk / "store")
     broken = Broken(world, caches, path)
     acknowledged, failures = [], set()
@@ -755,6 +755,10 @@ def test_a_disk_that_fills_up_loses_nothing(small_disk, world, caches):
         while True:
             file.write(bytes(512))
     # Full to the last byte, SQLite may find no room for what it shares with others.
+    listed = kvstore_cli("ls", "--json", store=path)
+    assert {str(seed) for seed, *_ in acknowledged} <= {
+        entry["name"] for entry in json.loads(listed.stdout)
+    }, listed.stderr
     for name in "ab":
         assert {broken.load_entry(name), broken.load(name)} <= {"right", "OSError"}
     filler.unlink()
