@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from .. import __version__
-from ..errors import StoreNotFoundError
+from ..errors import KeyNotFoundError, StoreNotFoundError
 from .output import Mode, Output
 from .verbs import ALIASES, EXAMPLES, GROUPS, MODULES
 
@@ -204,11 +204,16 @@ def open_store(
     """
     from ..store import Store
 
-    path = chosen_path(context)
-    _unlock(path)
+    path, base = chosen_path(context), context.meta.get("kvstore.base_store")
     try:
-        base = context.meta.get("kvstore.base_store")
-        store = Store(path, codec, create=create, base=base)
+        try:
+            store = Store(path, codec, create=create, base=base)
+        except KeyNotFoundError:
+            # Of both, where a base has a passphrase too.
+            asked = sys.stdin.isatty() and [_unlock(p) for p in (path, base) if p]
+            if not (asked and any(asked)):
+                raise
+            store = Store(path, codec, create=create, base=base)
     except NotADirectoryError as error:
         raise StoreNotFoundError(
             f"no store at {path}: a part of the path is no folder",
@@ -232,15 +237,17 @@ def chosen_path(context: click.Context) -> Path:
     return path
 
 
-def _unlock(path: Path) -> None:
-    """Ask for the passphrase of an encrypted store, where somebody can be asked."""
+def _unlock(path: Path) -> bool:
+    """Ask for the passphrase of a store, if it has one; whether somebody was asked."""
     from ..storage import vault
     from ..storage.folder import encryption_of
 
     encryption = encryption_of(path)
-    if encryption and vault.needs_passphrase(encryption) and sys.stdin.isatty():
-        given = click.prompt("passphrase of the store", hide_input=True, err=True)
-        vault.unlock(encryption, given)
+    if not (encryption and vault.needs_passphrase(encryption)):
+        return False
+    given = click.prompt(f"passphrase of {path}", hide_input=True, err=True)
+    vault.unlock(encryption, given)
+    return True
 
 
 def is_utf8(text: str) -> bool:

@@ -748,8 +748,8 @@ def test_json_spelled_otherwise_is_refused(stores, tiny):
 def test_a_newer_format_says_so(stores, tiny):
     """A later release's bundle, entry or shard asks for an upgrade."""
     manifest, contents = unpack(tiny)
-    newer = pack(manifest | {"format": 2}, contents)
-    assert_refused(stores[0], newer, kvstore.FormatError, match="has format 2")
+    newer = pack(manifest | {"format": 3}, contents)
+    assert_refused(stores[0], newer, kvstore.FormatError, match="has format 3")
     newer = pack(manifest | {"entry": manifest["entry"] | {"format": 2}}, contents)
     assert_refused(stores[0], newer, kvstore.FormatError, match="has format 2")
     shard = contents[0].replace(b'\\"format\\":1', b'\\"format\\":2')
