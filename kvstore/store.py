@@ -693,6 +693,15 @@ class Store:
             lambda: find_nearest(self._blocks, known, token_list, digest)
         )
 
+    def latest_tokens(self, fingerprint: Fingerprint) -> list[list[int]]:
+        """Return the tokens of a model's latest entries, the latest first."""
+        from .ops.nearest import latest
+
+        known, digest = self._catalog.all(), fingerprint.digest
+        return self._blocks.run(
+            lambda: [tokens for _, tokens in latest(self._blocks, known, digest)]
+        )
+
     def reopen(self) -> Store:
         """Return another store on the same folder, for another thread.
 

@@ -23,7 +23,7 @@ class TurnMarks:
 
     def first(self, tokens: Sequence[int]) -> int | None:
         """Return where the first message of the user begins, or ``None``."""
-        return next(_places(self.header, tokens), None)
+        return next(places(self.header, tokens), None)
 
     def begins(self, tokens: Sequence[int]) -> list[int]:
         """Return where each turn begins: where the conversation ended before it.
@@ -35,7 +35,7 @@ class TurnMarks:
         if first is None:
             return []
         # The token that ends a reply is the reply's.
-        later = _places(self.boundary, tokens)
+        later = places(self.boundary, tokens)
         return [
             first,
             *(place + self.is_closed_by_model for place in later if place > first),
@@ -52,14 +52,14 @@ class TurnMarks:
         """
         # A header may begin with the token that ended the reply before.
         turn = tokens[max(0, begin - 1) :]
-        asked = next(_places(self.header, turn), 0) + len(self.header)
-        replied = next(_places(self.answer, turn), None)
+        asked = next(places(self.header, turn), 0) + len(self.header)
+        replied = next(places(self.answer, turn), None)
         if replied is None:
             return list(turn[asked:]), []
         return list(turn[asked:replied]), list(turn[replied + len(self.answer) :])
 
 
-def _places(mark: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+def places(mark: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
     """Yield where ``mark`` stands in ``tokens``."""
     wanted, size = list(mark), len(mark)
     for place, token in enumerate(tokens):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..errors import FormatError, IntegrityError
 from ..format.chain import common_run
@@ -25,15 +25,28 @@ def find_nearest(
         tokens: The prompt.
         fingerprint: Digest of the model's fingerprint; others' entries are left out.
     """
-    roots = {root.hex() for root, _ in blocks.index.roots(fingerprint)}
-    mine = [entry for entry in entries if entry.root in roots][:_MAX_ENTRIES]
     wanted = Counter(tokens)
 
     def likeness(pair: tuple[Entry, list[int]]) -> tuple[int, int]:
         return (Counter(pair[1]) & wanted).total(), common_run(pair[1], tokens)
 
-    found = [(e, t) for e in mine if (t := _tokens(blocks, e)) is not None]
-    return max(found, key=likeness, default=None)
+    return max(latest(blocks, entries, fingerprint), key=likeness, default=None)
+
+
+def latest(
+    blocks: BlockStore, entries: Sequence[Entry], fingerprint: str
+) -> Iterator[tuple[Entry, list[int]]]:
+    """Yield the latest entries of a model with their tokens, but damaged ones.
+
+    Args:
+        blocks: The store's blocks.
+        entries: Its entries, latest first.
+        fingerprint: Digest of the model's fingerprint.
+    """
+    roots = {root.hex() for root, _ in blocks.index.roots(fingerprint)}
+    for entry in [entry for entry in entries if entry.root in roots][:_MAX_ENTRIES]:
+        if (found := _tokens(blocks, entry)) is not None:
+            yield entry, found
 
 
 def _tokens(blocks: BlockStore, entry: Entry) -> list[int] | None:

@@ -38,10 +38,11 @@ from ..models.context import past_context, read_context_length
 from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
 from ..models.titles import title_maker
-from .disk import ServedModel
+from .disk import ServedModel, harmless
 from .pages import Pages, View
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
+from .replay import call_of, cut_again, replay
 from .tenants import find_tenant, own, tenant_of
 from .watch import Requests, watch
 
@@ -634,11 +635,37 @@ def _generator_class(
             key = self.model_provider.model_key
             self._make_state_machine(key, tokenizer, args.stop_words)
             vision = found[4] if len(found) > 4 else None  # mlx-lm 0.31 has none
-            prompt = own(found[0], request.tenant)
+            prompt, segments = found[0], found[1]
+            if vision is None and request.request_type == "chat":
+                with harmless("what was sampled is not put back"):
+                    prompt, segments = self._replay(tokenizer, request, args, found)
+            prompt = own(prompt, request.tenant)
             if vision is not None:
                 vision.cache_key = own(vision.cache_key, request.tenant)
             self.key_alone = (prompt if vision is None else vision.cache_key)[:]
-            return prompt, *found[1:]
+            return prompt, segments, *found[2:]
+
+        def _replay(
+            self, tokenizer: Any, request: Any, args: Any, found: Any
+        ) -> tuple[list[int], list[list[int]]]:
+            """Return a prompt and its parts with the sampled tokens of its replies."""
+            prompt, segments, _, initial, *_ = found
+            key = self.model_provider.model_key
+            known = self._disk.sampled(key, own(prompt, request.tenant))
+            messages = request.messages
+            if known is None or not any(m["role"] == "assistant" for m in messages):
+                return prompt, segments
+            read = None
+            # mlx-lm 0.31 reads tokens, not text.
+            machine = getattr(server, "TextStateMachine", None)
+            if tokenizer.has_tool_calling and machine is not None:
+                _, texts = self._make_state_machine(key, tokenizer, args.stop_words)
+                read = partial(
+                    _read_reply, machine, texts, initial, tokenizer, request.tools
+                )
+            made, edits = replay(tokenizer, prompt, messages, known.latest(), read)
+            parts = cut_again(segments, made, edits)
+            return (prompt, segments) if parts is None else (made, parts)
 
         def generate(
             self,
@@ -670,6 +697,41 @@ def _generator_class(
             return found[0], self._alone.until_end(requests.counted(found[1]))
 
     return Generator
+
+
+def _read_reply(
+    machine: Any, texts: Any, initial: str, tokenizer: Any, tools: Any, text: str
+) -> tuple[str, list[Any], str]:
+    """Return content, tool calls and reasoning of a reply, as mlx-lm's server does.
+
+    Args:
+        machine: Its class that takes a text apart.
+        texts: The machine for the model.
+        initial: The state that replies begin in.
+        tokenizer: The model's.
+        tools: Those of the request.
+        text: The reply.
+    """
+    state, parts = machine.split(texts.make_state(initial), text)
+    _, rest, last = machine.flush(state)
+    found = {"normal": "", "reasoning": ""}
+    calls, before = [], initial
+    for kind, part in [*parts, (last, rest)]:
+        if kind == "tool":
+            # What stands between two calls may be nothing.
+            calls += [part] if before != "tool" else []
+            calls[-1] += part if before == "tool" else ""
+        else:
+            found[kind] = found.get(kind, "") + part
+        before = kind
+    read: list[Any] = []
+    try:
+        for call in calls:
+            made = tokenizer.tool_parser(call, tools)
+            read += map(call_of, made if isinstance(made, list) else [made])
+    except ValueError:
+        read = [None]  # which no message has
+    return found["normal"], read, found["reasoning"]
 
 
 class _Alone:

@@ -130,6 +130,13 @@ class Disk:
         )
         return found, why
 
+    def latest_tokens(self, served: ServedModel) -> list[list[int]]:
+        """Return the tokens of what was stored last of a model, the latest first."""
+        model = served.fingerprint
+        kinds = [model, model.reanchored] if served.near else [model]
+        with self._reading:
+            return [t for kind in kinds for t in self.store.latest_tokens(kind)]
+
     def keep(
         self,
         served: ServedModel,

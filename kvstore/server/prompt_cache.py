@@ -22,6 +22,7 @@ from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
 from ..store import Store
 from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless
+from .replay import Sampled
 
 if TYPE_CHECKING:
     from .remote import RemoteTier
@@ -112,6 +113,7 @@ class DiskPromptCache(LRUPromptCache):
         )
         # What waits is written when the process ends, or nobody has this any more.
         self._end = weakref.finalize(self, self._disk.close)
+        self._known: dict[str, Sampled] = {}
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0
         """The longest that an insertion has kept the generating thread."""
@@ -190,6 +192,8 @@ class DiskPromptCache(LRUPromptCache):
         begin = time.perf_counter()
         served = self._served(model)
         key = _key(model, served)
+        if (known := self._known_of(served)) is not None:
+            known.add(tokens)
         whole = None
         is_known = False
         with harmless("kept in memory only"):
@@ -218,6 +222,25 @@ class DiskPromptCache(LRUPromptCache):
         if key is not None:
             with harmless("not kept in memory"):
                 super().insert_cache(key, tokens, whole, cache_type=cache_type)
+
+    def sampled(self, model: Any, tokens: Sequence[int]) -> Sampled | None:
+        """Return the latest conversations of a model, of this process and on disk.
+
+        Args:
+            model: The server's key for the model.
+            tokens: A prompt, which says whose they may be.
+        """
+        return self._known_of(self._served(model))
+
+    def _known_of(self, served: ServedModel | None) -> Sampled | None:
+        if served is None:
+            return None
+        digest = served.fingerprint.digest
+        if digest not in self._known:
+            self._known[digest] = Sampled()
+            with harmless("what was said before is not known"):
+                self._known[digest] = Sampled(self._disk.latest_tokens(served))
+        return self._known[digest]
 
     def keep_prefill(
         self, model: Any, tokens: list[int], prompt_cache: list[Any]

@@ -19,6 +19,7 @@ from ..format.spans import Span
 from ..store import Store
 from .disk import ServedModel
 from .prompt_cache import DiskPromptCache, Lookup
+from .replay import Sampled
 
 log = logging.getLogger("kvstore")
 _CONTEXT = "kvstore 1 tenant of a server"
@@ -147,6 +148,11 @@ class TenantPromptCache(DiskPromptCache):
         tenant = _known(tokens)
         if tenant is not None:
             super().keep_prefill((model, tenant), tokens, prompt_cache)
+
+    def sampled(self, model: Any, tokens: Sequence[int]) -> Sampled | None:
+        """Return the latest conversations of the tenant whose tokens these are."""
+        tenant = _known(tokens)
+        return None if tenant is None else super().sampled((model, tenant), tokens)
 
     def _fetch(
         self, model: Any, tokens: list[int], spans: Sequence[Span]

@@ -1,0 +1,174 @@
+"""What a model has sampled, in the place of what a chat template makes of it again.
+
+A client sends each reply back as text, or as a parsed tool call. The template renders
+it, and the tokenizer splits it, as they like: other tokens than the model has sampled,
+whose rows are held. Where the reply is the same, the sampled tokens are put back.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from ..models.turns import places
+
+Read = Callable[[str], tuple[str, list[Any], str]]
+"""What a client is sent of a reply's text: content, tool calls, and reasoning."""
+_MAX_KNOWN = 64
+
+
+class Sampled:
+    """The latest conversations of a model, as tokens, those that go on only once."""
+
+    def __init__(self, known: Iterable[Sequence[int]] = ()) -> None:
+        self._known = deque((array("q", tokens) for tokens in known), maxlen=_MAX_KNOWN)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Note a conversation."""
+        new = array("q", tokens)
+        kept = [old for old in self._known if old != new[: len(old)]]
+        self._known = deque([new, *kept], maxlen=_MAX_KNOWN)
+
+    def latest(self) -> list[array[int]]:
+        """Return them, the latest first."""
+        return list(self._known)
+
+
+def replay(
+    tokenizer: Any,
+    prompt: Sequence[int],
+    messages: Sequence[Any],
+    known: Iterable[array[int]],
+    read: Read | None = None,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return a prompt with the sampled tokens of the replies in it.
+
+    Args:
+        tokenizer: The model's, from mlx-lm.
+        prompt: As the chat template renders it; it ends where a reply begins.
+        messages: What it was rendered from.
+        known: Conversations, as :class:`Sampled` has them.
+        read: How tool calls are read, where the model has any.
+
+    Returns:
+        The prompt, and for each reply where it ends in the given one, and by how many
+        tokens it has become longer.
+    """
+    replies = _replies(prompt, tokenizer.eos_token_ids)
+    said = [message for message in messages if message.get("role") == "assistant"]
+    made, edits, done, seen = array("q"), [], 0, 0
+    # A reply that cannot be told from what else is rendered could be any other's.
+    pairs = zip(replies, said, strict=True) if len(replies) == len(said) else ()
+    for (begin, end), message in pairs:
+        made.extend(prompt[done:begin])
+        known = [one for one in known if one[seen : len(made)] == made[seen:]]
+        if not known:
+            done = begin
+            break
+        rendered = array("q", prompt[begin:end])
+        found = (_reply(one, len(made), tokenizer.eos_token_ids) for one in known)
+        fits = (_fitting(tokenizer, rendered, s, message, read) for s in found if s)
+        reply = next((fit for fit in fits if fit is not None), rendered)
+        seen = len(made)
+        made.extend(reply)
+        edits.append((end, len(reply) - len(rendered)))
+        done = end
+    made.extend(prompt[done:])
+    return made.tolist(), edits
+
+
+def cut_again(
+    segments: Sequence[Sequence[int]],
+    prompt: list[int],
+    edits: Sequence[tuple[int, int]],
+) -> list[list[int]] | None:
+    """Return a prompt cut where it was before; ``None`` where that was in a reply.
+
+    Args:
+        segments: The prompt as it was, in parts.
+        prompt: As it is now.
+        edits: From :func:`replay`.
+    """
+    found, begin, stop = [], 0, 0
+    old = sum(map(len, segments)) + sum(longer for _, longer in edits)
+    if old != len(prompt):
+        return None
+    for segment in segments:
+        stop += len(segment)
+        end = stop + sum(longer for at, longer in edits if at <= stop)
+        found.append(prompt[begin:end])
+        begin = end
+    return found if all(found) else None
+
+
+def _replies(prompt: Sequence[int], ends: Collection[int]) -> list[tuple[int, int]]:
+    """Return where each reply in a prompt begins, and where the token is that ends it.
+
+    What stands behind the last such token is how the template opens a reply.
+    """
+    stops = [place for place, token in enumerate(prompt) if token in ends]
+    opening = prompt[stops[-1] + 1 :] if stops else ()
+    if not opening:
+        return []
+    known = set(stops)
+    begins = [p + len(opening) for p in places(opening, prompt) if p - 1 in known][:-1]
+    return [(begin, stops[bisect_left(stops, begin)]) for begin in begins]
+
+
+def _reply(known: array[int], begin: int, ends: Collection[int]) -> array[int]:
+    """Return the reply that begins there in a known conversation."""
+    stops = (i for i in range(begin, len(known)) if known[i] in ends)
+    return known[begin : next(stops, len(known))]
+
+
+def _fitting(
+    tokenizer: Any,
+    rendered: array[int],
+    sampled: array[int],
+    message: Any,
+    read: Read | None,
+) -> array[int] | None:
+    """Return sampled tokens, if they are the reply that was rendered."""
+    if sampled == rendered:
+        return rendered
+    was, now = (tokenizer.decode(part.tolist()) for part in (sampled, rendered))
+    if was.strip() == now.strip():
+        return sampled
+    calls = _calls(message)
+    if calls and read is not None:
+        content, called, reasoning = read(was)
+        is_same = content.strip() == _text(message) and called == calls
+        # Reasoning that the template leaves out is not put back.
+        return sampled if is_same and reasoning.strip() in now else None
+    # Of a reply that was cut at a number of tokens, the last one has no row.
+    if was and not calls and now.startswith(was):
+        rest = tokenizer.encode(now[len(was) :], add_special_tokens=False)
+        return sampled + array("q", rest)
+    return None
+
+
+def _text(message: Any) -> str:
+    content = message.get("content")
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _calls(message: Any) -> list[Any]:
+    """Return name and arguments of each tool call of a message."""
+    return [
+        call_of(call.get("function", {})) for call in message.get("tool_calls") or ()
+    ]
+
+
+def call_of(function: Any) -> tuple[Any, Any]:
+    """Return name and arguments of a tool call, the latter as a JSON value."""
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return function.get("name"), arguments  # compared as they are
+    return function.get("name"), arguments
