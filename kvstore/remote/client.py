@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -100,23 +99,32 @@ class Client:
         except FileNotFoundError:
             return None
 
-    def put(self, key: str, data: bytes | Path) -> None:
+    def put(self, key: str, data: bytes) -> None:
+        """Create an object that was not there just now, as :meth:`put_parts` does."""
+        self.put_parts(key, len(data), lambda: iter([data]))
+
+    def put_parts(
+        self, key: str, nbytes: int, read: Callable[[], Iterator[bytes]]
+    ) -> None:
         """Create an object that was not there just now.
 
         Its key is named by its content: another client that creates it meanwhile
         sends the same bytes.
 
+        Args:
+            key: The object's key.
+            nbytes: Its size.
+            read: Returns its parts, once for each try. What it raises is raised, and
+                then there is no such object.
+
         Raises:
-            FileNotFoundError: There is no such file to send.
             RemoteError: The server fails, or has an object of another size by now.
         """
-        nbytes = len(data) if isinstance(data, bytes) else data.stat().st_size
-
         for number in range(self._tries):
             # A server of which a node is down may fail to put parts together.
             is_whole = nbytes <= PART_BYTES or (number == 1 and nbytes <= _MAX_WHOLE)
             try:
-                return self._translated(partial(self._send, key, data, is_whole))
+                return self._translated(partial(self._send, key, read, is_whole))
             except RemoteError as error:
                 # The server may have done it, and the reply may be lost.
                 if error.may_pass and self.seems_there(key, nbytes):
@@ -125,11 +133,13 @@ class Client:
                     raise
                 time.sleep(_PAUSE_S * 2**number)
 
-    def _send(self, key: str, data: bytes | Path, is_whole: bool) -> None:
+    def _send(
+        self, key: str, read: Callable[[], Iterator[bytes]], is_whole: bool
+    ) -> None:
         try:
             self._store.put(
                 key,
-                data,
+                b"".join(read()) if is_whole else read(),
                 use_multipart=not is_whole,
                 chunk_size=PART_BYTES,
                 max_concurrency=4,

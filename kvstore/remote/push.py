@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import IntegrityError, RemoteError
@@ -24,7 +25,7 @@ from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place
 from ..storage.keys import own_key, signing_key
 from ..storage.shards import OpenShard, open_shard, open_shard_at, staged_copy
-from .client import Client
+from .client import PART_BYTES, Client
 from .layout import (
     EntryKey,
     RemoteEntry,
@@ -191,21 +192,34 @@ def _send_all(
 
 
 def _send(client: Client, upload: _Upload) -> bool:
-    """Send a shard unless it is there; its bytes are checked before."""
+    """Send a shard unless it is there; its bytes are checked on the way."""
     name = upload.shard.name
     if client.seems_there(shard_key(name), upload.shard.nbytes):
         return False
+    read = partial(_checked_parts, upload.path, name)
+    client.put_parts(shard_key(name), upload.shard.nbytes, read)
+    return True
+
+
+def _checked_parts(path: Path, name: str) -> Iterator[bytes]:
+    """Yield the bytes of a shard while they are hashed: at the end they may be wrong.
+
+    Raises:
+        IntegrityError: They are not what its name says, or the file is missing.
+    """
+    digest = hashlib.sha256()
     try:
-        with open_shard_at(upload.path) as opened:
-            if opened.sha256() != name:
-                raise IntegrityError(
-                    f"shard has other bytes than its name says: {upload.path}",
-                    path=upload.path,
-                    hint="`kvstore verify --read-data` finds more",
-                )
-        client.put(shard_key(name), upload.path)
+        with path.open("rb") as file:
+            while part := file.read(PART_BYTES):
+                digest.update(part)
+                yield part
     except FileNotFoundError as error:
         raise IntegrityError(
             f"shard {name[:12]} is missing", hint="push the entry again"
         ) from error
-    return True
+    if digest.hexdigest() != name:
+        raise IntegrityError(
+            f"shard has other bytes than its name says: {path}",
+            path=path,
+            hint="`kvstore verify --read-data` finds more",
+        )

@@ -171,7 +171,9 @@ class RemoteTier:
         now, known = time.monotonic(), self._known.setdefault(digest, {})
         if now >= self._known_at.get(digest, 0.0):
             warn(read_new(self._client, digest, known))
-            self._known_at[digest] = now + _PAUSE_S
+            # Where a list takes long, few are read: else a fleet reads nothing else.
+            took = time.monotonic() - now
+            self._known_at[digest] = now + max(_PAUSE_S, 20 * took)
         for found in find_prefixes(known.values(), tokens):
             tried_at = self._tried_at.get(found.entry.tip)
             is_new = tried_at is None or now > tried_at + _PAUSE_S

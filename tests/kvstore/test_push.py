@@ -8,6 +8,7 @@ import pytest
 
 import kvstore
 from kvstore.errors import IntegrityError, RemoteError
+from kvstore.remote import client as requests
 from kvstore.remote.client import Client, Limits, Remote
 from kvstore.remote.layout import parse_document, parse_key
 from kvstore.remote.push import push_entry
@@ -202,8 +203,12 @@ def test_a_push_goes_on_where_it_stopped(server, store, remote):
     assert 1 == len(documents(server))
 
 
-def test_a_damaged_shard_is_not_sent(server, store, remote, flip_bit):
-    """What the store could not read must not reach others."""
+@pytest.mark.parametrize("part", [1 << 23, 4096])
+def test_a_damaged_shard_is_not_sent(
+    server, store, remote, flip_bit, monkeypatch, part
+):
+    """What the store could not read must not reach others, whole or in parts."""
+    monkeypatch.setattr(requests, "PART_BYTES", part)
     path = sorted(store.glob("shards/*/*"))[0]
     flip_bit(path, path.stat().st_size * 8 - 1)
     with pytest.raises(IntegrityError):

@@ -157,7 +157,7 @@ class World:
         options = {"endpoint": endpoint or self.endpoint, "region": "us-east-1"}
         url = f"s3://{_BUCKET}/{prefix}"
         remote = make_remote("team", url, options, is_trusted=is_trusted)
-        return Client(remote, _LIMITS)
+        return Client(remote, _LIMITS if endpoint else None)
 
 
 @contextmanager
