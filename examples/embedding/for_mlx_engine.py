@@ -66,7 +66,12 @@ def install_sequential(path: str | Path | None, codec: str | None) -> None:
     def make_history(self: Any) -> DiskPromptCache:
         @cache  # A draft model comes after the history that is made for it.
         def describe(key: str) -> ServedModel:
-            fingerprint = kvstore.Fingerprint.from_path(self.model_path)
+            folder = getattr(self, "model_path", None)
+            fingerprint = (
+                kvstore.Fingerprint.of(self.model)
+                if folder is None  # nobody's but a test's
+                else kvstore.Fingerprint.from_path(folder)
+            )
             if self._draft_model is not None:
                 draft = kvstore.Fingerprint.of(self._draft_model)
                 fingerprint = fingerprint.with_draft(draft)

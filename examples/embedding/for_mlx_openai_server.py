@@ -56,14 +56,15 @@ def install(path: str | Path | None = None, codec: str | None = None) -> None:
 
     def make(self: Any, model_path: str, *args: Any, **options: Any) -> None:
         init(self, model_path, *args, **options)
-        fingerprint = kvstore.Fingerprint.of(self.model.model)
+        fingerprint = None
         if self.model.draft_model is not None:
             draft = kvstore.Fingerprint.of(self.model.draft_model)
-            fingerprint = fingerprint.with_draft(draft)
+            fingerprint = kvstore.Fingerprint.of(self.model.model).with_draft(draft)
         self.prompt_cache.close()
         self.prompt_cache = Tiered(
             kvstore.tier(
                 self.model.model,
+                model_path=model_path,
                 fingerprint=fingerprint,
                 make_cache=self.model.create_prompt_cache,
                 path=path,
