@@ -139,7 +139,8 @@ def pull_entry(
             )
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
-        signed = changed(remote, entry=changed(remote.entry, signer=signer))
+        kept = signer if _holds_no_others(blocks, remote, plan) else ""
+        signed = changed(remote, entry=changed(remote.entry, signer=kept))
         with _checked(folder, signed, plan) as incoming:
             # Before the blocks that name them can be seen.
             for basis in plan.bases.values():
@@ -231,6 +232,20 @@ def _finish(inspector: Inspector, has_held: bool) -> Chain:
             " needs, and what it has is never replaced",
             hint="pull it into another store",
         ) from error
+
+
+def _holds_no_others(blocks: BlockStore, remote: RemoteEntry, plan: _Plan) -> bool:
+    """Whether the blocks that the store has already are those that were signed.
+
+    A document names shards: what lies in the same shard here has the same bytes.
+    """
+    came = {stored.block.hash for one in plan.arriving for stored in one.wanted}
+    for name, number in remote.blocks:
+        if (block := _to_hash(name)) not in came:
+            place = blocks.index.place(block)
+            if place is None or place.shard != remote.shards[number].name:
+                return False
+    return True
 
 
 def _held(blocks: BlockStore, remote: RemoteEntry) -> dict[BlockHash, StoredBlock]:

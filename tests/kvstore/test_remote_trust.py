@@ -96,6 +96,27 @@ def test_what_a_trusted_key_signed_is_taken(
     assert tokens == right.load_entry("doc", caches.MODEL)[1]
 
 
+def test_rows_of_somebody_else_are_not_called_signed_either(
+    opened, alice, caches, monkeypatch, tmp_path
+):
+    """Where the store has other rows of the same tokens, they stay and say no name."""
+    left, right = opened
+    tokens, _ = caches.make_conversation(2, 1, extra=3)
+    other = caches.make_cache(16, 9)
+    right.save(tokens[:16], other, caches.MODEL)
+    push(left, monkeypatch, tmp_path)
+    trust_signer("alice", alice)
+    assert "" == right.remotes.pull("doc").signer
+    right.remove("doc")
+    right.purge()
+    for entry in right.entries():
+        right.remove(entry)
+    right.purge()
+    assert alice == right.remotes.pull("doc").signer
+    # What came in the shards that were signed is known by their names.
+    assert alice == right.remotes.pull("doc", name="again").signer
+
+
 def test_ones_own_key_is_trusted(opened, alice):
     """Who pushes here may pull there."""
     left, right = opened

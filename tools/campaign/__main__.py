@@ -31,6 +31,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.storage import vault
 from kvstore.storage.folder import create_folder
 from kvstore.storage.keys import new_signing_key
 
@@ -250,11 +251,16 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=0, help=act.__doc__)
     text = "break the code in each known way: the tests must notice"
     parser.add_argument("--mutants", nargs="*", metavar="NAME", help=text)
+    text = "use encrypted stores, which goes with kills, errors and damage"
+    parser.add_argument("--encrypted", action="store_true", help=text)
     options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
         os.environ["KVSTORE_DIR"] = f"{temporary}/unused"
-        empty = create_folder(Path(temporary) / "empty", 16).path
+        kept = None
+        if options.encrypted:
+            kept = vault.keep_by_file(vault.new_key(), Path(temporary) / "key")
+        empty = create_folder(Path(temporary) / "empty", 16, kept).path
         for name, act in ACTS.items():
             if count := getattr(options, name):
                 folder = Path(temporary) / name
