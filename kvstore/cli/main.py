@@ -112,21 +112,23 @@ class VerbGroup(click.Group):
 
 
 class Verbs(Mapping[str, click.Command]):
-    """The verbs by their names, in the order of their groups; imported when asked for.
+    """The verbs by their names, and by others; imported when asked for.
 
     A verb is started without the others, which take a tenth of a second.
     """
 
     def __getitem__(self, name: str) -> click.Command:
+        name = ALIASES.get(name, name)
         module = import_module(f".commands.{MODULES[name]}", __package__)
         verbs = (v for v in vars(module).values() if isinstance(v, click.Command))
         return next(verb for verb in verbs if verb.name == name)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for names in GROUPS.values() for name in names)
+        # A word that is no verb is compared with all that would have been one.
+        return iter((*MODULES, *ALIASES))
 
     def __len__(self) -> int:
-        return len(MODULES)
+        return len(MODULES) + len(ALIASES)
 
 
 class Root(VerbGroup):
@@ -134,7 +136,7 @@ class Root(VerbGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the verbs in the order of the groups."""
-        return list(self.commands)
+        return [name for names in GROUPS.values() for name in names]
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter

@@ -727,7 +727,7 @@ def test_each_line_of_a_pipe_is_a_message(chat_cli, tmp_path, loaded):
         assert said in text
     assert len(out.splitlines()) >= 3
     assert err.count("/s), wrote 12 (") == 3
-    assert err.count("cut off by `--max-tokens`") == 3
+    assert err.count("; cut off") == 3
     assert "`daily`, from which `--name` goes on" in err
 
 
@@ -742,8 +742,7 @@ def test_a_chat_is_greeted_with_what_was_said_last(chat_cli):
     chat_cli("one\ntwo\n", "--name", "daily")
     code, _, err = chat_cli("", "--name", "daily")
     assert code == 0
-    assert "`daily` of 2" in err
-    assert ": 2 turns, " in err
+    assert "`daily`, now: 2 turns, " in err
     assert "\n> two\n" in err
 
 

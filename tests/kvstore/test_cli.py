@@ -145,6 +145,7 @@ def test_wrong_usage_exits_with_2(run_cli, words, text):
 def test_a_mistyped_verb_is_guessed(run_cli):
     """The hint names what was meant."""
     assert "did you mean `save`?" in run_cli("sav")[2]
+    assert "`remove`" in run_cli("remov")[2]
     assert "did you mean `--store`" in run_cli("ls", "--stor")[2]
 
 

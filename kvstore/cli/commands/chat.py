@@ -22,10 +22,10 @@ from ..options import ModelOptions, gathered, model_options
 from ..output import (
     Bars,
     Output,
+    format_ago,
     format_bytes,
     format_count,
     format_fields,
-    format_time,
     has_colour,
     one_line,
     print_failure,
@@ -222,7 +222,7 @@ class _Session:
             return
         num_tokens, num_held = len(chat.tokens), chat.num_restorable
         self._note(
-            f"`{chat.name}` of {format_time(entry.updated_at)}: {self._extent()};"
+            f"`{chat.name}`, {format_ago(entry.updated_at)}: {self._extent()};"
             " `/help` lists the commands"
         )
         if num_held < num_tokens:
@@ -354,7 +354,7 @@ class _Session:
             f" {format_count(stats.num_tokens, 'token')}"
         )
         if last.finish_reason == "length":
-            told += "; cut off by `--max-tokens`"
+            told += "; cut off"
         return told
 
     def _interrupted(self, last: Any) -> None:
