@@ -270,7 +270,7 @@ class ArrayUpload:
 
     def data(self) -> mx.array:
         """Return them joined."""
-        return mx.concatenate([*self._pieces, mx.zeros((2,), mx.uint64)])
+        return mx.concatenate([*self._pieces, mx.zeros((8,), mx.uint64)])
 
 
 def source(
