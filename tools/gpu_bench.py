@@ -3,9 +3,10 @@
     python tools/gpu_bench.py --tokens 16384 --json gpu.json
 
 Rows are random, of the shape of a model of 8 billion parameters. Every figure is a
-median; a load is done when its rows are on the device. "First" is the first load of a
-process, without the imports. The last lines say whether stores that the GPU encoded are
-those that the native kernels and NumPy write: a shard is named by its SHA-256.
+median; a load is done when its rows are on the device. The store is open, as it is in
+a server; "first" is the first load of a process, which opens it, without the imports.
+The last line says whether stores that the GPU encoded are those that the native kernels
+and NumPy write: a shard is named by its SHA-256.
 """
 
 from __future__ import annotations
@@ -108,12 +109,14 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
             with kvstore.Store(next(stores), codec=codec) as store:
                 store.save(tokens, prompt_cache, MODEL)
 
-        def load(codec: str = codec) -> None:
-            with kvstore.Store(folder / f"{codec}-0", codec=codec) as store:
+        note(f"{codec} save", save, 3)
+        with kvstore.Store(folder / f"{codec}-0", codec=codec) as store:
+
+            def load(store: kvstore.Store = store) -> None:
                 evaluated(store.load([*tokens, -1], MODEL)[0])
 
-        note(f"{codec} save", save, 3)
-        note(f"{codec} load", load)
+            load()
+            note(f"{codec} load", load, 9)
     command = [sys.executable, __file__, "--tokens", str(num_tokens), "--first"]
     for codec in options.codecs[:2]:
         first = float(run([*command, str(folder / f"{codec}-0")]))

@@ -331,7 +331,7 @@ class KernelRestoring(HostRestoring):
         num_tokens: How many tokens' rows there will be.
     """
 
-    num_threads = min(8, os.cpu_count() or 1)
+    num_threads = min(16, os.cpu_count() or 1)
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
@@ -368,14 +368,13 @@ class KernelRestoring(HostRestoring):
         self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
     ) -> bool:
         """Send the bytes as they are read, where the kernels know all of them."""
-        found = [_places(codec, piece, stored) for codec, piece in pieces]
-        if not all(found):
+        found = [(piece, *_find_parts(codec, piece, stored)) for codec, piece in pieces]
+        if not all(runs for _, runs, _ in found):
             return False
         begin = self._upload.receive(stored.end - stored.begin, read)
         if begin is None:
             return False
-        for (codec, piece), places in zip(pieces, found, strict=True):
-            runs = _runs_of(codec, piece.rows)
+        for piece, runs, places in found:
             segments = _segments(runs, piece.rows, begin, places)
             self._note(piece.group, piece.rows, piece.rows.side, stop, segments)
         return True
@@ -457,24 +456,28 @@ def _runs_of(codec: Codec, rows: Rows) -> list[Run]:
     return runs if is_known else []
 
 
-def _places(codec: Codec, piece: Piece, stored: StoredBlock) -> dict[str, int]:
-    """Return where each part of a piece is in a block; none if kernels cannot tell."""
-    rows, places = piece.rows, {}
+def _find_parts(
+    codec: Codec, piece: Piece, stored: StoredBlock
+) -> tuple[list[Run], dict[str, int]]:
+    """Return the runs of a piece and where in a block each of its parts is.
+
+    There are no runs where the kernels cannot read the block as it is.
+    """
+    rows = piece.rows
+    places: dict[str, int] = {}
     if codec.compressor or not _has_kernel(rows.side, piece.group.spec(rows.side)):
-        return {}
-    if not _runs_of(codec, rows):
-        return {}
+        return [], places
     for name, (dtype, shape) in codec.array.parts(rows).items():
         spec = stored.tensors.get(f"{piece.number}.{rows.side}.{name}")
         size = np.dtype(NUMPY_DTYPES[dtype]).itemsize
         # Whatever is wrong is told when the block is opened in the usual way.
         if spec is None or (spec.dtype, spec.shape) != (dtype, shape):
-            return {}
+            return [], places
         place, nbytes = spec.begin - stored.begin, spec.end - spec.begin
         if spec.raw_nbytes or nbytes != size * math.prod(shape) or place % size:
-            return {}
+            return [], places
         places[name] = place
-    return places
+    return _runs_of(codec, rows), places
 
 
 def _exact_or_known(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 ALIGNMENT = 16
 """Bytes at whose multiples each part begins."""
-_NUM_SLOTS = 8
+_NUM_SLOTS = 16
 _SLOT_BYTES = 4 * 1024 * 1024
 _MAX_SLOT_BYTES = 64 * 1024 * 1024
 _CHUNK_BYTES = 128 * 1024 * 1024
@@ -123,21 +123,21 @@ class _Slot:
 
     def __init__(self) -> None:
         self._address = ctypes.c_void_p()
-        self._size = 0
+        self._memory = np.empty(0, np.uint8)
         self._stream = ctypes.c_void_p()
         _call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
 
     def memory(self, size: int) -> NDArray[np.uint8]:
         """Return so many bytes of it."""
-        if size > self._size:
-            if self._size:
-                self._size = 0
+        if size > self._memory.size:
+            if self._memory.size:
+                self._memory = np.empty(0, np.uint8)
                 _call("cuMemFreeHost", self._address)
             more = -(-size // _SLOT_BYTES) * _SLOT_BYTES
             _call("cuMemHostAlloc", ctypes.byref(self._address), more, _PORTABLE)
-            self._size = more
-        pointer = ctypes.cast(self._address, ctypes.POINTER(ctypes.c_uint8))
-        return np.ctypeslib.as_array(pointer, (size,))
+            pointer = ctypes.cast(self._address, ctypes.POINTER(ctypes.c_uint8))
+            self._memory = np.ctypeslib.as_array(pointer, (more,))
+        return self._memory[:size]
 
     def copy(self, target: int, size: int) -> None:
         """Copy its first bytes to an address of the device."""
