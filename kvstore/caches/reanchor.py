@@ -199,14 +199,13 @@ class Sketch:
     def of(cls, tokens: Sequence[int]) -> Sketch:
         """Return that of some tokens."""
         array = np.asarray(tokens, np.int64)
-        num_grams = max(0, len(array) - _GRAM + 1)
         # Unsigned numbers wrap around without a word.
-        grams = np.zeros(num_grams, np.uint64)
-        spread = array.view(np.uint64) * np.uint64(_FACTOR)
-        spread ^= spread >> np.uint64(29)
-        for place in range(_GRAM):
-            grams *= np.uint64(_FACTOR)
-            grams += spread[place : place + num_grams]
+        grams = array.view(np.uint64) * np.uint64(_FACTOR)
+        grams ^= grams >> np.uint64(29)
+        size, factor = 1, _FACTOR
+        while size < _GRAM:
+            grams = grams[:-size] * np.uint64(factor) + grams[size:]
+            size, factor = 2 * size, factor * factor % 2**64
         high = grams >> np.uint64(32)
         marks = frozenset(grams[high % np.uint64(_SAMPLED) == 0].tolist())
         return cls(array, grams, marks)
