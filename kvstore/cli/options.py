@@ -132,12 +132,21 @@ def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
             "`--request` has its own messages: leave out `--system-prompt` and"
             " `--ignore-chat-template`"
         )
+    return read_request("--request", file)
+
+
+def read_request(option: str, file: BinaryIO) -> JSON:
+    """Return a captured request.
+
+    Raises:
+        click.UsageError: It is no JSON object.
+    """
     try:
         found = json.loads(file.read().decode())
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"`--request` is not valid JSON: {error}") from error
+        raise click.UsageError(f"`{option}` is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise click.UsageError("`--request` is not a JSON object")
+        raise click.UsageError(f"`{option}` is not a JSON object")
     return found
 
 

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -34,6 +34,7 @@ from ..caches.live import (
 from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
+from ..format.documents import JSON
 from ..models.context import past_context, read_context_length
 from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
@@ -44,6 +45,7 @@ from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache
 from .replay import call_of, cut_again, replay
 from .tenants import find_tenant, own, tenant_of
+from .warm import start_warming
 from .watch import Requests, watch
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def serve(
     view: View | None = None,
     *,
     reanchor: bool = False,
+    warm: Mapping[str, JSON] | None = None,
 ) -> None:
     """Run ``mlx_lm.server`` until SIGINT or SIGTERM; what waits is written then.
 
@@ -83,6 +86,7 @@ def serve(
             cache is then one of :class:`TenantPromptCache`.
         view: How the store is shown at ``/kvstore``; nowhere by default.
         reanchor: Reuse rows behind a change in a prompt, where the model can.
+        warm: Requests to compute ahead, by what to call them; with a view only.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
@@ -120,6 +124,9 @@ def serve(
 
     def make_generator(*parts: Any) -> Any:
         generators.append(generator_class(*parts))
+        if warm and pages is not None:
+            options = providers[-1].cli_args
+            start_warming(options.host, options.port, pages.token, warm)
         return generators[-1]
 
     server.argparse = SimpleNamespace(  # type: ignore[attr-defined]

@@ -611,15 +611,34 @@ def fail(command, timeout_s=60):
     return done.returncode, done.stderr.splitlines(), time.monotonic() - begin
 
 
+def test_a_captured_request_is_computed_ahead(servers, models, tmp_path):
+    """An agent that asks it finds all of it; one that cannot be served is logged."""
+    request = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 500}
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(request))
+    bad.write_text(json.dumps(request | {"temperature": "hot"}))
+    server = servers.kvstore(
+        tmp_path / "store", models["tiny"], "--warm", bad, "--warm", good
+    )
+    server.wait_for("good.json` is computed ahead")
+    assert "bad.json` is not computed ahead" in server.text()
+    assert beside.cached(server.ask(LONG)) == 636
+
+
 def test_an_unknown_option_is_wrong_usage(models, tmp_path):
     """The one line of the error names it; the hint says where options are listed."""
     store = tmp_path / "store"
     command = ("--store", store, "serve", "--model", models["tiny"])
+    empty = tmp_path / "empty.json"
+    empty.write_text("{}")
     for option in (
         ["--nonsense"],
         ["--port", "many"],
         ["--port", "99999999"],
         ["--min-tokens", "0"],
+        ["--warm", tmp_path / "none.json"],
+        ["--warm", empty],
+        ["--warm", empty, "--tenant-header", "Authorization"],
     ):
         code, lines, _ = fail([*command, *option])
         assert code == 2

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -175,6 +175,14 @@ class ServeVerb(Verb):
     " what follows, moved to where it stands now: an approximation. What is stored of"
     " it is marked. A model whose rows cannot be moved is served without.",
 )
+@click.option(
+    "--warm",
+    metavar="FILE.json",
+    type=click.File("rb"),
+    multiple=True,
+    help="Compute the prompt of this request ahead, once the server is there: what an"
+    " agent posts to /v1/chat/completions. May be given again.",
+)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
 @gathered("tenants", TenantOptions)
@@ -191,6 +199,7 @@ def serve(
     tenants: TenantOptions,
     team: RemoteOptions,
     rows: RowOptions,
+    warm: tuple[BinaryIO, ...],
     args: tuple[str, ...],
 ) -> None:
     """Run `mlx_lm.server` with its prompt cache kept on disk.
@@ -224,6 +233,10 @@ def serve(
         raise click.UsageError(words)
     if team.push and team.remote is None:
         raise click.UsageError("`--push` needs `--remote`")
+    ahead = {file.name: options.read_request("--warm", file) for file in warm}
+    if ahead and header is not None:
+        raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
+    from ...server.app import check_body
     from ...server.app import serve as run
     from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache
@@ -253,6 +266,11 @@ def serve(
             max_queued_bytes=max_queue,
         )
 
+    for name, body in ahead.items():
+        try:
+            check_body("chat/completions", body)
+        except ValueError as error:
+            raise click.UsageError(f"`--warm {name}`: {error}") from error
     shown = View(
         partial(Store, store_path(context) or default_path(), create=False),
         describe,
@@ -260,7 +278,7 @@ def serve(
     )
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, header, shown, reanchor=rows.reanchor)
+        run(args, make_cache, header, shown, reanchor=rows.reanchor, warm=ahead)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 
