@@ -1,31 +1,40 @@
-"""Seconds and bytes of saving and loading, per codec, beside mlx-lm's own file.
+"""Saving and loading, beside mlx-lm's files and a plain copy, all in one run.
 
-One run, one table: prefill on a real model, then per codec save, load and load to the
-first logits, the load split into read, check, zstd, decode and evaluate; the same for
-`save_prompt_cache`, `load_prompt_cache` of mlx-lm, and for a plain copy of the bytes,
-which is the limit. Every figure is a median. With `--cold`, as root on Linux, the page
-cache is dropped before each load. `--growth` measures random rows of the model's shape
-from 1,000 to 32,000 tokens.
+Every round runs each contestant once, so that what else the machine does meets all of
+them; figures are medians, of seconds and of the processor's seconds, and the memory
+that a load or a save takes above what it starts with, in parts of the cache. mlx-lm
+and the copy check nothing; only the copy and we wait for the disk.
 
-    python tools/bench.py MODEL [--tokens N] [--growth] [--cold] [--json F] [--plot F]
+    python tools/bench.py MODEL            # a prompt of a real model, and its prefill
+    python tools/bench.py --shape          # random rows of a model of 8 billion
+    python tools/bench.py --shape --cold   # as root on Linux: the page cache dropped
+    python tools/bench.py MODEL --growth   # 1,000 to 64,000 tokens, and an append
+    python tools/bench.py --index 1000000  # the index of so many blocks
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import hashlib
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore.blas import load_openblas
-from kvstore.storage.shards import OpenShard
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from kvstore.blas import load_openblas  # noqa: E402
 
 OPENBLAS = load_openblas()
 
@@ -40,85 +49,92 @@ from mlx_lm.models.cache import (  # noqa: E402
 )
 
 import kvstore  # noqa: E402
-from kvstore.caches import live as caches  # noqa: E402
-from kvstore.caches import restore as restoring  # noqa: E402
-from kvstore.caches.layout import group_layers  # noqa: E402
-from kvstore.codecs import (  # noqa: E402
-    planes,
-    raw,
-    turbo,
-    zstd,
-)
 
-CODECS = ("raw", "planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
-GROWTH = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
+CODECS = ("raw", "planes+zstd", "turbo4", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
+GROWTH = (1_000, 4_000, 16_000, 64_000)
+# Layers, KV heads and head dimension of a model of 8 billion parameters.
+SHAPE = (32, 8, 128)
 MODEL = kvstore.Fingerprint({"weights": "measured"}, "measured")
-# Where the time of a load goes: what is measured, and the functions that do it.
-PHASES = {
-    "read": [(OpenShard, "_read")],
-    "check": [(OpenShard, "_check")],
-    "zstd": [(zstd.Zstd, "decompress")],
-    "decode": [
-        (raw.Raw, "decode_into"),
-        (planes.Planes, "decode_into"),
-        (turbo.Turbo, "decode_into"),
-    ],
-    "evaluate": [
-        (restoring.HostRestoring, "__init__"),
-        (restoring.HostRestoring, "finish"),
-    ],
-}
+STOCK = "mlx-lm's file"
+Cache = list[Any]
+
+
+@dataclass
+class Contestant:
+    """One way to keep a prompt cache: how it is saved, and loaded."""
+
+    what: str
+    # Runs before each save, and does not count.
+    prepare: Callable[[], object]
+    save: Callable[[], object]
+    load: Callable[[], Cache | None]
+    nbytes: Callable[[], int]
 
 
 @dataclass
 class Row:
-    """One line of the table; seconds, and bytes on disk."""
+    """Medians of one contestant: seconds, and bytes on disk."""
 
     what: str
     num_tokens: int
     nbytes: int
     save_s: float
+    save_cpu_s: float
     load_s: float
+    load_cpu_s: float
+    # What a save and a load take in memory above the cache, in parts of it.
+    save_peak: float | None
+    load_peak: float | None
     cold_s: float | None = None
     first_s: float | None = None
-    phases: dict[str, float] = field(default_factory=dict)
+    append_s: float | None = None
 
 
 def main() -> None:
     """Measure, print and write."""
     options = parse_options()
-    from mlx_lm import load
+    if options.index:
+        print(json.dumps(measure_index(options.index), indent=1))
+        return
+    print(f"{os.uname().sysname} {os.uname().machine}, {os.cpu_count()} cores", end="")
+    print(f", mlx {mx.__version__} on {mx.default_device()}", end="")
+    print(f", OpenBLAS {'yes' if OPENBLAS else 'no'}, load {os.getloadavg()[0]:.1f}")
+    model, prefill_s = None, None
+    if options.model:
+        from mlx_lm import load
 
-    model, tokenizer = load(options.model)[:2]
-    tokens = read_tokens(tokenizer, options.tokens)
-    prefills = [prefill(model, tokens) for _ in range(options.prefills)]
-    prefill_s = statistics.median(seconds for seconds, _ in prefills)
-    prompt_cache = prefills[-1][1]
-    print(f"{os.uname().sysname} {os.uname().machine}, mlx {mx.__version__}", end="")
-    print(f" on {mx.default_device()}, OpenBLAS {'yes' if OPENBLAS else 'no'}")
-    print(f"prefill of {len(tokens):,} tokens: {prefill_s:.2f} s\n")
-    rows = measure_all(tokens, prompt_cache, options, model)
+        model, tokenizer = load(options.model)[:2]
+        tokens = read_tokens(tokenizer, options.tokens)
+        prefills = [prefill(model, tokens) for _ in range(3)]
+        prefill_s = statistics.median(seconds for seconds, _ in prefills)
+        prompt_cache = prefills[-1][1]
+        print(f"prefill of {len(tokens):,} tokens: {prefill_s:.2f} s")
+    else:
+        tokens = list(range(options.tokens))
+        prompt_cache = random_cache(options.tokens, *SHAPE, mx.bfloat16)
+    rows = measure(tokens, prompt_cache, options, model)
     print_table(rows, prefill_s)
     growth = measure_growth(prompt_cache, options) if options.growth else []
-    if growth:
-        print()
-        print_table(growth, None)
     write_results(options, prefill_s, rows, growth)
 
 
 def parse_options() -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="folder or repository that mlx-lm loads")
+    parser.add_argument("model", nargs="?", help="folder or repository of mlx-lm")
+    parser.add_argument("--shape", action="store_true", help="random rows instead")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--codec", action="append", help="only these codecs")
-    parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--cold", action="store_true", help="drop the page cache too")
+    parser.add_argument("--index", type=int, help="blocks of an index to measure")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not (options.model or options.shape or options.index):
+        parser.error("give a model, --shape or --index")
+    return options
 
 
 def read_tokens(tokenizer: Any, count: int) -> list[int]:
@@ -129,7 +145,7 @@ def read_tokens(tokenizer: Any, count: int) -> list[int]:
     return list(tokenizer.encode(text))[:count]
 
 
-def prefill(model: Any, tokens: list[int]) -> tuple[float, list[Any]]:
+def prefill(model: Any, tokens: list[int]) -> tuple[float, Cache]:
     """Return the seconds to the first token as mlx-lm computes it, and the cache."""
     prompt_cache = make_prompt_cache(model)
     began = time.perf_counter()
@@ -143,84 +159,182 @@ def prefill(model: Any, tokens: list[int]) -> tuple[float, list[Any]]:
     return seconds, prompt_cache
 
 
-def measure_all(
-    tokens: list[int],
-    prompt_cache: list[Any],
-    options: argparse.Namespace,
-    model: Any | None,
+def random_cache(
+    num_tokens: int, layers: int, heads: int, dim: int, dtype: mx.Dtype
+) -> Cache:
+    """Return a prompt cache of a mean for each head, and noise."""
+    made = []
+    for number in range(layers):
+        mx.random.seed(number)
+        sides = [
+            mx.random.normal((1, heads, num_tokens, dim))
+            + mx.random.normal((1, heads, 1, dim))
+            for _ in range(2)
+        ]
+        cache = KVCache()
+        cache.update_and_fetch(*(side.astype(dtype) for side in sides))
+        mx.eval(cache.state)
+        made.append(cache)
+    return made
+
+
+def measure(
+    tokens: list[int], prompt_cache: Cache, options: argparse.Namespace, model: Any
 ) -> list[Row]:
-    """Return a row for each codec, for mlx-lm's file and for a plain copy."""
-    rows = [
-        measure_codec(name, tokens, prompt_cache, options, model)
-        for name in options.codec or CODECS
-    ]
-    rows.append(measure_mlx_lm(tokens, prompt_cache, options, model))
-    rows.append(measure_copy(tokens, prompt_cache, options))
-    return rows
-
-
-def measure_codec(
-    codec: str,
-    tokens: list[int],
-    prompt_cache: list[Any],
-    options: argparse.Namespace,
-    model: Any | None,
-) -> Row:
-    """Save and load with one codec."""
-    saves = []
+    """Return a row for each codec, for mlx-lm's files and for a plain copy."""
+    nbytes = sum(cache.nbytes for cache in prompt_cache)
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(options.repeats):
-            path = Path(folder) / str(i)
-            with kvstore.Store(path, codec=codec) as store:
-                began = time.perf_counter()
-                store.save(tokens, prompt_cache, MODEL, name="x")
-                saves.append(time.perf_counter() - began)
-        nbytes = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        with kvstore.Store(path, codec=codec) as store:
-            restore = restorer(store, tokens)
-            row = Row(codec, len(tokens), nbytes, statistics.median(saves), 0.0)
-            time_load(row, restore, options, model)
-            row.phases = time_phases(restore, options.repeats)
-    return row
+        all_ways = contestants(Path(folder), tokens, prompt_cache, options.codec)
+        seen: dict[tuple[str, str], list[Sample]] = {}
+        for _ in range(options.repeats):
+            for way in all_ways:
+                way.prepare()
+                jobs = [("save", way.save), ("load", way.load)]
+                if model is not None and way.what != "plain copy":
+                    jobs.append(("first", lambda way=way: first_logits(model, way)))
+                for job, work in jobs:
+                    seen.setdefault((way.what, job), []).append(sample(work, nbytes))
+                if options.cold:
+                    drop_page_cache()
+                    seen.setdefault((way.what, "cold"), []).append(sample(way.load, 1))
+        return [to_row(way, len(tokens), seen) for way in all_ways]
 
 
-def restorer(store: kvstore.Store, tokens: list[int]) -> Callable[[], Any]:
-    """Return a function that restores a prompt and what is left to feed."""
-    return lambda: store.load(tokens, MODEL)
+def contestants(
+    folder: Path, tokens: list[int], prompt_cache: Cache, codecs: Sequence[str] | None
+) -> list[Contestant]:
+    """Return all ways to keep a prompt cache."""
+    quantized = [cache.to_quantized(64, 4) for cache in prompt_cache]
+    mx.eval([cache.state for cache in quantized])
+    plain = {STOCK: prompt_cache, "mlx-lm, 4 bits": quantized}
+    found = [stock(folder / what, what, kept) for what, kept in plain.items()]
+    found.append(copy(folder / "copy", prompt_cache))
+    stored = codecs or CODECS
+    return found + [ours(folder / name, name, tokens, prompt_cache) for name in stored]
 
 
-def time_load(
-    row: Row,
-    restore: Callable[[], Any],
-    options: argparse.Namespace,
-    model: Any | None,
-) -> None:
-    """Fill in the medians of a load: warm, cold, and to the first logits."""
-    row.load_s = median_of(options.repeats, restore)
-    if options.cold:
-        row.cold_s = median_of(options.repeats, restore, before=drop_page_cache)
-    if model is not None:
+def ours(path: Path, codec: str, tokens: list[int], prompt_cache: Cache) -> Contestant:
+    """Return our way with one codec; each save goes to a store of its own."""
+    stores: list[Path] = []
 
-        def first_logits() -> None:
-            prompt_cache, rest = restore()
-            mx.eval(model(mx.array([rest]), cache=prompt_cache)[:, -1])
+    def prepare() -> None:
+        stores.append(path.with_name(f"{codec}-{len(stores)}"))
+        kvstore.Store(stores[-1], codec=codec).close()
 
-        row.first_s = median_of(options.repeats, first_logits)
+    def save() -> None:
+        with kvstore.Store(stores[-1], codec=codec) as store:
+            store.save(tokens, prompt_cache, MODEL, name="x")
+
+    def load() -> Cache:
+        with kvstore.Store(stores[-1], codec=codec) as store:
+            return store.load_entry("x", MODEL)[0]
+
+    def nbytes() -> int:
+        shards = stores[-1].rglob("*.safetensors")
+        return sum(shard.stat().st_size for shard in shards)
+
+    return Contestant(codec, prepare, save, load, nbytes)
 
 
-def median_of(
-    repeats: int, run: Callable[[], Any], before: Callable[[], None] | None = None
-) -> float:
-    """Return the median seconds of a function, after one run that is not counted."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        if before is not None:
-            before()
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def stock(path: Path, what: str, prompt_cache: Cache) -> Contestant:
+    """Return mlx-lm's way, which writes one file and does not wait for the disk."""
+    name = f"{path}.safetensors"
+
+    def load() -> Cache:
+        restored: Cache = load_prompt_cache(name)
+        mx.eval([cache.state for cache in restored])
+        return restored
+
+    def nbytes() -> int:
+        return Path(name).stat().st_size
+
+    def save() -> None:
+        save_prompt_cache(name, prompt_cache)
+
+    return Contestant(what, _nothing, save, load, nbytes)
+
+
+def copy(path: Path, prompt_cache: Cache) -> Contestant:
+    """Return a way to write and read the bytes of the rows, and nothing else."""
+    sides = [side for cache in prompt_cache for side in cache.state[:2]]
+    octets = [mx.contiguous(side).view(mx.uint8) for side in sides]
+    mx.eval(octets)
+
+    def save() -> None:
+        with path.open("wb") as file:
+            for array in octets:
+                file.write(memoryview(array))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def load() -> None:
+        path.read_bytes()
+
+    return Contestant("plain copy", _nothing, save, load, lambda: path.stat().st_size)
+
+
+def _nothing() -> None:
+    """Prepare nothing."""
+
+
+def first_logits(model: Any, way: Contestant) -> None:
+    """Load, and feed the last token again."""
+    prompt_cache = way.load()
+    if not all(isinstance(cache, KVCache) for cache in prompt_cache or []):
+        return
+    trim_prompt_cache(prompt_cache, 1)
+    mx.eval(model(mx.array([[1]]), cache=prompt_cache)[:, -1])
+
+
+@dataclass
+class Sample:
+    """One run of something."""
+
+    wall_s: float
+    cpu_s: float
+    # In parts of a number of bytes; ``None`` where nobody tells.
+    peak: float | None
+
+
+def sample(work: Callable[[], object], nbytes: int) -> Sample:
+    """Run something, and say what it took."""
+    with watched() as peak:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    kept = result if isinstance(result, list) else []
+    above = peak[0] - sum(getattr(cache, "nbytes", 0) for cache in kept)
+    return Sample(wall, cpu, above / nbytes if peak[0] else None)
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """Yield a list that has, at the end, the most bytes taken above the beginning."""
+    mx.clear_cache()
+    # What was freed is to go back to the system, or taking it again would not show.
+    getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+    began, most, done = resident_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            most[0] = max(most[0], resident_bytes() - began)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process, or 0 where there is no ``/proc``."""
+    try:
+        pages = Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * resource.getpagesize()
 
 
 def drop_page_cache() -> None:
@@ -229,148 +343,172 @@ def drop_page_cache() -> None:
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def time_phases(restore: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Return the median seconds that each phase of a load takes."""
-    runs = []
-    for _ in range(repeats):
-        with clocks() as spent:
-            restore()
-        runs.append(dict(spent))
-    return {name: statistics.median(run[name] for run in runs) for name in PHASES}
-
-
-@contextmanager
-def clocks() -> Iterator[dict[str, float]]:
-    """Measure the phases of what runs inside."""
-    spent = dict.fromkeys(PHASES, 0.0)
-    originals = []
-    for phase, functions in PHASES.items():
-        for owner, name in functions:
-            originals.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, clocked(getattr(owner, name), phase, spent))
-    try:
-        yield spent
-    finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
-
-
-def clocked(
-    function: Callable[..., Any], phase: str, spent: dict[str, float]
-) -> Callable[..., Any]:
-    """Return a function that adds its time to a phase."""
-
-    def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            spent[phase] += time.perf_counter() - began
-
-    return timed
-
-
-def measure_mlx_lm(
-    tokens: list[int],
-    prompt_cache: list[Any],
-    options: argparse.Namespace,
-    model: Any | None,
+def to_row(
+    way: Contestant, num_tokens: int, seen: dict[tuple[str, str], list[Sample]]
 ) -> Row:
-    """Save and load as mlx-lm does."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cache.safetensors"
-        save_s = median_of(
-            options.repeats, lambda: save_prompt_cache(str(path), prompt_cache)
-        )
+    """Return the medians of a contestant."""
 
-        def restore() -> tuple[list[Any], list[int]]:
-            restored = load_prompt_cache(str(path))
-            mx.eval([cache.state for cache in restored])
-            trim_prompt_cache(restored, 1)
-            return restored, tokens[-1:]
+    def median(job: str, name: str) -> Any:
+        values = [getattr(one, name) for one in seen.get((way.what, job), [])]
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
 
-        row = Row("mlx-lm's file", len(tokens), path.stat().st_size, save_s, 0.0)
-        time_load(row, restore, options, model)
-    return row
+    return Row(
+        way.what, num_tokens, way.nbytes(),
+        median("save", "wall_s"), median("save", "cpu_s"),
+        median("load", "wall_s"), median("load", "cpu_s"),
+        median("save", "peak"), median("load", "peak"),
+        median("cold", "wall_s"), median("first", "wall_s"),
+    )  # fmt: skip
 
 
-def measure_copy(
-    tokens: list[int], prompt_cache: list[Any], options: argparse.Namespace
-) -> Row:
-    """Write and read the bytes of the rows, and nothing else: the limit."""
-    held = caches.hold(prompt_cache)
-    rows = [
-        caches.split(held, group, name, rows).data.cast("B")
-        for group in group_layers(caches.read_layout(prompt_cache, len(tokens)))
-        for name, rows in caches.rows_held(held, group, 0, len(tokens), True)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows"
-
-        def write() -> None:
-            with path.open("wb") as file:
-                for data in rows:
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-
-        save_s = median_of(options.repeats, write)
-        row = Row("plain copy", len(tokens), path.stat().st_size, save_s, 0.0)
-        time_load(row, path.read_bytes, options, None)
-    return row
-
-
-def measure_growth(
-    prompt_cache: Sequence[Any], options: argparse.Namespace
-) -> list[Row]:
-    """Return rows for random prompt caches of the model's shape, of many lengths."""
-    rows = []
+def measure_growth(like: Cache, options: argparse.Namespace) -> list[Row]:
+    """Return rows for random prompt caches of a model's shape, of many lengths."""
+    keys, rows = like[0].keys, []
     for num_tokens in GROWTH:
-        grown = [random_cache(cache, num_tokens) for cache in prompt_cache]
-        rows += measure_all(list(range(num_tokens)), grown, options, None)
-        del grown
+        shape = (len(like), keys.shape[1], keys.shape[3], keys.dtype)
+        grown = random_cache(num_tokens + 256, *shape)
+        whole = list(range(num_tokens + 256))
+        trim_prompt_cache(grown, 256)
+        some = measure(whole[:num_tokens], grown, options, None)
+        for row in some:
+            if row.what in (options.codec or CODECS):
+                row.append_s = measure_append(row.what, whole, grown, options.repeats)
+        print_table(some, None)
+        rows += some
     return rows
 
 
-def random_cache(like: Any, num_tokens: int) -> KVCache:
-    """Return a cache of random rows in the shape of another."""
-    cache = KVCache()
-    sides = []
-    for side in (like.keys, like.values):
-        shape = (1, side.shape[1], num_tokens, side.shape[3])
-        sides.append(mx.random.normal(shape).astype(side.dtype))
-    cache.update_and_fetch(*sides)
-    mx.eval(cache.state)
-    return cache
+def measure_append(
+    codec: str, tokens: list[int], prompt_cache: Cache, repeats: int
+) -> float:
+    """Return the processor's seconds of a turn of 256 tokens, in a new process's store.
+
+    Rows that a cache was trimmed of are there still.
+    """
+    seconds = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            with kvstore.Store(folder, codec=codec) as store:
+                store.save(tokens[:-256], prompt_cache, MODEL, name="x")
+            for cache in prompt_cache:
+                cache.offset += 256
+            with kvstore.Store(folder, codec=codec) as store:
+                began = time.process_time()
+                store.save(tokens, prompt_cache, MODEL, name="x")
+                seconds.append(time.process_time() - began)
+            trim_prompt_cache(prompt_cache, 256)
+    return statistics.median(seconds)
+
+
+def measure_index(num_blocks: int) -> dict[str, Any]:
+    """Return what the index of so many blocks takes, in chains of 512."""
+    from kvstore.storage.index import Index
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index.sqlite"
+        fill_index(path, num_blocks)
+        opens, prefixes = [], []
+        for _ in range(5):
+            began = time.process_time()
+            index = Index(path)
+            opens.append(time.process_time() - began)
+            index.close()
+        index = Index(path)
+        for number in range(0, num_blocks // 512, max(1, num_blocks // 512 // 40)):
+            chain = [block_hash(512 * number + i) for i in range(512)]
+            began = time.process_time()
+            assert len(index.longest_prefix(chain)) == 512
+            prefixes.append(time.process_time() - began)
+        index.close()
+        code = _STATS.format(path=str(path))
+        sums = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        )
+        return {
+            "blocks": num_blocks,
+            "megabytes": round(path.stat().st_size / 1e6),
+            "open_ms": 1000 * statistics.median(opens),
+            "prefix_of_512_ms": 1000 * statistics.median(prefixes),
+            **json.loads(sums.stdout),
+        }
+
+
+_STATS = """
+import json, resource, time
+from pathlib import Path
+import numpy
+from kvstore.ops.stats import _Reach
+from kvstore.storage.index import Index
+index = Index(Path({path!r}))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+before, began = peak(), time.process_time()
+_Reach(index)
+seconds = time.process_time() - began
+print(json.dumps({{"sums_s": seconds, "sums_megabytes": peak() - before}}))
+"""
+
+
+def block_hash(number: int) -> bytes:
+    """Return the hash of a block of the measured index."""
+    return hashlib.sha256(number.to_bytes(8, "little")).digest()
+
+
+def fill_index(path: Path, num_blocks: int) -> None:
+    """Write an index of chains of 512 blocks, 64 in a shard."""
+    from kvstore.storage.index import Index
+
+    root, batch = bytes(32), 500_000
+    index = Index(path, create=True)
+    index._query("PRAGMA synchronous = OFF")
+    for first in range(0, num_blocks, batch):
+        rows = []
+        with index.transaction():
+            for number in range(first, min(first + batch, num_blocks)):
+                parent = root if number % 512 == 0 else block_hash(number - 1)
+                shard = number // 64 + 1
+                if number % 64 == 0:
+                    index.add_shard(f"{shard:064x}", 69_000, 1.0)
+                rows.append((block_hash(number), parent, shard, 7, 256, 1000, 511, 0))
+            # In the order of the table, which is filled ten times as fast.
+            for row in sorted(rows):
+                index._query("INSERT INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    index.close()
 
 
 def print_table(rows: Sequence[Row], prefill_s: float | None) -> None:
-    """Print what was measured."""
-    phases = "  ".join(f"{name.upper():>8}" for name in PHASES)
+    """Print what was measured, and how it stands to mlx-lm's own file."""
     print(
-        f"{'':14} {'TOKENS':>7} {'MB':>8} {'SAVE S':>8} {'LOAD S':>8} {'COLD S':>8}"
-        f" {'FIRST S':>8} {'RATIO':>6}  {phases}"
+        f"\n{'':14} {'TOKENS':>7} {'MB':>8} {'SAVE S':>8} {'CPU S':>7} {'LOAD S':>8}"
+        f" {'CPU S':>7} {'COLD S':>7} {'FIRST S':>7} {'APPEND':>7} {'PEAK':>11}"
+        f" {'SAVE':>6} {'LOAD':>6} {'COLD':>6} {'PREFILL':>7}"
     )
+    base = next(row for row in rows if row.what == STOCK)
     for row in rows:
-        ratio = (
-            "" if not (row.first_s and prefill_s) else f"{prefill_s / row.first_s:.0f}x"
-        )
-        spent = "  ".join(f"{row.phases[name]:8.4f}" for name in row.phases)
+        peaks = f"{show(row.save_peak, 5, 2)} {show(row.load_peak, 5, 2)}"
         print(
             f"{row.what:14} {row.num_tokens:7,} {row.nbytes / 1e6:8.2f}"
-            f" {row.save_s:8.3f} {row.load_s:8.3f} {show(row.cold_s)}"
-            f" {show(row.first_s)} {ratio:>6}  {spent}"
+            f" {row.save_s:8.3f} {row.save_cpu_s:7.3f} {row.load_s:8.3f}"
+            f" {row.load_cpu_s:7.3f} {show(row.cold_s)} {show(row.first_s)}"
+            f" {show(row.append_s)} {peaks} {ratio(row.save_s, base.save_s)}"
+            f" {ratio(row.load_s, base.load_s)} {ratio(row.cold_s, base.cold_s)}"
+            f" {ratio(prefill_s, row.first_s):>7}"
         )
 
 
-def show(seconds: float | None) -> str:
-    """Return seconds, or blanks."""
-    return f"{'':8}" if seconds is None else f"{seconds:8.3f}"
+def ratio(above: float | None, below: float | None) -> str:
+    """Return a ratio, or blanks."""
+    return f"{above / below:5.2f}x" if above and below else " " * 6
+
+
+def show(value: float | None, width: int = 7, digits: int = 3) -> str:
+    """Return a number, or blanks."""
+    return " " * width if value is None else f"{value:{width}.{digits}f}"
 
 
 def write_results(
     options: argparse.Namespace,
-    prefill_s: float,
+    prefill_s: float | None,
     rows: Sequence[Row],
     growth: Sequence[Row],
 ) -> None:
