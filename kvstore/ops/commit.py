@@ -13,7 +13,7 @@ from dataclasses import replace as changed
 from ..caches.snapshot import Chain
 from ..errors import EntryExistsError, FormatError, IntegrityError
 from ..fingerprint import Fingerprint
-from ..format.block import BlockHash, Origin, StoredBlock
+from ..format.block import BlockHash, Origin
 from ..format.calibration import Measured
 from ..format.chain import origin_root
 from ..format.entry import ADOPTED, MAX_LABEL, Entry, make_entry
@@ -22,7 +22,7 @@ from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from .prune import Policy, forgotten, plan_confirmed
-from .quality import find_loss
+from .quality import Blocks, find_loss
 
 
 def replaceable(
@@ -85,7 +85,7 @@ def commit(
         return None
     try:
         # The index alone is not believed: a shard may have gone without it.
-        stored = [blocks.stored(place) for place in places]
+        stored = blocks.describe(places)
     except (FormatError, IntegrityError):
         return None
     if not title and old is not None and chain.continues(old):
@@ -111,7 +111,7 @@ def commit(
 def receipts_of(
     blocks: BlockStore,
     origin: Origin,
-    stored: Sequence[StoredBlock],
+    stored: Blocks,
     others: Sequence[Entry | None],
 ) -> tuple[Measured, ...]:
     """Return what was measured of the lossy codecs of some blocks, if all were.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..errors import KVStoreError
 from ..format.block import EXACT_BITS, StoredBlock
 from ..format.calibration import Measured, nominal_bits
+from ..storage.blocks import Described
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,11 @@ class Loss:
         return self.worst.kl if self.worst else 0.0
 
 
-def find_loss(stored: Sequence[StoredBlock], receipts: Iterable[Measured]) -> Loss:
+Blocks = Sequence[StoredBlock] | Sequence[Described]
+"""What is known of blocks: all that their shards say, or what they went through."""
+
+
+def find_loss(stored: Blocks, receipts: Iterable[Measured]) -> Loss:
     """Return what is known of some blocks, first to last.
 
     Args:
@@ -49,7 +54,7 @@ def find_loss(stored: Sequence[StoredBlock], receipts: Iterable[Measured]) -> Lo
     return Loss(max((known[codec] for codec in lossy), key=lambda one: one.kl))
 
 
-def _has_other_origin(stored: Sequence[StoredBlock]) -> bool:
+def _has_other_origin(stored: Blocks) -> bool:
     """Whether rows may have been computed from lossy rows that this chain lacks."""
     least, has_exact = EXACT_BITS, False
     for block in stored:

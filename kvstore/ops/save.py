@@ -30,7 +30,7 @@ from ..storage import files
 from ..storage.bases import add_basis
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from ..storage.index import is_better
+from ..storage.index import Place, is_better
 from ..storage.shards import StagedShard, open_shard, staged_copy, staged_shard
 from .bases import read_named
 from .commit import commit, make_room, replaceable
@@ -179,16 +179,19 @@ def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list
 
 
 def _missing(blocks: BlockStore, encoder: _Encoder) -> list[Block]:
-    return [b for b in encoder.snapshot.blocks if _is_wanted(blocks, encoder, b)]
+    chain = encoder.snapshot.blocks
+    places = blocks.index.places_of(chain)
+    held = blocks.held(place for place in places if place)
 
+    def is_worse(block: Block, place: Place) -> bool:
+        own = encoder.num_extras(block), encoder.bits(block)
+        return is_better(own, (place.num_extras, place.bits))
 
-def _is_wanted(blocks: BlockStore, encoder: _Encoder, block: Block) -> bool:
-    """Whether the store lacks a block, or a copy as good as this one."""
-    place = blocks.index.place_of(block)
-    if place is None or not blocks.has(place):
-        return True
-    own = encoder.num_extras(block), encoder.bits(block)
-    return is_better(own, (place.num_extras, place.bits))
+    return [
+        block
+        for block, place in zip(chain, places, strict=True)
+        if place is None or place not in held or is_worse(block, place)
+    ]
 
 
 def _write_missing(
@@ -257,6 +260,7 @@ class _Encoder:
     def __init__(self, blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self._rows = snapshot.rows
+        self._has_only_rows = snapshot.chain.has_only_rows
         self._block_size = blocks.folder.block_size
         groups = group_layers(snapshot.chain.layout)
         self.token_bytes = sum(group.token_bytes for group in groups)
@@ -264,6 +268,8 @@ class _Encoder:
 
     def num_extras(self, block: Block) -> int:
         """Return how many rows of windows and states a block brings."""
+        if self._has_only_rows:
+            return 0
         return count_extras(self._rows.pieces(block))
 
     def bits(self, block: Block) -> int:

@@ -12,15 +12,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import blake3
 
 from ..errors import FormatError, IndexDamagedError, IntegrityError, StoreLockedError
 from ..format.basis import bases_named
-from ..format.block import BlockHash, Origin, ShardHeader, StoredBlock
+from ..format.block import EXACT_BITS, BlockHash, Origin, ShardHeader, StoredBlock
 from ..format.chain import (
     digest_fields,
     hash_block_tokens,
@@ -153,6 +154,23 @@ def _copy_entries(index: Index, folder: StoreFolder) -> None:
 
 
 _MAX_HEADERS = 256
+
+
+class Described(NamedTuple):
+    """What the rows of a block went through."""
+
+    codec: str
+    # As in :class:`Place`.
+    bits: int
+    # That codec loses nothing.
+    is_lossless: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing lossy went into its rows."""
+        return self.bits == EXACT_BITS
+
+
 Stamp = tuple[int, int, int, int]
 """Device, inode, size and time of change of a file."""
 
@@ -183,6 +201,7 @@ class BlockStore:
         self._opened: Index | None = None
         self._is_running = False
         self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
+        self._compared: OrderedDict[str, tuple[str, dict[Place, str]]] = OrderedDict()
 
     @property
     def index(self) -> Index:
@@ -306,13 +325,59 @@ class BlockStore:
         with files.locked(self.folder.lock, exclusive=True):
             confirm_folder(self.index, self.folder)
 
-    def has(self, place: Place) -> bool:
-        """Whether a block's shard is there and can be read, as the index says."""
-        try:
-            self.stored(place)
-        except (FormatError, IntegrityError):
-            return False
-        return True
+    def held(self, places: Iterable[Place]) -> set[Place]:
+        """Return the blocks whose shards are there and can be read, as they are said.
+
+        Args:
+            places: Where blocks lie, those of a shard behind each other.
+        """
+        found: set[Place] = set()
+        for _, run in groupby(places, key=lambda place: place.shard):
+            some = list(run)
+            with suppress(FormatError, IntegrityError):
+                self.describe(some)
+                found.update(some)
+        return found
+
+    def describe(self, places: Iterable[Place]) -> list[Described]:
+        """Return what blocks went through, as their shards say.
+
+        A header is not read again that was compared with the index, as long as nobody
+        has touched the shard's file or its rows since.
+
+        Raises:
+            IntegrityError: A shard is missing or damaged, or lacks a block.
+        """
+        found = []
+        for shard, run in groupby(places, key=lambda place: place.shard):
+            with self.healing(shard):
+                known = self._contents(shard)
+                for place in run:
+                    codec = known.get(place)
+                    if codec is None:
+                        codec = self._find(self._header(shard), place).codec
+                    found.append(Described(codec, place.bits, place.is_lossless))
+        return found
+
+    def _contents(self, shard: str) -> Mapping[Place, str]:
+        """Return the blocks of a shard with their codecs; none where nobody knows."""
+        stamp = stamp_of(shard_path(self.folder.shards, shard).stat())
+        kept = self._compared.get(shard)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        noted = self.index.compared_with(shard)
+        if noted is None or noted[0] != stamp:
+            return {}
+        rows = self.index.rows_in(shard)
+        codecs = noted[2] * len(rows) if len(noted[2]) == 1 else noted[2]
+        if _digest(rows) != noted[1] or len(codecs) != len(rows):
+            return {}
+        places = (place for place, _ in rows)
+        found = dict(zip(places, codecs, strict=True))
+        self._compared[shard] = stamp, found
+        if len(self._compared) > _MAX_HEADERS:
+            self._compared.popitem(last=False)
+        return found
 
     def add(self, staged: StagedShard, added_at: float) -> None:
         """Publish a shard and index it, inside a transaction of the index.
@@ -328,8 +393,8 @@ class BlockStore:
         # Nobody knows better than who has just written both, so that the first look
         # for room need not read every shard.
         path = shard_path(self.folder.shards, staged.name)
-        rows = _digest(self.index.rows_in(staged.name))
-        self.index.note_compared(staged.name, stamp_of(path.lstat()), rows)
+        rows = self.index.rows_in(staged.name)
+        _note(self.index, staged.name, staged.header, stamp_of(path.lstat()), rows)
 
     def add_new(self, staged: Sequence[StagedShard], token_bytes: int) -> None:
         """Publish shards of new blocks, as :meth:`add` does, and count them.
@@ -723,15 +788,16 @@ def confirm_folder(
     """
     copies: dict[BlockHash, list[tuple[Place, BlockHash]]] = {}
     told = index.all_blocks()
-    rows, stamps = _digests(told), _stamps(folder)
-    now = {name: (stamp, rows.get(name, b"")) for name, stamp in stamps.items()}
+    rows, stamps = _by_shard(told), _stamps(folder)
+    digests = {shard: _digest(inside) for shard, inside in rows.items()}
+    now = {name: (stamp, digests.get(name, b"")) for name, stamp in stamps.items()}
     before = {} if only is None else index.compared()
     same = {n for n, seen in before.items() if now.get(n) == seen}
     same &= set(index.shards()) - _rootless(index, told) - set(only or ())
-    compared = []
+    compared = {}
     for name, header in _index_each(index, folder, told, same):
         if name in now and all(_is_told(told, name, b) for b in header.blocks):
-            compared.append(name)
+            compared[name] = header
         for stored in filter(is_sound, header.blocks):
             copy = (place_in(name, stored), stored.block.parent)
             copies.setdefault(stored.block.hash, []).append(copy)
@@ -751,16 +817,32 @@ def confirm_folder(
     # A store that may only be read is compared anew each time.
     if compared:
         with suppress(StoreLockedError, OSError), index.unsynced():
-            for name in compared:
-                index.note_compared(name, *now[name])
+            for name, header in compared.items():
+                _note(index, name, header, stamps[name], rows.get(name, ()))
 
 
-def _digests(told: Mapping[BlockHash, tuple[Place, BlockHash]]) -> dict[str, bytes]:
-    """Return a digest of all that an index says of the blocks in each shard."""
+def _note(
+    index: Index,
+    name: str,
+    header: ShardHeader,
+    stamp: str,
+    rows: Sequence[tuple[Place, BlockHash]],
+) -> None:
+    """Note that an index says of a shard what its header does."""
+    codecs = {stored.block.hash: stored.codec for stored in header.blocks}
+    if all(place.hash in codecs for place, _ in rows):
+        named = [codecs[place.hash] for place, _ in rows]
+        index.note_compared(name, stamp, _digest(rows), named)
+
+
+def _by_shard(
+    told: Mapping[BlockHash, tuple[Place, BlockHash]],
+) -> dict[str, list[tuple[Place, BlockHash]]]:
+    """Return all that an index says of the blocks in each shard."""
     found: dict[str, list[tuple[Place, BlockHash]]] = {}
     for place, parent in told.values():
         found.setdefault(place.shard, []).append((place, parent))
-    return {shard: _digest(rows) for shard, rows in found.items()}
+    return found
 
 
 def _digest(rows: Iterable[tuple[Place, BlockHash]]) -> bytes:

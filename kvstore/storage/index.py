@@ -10,10 +10,10 @@ import errno
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,10 +181,11 @@ CREATE TABLE IF NOT EXISTS seen (
 """
 # Shards whose headers were compared with the index, and what it said of them then.
 _COMPARED = """
-CREATE TABLE IF NOT EXISTS compared (  -- may be lost
+CREATE TABLE IF NOT EXISTS confirmed (  -- may be lost
     shard TEXT PRIMARY KEY,
     stamp TEXT NOT NULL,  -- of the file when its header was read
-    digest BLOB NOT NULL  -- of the rows of the blocks in it
+    digest BLOB NOT NULL,  -- of the rows of the blocks in it
+    codecs TEXT NOT NULL  -- of these, in their order; once, where all have the same
 ) WITHOUT ROWID
 """
 # No file was seen yet, but what may be evicted counts from now on.
@@ -210,6 +211,7 @@ OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
 """
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
+_BATCH = 1000
 # How SQLite says that the file system maps no file shared; a full disk is another code.
 _UNSHARED = (apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_SHMLOCK)
 
@@ -320,25 +322,39 @@ class Index:
         return _to_place(rows[0]) if rows else None
 
     def place_of(self, block: Block) -> Place | None:
-        """Return where a block lies, where the index knows it as what it is.
+        """Return where a block lies, as :meth:`places_of` does."""
+        return self.places_of([block])[0]
+
+    def places_of(self, blocks: Sequence[Block]) -> list[Place | None]:
+        """Return where blocks lie, where the index knows them as what they are.
 
         Raises:
             IndexDamagedError: The index says otherwise, so it is damaged.
         """
-        # By way of its parent, as a prompt that leaves it halfway will look for it.
+        with self._snapshot():  # `prune` may drop a block between the looks
+            found = list(self._look([block.hash for block in blocks]))
+            held = [b for b, place in zip(blocks, found, strict=True) if place]
+            told = dict(chain.from_iterable(map(self._told_of, _batched(held))))
+        for block in held:
+            if told.get(block.hash) != len(block.tokens):
+                raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
+        return found
+
+    def _told_of(self, blocks: Sequence[Block]) -> list[tuple[bytes, int]]:
+        """Return hash and number of tokens of blocks that are found by their parents.
+
+        So a prompt that leaves a chain halfway will look for them.
+        """
         query = (
-            "SELECT num_tokens FROM blocks INDEXED BY blocks_by_parent"
-            " WHERE parent = ? AND first_token = ? AND hash = ?"
+            f"WITH wanted (parent, first, hash) AS (VALUES {_marks(len(blocks))})"
+            " SELECT blocks.hash, num_tokens FROM wanted CROSS JOIN blocks"
+            " INDEXED BY blocks_by_parent ON blocks.parent = wanted.parent"
+            " AND first_token = first AND blocks.hash = wanted.hash"
         )
-        with self._snapshot():  # `prune` may drop the block between the two
-            place = self.place(block.hash)
-            if place is None:
-                return None
-            first = self._first_of(block.parent, block.tokens[0])
-            told = self._query(query, (block.parent, first, block.hash))
-        if told != [(len(block.tokens),)]:
-            raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
-        return place
+        keys = [
+            (b.parent, self._first_of(b.parent, b.tokens[0]), b.hash) for b in blocks
+        ]
+        return self._select(query, list(chain.from_iterable(keys)), (bytes, int))
 
     def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
         """Yield the blocks from a tip backwards with their parents, up to a gap.
@@ -385,20 +401,19 @@ class Index:
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
-        found: list[Place] = []
-        known: dict[BlockHash, Place] = {}
         with self._snapshot():
-            for block in chain:
-                place = known.get(block)
-                if place is None:
-                    place = self.place(block)
-                    if place is None:
-                        break
-                    # A save put the next ones there too. They lie side by side in
-                    # the index of shards, where a block costs a tenth of a look.
-                    known = {other.hash: other for other in self.places_in(place.shard)}
-                found.append(place)
-        return found
+            return [place for place in takewhile(bool, self._look(chain)) if place]
+
+    def _look(self, hashes: Iterable[BlockHash]) -> Iterator[Place | None]:
+        """Yield where blocks lie that were mostly saved side by side."""
+        known: dict[BlockHash, Place] = {}
+        for block in hashes:
+            place = known.get(block) or self.place(block)
+            if place and block not in known:
+                # A save put the next ones there too. They lie side by side in the index
+                # of shards, where a block costs a tenth of a look.
+                known = {other.hash: other for other in self.places_in(place.shard)}
+            yield place
 
     def children(self, parent: BlockHash, first_token: int) -> list[Place]:
         """Return the places of blocks that follow ``parent`` with this token."""
@@ -773,18 +788,28 @@ class Index:
         self._query(f"DELETE FROM uses WHERE hash IN (SELECT hash {blocks})", (name,))
         self._query(f"DELETE {blocks}", (name,))
         self._query("DELETE FROM shards WHERE name = ?", (name,))
-        self._query("DELETE FROM compared WHERE shard = ?", (name,))
+        self._query("DELETE FROM confirmed WHERE shard = ?", (name,))
 
     def compared(self) -> dict[str, tuple[str, bytes]]:
         """Return the shards that were compared: their stamps, and digests of rows."""
-        query = "SELECT shard, stamp, digest FROM compared"
+        query = "SELECT shard, stamp, digest FROM confirmed"
         rows = self._select(query, (), (str, str, bytes))
         return {shard: (stamp, digest) for shard, stamp, digest in rows}
 
-    def note_compared(self, shard: str, stamp: str, digest: bytes) -> None:
+    def compared_with(self, shard: str) -> tuple[str, bytes, list[str]] | None:
+        """Return the same of one shard, and the codecs of its blocks."""
+        query = "SELECT stamp, digest, codecs FROM confirmed WHERE shard = ?"
+        rows = self._select(query, (shard,), (str, bytes, str))
+        return (*rows[0][:2], rows[0][2].split()) if rows else None
+
+    def note_compared(
+        self, shard: str, stamp: str, digest: bytes, codecs: Sequence[str]
+    ) -> None:
         """Remember what a shard was compared with."""
-        query = "INSERT OR REPLACE INTO compared VALUES (?, ?, ?)"
-        self._query(query, (shard, stamp, digest))
+        query = "INSERT OR REPLACE INTO confirmed VALUES (?, ?, ?, ?)"
+        is_one = len(set(codecs)) == 1
+        named = " ".join(codecs[:1] if is_one else codecs)
+        self._query(query, (shard, stamp, digest, named))
 
     def compact(self) -> None:
         """Write the file anew, so that no byte of a deleted row is left in it.
@@ -885,7 +910,7 @@ class Index:
                     self._connection.execute(_SCHEMA)
                     self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             self._check_version()
-        query = "SELECT 1 FROM sqlite_master WHERE name IN ('seen', 'compared')"
+        query = "SELECT 1 FROM sqlite_master WHERE name IN ('seen', 'confirmed')"
         if len(self._query(query)) < 2:
             with self.transaction():
                 self._connection.execute(_SEEN)
@@ -960,6 +985,15 @@ def is_better(new: tuple[int, int], old: tuple[int, int]) -> bool:
     if new[0] >= STATE_EXTRAS > old[0]:
         return True
     return new != old and new[0] >= old[0] and new[1] >= old[1]
+
+
+def _batched(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
+    """Yield as many blocks as one statement takes."""
+    return (blocks[i : i + _BATCH] for i in range(0, len(blocks), _BATCH))
+
+
+def _marks(count: int) -> str:
+    return ", ".join(["(?, ?, ?)"] * count)
 
 
 def index_identity(path: Path) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ def test_an_unchanged_shard_is_not_read(store, opened):
     """Whoever wrote it has compared it; an index that was rebuilt does so once."""
     assert store.plan_prune().execute() == 0
     assert opened == []
-    store._blocks.index._query("DELETE FROM compared")
+    store._blocks.index._query("DELETE FROM confirmed")
     store.plan_prune()
     assert len(set(opened)) == 3
     opened.clear()
