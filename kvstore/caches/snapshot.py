@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Codec, Layers, Parts, map_arrays, nbytes
+from ..codecs.base import Codec, Layers, Parts, nbytes
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
     digest_fields,
@@ -148,6 +148,14 @@ def _as_bits(array: mx.array) -> mx.array:
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
 
+def _copied(x: Layers | Parts) -> Layers | Parts:
+    """Return rows or parts of codes in memory of their own."""
+    if isinstance(x, list):
+        # All at once: large arrays are given large pages, each of which costs one fault.
+        return list(np.stack(x))
+    return {name: np.array(part) for name, part in x.items()}
+
+
 class LiveRows:
     """Rows of a prompt cache, read when they are wanted, on its own thread.
 
@@ -203,9 +211,7 @@ class LiveRows:
         """Return the rows of some blocks, for another thread."""
         # Copied, since MLX's buffers are to be freed by the thread that made them.
         taken = {
-            block.hash: [
-                (piece, map_arrays(np.array, x)) for piece, x in self.read(block)
-            ]
+            block.hash: [(piece, _copied(x)) for piece, x in self.read(block)]
             for block in blocks
         }
         return TakenRows(taken, self.provenance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -97,6 +97,8 @@ class Request:
     spans: Sequence[Span] = ()
     # Take the codes of a live ``TurboQuantKVCache`` for a ``KVCache``.
     from_codes: bool = False
+    # The blocks of these tokens under one root, where they are known.
+    blocks: Sequence[Block] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,11 +284,10 @@ class Loader:
         if why := why_unusable(layout, request):
             return f"what is stored of this model does not fit it: {why}"
         size = self._folder.block_size
-        chain = [
-            block
-            for block in split_tokens(root, request.tokens, size)
-            if len(block.tokens) == size
-        ]
+        split: Iterable[Block] = request.blocks
+        if not request.blocks or request.blocks[0].parent != root:
+            split = split_tokens(root, request.tokens, size)
+        chain = [block for block in split if len(block.tokens) == size]
         held = self._held(request, chain)
         start = Hit(root, layout, held, len(held) * size, "end", "", request.wanted)
         if start.num_tokens == len(request.tokens):
@@ -422,7 +423,7 @@ def _end_outside_units(
     if end == hit.num_tokens:
         return hit
     # Of a prompt one token is always left over, so that this hit ends there or before.
-    shorter = replace(request, tokens=request.tokens[: end + 1])
+    shorter = replace(request, tokens=request.tokens[: end + 1], blocks=())
     found = _end_outside_units(find, shorter)
     if isinstance(found, str):
         return found

@@ -98,11 +98,11 @@ def _behind_changes(
     longest = max(runs, key=lambda run: run.size)
     end = longest.source + longest.size
     # Windows are there only where they were stored, which may be short of the end.
-    whole = replace(request, tokens=[*own, _NONE])
+    whole = replace(request, tokens=[*own, _NONE], blocks=())
     if (hit := _find(loader, whole, near)) is None:
         return None
     if not has_only_rows(hit.layout):
-        whole, runs = replace(request, tokens=[*own[:end], _NONE]), [longest]
+        whole, runs = replace(request, tokens=[*own[:end], _NONE], blocks=()), [longest]
         if (hit := _find(loader, whole, near)) is None:
             return None
     source, hit = loader.restore(hit, progress)

@@ -40,7 +40,9 @@ def mark_restored(
     tokens = [token for block in chain.blocks for token in block.tokens]
     model = digest_fields(chain.origin.fingerprint)
     # A hit leaves one token to be fed, so there is one more.
-    request = Request([*tokens, -1], model, wanted=wanted, from_codes=True)
+    request = Request(
+        [*tokens, -1], model, wanted=wanted, from_codes=True, blocks=chain.blocks
+    )
     for hit in loader.hits(request):
         if _is_of(loader, hit, chain, rows):
             has_codes = holds_codes(hit.layout)

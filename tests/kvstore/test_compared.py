@@ -123,3 +123,34 @@ def test_a_root_that_the_index_lost_is_found_again(store, caches):
     store.plan_prune()
     _, rest = store.load(tokens, caches.MODEL, like=cache)
     assert len(rest) == 1
+
+
+@pytest.mark.parametrize(("codec", "num_read"), [("raw", 0), ("turbo4", 1)])
+@pytest.mark.parametrize("what", ["nothing", "file", "rows", "note"])
+def test_an_append_reads_what_changed(
+    store_path, caches, opened, codec, num_read, what
+):
+    """Of shards that nobody touched none is read, but one to know lossy rows again."""
+    tokens, cache = caches.make_conversation(5, 3)
+    for num_tokens in (16, 32, 48):
+        with kvstore.Store(store_path, codec) as store:
+            some = caches.make_cache(num_tokens, num_tokens)
+            store.save(tokens[:num_tokens], some, caches.MODEL, name="x")
+    shards = set(store_path.rglob("*.safetensors"))
+    if what == "file":
+        for path in shards:
+            os.utime(path)
+    opened.clear()
+    with kvstore.Store(store_path, codec) as store:
+        index = store._blocks.index
+        if what == "rows":
+            index._query("UPDATE blocks SET nbytes = nbytes + 1")
+        if what == "note":
+            index._query("UPDATE confirmed SET codecs = 'a b'")
+        assert store.save(tokens, cache, caches.MODEL, name="x").num_tokens == 80
+    assert len(shards) == 3
+    read = {path.stem for path in shards}.intersection(opened)
+    assert len(read) == (num_read if what == "nothing" else 3)
+    with kvstore.Store(store_path, codec) as store:
+        assert store.verify() == []
+        assert store.load_entry("x", caches.MODEL)[1] == tokens
