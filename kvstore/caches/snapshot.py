@@ -151,7 +151,7 @@ def _as_bits(array: mx.array) -> mx.array:
 def _copied(x: Layers | Parts) -> Layers | Parts:
     """Return rows or parts of codes in memory of their own."""
     if isinstance(x, list):
-        # All at once: large arrays are given large pages, each of which costs one fault.
+        # All at once: large arrays get large pages, each of which costs one fault.
         return list(np.stack(x))
     return {name: np.array(part) for name, part in x.items()}
 
