@@ -13,6 +13,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 
 from kvstore import Store
 from kvstore.format.spans import last_end
+from kvstore.ops.load import Loader
 from kvstore.server import DiskPromptCache, ServedModel
 
 BLOCK = 16
@@ -134,7 +135,7 @@ def test_damage_ends_a_hit_in_no_image(store_path, caches, monkeypatch):
     tokens[5:60] = [-9] * 55
     with Store(store_path, "raw") as store:
         store.save(tokens, held, caches.MODEL)
-        restore = type(store._loader()).restore
+        restore = Loader.restore
 
         def cut_short(self, hit, progress, **options):
             from dataclasses import replace
@@ -143,7 +144,7 @@ def test_damage_ends_a_hit_in_no_image(store_path, caches, monkeypatch):
             prompt_cache, done = restore(self, cut, progress, **options)
             return prompt_cache, replace(done, reason="damaged")
 
-        monkeypatch.setattr(type(store._loader()), "restore", cut_short)
+        monkeypatch.setattr(Loader, "restore", cut_short)
         assert store.load([*tokens, 7], caches.MODEL) == (None, [*tokens, 7])
 
 
