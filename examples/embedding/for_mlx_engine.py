@@ -75,6 +75,8 @@ def install_sequential(path: str | Path | None, codec: str | None) -> None:
             if self._draft_model is not None:
                 draft = kvstore.Fingerprint.of(self._draft_model)
                 fingerprint = fingerprint.with_draft(draft)
+            # It changes some of mlx-lm's models, so only itself gets these rows.
+            fingerprint = fingerprint.with_salt("mlx-engine")
             empty, start = self._make_cache(), {"quantized_kv_start": 0}
             maybe_quantize_kv_cache(empty, **self._kv_cache_qtn_params | start)
             return ServedModel(fingerprint, (empty,))

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -374,6 +375,17 @@ class Disk:
         )
         if provenance != kept:
             caches.set_provenance(prompt_cache, provenance)
+
+
+def end_with(owner: object, disk: Disk) -> weakref.finalize[[], Any]:
+    """Have a disk closed when nobody has its owner any more, or the process ends.
+
+    What is returned closes it at once, and only once.
+    """
+    end = weakref.finalize(owner, disk.close)
+    # `atexit` is too late: the pools of threads that a save uses have ended by then.
+    threading._register_atexit(end)  # type: ignore[attr-defined]
+    return end
 
 
 def _remake(store: Store) -> None:

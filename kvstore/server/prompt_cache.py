@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..caches import live as caches
 from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
 from ..store import Store
-from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless
+from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, end_with, harmless
 from .replay import Sampled
 
 if TYPE_CHECKING:
@@ -111,8 +110,7 @@ class DiskPromptCache(LRUPromptCache):
             max_queued_bytes=min(max_queued_bytes, max_bytes),
             remote=remote,
         )
-        # What waits is written when the process ends, or nobody has this any more.
-        self._end = weakref.finalize(self, self._disk.close)
+        self._end = end_with(self, self._disk)
         self._known: dict[str, Sampled] = {}
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0

@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +24,15 @@ from ..format.block import EXACT_BITS
 from ..format.spans import Span
 from ..models.load import fingerprint_model
 from ..store import Store
-from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, harmless, log
+from .disk import (
+    MAX_QUEUED_BYTES,
+    MIN_TOKENS,
+    Disk,
+    ServedModel,
+    end_with,
+    harmless,
+    log,
+)
 
 
 class Tier:
@@ -51,8 +57,7 @@ class Tier:
         self._lookalikes = lookalikes
         self._served = ServedModel(fingerprint, (lookalikes.empty,))
         self._disk = disk
-        # At the latest when the process ends, or nobody has the tier any more.
-        self._end = weakref.finalize(self, disk.close)
+        self._end = end_with(self, disk)
 
     def __enter__(self) -> Tier:
         return self
@@ -171,8 +176,10 @@ def tier(
     Args:
         model: The live model.
         model_path: What it was loaded from, a folder or a Hugging Face repository: then
-            its fingerprint is that of ``kvstore serve`` and ``generate``. Else that
-            is computed from its parameters, which takes seconds for a large model.
+            its fingerprint is that of ``kvstore serve`` and ``generate``, if its class
+            is mlx-lm's; with another package's, such as mlx-vlm's, it has that
+            package's name as salt. Without it, the fingerprint is computed from the
+            parameters, which takes seconds for a large model.
         fingerprint: What names it, for a model with an adapter or a draft model.
         make_cache: Makes an empty prompt cache as the server does; mlx-lm's
             ``make_prompt_cache(model)`` by default. It may be of codes, or of other
@@ -196,6 +203,10 @@ def tier(
 
     if fingerprint is None and model_path is not None:
         fingerprint = fingerprint_model(str(model_path))
+        package = type(model).__module__.partition(".")[0]
+        if model is not None and package != "mlx_lm":
+            # Of the same weights, another implementation may compute other rows.
+            fingerprint = fingerprint.with_salt(package)
     fingerprint = fingerprint or Fingerprint.of(model)
     empty = make_cache() if make_cache else make_prompt_cache(model)
     lookalikes = Lookalikes(empty)
@@ -209,7 +220,10 @@ def tier(
         return None
 
     if model is not None:
-        expect_rows(lookalikes.empty, cache(find_shapes))
+        # Fed at once, since a fetch comes on any thread: fed while it generates, a
+        # model that keeps positions beside its caches would lose them.
+        shapes = find_shapes()
+        expect_rows(lookalikes.empty, lambda: shapes)
     disk = Disk(
         Store(path, codec),
         min_tokens=min_tokens,

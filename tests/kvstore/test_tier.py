@@ -355,3 +355,18 @@ def bits(found):
     if isinstance(found, tuple | list):
         return [bits(each) for each in found]
     return None if found is None else bytes(memoryview(mx.contiguous(found)))
+
+
+def test_another_implementation_shares_nothing(store_path, loaded, tiny_model):
+    """Of the same weights, another package may compute other rows."""
+    ours = loaded[0]
+
+    class Model(type(ours)):
+        __module__ = "another.models.llama"
+
+    with kvstore.tier(ours, model_path=tiny_model, path=store_path) as one:
+        other = copy.copy(ours)
+        other.__class__ = Model
+        with kvstore.tier(other, model_path=tiny_model, path=store_path) as two:
+            assert one.fingerprint == kvstore.Fingerprint.from_path(tiny_model)
+            assert two.fingerprint == one.fingerprint.with_salt("another")
