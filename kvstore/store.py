@@ -1362,8 +1362,7 @@ def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Lo
     from .storage.bases import find_calibration
 
     found = find_calibration(blocks.folder, _model_of(blocks, entry))
-    own = found.measured if found else ()
-    return find_loss(list(stored), [*entry.receipts, *own])
+    return find_loss(list(stored), found.told if found else (), entry.receipts)
 
 
 def _model_of(blocks: BlockStore, entry: Entry) -> str:

@@ -185,6 +185,8 @@ class Codec:
     array: ArrayCodec
     # What each named array then goes through, or ``None``.
     compressor: BytesCodec | None = None
+    # By what its copies are compared with others, where its model was measured.
+    rank: int | None = None
 
     @property
     def name(self) -> str:
@@ -204,10 +206,13 @@ class Codec:
 
     @property
     def bits(self) -> int:
-        """``EXACT_BITS`` if lossless; else the fewest that a number is coded in."""
+        """``EXACT_BITS`` if lossless; else the fewest that a number is coded in.
+
+        Of one with a basis, those of a `turbo` that loses as much.
+        """
         if self.is_lossless:
             return EXACT_BITS
-        return min(getattr(self.array, "bits", 0), EXACT_BITS - 1)
+        return self.rank or min(getattr(self.array, "bits", 0), EXACT_BITS - 1)
 
     def encode(
         self, layers: Sequence[Array] | Parts, rows: Rows, prefix: str

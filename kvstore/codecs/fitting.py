@@ -49,13 +49,14 @@ class Sample:
     dtype: str
     # Keys, then values, ``(L, 2 H, T, D)``, held as NumPy holds the dtype.
     x: Array
-    # Of the log-probability of what the model says next, in float32.
-    gradient: Floats | None = None
+    # Of the log-probability of what the model says next, in float32: one for each time
+    # that it was drawn.
+    gradients: tuple[Floats, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
-        return self.x.nbytes + (0 if self.gradient is None else self.gradient.nbytes)
+        return self.x.nbytes + sum(each.nbytes for each in self.gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class GroupFit:
         deviation = np.maximum(sizes.std(axis=-2), 1e-3)
         self._features = np.stack([sizes.mean(axis=-2), deviation], axis=-2)
         told = describe(rows, self.group, self._features)
-        if self.samples[0].gradient is None:
+        if not self.samples[0].gradients:
             self._importance = self._usual_importance()
             self._spread = np.square(rows).mean(axis=-2)
         else:
@@ -184,9 +185,9 @@ class GroupFit:
         rows /= scale
         self._covariance += rows.swapaxes(-1, -2) @ rows
         self._num_rows += rows.shape[-2]
-        if sample.gradient is not None:
-            found = self._long(sample, sample.gradient) * scale
-            self._metric += self._products(found)
+        for gradient in sample.gradients:
+            found = self._long(sample, gradient) * scale
+            self._metric += self._products(found) / len(sample.gradients)
 
     def _products(self, gradient: Floats) -> Doubles:
         """Return products of each head's gradients, ``(L, G, 2 h, D, D)``."""
@@ -198,7 +199,7 @@ class GroupFit:
         """Return what an error does, ``(L, G, N, N)``."""
         group, dim = self.group, self.group.head_dim
         found = np.zeros(self._covariance.shape)
-        if self.samples[0].gradient is None:
+        if not self.samples[0].gradients:
             self._put_usual_metric(found)
             return found
         for head in range(2 * group.num_joined):
@@ -229,15 +230,18 @@ class GroupFit:
 
     def _learned_importance(self, told: Floats) -> Floats:
         """Return how the scales of rows are told from what they do."""
-        gradients = [
-            self._long(s, s.gradient) for s in self.samples if s.gradient is not None
+        drawn = [
+            np.concatenate(
+                [self._long(s, g) for s, g in zip(self.samples, each, strict=True)], -2
+            )
+            for each in zip(*(s.gradients for s in self.samples), strict=True)
         ]
-        for found in gradients:
+        for found in drawn:
             self._metric += self._products(found)
-        metric = self._wide_metric()
-        half = np.linalg.cholesky(np.linalg.inv(metric)).astype(np.float32)
-        whole = np.concatenate(gradients, axis=-2)
-        harm = np.square(whole @ half).mean(axis=-1)
+        half = np.linalg.cholesky(np.linalg.inv(self._wide_metric()))
+        harm = np.mean(
+            [np.square(g @ half.astype(np.float32)).mean(axis=-1) for g in drawn], 0
+        )
         harm /= np.maximum(harm.mean(axis=-1, keepdims=True), _LEAST)
         self._metric[...] = 0
         weights = np.empty((*told.shape[:2], told.shape[-1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,6 +62,11 @@ class Calibration:
     num_contexts: int
     measured: tuple[Measured, ...]
 
+    @property
+    def told(self) -> tuple[Measured, ...]:
+        """What was measured on enough contexts to count."""
+        return self.measured if self.num_contexts >= MIN_CONTEXTS else ()
+
     def choose(self, quality: str) -> str:
         """Return the smallest codec that was measured to meet a quality.
 
@@ -68,19 +74,37 @@ class Calibration:
         standard error: a mean over a few contexts may be lucky. Of fewer than
         ``MIN_CONTEXTS`` that error itself is not known, and nothing counts.
         """
-        is_measured = self.measured and self.num_contexts >= MIN_CONTEXTS
-        if quality == "exact" or not is_measured:
+        if quality == "exact" or not self.told:
             return UNMEASURED[quality]
         bound = BOUNDS[quality]
-        good = [one for one in self.measured if one.kl + one.kl_error <= bound]
+        good = [one for one in self.told if one.kl + one.kl_error <= bound]
         return min(good, key=lambda one: one.bits).codec if good else EXACT
+
+
+def rank(codec: str, measured: Iterable[Measured]) -> int | None:
+    """Return the bits by which copies that a codec made are compared with others.
+
+    They are those of the widest `turbo` that was measured to lose no less, or the
+    nominal ones where either was not; ``None`` of a codec that is lossless or unknown.
+
+    Args:
+        codec: Its name.
+        measured: What is known of this model's codecs.
+    """
+    known = {one.codec.removesuffix("+zstd"): one.kl for one in measured}
+    name = codec.removesuffix("+zstd")
+    nominal = nominal_bits(codec)
+    turbo = {n: kl for n in range(1, 9) if (kl := known.get(f"turbo{n}")) is not None}
+    if nominal is None or name not in known or not turbo or name.startswith("turbo"):
+        return nominal
+    least = max(1, min(nominal, min(turbo) - 1))
+    return max([n for n, kl in turbo.items() if kl >= known[name]], default=least)
 
 
 def nominal_bits(codec: str) -> int | None:
     """Return the fewest bits of a lossy codec of ours, by its name.
 
-    Of one with a basis they are those of a `turbo` that loses about as much: by them
-    copies are compared.
+    Of one with a basis they are those of a `turbo` that loses about as much.
     """
     match = _BITS.fullmatch(codec)
     if not match:

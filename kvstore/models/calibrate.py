@@ -46,6 +46,8 @@ PREFIX = 1024
 FOLLOWING = 256
 CONTEXT = PREFIX + FOLLOWING
 """Tokens of a context: those whose rows are coded, and those that follow."""
+NUM_DRAWN = 3
+"""How often what a context is followed by is drawn."""
 NUM_LEARNED = 4
 """Contexts that are learned from for each that is measured with."""
 TURBO = tuple(f"turbo{bits}+zstd" for bits in (8, 6, 5, 4, 3, 2))
@@ -68,7 +70,8 @@ def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -
         progress(number, len(contexts))
         prompt_cache = _read(model, tokens[:PREFIX])
         groups = _groups(prompt_cache)
-        samples = _samples(model, prompt_cache, groups, tokens[PREFIX:], seed=number)
+        seeds = range(number * NUM_DRAWN, (number + 1) * NUM_DRAWN)
+        samples = _samples(model, prompt_cache, groups, tokens[PREFIX:], seeds)
         if not fits:
             pairs = zip(groups, samples, strict=True)
             fits = [start_fit(group, [sample]) for group, sample in pairs]
@@ -257,22 +260,23 @@ def _samples(
     prompt_cache: list[Any],
     groups: Sequence[Group],
     following: Sequence[int],
-    seed: int,
+    seeds: Sequence[int],
 ) -> list[Sample]:
     """Return the rows of each group, and their gradients."""
     layers = [layer for group in groups for layer in group.layers]
     held = caches.hold(prompt_cache)
-    gradients = dict(
-        zip(layers, _gradients(model, prompt_cache, layers, following, seed),
-            strict=True)
-    )  # fmt: skip
+    drawn = [
+        dict(zip(layers, _gradients(model, prompt_cache, layers, following, seed),
+                 strict=True))
+        for seed in seeds
+    ]  # fmt: skip
     found = []
     for group in groups:
         pair = [rows_of(group, side, 0, PREFIX) for side in ("k", "v")]
         halves = [np.stack(read_layers(held, Piece(0, group, r))) for r in pair]
-        gradient = np.stack([gradients[layer] for layer in group.layers])
         x = np.concatenate(halves, axis=1)
-        found.append(Sample(0, pair[0].dtype, x, gradient))
+        gradients = [np.stack([d[layer] for layer in group.layers]) for d in drawn]
+        found.append(Sample(0, pair[0].dtype, x, tuple(gradients)))
     return found
 
 

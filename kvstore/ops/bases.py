@@ -11,7 +11,7 @@ from ..codecs import Codec, FitFamily, find_codec, get_codec
 from ..errors import CodecError, FormatError, IntegrityError
 from ..format.basis import BasisFile, bases_named, basis_of, parse_basis
 from ..format.block import StoredBlock
-from ..format.calibration import EXACT, QUALITIES, UNMEASURED
+from ..format.calibration import EXACT, QUALITIES, UNMEASURED, Calibration, rank
 from ..storage.bases import (
     basis_size,
     find_calibration,
@@ -73,17 +73,24 @@ def codec_for(folder: StoreFolder, name: str, fingerprint: str) -> Codec:
         CodecError: There is none.
         IntegrityError: The store lacks its basis, or that is damaged.
     """
-    if name not in QUALITIES:
-        return codec_of(folder, name)
     found = find_calibration(folder, fingerprint)
+    chosen = _chosen(folder, name, found)
+    codec = codec_of(folder, chosen)
+    return changed(codec, rank=rank(chosen, found.told if found else ()))
+
+
+def _chosen(folder: StoreFolder, name: str, found: Calibration | None) -> str:
+    """Return the codec that a name means, of those that can be used."""
+    if name not in QUALITIES:
+        return name
     if found is None:
-        return get_codec(UNMEASURED[name])
+        return UNMEASURED[name]
     while not _is_usable(folder, chosen := found.choose(name)):
         left = tuple(one for one in found.measured if one.codec != chosen)
         if not left:
-            return get_codec(EXACT)  # no other was measured
+            return EXACT  # no other was measured
         found = changed(found, measured=left)
-    return codec_of(folder, chosen)
+    return chosen
 
 
 def _is_usable(folder: StoreFolder, codec: str) -> bool:

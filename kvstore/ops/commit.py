@@ -123,18 +123,20 @@ def receipts_of(
         others: Entries that know more, where this store has not measured itself.
     """
     lossy = {block.codec for block in stored if not block.is_lossless}
-    known = {
-        one.codec: one
+    told = [
+        one
         for entry in others
         if entry is not None and entry.root == origin_root(origin).hex()
         for one in entry.receipts
-    }
+    ]
+    own: tuple[Measured, ...] = ()
     if lossy:
         model = Fingerprint(origin.fingerprint).bare
         found = find_calibration(blocks.folder, model.digest)
-        known |= {one.codec: one for one in (found.measured if found else ())}
-    if find_loss(stored, known.values()).unknown:
+        own = found.told if found else ()
+    if find_loss(stored, own, told).unknown:
         return ()
+    known = {one.codec: one for one in (*told, *own)}
     return tuple(known[codec] for codec in sorted(lossy))
 
 

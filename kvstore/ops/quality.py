@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import KVStoreError
 from ..format.block import EXACT_BITS, StoredBlock
-from ..format.calibration import Measured, nominal_bits
+from ..format.calibration import Measured, rank
 from ..storage.blocks import Described
 
 
@@ -19,6 +19,8 @@ class Loss:
     worst: Measured | None = None
     # Why nobody knows, or nothing.
     unknown: str = ""
+    # That is the word of whoever saved it: this store has not measured the codec.
+    is_told: bool = False
 
     @property
     def kl(self) -> float | None:
@@ -35,36 +37,34 @@ Blocks = Sequence[StoredBlock] | Sequence[Described]
 """What is known of blocks: all that their shards say, or what they went through."""
 
 
-def find_loss(stored: Blocks, receipts: Iterable[Measured]) -> Loss:
+def find_loss(
+    stored: Blocks, own: Iterable[Measured], told: Iterable[Measured] = ()
+) -> Loss:
     """Return what is known of some blocks, first to last.
 
     Args:
         stored: The blocks, as their shards describe them.
-        receipts: What was measured of codecs of this model.
+        own: What was measured of codecs of this model.
+        told: What an entry says of them, where nothing was measured here.
     """
-    known = {one.codec: one for one in receipts}
-    inexact = [block for block in stored if not block.is_exact]
-    if not inexact:
-        return Loss()
-    lossy = {block.codec for block in inexact if not block.is_lossless}
+    measured = {one.codec: one for one in own}
+    known = {one.codec: one for one in told} | measured
+    lossy = {block.codec for block in stored if not block.is_lossless}
     for codec in sorted(lossy - known.keys()):
         return Loss(unknown=f"`{codec.partition('@')[0]}` was not measured")
-    if _has_other_origin(stored):
-        return Loss(unknown="it was computed from rows that were coded elsewhere")
-    return Loss(max((known[codec] for codec in lossy), key=lambda one: one.kl))
-
-
-def _has_other_origin(stored: Blocks) -> bool:
-    """Whether rows may have been computed from lossy rows that this chain lacks."""
-    least, has_exact = EXACT_BITS, False
-    for block in stored:
-        own = EXACT_BITS if block.is_lossless else nominal_bits(block.codec) or 0
-        least = min(least, own)
-        # What they were computed from is before them, unless exact rows replaced it.
-        if block.bits < own and (has_exact or block.bits < least):
-            return True
-        has_exact |= block.is_exact
-    return False
+    ranks = {
+        # Only where a codec was measured is it known as how many bits it counts.
+        codec: rank(codec, measured.values()) or 0
+        if codec in measured
+        else max(block.bits for block in stored if block.codec == codec)
+        for codec in lossy
+    }
+    for number, block in enumerate(stored, 1):
+        if block.bits < ranks.get(block.codec, EXACT_BITS):
+            why = f"its block {number} was computed from rows that were coded"
+            return Loss(unknown=why)
+    worst = max((known[codec] for codec in lossy), key=lambda one: one.kl, default=None)
+    return Loss(worst, is_told=worst is not None and worst.codec not in measured)
 
 
 def refuse_loss(loss: Loss, max_kl: float) -> None:

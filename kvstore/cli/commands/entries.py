@@ -313,9 +313,10 @@ def loss_words(loss: Loss) -> str:
     if loss.worst is None:
         return "nothing is lost"
     one = loss.worst
+    source = ", as whoever saved it says" if loss.is_told else ""
     return (
         f"KL {one.kl:.2g}, the first choice the same in {one.same_choice:.1%}, measured"
-        f" on other texts with {format_codec(one.codec)}"
+        f" on other texts with {format_codec(one.codec)}{source}"
     )
 
 
