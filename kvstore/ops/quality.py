@@ -52,15 +52,17 @@ def find_loss(
     lossy = {block.codec for block in stored if not block.is_lossless}
     for codec in sorted(lossy - known.keys()):
         return Loss(unknown=f"`{codec.partition('@')[0]}` was not measured")
-    ranks = {
+    ranks: dict[str, int] = {}
+    for block in stored:
+        ranks[block.codec] = max(ranks.get(block.codec, 0), block.bits)
+    for codec in ranks:
         # Only where a codec was measured is it known as how many bits it counts.
-        codec: rank(codec, measured.values()) or 0
-        if codec in measured
-        else max(block.bits for block in stored if block.codec == codec)
-        for codec in lossy
-    }
+        if codec not in lossy:
+            ranks[codec] = EXACT_BITS
+        elif codec in measured:
+            ranks[codec] = rank(codec, measured.values()) or 0
     for number, block in enumerate(stored, 1):
-        if block.bits < ranks.get(block.codec, EXACT_BITS):
+        if block.bits < ranks[block.codec]:
             why = f"its block {number} was computed from rows that were coded"
             return Loss(unknown=why)
     worst = max((known[codec] for codec in lossy), key=lambda one: one.kl, default=None)
