@@ -20,7 +20,7 @@ comma := ,
 EXTRAS := dev$(if $(filter Linux,$(shell uname -s)),$(comma)$(or $(BACKEND),cpu))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-031 test-all campaign bench serve-bench quality check format docs \
+.PHONY: demo test test-numpy test-031 test-all campaign bench serve-bench quality check format docs \
 	site mac clean
 
 demo: $(STAMP) $(MODEL)/config.json
@@ -28,6 +28,10 @@ demo: $(STAMP) $(MODEL)/config.json
 
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
+
+# The same without the compiled kernels.
+test-numpy: $(STAMP) $(MODEL)/config.json
+	TURBOQUANT_KERNELS=numpy $(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
 test-031: $(STAMP_031)
 	$(VENV_031)/bin/pytest -n auto --dist loadfile -m "not slow and not model" $(TESTS_031)

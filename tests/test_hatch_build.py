@@ -1,7 +1,10 @@
 """Kernels are compiled where there is a compiler; without one, nothing fails."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -52,6 +55,45 @@ def test_no_compiler_is_no_error(
 
     assert [] == list(tmp_path.iterdir())
     assert "NumPy does their work" in capsys.readouterr().err
+
+
+RESTORE = """
+import sys
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+import kvstore, turboquant
+from kvstore.codecs.turbo import kernels_name
+assert kvstore.__file__.startswith(sys.argv[1]), kvstore.__file__
+cache = KVCache()
+cache.update_and_fetch(*mx.random.normal((2, 1, 2, 300, 64)))
+model = kvstore.Fingerprint({"weights": "a"}, "a")
+for codec in ("turbo4+zstd", "planes+zstd", "raw"):
+    with kvstore.Store(sys.argv[2] + codec, codec) as store:
+        store.save(list(range(300)), [cache], model, name="x")
+        assert store.load_entry("x", model)[0][0].offset == 300
+        assert store.verify(read_data=True) == []
+print(kernels_name())
+"""
+
+
+@pytest.mark.slow
+def test_a_pure_wheel_works(monkeypatch, tmp_path) -> None:
+    """Installed without a library, the store saves and loads as with one."""
+    monkeypatch.setenv("TURBOQUANT_PURE", "1")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--no-input"]
+    options = ["--no-deps", "--no-build-isolation", "--no-index"]
+    wheels, target = tmp_path / "wheels", tmp_path / "installed"
+    subprocess.run([*pip, "wheel", *options, "-w", wheels, ROOT], check=True)
+    (wheel,) = wheels.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [n for n in ZipFile(wheel).namelist() if n.endswith(".so")]
+    subprocess.run([*pip, "install", *options, "-t", target, wheel], check=True)
+    monkeypatch.setenv("PYTHONPATH", str(target))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RESTORE, target, f"{tmp_path}/store-"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "numpy\n", done.stderr
 
 
 def test_an_unknown_machine_is_no_error(hook, monkeypatch, tmp_path) -> None:
