@@ -146,7 +146,6 @@ class Chat:
             self._begin_with(base)
         # Where each turn begins that is known of; those before, if any, are not.
         self._begins: list[int] = []
-        self._num_unknown = len(self._tokens)
         self._why_unknown: KVStoreError | None = None
         self._find_turns()
 

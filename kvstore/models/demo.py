@@ -390,18 +390,12 @@ def _read(
     model: Any, prompt_cache: list[Any], tokens: list[int], progress: Progress
 ) -> None:
     """Feed tokens in steps between which the bar moves; no logits are computed."""
-    import mlx.core as mx
+    from ..models.session import PrefillOptions, compute
 
-    from ..models.session import usual_step_size
-
-    size = usual_step_size()
     progress(0, len(tokens))
-    for begin in range(0, len(tokens), size):
-        step = tokens[begin : begin + size]
-        model(mx.array([step]), cache=prompt_cache)
-        mx.eval([cache.state for cache in prompt_cache])
-        mx.clear_cache()
-        progress(begin + len(step), len(tokens))
+    steps = compute([(model, prompt_cache)], tokens, PrefillOptions(step_s=1.0))
+    for done, _ in steps:
+        progress(done, len(tokens))
 
 
 def _answer(

@@ -12,7 +12,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -459,25 +459,19 @@ class Session:
         Raises:
             Stopped: The run is to end, and no step is under way.
         """
-        total, done, seconds = len(self.rest), 0, 0.0
-        size = self._prefill.next_size()
+        total, fed, seconds = len(self.rest), 0, 0.0
         self.note(0, total)
+        parts = self.model.parts(self.prompt_cache)
         streams: list[Any] = [generation_stream]
         with wired_limit(self.model.model, streams):
-            while done < total - 1 or (with_last and done < total):
-                # Sized by time, steps end at multiples of their size, as blocks do.
-                ahead = (self.num_restored + done) % size if self._prefill.step_s else 0
-                some = self.rest[done : min(done + size - ahead, total - 1)]
-                begin = time.perf_counter()
-                some = some or self.rest[-1:]
-                for model, part in self.model.parts(self.prompt_cache):
-                    _feed(model, some, part)
-                took = time.perf_counter() - begin
-                done, seconds = done + len(some), seconds + took
-                size = self._prefill.next_size(len(some), took)
-                self.note(done, total)
-        if done:
-            self._store.note_prefill(self.model.fingerprint, done, seconds)
+            for tokens in (self.rest[:-1], self.rest[-1:] if with_last else []):
+                start = self.num_restored + fed
+                for done, took in compute(parts, tokens, self._prefill, start):
+                    seconds += took
+                    self.note(fed + done, total)
+                fed += len(tokens)
+        if fed:
+            self._store.note_prefill(self.model.fingerprint, fed, seconds)
 
     def _save_blocks(self, done: int, *, is_last: bool) -> None:
         """Store what a long prefill has computed so far.
@@ -650,6 +644,37 @@ def respond(
             yield dataclasses.replace(
                 response, prompt_tokens=total, prompt_tps=prompt_tps
             )
+
+
+def compute(
+    parts: Sequence[tuple[Any, list[Any]]],
+    tokens: Sequence[int],
+    options: PrefillOptions,
+    start: int = 0,
+) -> Iterator[tuple[int, float]]:
+    """Compute the rows of some tokens, a step at a time.
+
+    Args:
+        parts: Each model with its prompt cache, which grows.
+        tokens: What to feed.
+        options: How large steps are.
+        start: How many tokens come before them.
+
+    Yields:
+        After each step, how many tokens are done, and the seconds that it took.
+    """
+    done, size = 0, options.next_size()
+    while done < len(tokens):
+        # Sized by time, steps end at multiples of their size, as blocks do.
+        ahead = (start + done) % size if options.step_s else 0
+        some = tokens[done : done + size - ahead]
+        begin = time.perf_counter()
+        for model, part in parts:
+            _feed(model, some, part)
+        took = time.perf_counter() - begin
+        done += len(some)
+        size = options.next_size(len(some), took)
+        yield done, took
 
 
 def _process_all(
