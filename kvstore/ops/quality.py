@@ -33,7 +33,7 @@ class Loss:
         return self.worst.kl if self.worst else 0.0
 
 
-Blocks = Sequence[StoredBlock] | Sequence[Described]
+Blocks = Sequence[StoredBlock | Described]
 """What is known of blocks: all that their shards say, or what they went through."""
 
 
