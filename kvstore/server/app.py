@@ -40,13 +40,14 @@ from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
 from ..models.titles import title_maker
 from .disk import ServedModel, harmless
+from .drift import Drift
 from .pages import Pages, View
 from .prefill import KeepRows, Steps, stream_alone, view
-from .prompt_cache import DiskPromptCache
+from .prompt_cache import DiskPromptCache, Lookup
 from .replay import call_of, cut_again, replay
 from .tenants import find_tenant, own, tenant_of
 from .warm import start_warming
-from .watch import Requests, watch
+from .watch import Requests, Served, watch
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -164,7 +165,25 @@ def serve(
 
     server.BatchGenerator = make_batch  # type: ignore[attr-defined]
     _check_requests(server.APIHandler, requests, tenant_header)
-    note = metrics.note if metrics else None
+    drift = Drift()
+
+    def note(served: Served, found: Lookup | None) -> None:
+        if metrics:
+            metrics.note(served, found)
+        if found is None or served.prompt is None:
+            return
+        with harmless("not compared with what came before"):
+            provider = providers[-1]
+            known = opened[-1].sampled(provider.model_key, served.prompt)
+            words = known and drift.note(
+                served.prompt,
+                found.num_computed,
+                known.latest(),
+                provider.tokenizer.decode,
+            )
+            if words:
+                log.warning("kvstore: %s", words)
+
     watch(server, requests, lambda: opened[-1], note)
     if pages is not None:
         pages.attach(server.APIHandler)

@@ -286,6 +286,8 @@ def test_a_clock_in_the_head_costs_its_own_tokens(tiny_model, tmp_path):
             ]
             time.sleep(0.5)
             if turn == 3:
+                told = "prompts differ again and again, now in line 2" in server.text()
+                assert told != bool(words)
                 server.stop(signal.SIGKILL)
                 server = servers.kvstore(folder, tiny_model, *words)
         assert (" re-anchored" in server.text()) == bool(words)
