@@ -61,10 +61,12 @@ def find_loss(
             ranks[codec] = EXACT_BITS
         elif codec in measured:
             ranks[codec] = rank(codec, measured.values()) or 0
-    for number, block in enumerate(stored, 1):
-        if block.bits < ranks[block.codec]:
-            why = f"its block {number} was computed from rows that were coded"
-            return Loss(unknown=why)
+    coded = [block.bits < ranks[block.codec] for block in stored]
+    if any(coded):
+        why = (
+            f"its block {coded.index(True) + 1} was computed from rows that were coded"
+        )
+        return Loss(unknown=why)
     worst = max((known[codec] for codec in lossy), key=lambda one: one.kl, default=None)
     return Loss(worst, is_told=worst is not None and worst.codec not in measured)
 
