@@ -50,8 +50,10 @@ class Planes:
 
     def encode(self, layers: Sequence[Array], rows: Rows) -> dict[str, Encoded]:
         """Split the rows."""
-        planes = best_kernels().split_bytes(layers)
-        return {"low": planes[:-1], "high": planes[-1]}
+        *low, high = best_kernels().split_bytes(layers)
+        # Two planes are views: a copy is made of three low ones alone.
+        lower = {"low": low[0][None] if len(low) == 1 else np.stack(low)} if low else {}
+        return {**lower, "high": high}
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]

@@ -120,11 +120,11 @@ class Turbo:
         )
         names = [name for name, _ in self._planes(rows)]
         parts: dict[str, Encoded] = dict(zip(names, codes.planes, strict=True))
-        parts["norms"] = best_kernels().split_bytes([codes.norms])[:, 0]
+        parts["norms"] = _split_norms(codes.norms)
         if codes.mean is not None:
             parts["mean"] = codes.mean
         if sinks:
-            parts["sinks"] = [layer[:, :sinks] for layer in layers]
+            parts["sinks"] = np.stack([layer[:, :sinks] for layer in layers])
         return parts
 
     def encode_on_device(self, x: mx.array, rows: Rows) -> dict[str, Array] | None:
@@ -207,7 +207,7 @@ class Turbo:
         names = [name for name, _ in self._planes(rows)]
         planes = split_codes(live["codes"], self._bits(rows))
         found = {**live, **dict(zip(names, planes, strict=True))}
-        found["norms"] = best_kernels().split_bytes([live["norms"]])[:, 0]
+        found["norms"] = _split_norms(live["norms"])
         return {name: found[name] for name in self.parts(rows)}
 
     def to_live(self, parts: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
@@ -232,6 +232,10 @@ def kernels_name() -> str:
 
 def _is_key(rows: Rows) -> bool:
     return rows.side.startswith("k")
+
+
+def _split_norms(norms: Array) -> Array:
+    return np.concatenate(best_kernels().split_bytes([norms]))
 
 
 def _join_norms(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:

@@ -358,7 +358,7 @@ def test_bytes_are_split_and_joined_as_by_numpy(kernels, dtype, shape):
     assert np.array_equal(NUMPY.split_bytes(layers), planes)
     for each in (kernels, NUMPY):
         out = np.full((*outer, num_rows + 2, dim), 7, dtype)
-        each.join_bytes(list(planes), list(out[:, :, : num_rows - 1]))
+        each.join_bytes(planes, list(out[:, :, : num_rows - 1]))
         # By their bytes: some are NaN.
         assert out[:, :, :-3].tobytes() == np.stack(layers)[:, :, :-1].tobytes()
         assert (out[:, :, -3:] == 7).all()

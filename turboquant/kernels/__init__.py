@@ -79,7 +79,7 @@ class Kernels(Protocol):
                 not fit.
         """
 
-    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> NDArray[np.uint8]:
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> list[NDArray[np.uint8]]:
         """Return the bytes of some layers' numbers, plane by plane.
 
         Args:
@@ -87,7 +87,8 @@ class Kernels(Protocol):
                 one dtype.
 
         Returns:
-            Shape ``(itemsize, L, H, T, D)``, the least significant bytes first.
+            One plane for each byte of a number, the least significant first, each of
+            shape ``(L, H, T, D)``.
         """
 
     def join_bytes(

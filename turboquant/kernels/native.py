@@ -150,13 +150,14 @@ class NativeKernels:
             if target is not buffer:
                 buffer[...] = target
 
-    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> Bytes:
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> list[Bytes]:
         """Return the bytes of some layers' numbers, plane by plane."""
         if not _can_move(layers):
             return NumpyKernels().split_bytes(layers)
-        itemsize, shape = layers[0].itemsize, layers[0].shape
-        planes = np.empty((itemsize, len(layers), *shape), np.uint8)
-        _move(self._split, list(planes), layers)
+        # Each by itself, so that one that was compressed can go before the others.
+        shape = (len(layers), *layers[0].shape)
+        planes = [np.empty(shape, np.uint8) for _ in range(layers[0].itemsize)]
+        _move(self._split, planes, layers)
         return planes
 
     def join_bytes(

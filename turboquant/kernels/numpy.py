@@ -115,14 +115,11 @@ class NumpyKernels:
                 mean=None if mean is None else mean[number],
             )
 
-    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> Bytes:
+    def split_bytes(self, layers: Sequence[NDArray[Any]]) -> list[Bytes]:
         """Return the bytes of some layers' numbers, plane by plane."""
-        size, shape = layers[0].itemsize, layers[0].shape
-        planes = np.empty((size, len(layers), *shape), np.uint8)
-        for number, layer in enumerate(layers):
-            octets = np.ascontiguousarray(layer).view(np.uint8).reshape(*shape, size)
-            planes[:, number] = np.moveaxis(octets, -1, 0)
-        return planes
+        x = np.stack(layers)
+        octets = x.view(np.uint8).reshape(*x.shape, x.itemsize)
+        return [np.ascontiguousarray(octets[..., i]) for i in range(x.itemsize)]
 
     def join_bytes(
         self, planes: Sequence[NDArray[Any]], layers: Sequence[NDArray[Any]]
