@@ -57,6 +57,8 @@ Segments = list[tuple[int, int, dict[str, Any]]]
 # load takes no more than a tenth above them; but of a short prompt a few blocks.
 _SPARE_PART = 12
 _MIN_SPARE_BYTES = 32 * 1024 * 1024
+# Layers that a GPU is given at a time: giving takes as long as restoring one.
+_AT_ONCE = 16
 # NumPy cannot write bfloat16.
 _BITS = {"BF16": "U16"}
 
@@ -439,8 +441,9 @@ class KernelRestoring(HostRestoring):
                 shape=(1, heads, capacity, dim),
                 dtype=MLX_DTYPES[spec.dtype],
             )
-            mx.async_eval(restored)  # while the next ones are prepared
             self._arrays[layer][name] = restored
+            if number % _AT_ONCE == _AT_ONCE - 1:  # the GPU may start
+                mx.async_eval([held[name] for held in self._arrays if name in held])
 
 
 def _has_kernel(name: str, spec: RowSpec) -> bool:

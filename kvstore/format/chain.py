@@ -94,7 +94,7 @@ def as_tokens(tokens: Sequence[int]) -> list[int]:
         ArgumentError: One is no integer.
     """
     try:
-        return [operator.index(token) for token in tokens]
+        return list(map(operator.index, tokens))
     except TypeError as error:
         raise ArgumentError(
             f"tokens are integers, in a flat list: {error}",

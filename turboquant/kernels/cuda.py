@@ -23,9 +23,10 @@ ALIGNMENT = 16
 _NUM_SLOTS = 16
 _SLOT_BYTES = 4 * 1024 * 1024
 _MAX_SLOT_BYTES = 64 * 1024 * 1024
-_CHUNK_BYTES = 128 * 1024 * 1024
+_CHUNK_BYTES = 64 * 1024 * 1024
 # Of the driver: pinned for every context, and a stream that waits for no other.
 _PORTABLE, _NON_BLOCKING = 1, 1
+_QUICK = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2")
 
 
 class Upload:
@@ -74,7 +75,8 @@ class Upload:
         with self._lock:
             if self._end - self._next < size:
                 chunk = ctypes.c_uint64()
-                more = max(size, _CHUNK_BYTES)
+                # Each is twice the one before: few are had, and little is spare.
+                more = max(size, _CHUNK_BYTES << len(self._chunks))
                 try:
                     _call("cuMemAlloc_v2", ctypes.byref(chunk), more)
                 except RuntimeError:
@@ -173,7 +175,12 @@ def _free(chunks: Sequence[int]) -> None:
 
 def _make_current() -> None:
     """Have this thread use the context that MLX uses."""
-    _call("cuCtxSetCurrent", _context())
+    if not getattr(_thread, "is_current", False):
+        _call("cuCtxSetCurrent", _context())
+        _thread.is_current = True
+
+
+_thread = threading.local()
 
 
 @cache
@@ -185,13 +192,14 @@ def _context() -> ctypes.c_void_p:
 
 
 @cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _function(name: str, is_slow: bool) -> Any:
+    # Letting go of the interpreter's lock and waiting for it takes longer than most.
+    return getattr((ctypes.CDLL if is_slow else ctypes.PyDLL)("libcuda.so.1"), name)
 
 
 def _call(name: str, *arguments: Any) -> None:
     # Numbers are addresses and sizes, of 64 bits.
     wide = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]
-    code = getattr(_driver(), name)(*wide)
+    code = _function(name, name not in _QUICK)(*wide)
     if code:
         raise RuntimeError(f"CUDA's driver: {name} gives error {code}")
