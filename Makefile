@@ -40,7 +40,7 @@ test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -n auto --dist loadfile
 
 CAMPAIGN := --kills 1000 --errors 2000 --damage 20000 --fuzz 3000000 \
-	--connections 200 --replies 1000 --poison 1000 --mutants
+	--together 120 --connections 200 --replies 1000 --poison 1000 --mutants
 
 campaign: $(STAMP)
 	$(BIN)/python -m tools.campaign $(CAMPAIGN)

@@ -94,7 +94,7 @@ def verify(folder: StoreFolder, read_data: float, progress: Progress) -> list[Fi
         findings += _check_shard(folder, name, whole, sound)
         progress(done, len(names))
     findings += _check_bases(folder, sound)
-    needed: set[BlockHash] = set()
+    needed: dict[BlockHash, Entry] = {}
     findings += _check_entries(folder, found, sound, needed)
     findings += _check_index(folder, set(names), sound, needed)
     return findings
@@ -268,7 +268,7 @@ def _second_opinion(path: Path) -> None:
 
 
 def _check_index(
-    folder: StoreFolder, on_disk: set[str], sound: Sound, needed: set[BlockHash]
+    folder: StoreFolder, on_disk: set[str], sound: Sound, needed: dict[BlockHash, Entry]
 ) -> Iterator[Finding]:
     """Yield where the index and the shards on disk disagree.
 
@@ -292,8 +292,10 @@ def _check_index(
         for problem in index.check():
             yield _finding(folder, "damaged-index", folder.index, problem)
         yield from _compare(folder, index, on_disk)
-        lost = {sound[block][0] for block in needed if index.place(block) is None}
-        for name in sorted(lost):
+        lost = [block for block in needed if index.place(block) is None]
+        # Evicted meanwhile, whose files went before their rows did.
+        lost = [b for b in lost if _read_entry(folder, needed[b].id) == needed[b]]
+        for name in sorted({sound[block][0] for block in lost}):
             path = shard_path(folder.shards, name)
             detail = "the index lacks blocks of it that entries need"
             yield _finding(folder, "unindexed-shard", path, detail)
@@ -339,7 +341,7 @@ def _check_entries(
     folder: StoreFolder,
     found: Sequence[tuple[str, Entry | IntegrityError | FormatError | None]],
     sound: Sound,
-    needed: set[BlockHash],
+    needed: dict[BlockHash, Entry],
 ) -> Iterator[Finding]:
     """Yield entries that cannot be read or lack a block; add their blocks."""
     for entry_id, entry in found:
@@ -357,13 +359,15 @@ def _check_entries(
                 yield _finding(folder, "missing-block", path, detail, label)
 
 
-def _first_lost(entry: Entry, sound: Sound, needed: set[BlockHash]) -> BlockHash | None:
+def _first_lost(
+    entry: Entry, sound: Sound, needed: dict[BlockHash, Entry]
+) -> BlockHash | None:
     """Return the last block of an entry that is not sound; note those that are."""
     block = BlockHash(bytes.fromhex(entry.tip))
     while block.hex() != entry.root:
         if block not in sound:
             return block
-        needed.add(block)
+        needed.setdefault(block, entry)
         block = sound[block][1].block.parent
     return None
 

@@ -270,3 +270,19 @@ def test_a_shard_whose_blocks_are_not_what_their_hashes_say_is_found(folder, cac
     assert ["damaged-block"] == [f.kind for f in find(folder)]
     assert "not named by its tokens" in find(folder)[0].detail
     assert hash_root(caches.MODEL.digest, origin.layout) == blocks[0].block.parent
+
+
+def test_what_is_evicted_meanwhile_is_not_reported(store_path, caches, monkeypatch):
+    """Another process frees an entry that was listed, before the index is looked at."""
+    with kvstore.Store(store_path, "raw") as store:
+        store.save(*caches.make_conversation(2, 1), caches.MODEL, name="kept")
+        store.save(*caches.make_conversation(2, 2), caches.MODEL)
+        original = check._check_index
+
+        def evict_first(*args):
+            with kvstore.Store(store_path) as other:
+                assert other.plan_prune(max_bytes=1, now=True).execute() > 0
+            return original(*args)
+
+        monkeypatch.setattr(check, "_check_index", evict_first)
+        assert store.verify() == []

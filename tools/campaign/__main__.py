@@ -1,7 +1,8 @@
 """Break a store in many ways, and count what is lost: nothing, as it should be.
 
     python -m tools.campaign --seed 1 --kills 1000 --errors 2000 --damage 20000 \
-        --fuzz 3000000 --connections 200 --replies 1000 --poison 1000 --mutants
+        --fuzz 3000000 --together 120 --connections 200 --replies 1000 \
+        --poison 1000 --mutants
 
 It drives what the tests are made of: killed processes, errors of the system at the K-th
 call, damaged files, mutated bytes, bad connections to an object store, and what
@@ -36,6 +37,7 @@ from kvstore.storage.folder import create_folder
 from kvstore.storage.keys import new_signing_key
 
 from . import remotes
+from .crowd import crowd
 from .damage import damage_store
 from .fuzz import Fuzzer
 from .mutants import MUTANTS, find_survivors
@@ -174,6 +176,16 @@ def fuzz(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcom
     return found
 
 
+def together(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Let ten processes save and load twice what fits, for so many seconds."""
+    found, path = Outcome(), shutil.copytree(empty, folder / "store")
+    seed = chance.randrange(1 << 30)
+    done = found.attempt("ten processes", crowd, path, 10, count, seed, ROOT / "tests")
+    found.count = count
+    found.note = ", ".join(f"{n:,} {what}" for what, n in sorted((done or {}).items()))
+    return found
+
+
 def connections(
     chance: random.Random, count: int, folder: Path, empty: Path
 ) -> Outcome:
@@ -237,6 +249,7 @@ ACTS = {
     "errors": errors,
     "damage": damage,
     "fuzz": fuzz,
+    "together": together,
     "connections": connections,
     "replies": replies,
     "poison": poison,
