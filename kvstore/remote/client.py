@@ -6,6 +6,8 @@ overwrite or delete one on purpose.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 T = TypeVar("T")
+log = logging.getLogger("kvstore")
 SCHEMES = ("file", "s3", "gs", "az", "http", "https")
 PART_BYTES = 8 * 1024 * 1024
 """How much one request moves. A connection that is cut costs no more."""
@@ -30,6 +33,8 @@ _PAUSE_S = 0.3
 _MAX_WHOLE = 128 * 1024 * 1024
 # Who has no credentials is taken for a machine of the provider's, which asks there.
 _METADATA = "//169.254.169.254/"
+_STATUS = re.compile(r"status code: (\d{3}[ A-Za-z]*)")
+_SILENCE = "error sending request"
 _HINT = (
     "set the provider's credentials, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY say"
 )
@@ -312,7 +317,9 @@ class Client:
             # obstore tells a refused list from no other failure.
             if any(f"status code: {code}" in str(error) for code in (401, 403)):
                 raise self._failed(error, "access is denied", hint=_HINT) from error
-            raise self._failed(error, may_pass=True) from error
+            log.debug("%s", error)
+            again = "the same command goes on from there"
+            raise self._failed(error, _why(error), hint=again, may_pass=True) from error
         except ValueError as error:
             raise self._failed(error) from error
 
@@ -329,6 +336,13 @@ class Client:
         return RemoteError(
             f"remote `{self.remote.name}`: {why}", hint=hint, may_pass=may_pass
         )
+
+
+def _why(error: Exception) -> str | None:
+    """Return what a server has answered, in place of all that obstore says of it."""
+    if answer := _STATUS.search(str(error)):
+        return f"the server answers {answer[1].strip()}"
+    return "the server does not answer" if _SILENCE in str(error) else None
 
 
 def _check_installed() -> None:
