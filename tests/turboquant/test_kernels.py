@@ -302,6 +302,7 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, recwarn) -> None:
             codes.planes[0][..., 0] ^= 1
             return codes
 
+    monkeypatch.delenv("TURBOQUANT_KERNELS", raising=False)
     monkeypatch.setattr(native, "load_all", lambda: [Wrong()])
     chosen = module.best_kernels.__wrapped__()
 
