@@ -26,6 +26,7 @@ MIN_MOVED = 64
 """Fewer are computed instead."""
 MAX_CHANGED = 256
 """Behind a change of more tokens nothing is reused: too much of it would be wrong."""
+_SHARE = 4  # nor behind one of more than a quarter of what stands behind it
 _STEP = 2048
 _ROWS = ("KVCache", "ConcatenateKVCache")
 _WINDOW = "RotatingKVCache"
@@ -237,8 +238,10 @@ def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Run
         there = some[is_near][:_MAX_PLACES].tolist()
         sizes = [_common(stored.tokens[s:], given.tokens[target:]) for s in there]
         size = max(sizes, default=0)
-        if size >= least:
-            source = there[sizes.index(size)]
+        place = there[sizes.index(size)] if there else source
+        changed = max(target - done, place - source)
+        if size >= max(least, _SHARE * changed):
+            source = place
             found.append(Run(source, target, size))
             source, target = source + size, target + size
             done = target

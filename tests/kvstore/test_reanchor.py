@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import kvstore
 from kvstore.caches.live import Provenance, read_provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
+from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel, app
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
@@ -321,24 +322,33 @@ def test_a_model_whose_keys_cannot_be_moved_is_refused():
         kvstore.Reanchoring(None, num_fresh=0)
 
 
-def runs(stored, given, begin=0, least=40):
-    """Return the runs of two lists of tokens."""
-    return find_runs(Sketch.of(stored), Sketch.of(given), begin, least)
+def runs(stored, given):
+    """Return the runs of two lists of tokens, behind what they begin with."""
+    begin = common_run(stored, given)
+    return find_runs(Sketch.of(stored), Sketch.of(given), begin, 40)
 
 
 def test_runs_are_found_in_order_and_at_their_full_length():
     """Wherever they stand, and however often a token comes."""
     rng = random.Random(3)
-    a, b, c = ([rng.randrange(50) for _ in range(200)] for _ in range(3))
-    assert runs(a + b, [1, 2, *a, *c, *b]) == [Run(0, 2, 200), Run(200, 402, 200)]
+    a, b, c = ([rng.randrange(50) for _ in range(n)] for n in (200, 200, 50))
+    assert runs(a + b, [1, 2, *a, *c, *b]) == [Run(0, 2, 200), Run(200, 252, 200)]
     # Parts in another order: only what is in the order of both.
-    assert runs(a + b, b + a) == [Run(200, 0, 200)]
+    assert runs(a + b + c, a + c + b) == [Run(200, 250, 200)]
     assert runs(a, a[:39] + c) == []
     assert runs([5] * 100, [7] + [5] * 80) == [Run(0, 1, 80)]
-    # Behind too large a change, on either side, there are none.
-    assert runs(a + b, a + c + c + b) == []
-    assert runs(a + c + c + b, a + b) == []
     assert runs(a, []) == runs([], a) == []
+
+
+def test_behind_a_large_change_nothing_is_reused():
+    """Of more than 256 tokens, or a quarter of what follows, on either side."""
+    rng = random.Random(3)
+    a, b, c = ([rng.randrange(50) for _ in range(n)] for n in (100, 2000, 300))
+    for size, found in ((256, 1), (257, 0)):
+        assert len(runs(a + b, a + c[:size] + b)) == found
+        assert len(runs(a + c[:size] + b, a + b)) == found
+    for size, found in ((50, 1), (51, 0)):
+        assert len(runs(a + b[:200], a + c[:size] + b[:200])) == found
 
 
 def test_a_long_prompt_that_has_nothing_in_common_costs_little():

@@ -32,9 +32,10 @@ def test_it_prints_a_row_for_each_change(tool, tiny_model, monkeypatch, capsys):
         "| 100 tokens cut",
         "| another document in front",
     ]
-    # To this model each letter is a token, and a tool more than may change.
+    # To this model each letter is a token: a tool is more than may change, and so is a
+    # third of such a short text.
     found = [row.split(" | ")[2] for row in rows]
-    assert [kl == "refused" for kl in found] == [n in (2, 3) for n in range(6)]
+    assert [kl == "refused" for kl in found] == [n > 1 for n in range(6)]
     assert all(float(kl) >= 0 for kl in found if kl != "refused")
 
 
