@@ -483,7 +483,7 @@ def test_errors_go_where_they_do_no_harm():
         # Rows of small values matter, and tell so.
         x[:, 1, ::7] /= 16
         gradient[:, :, ::7] *= 16
-        fit.add(fitting.Sample(4, "F32", x, gradient))
+        fit.add(fitting.Sample(4, "F32", x, (gradient,)))
     data = fitting.finish_basis([fit], {})
     family = FitFamily(lambda asked: parse(data, asked))
     codec = find_codec(f"fit3@{basis_digest(data)}+zstd", family)
