@@ -211,9 +211,10 @@ def open_store(
         try:
             store = Store(path, codec, create=create, base=base)
         except KeyNotFoundError:
+            can_ask = sys.stdin.isatty() and not context.resilient_parsing
             # Of both, where a base has a passphrase too.
-            asked = sys.stdin.isatty() and [_unlock(p) for p in (path, base) if p]
-            if not (asked and any(asked)):
+            asked = [_unlock(each) for each in (path, base) if each and can_ask]
+            if not any(asked):
                 raise
             store = Store(path, codec, create=create, base=base)
     except NotADirectoryError as error:

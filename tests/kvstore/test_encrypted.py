@@ -389,6 +389,24 @@ def test_a_key_under_a_passphrase(tmp_path, capsys, forgotten, monkeypatch):
     assert kv(capsys, *store, "ls", "--json").out == "[]\n"
 
 
+def test_a_shell_that_completes_asks_for_no_passphrase(tmp_path, monkeypatch):
+    """Names of a store that is shut are not offered, and nobody has to answer."""
+    import click
+
+    from kvstore.cli.options import complete_entries
+
+    kept = {"method": "passphrase", "check": "0" * 64, "wrapped": "00"}
+    with pytest.raises(KeyNotFoundError):
+        create_folder(tmp_path / "store", BLOCK, kept)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    asked = []
+    monkeypatch.setattr(click, "prompt", lambda *a, **k: asked.append(a) or "no")
+    context = click.Context(cli, resilient_parsing=True)
+    context.meta["kvstore.store"] = tmp_path / "store"
+    assert complete_entries(context, None, "") == []
+    assert asked == []
+
+
 def test_a_sealed_shard_is_a_safetensors_file(path, caches):
     """Any program that reads safetensors sees its parts, and nothing in them."""
     from safetensors import safe_open
