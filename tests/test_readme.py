@@ -1,4 +1,4 @@
-"""The README's own commands and programs, in their order, on a tiny model."""
+"""Commands and programs of README and guide, in their order, on a tiny model."""
 
 import os
 import re
@@ -11,7 +11,9 @@ from pathlib import Path
 import kit
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs/GUIDE.md").read_text()
 TEXT = "The treasurer may sign for sums of less than a hundred. " * 40
 SERVE = "kvstore serve"
 
@@ -93,8 +95,9 @@ def test_every_command_does_what_it_says(home, tiny_model):
 
 
 def test_its_programs_run_as_one(home, tiny_model):
-    """Every block of Python, in the order of the page."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    """Every block of Python, in the order of the pages."""
+    blocks = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
+    assert len(blocks) > 3
     program = "\n".join(blocks).replace("path/to/model", str(tiny_model))
     (home / "program.py").write_text(program)
     run(f"{sys.executable} program.py")
