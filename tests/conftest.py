@@ -155,10 +155,10 @@ def as_gpu(monkeypatch):
     def use(launch):
         monkeypatch.setattr(gpu, "_launch", launch)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-        gpu._checked.cache_clear()
+        gpu._find_way.cache_clear()
 
     yield use
-    gpu._checked.cache_clear()
+    gpu._find_way.cache_clear()
 
 
 @pytest.fixture

@@ -316,9 +316,18 @@ def _way(verb: Verb) -> str:
     return way
 
 
-@cache
 def _checked(verb: Verb) -> str | None:
     """Return how kernels are run here, once they have done what NumPy does."""
+    # The threads of a load all ask at first, and no compiler is made for that.
+    with _checking:
+        return _find_way(verb)
+
+
+_checking = threading.RLock()
+
+
+@cache
+def _find_way(verb: Verb) -> str | None:
     ways = ["ptx", "cuda"] if mx.cuda.is_available() else []
     ways += ["metal"] if mx.metal.is_available() else []
     if os.environ.get("TURBOQUANT_KERNELS"):
