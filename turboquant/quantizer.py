@@ -22,15 +22,15 @@ import mlx.core as mx
 
 from turboquant.codebook import decision_boundaries, lloyd_max_centroids
 from turboquant.packing import pack_codes, unpack_codes
-from turboquant.rotation import Rotation, apply_wh_rotation, invert_wh_rotation
-
-# A vector whose largest coordinate lies outside of these is scaled by a power of two,
-# which is exact, before it is squared.
-SMALL = 2.0**-40
-LARGE = 2.0**40
-RESCALE = 2.0**84
-# The least normal float32: a GPU may take anything below for zero.
-TINY = 2.0**-126
+from turboquant.rotation import (
+    LARGE,
+    RESCALE,
+    SMALL,
+    TINY,
+    Rotation,
+    apply_wh_rotation,
+    invert_wh_rotation,
+)
 
 
 def quantize_polar(

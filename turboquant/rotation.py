@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 _SIGNS_DOMAIN = b"turboquant/wh-rotation/1"
 
 
+# A vector whose largest coordinate lies outside of these is scaled by a power of two,
+# which is exact, before it is squared.
+SMALL = 2.0**-40
+LARGE = 2.0**40
+RESCALE = 2.0**84
+# The least normal float32: a GPU may take anything below for zero.
+TINY = 2.0**-126
+
+
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """An orthonormal map of vectors, the same for the same arguments for ever.

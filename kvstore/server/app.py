@@ -45,6 +45,7 @@ from .pages import Pages, View
 from .prefill import KeepRows, Steps, stream_alone, view
 from .prompt_cache import DiskPromptCache, Lookup
 from .replay import call_of, cut_again, replay
+from .requests import check_body
 from .tenants import find_tenant, own, tenant_of
 from .warm import start_warming
 from .watch import Requests, Served, watch
@@ -353,30 +354,6 @@ def _check_requests(
 
 class BadRequestError(ValueError):
     """A request that cannot be served as it is."""
-
-
-def check_body(path: str, body: dict[str, Any]) -> None:
-    """Refuse a request whose prompt or stop words are of a kind that mlx-lm cannot use.
-
-    Args:
-        path: Where it was posted.
-        body: What was posted.
-
-    Raises:
-        ValueError: It says which field.
-    """
-    is_chat = path.endswith("chat/completions")
-    # In mlx-lm's own words, where it has some.
-    if is_chat and "messages" not in body:
-        raise ValueError("Request did not contain messages")
-    if not is_chat and "prompt" not in body:
-        raise ValueError("Request did not contain a prompt")
-    if not is_chat and not isinstance(body["prompt"], str):
-        raise ValueError("prompt must be a string")
-    stop = body.get("stop") or []
-    words = stop if isinstance(stop, list) else [stop]
-    if not all(isinstance(word, str) and word for word in words):
-        raise ValueError("stop must be a string or a list of strings, none empty")
 
 
 def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> bool:

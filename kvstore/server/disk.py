@@ -22,12 +22,12 @@ from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Progress
 from ..format.spans import Span
-from ..ops.load import Match
 from ..store import Store
 from .lineage import Lineage
 from .writer import Job, Writer
 
 if TYPE_CHECKING:
+    from ..ops.load import Match
     from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")

@@ -1,4 +1,4 @@
-"""A captured request of the API to the tokens that the server makes of it."""
+"""Requests of the API: what is refused, and the tokens that the server makes of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,30 @@ from typing import Any
 
 from ..errors import KVStoreError
 from ..format.documents import JSON
-from .app import check_body
+
+
+def check_body(path: str, body: JSON) -> None:
+    """Refuse a request whose prompt or stop words are of a kind that mlx-lm cannot use.
+
+    Args:
+        path: Where it was posted.
+        body: What was posted.
+
+    Raises:
+        ValueError: It says which field.
+    """
+    is_chat = path.endswith("chat/completions")
+    # In mlx-lm's own words, where it has some.
+    if is_chat and "messages" not in body:
+        raise ValueError("Request did not contain messages")
+    if not is_chat and "prompt" not in body:
+        raise ValueError("Request did not contain a prompt")
+    if not is_chat and not isinstance(body["prompt"], str):
+        raise ValueError("prompt must be a string")
+    stop = body.get("stop") or []
+    words = stop if isinstance(stop, list) else [stop]
+    if not all(isinstance(word, str) and word for word in words):
+        raise ValueError("stop must be a string or a list of strings, none empty")
 
 
 def encode_request(

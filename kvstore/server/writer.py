@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from ..caches.snapshot import Chain, Snapshot, TakenRows
 from ..errors import EntryNotFoundError, KVStoreError
 from ..format.block import BlockHash
 from ..format.entry import Entry
 
 if TYPE_CHECKING:
+    from ..caches.snapshot import Chain, Snapshot, TakenRows
     from ..store import Store
 
 log = logging.getLogger("kvstore")
@@ -54,8 +54,7 @@ class Job:
     @property
     def rows(self) -> TakenRows:
         """The rows of the blocks that are to be written."""
-        assert isinstance(self.snapshot.rows, TakenRows)
-        return self.snapshot.rows
+        return cast("TakenRows", self.snapshot.rows)  # of another thread's caches
 
     def joined(self, other: Job) -> Job:
         """Return the same with what another was to write of its blocks."""

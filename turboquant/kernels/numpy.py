@@ -26,8 +26,14 @@ from turboquant.packing import (
     split_planes,
     symbols_to_indices,
 )
-from turboquant.quantizer import LARGE, RESCALE, SMALL, TINY
-from turboquant.rotation import Rotation, rotation_signs
+from turboquant.rotation import (
+    LARGE,
+    RESCALE,
+    SMALL,
+    TINY,
+    Rotation,
+    rotation_signs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

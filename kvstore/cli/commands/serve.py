@@ -236,10 +236,10 @@ def serve(
     ahead = {file.name: options.read_request("--warm", file) for file in warm}
     if ahead and header is not None:
         raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
-    from ...server.app import check_body
     from ...server.app import serve as run
     from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache
+    from ...server.requests import check_body
     from ...server.tenants import Tenancy, TenantPromptCache
     from ...storage.folder import default_path
     from ...store import Store
