@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
+from standins import run_on_a_thread
 
 import kvstore
 from kvstore.caches import restore
@@ -99,6 +100,21 @@ def test_codes_can_be_taken_for_another_thread(tmp_path, caches):
     taken = take_live(chain, cache, 300, "").take(chain.blocks)
     keys, values = (x["codes"] for _, x in taken.rows.read(chain.blocks[0]))
     assert (keys.nbytes, values.nbytes) == (2 * 2 * 252 * 16, 2 * 2 * 252 * 8)
+
+
+def test_codes_that_one_thread_loads_are_for_any(tmp_path, caches):
+    """Nothing of them is left to be computed by the thread that loaded them."""
+    cache = grown(fresh(), 800, 1, caches)
+    with kvstore.Store(tmp_path / "s", "raw") as store:
+        store.save(list(range(800)), cache, caches.MODEL)
+
+    def load():
+        with kvstore.Store(tmp_path / "s", "raw") as store:
+            return store.load([*range(800), -1], caches.MODEL, like=cache)
+
+    restored, rest = run_on_a_thread(load)
+    assert rest == [-1]
+    assert bits_of(restored) == bits_of(cache)
 
 
 def test_decoded_codes_are_not_exact(tmp_path, caches):

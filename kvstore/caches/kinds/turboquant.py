@@ -74,6 +74,8 @@ class TurboRows(PlainRows):
                 rows = rows.append(blocks).trim(num_tokens)
             else:
                 rows = _joined(rows, blocks).trim(num_tokens).settle()
+                # Here, since another thread may not compute what this one began.
+                mx.eval(rows.arrays)
             setattr(cache, _SIDES[name], rows)
             cache.offset = num_tokens
         return cache
