@@ -25,6 +25,7 @@ from .layout import (
     MAX_DOCUMENT_BYTES,
     EntryKey,
     RemoteEntry,
+    derived,
     parse_document,
     parse_key,
     signer_of,
@@ -187,7 +188,7 @@ def cut_to_prompt(remote: RemoteEntry, tokens: Sequence[int]) -> RemoteEntry | N
         tip=tip,
         num_tokens=count * size,
     )
-    return replace(
+    return derived(
         remote,
         entry=entry,
         shards=tuple(remote.shards[number] for number in used),

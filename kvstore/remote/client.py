@@ -34,6 +34,8 @@ _MAX_WHOLE = 128 * 1024 * 1024
 # Who has no credentials is taken for a machine of the provider's, which asks there.
 _METADATA = "//169.254.169.254/"
 _STATUS = re.compile(r"status code: (\d{3}[ A-Za-z]*)")
+# How a server, or a folder, says that an object ends before a range begins.
+_BEYOND = re.compile(r"status code: 416|range was invalid")
 _SILENCE = "error sending request"
 _HINT = (
     "set the provider's credentials, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY say"
@@ -180,9 +182,15 @@ class Client:
             IntegrityError: It is shorter.
             RemoteError: The server fails.
         """
+        from obstore.exceptions import BaseError
 
         def receive() -> memoryview:
-            data = memoryview(self._store.get_range(key, start=begin, end=end))
+            try:
+                data = memoryview(self._store.get_range(key, start=begin, end=end))
+            except BaseError as error:
+                if not _BEYOND.search(str(error)):
+                    raise
+                data = memoryview(b"")
             if len(data) != end - begin:
                 raise IntegrityError(
                     f"remote `{self.remote.name}` has {len(data)} bytes of"

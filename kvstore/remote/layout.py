@@ -65,6 +65,8 @@ class RemoteEntry:
     blocks: tuple[tuple[str, int], ...]
     # Of all of this; `signer_of` checks it.
     signature: Signature | None = None
+    # What it was cut out of or renamed from, which is what was signed.
+    whole: RemoteEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,11 @@ def signed(remote: RemoteEntry, secret: str) -> RemoteEntry:
     return replace(remote, signature=sign(secret, _KIND, _body(remote)))
 
 
+def derived(remote: RemoteEntry, **changes: Any) -> RemoteEntry:
+    """Return an entry with other fields, which keeps who signed the whole of it."""
+    return replace(remote, **changes, whole=remote.whole or remote)
+
+
 def signer_of(remote: RemoteEntry) -> str:
     """Return the key that signed an entry; nothing where it is not signed.
 
@@ -146,10 +153,11 @@ def signer_of(remote: RemoteEntry) -> str:
         IntegrityError: The signature is not of this entry.
         KVStoreError: The package that checks signatures is missing.
     """
-    if remote.signature is None:
+    whole = remote.whole or remote
+    if whole.signature is None:
         return ""
-    check_signature(remote.signature, _KIND, _body(remote))
-    return remote.signature.key
+    check_signature(whole.signature, _KIND, _body(whole))
+    return whole.signature.key
 
 
 def parse_document(key: EntryKey, data: bytes) -> RemoteEntry:

@@ -20,7 +20,7 @@ from ..ops.speeds import Speeds, add, observe
 from ..remote.catalog import find_prefixes, read_new
 from ..remote.client import Client, Limits
 from ..remote.exchange import warn
-from ..remote.layout import EntryKey, RemoteEntry
+from ..remote.layout import EntryKey, RemoteEntry, derived
 from ..storage.index import Timing
 from ..store import Store
 from .writer import give_way
@@ -203,7 +203,7 @@ class RemoteTier:
         entry = replace(found.entry, id=entry_id(None, found.entry.tip), name=None)
         store.remotes.pull_found(
             self._client,
-            replace(found, entry=entry),
+            derived(found, entry=entry),
             like=like,
             min_bits=min_bits,
         )

@@ -163,8 +163,16 @@ def _sealed_on_the_way(cipher: Cipher, parts: Iterator[bytes]) -> Iterator[bytes
     header = start + take(length)
     # The size of the data is what the header says; that it is right shows at the end.
     blocks = parse_shard_header(header[8:], None).blocks
-    data = ([take(stored.end - stored.begin)] for stored in blocks)
-    yield from seal_shard(cipher, header, blocks, data)
+
+    def block(stored: StoredBlock) -> list[bytes]:
+        data = take(stored.end - stored.begin)
+        # Key and numbers follow from the header: other bytes than its digests say,
+        # sealed with them, would tell the bytes of the shard that it is a header of.
+        if blake3_hex(data) != stored.digest:
+            raise ValueError("a block does not match its digest")
+        return [data]
+
+    yield from seal_shard(cipher, header, blocks, map(block, blocks))
     if held or next(parts, None):
         raise ValueError("it is longer than it says")
 

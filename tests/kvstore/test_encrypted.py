@@ -1,5 +1,6 @@
 """Encrypted stores: what lies on disk, what opens it, and what does not."""
 
+import hashlib
 import io
 import json
 import os
@@ -224,19 +225,37 @@ def test_a_bundle_on_its_way_in_is_sealed(path, store_path, caches, monkeypatch)
     assert seen == [(1, False, False)]
 
 
-@pytest.mark.parametrize("change", ["short", "long", "other"])
+@pytest.mark.parametrize("change", ["short", "long", "other", "under its own name"])
 def test_a_bundle_that_lies_is_refused(path, store_path, caches, change, flip_bit):
     """A shard that is not what its name says is refused, and leaves nothing."""
     fill(store_path, caches)
     manifest, (shard,) = forging.unpack(export(store_path, NAME))
-    name = forging.bundles.shard_member(manifest["shards"][0]["sha256"])
+    digest = manifest["shards"][0]["sha256"]
     shard = {
         "short": shard[:-1],
         "long": shard + b"\0",
         "other": flip_bit(shard, 8 * len(shard) - 3),
+        "under its own name": flip_bit(shard, 8 * len(shard) - 3),
     }[change]
+    if change == "under its own name":
+        digest = hashlib.sha256(shard).hexdigest()
+    name = forging.bundles.shard_member(digest)
     data = b"".join([*forging.heads(manifest), forging.member(name, shard)])
     forging.assert_refused(path, data + bytes(1024), IntegrityError)
+
+
+@pytest.mark.parametrize("is_base_sealed", [True, False])
+def test_a_base_may_be_of_the_other_kind(path, store_path, caches, is_base_sealed):
+    """What is copied from it is sealed, or opened, on the way."""
+    base, own = (path, store_path) if is_base_sealed else (store_path, path)
+    cache = fill(base, caches)
+    with kvstore.Store(own, base=base) as store:
+        restored, _ = store.load_entry(NAME, caches.MODEL)
+        store.save(TOKENS, restored, caches.MODEL, name=NAME)
+    with kvstore.Store(own) as store:
+        assert bits_of(store.load_entry(NAME, caches.MODEL)[0]) == bits_of(cache)
+        assert store.verify(read_data=1.0) == []
+    assert is_base_sealed or told(own, cache) == set()
 
 
 def test_housekeeping_works(path, caches):
@@ -416,16 +435,3 @@ def test_a_sealed_shard_is_a_safetensors_file(path, caches):
     with safe_open(shard, framework="numpy") as opened:
         assert sorted(opened.keys()) == [*map(str, range(6)), "header"]
         assert list(opened.metadata()) == ["kvstore_sealed"]
-
-
-def test_a_base_may_be_encrypted_and_its_borrower_in_the_clear(
-    path, store_path, caches
-):
-    """Rows of an encrypted base are read and copied as they are."""
-    cache = fill(path, caches)
-    with kvstore.Store(store_path, "raw", base=path) as store:
-        part, rest = store.load([*TOKENS, 1], caches.MODEL)
-        assert (bits_of(part), rest) == (bits_of(cache), [1])
-        store.save(TOKENS, part, caches.MODEL, name="copied")
-    with kvstore.Store(store_path) as store:
-        assert bits_of(store.load_entry("copied", caches.MODEL)[0]) == bits_of(cache)

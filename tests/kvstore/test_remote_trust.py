@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 from kit import load_beside
+from mlx_lm.models.cache import KVCache
 
 import kvstore
 from kvstore.errors import IntegrityError, SignerError
 from kvstore.format.signature import new_secret, public_key
 from kvstore.remote.layout import document_of, parse_document, parse_key, signed
 from kvstore.remote.remotes import make_remote
+from kvstore.server.remote import RemoteTier
 from kvstore.storage.keys import new_signing_key, trust_signer
 
 config = load_beside("test_signing").config  # a fixture: nobody is trusted yet
@@ -122,6 +124,26 @@ def test_ones_own_key_is_trusted(opened, alice):
     left, right = opened
     left.remotes.push("doc")
     assert alice == right.remotes.pull("doc").signer
+
+
+def test_a_part_of_what_was_signed_is_signed(opened, alice, caches):
+    """Of a prompt that goes on otherwise the blocks that it shares are taken."""
+    left, right = opened
+    left.remotes.push("doc")
+    tokens, _ = caches.make_conversation(2, 1, extra=3)
+    entry = right.remotes.pull_prompt([*tokens[:19], 7], caches.MODEL)
+    assert (16, None, alice) == (entry.num_tokens, entry.name, entry.signer)
+
+
+def test_a_server_takes_what_was_signed(opened, alice, caches):
+    """Under no name, though its name was signed."""
+    left, right = opened
+    left.remotes.push("doc")
+    tokens, _ = caches.make_conversation(2, 1, extra=3)
+    model, like = caches.MODEL.digest, [KVCache(), KVCache()]
+    tier = RemoteTier(right, timeout_s=10)
+    tier.bring(model, [*tokens, 7], 1, like=like, min_bits=0, prefill=None)
+    assert [(None, alice)] == [(e.name, e.signer) for e in right.entries()]
 
 
 def test_a_later_entry_of_somebody_else_hides_nothing(

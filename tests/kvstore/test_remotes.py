@@ -52,6 +52,20 @@ def quick(remote):
 # --- What a server can do. ---
 
 
+def test_an_object_that_is_too_short_is_no_failure_of_the_server(
+    s3_server, remote, tmp_path
+):
+    """It is named, whether a range begins behind its end or only ends there."""
+    (tmp_path / "v1").mkdir()
+    for client in (quick(remote), quick(Remote("here", tmp_path.as_uri()))):
+        for name, data in (("empty", b""), ("short", b"abc")):
+            s3_server.objects[f"bucket/some/where/v1/{name}"] = data
+            (tmp_path / "v1" / name).write_bytes(data)
+            for begin in (0, 5):
+                with pytest.raises(IntegrityError, match=f"v1/{name}"):
+                    client.read(f"v1/{name}", begin, 10)
+
+
 def test_a_good_server_is_said_to_be_good(s3_server, remote):
     """All that is needed is tried, and one small object is left."""
     assert Probe(True, True, True, True) == probe(quick(remote))
