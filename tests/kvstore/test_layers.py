@@ -11,6 +11,7 @@ from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
 )
+from standins import run_on_a_thread
 
 import kvstore
 from kvstore.caches import kinds as registry
@@ -85,6 +86,24 @@ def test_what_is_restored_goes_on_as_if_never_stored(
     assert [type(c) for c in restored] == [type(c) for c in cache]
     assert fetched(restored) == fetched(cache)
     assert fetched(extended(restored, more)) == fetched(extended(cache, more))
+
+
+def test_keys_without_values_go_on_in_another_thread(store_path, caches):
+    """Those of an indexer, whose values have no dimension."""
+    cache = KVCache()
+    cache.update_and_fetch(mx.ones((1, 1, 20, 64)), mx.zeros((1, 1, 20, 0)))
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(list(range(20)), [cache], caches.MODEL)
+
+    def load():
+        with kvstore.Store(store_path) as store:
+            return store.load([*range(20), -1], caches.MODEL)
+
+    (restored,), rest = run_on_a_thread(load)
+    restored.update_and_fetch(mx.ones((1, 1, 3, 64)), mx.zeros((1, 1, 3, 0)))
+    mx.eval(restored.state)
+    assert rest == [-1]
+    assert restored.keys[:, :, :23].sum().item() == 23 * 64
 
 
 @kinds

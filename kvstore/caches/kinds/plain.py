@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from ..layout import LayerLayout
 from .base import CacheKind, make_layout, row_specs
 from .saved import (
@@ -61,8 +63,11 @@ class PlainRows(CacheKind):
         cache: Any = KVCache()
         if buffers:
             cache.keys = buffers["k"]
-            # An indexer has keys only.
-            cache.values = buffers.get("v", cache.keys[..., :0])
+            # An indexer has keys only. Nothing is held of the rest, so nobody else sees
+            # to it that another thread finds it computed.
+            none = mx.zeros((*cache.keys.shape[:3], 0), cache.keys.dtype)
+            mx.eval(none)
+            cache.values = buffers.get("v", none)
             cache.offset = num_tokens
         return cache
 
