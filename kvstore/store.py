@@ -23,7 +23,7 @@ from .format.block import (
     StoredBlock,
     ignore_progress,
 )
-from .format.chain import as_tokens
+from .format.chain import as_tokens, is_reanchored
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops import check
@@ -1358,9 +1358,11 @@ def _to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:
 
 
 def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
-    from .ops.quality import find_loss
+    from .ops.quality import Loss, find_loss
     from .storage.bases import find_calibration
 
+    if is_reanchored(blocks.origin(entry).fingerprint):
+        return Loss(unknown="its rows were computed behind other words")
     found = find_calibration(blocks.folder, _model_of(blocks, entry))
     return find_loss(list(stored), found.told if found else (), entry.receipts)
 

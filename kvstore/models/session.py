@@ -38,7 +38,7 @@ from ..errors import (
     StoreLockedError,
     UnsupportedCacheError,
 )
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, refuse_other
 from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.entry import Entry, check_name
@@ -308,12 +308,7 @@ def base_tokens(
     """
     entry = store.entry(ref)
     if fingerprint is not None:
-        difference = store.fingerprint_of(entry.id).difference(fingerprint)
-        if difference:
-            raise FingerprintError(
-                f"`{ref}` was made by another model: {difference}",
-                hint="give the model, adapter and draft model that it was saved with",
-            )
+        refuse_other(ref, store.fingerprint_of(entry.id), fingerprint)
     chain = store.chain(entry.id)
     return [token for _, stored in chain for token in stored.block.tokens]
 

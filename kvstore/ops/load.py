@@ -182,7 +182,13 @@ class Loader:
                     f"worse rows than wanted: {why}",
                     hint="`kvstore save --exact` computes exact ones",
                 )
-        layout = known_layout(self._blocks.origin(entry).layout)
+        origin = self._blocks.origin(entry)
+        if min_bits == EXACT_BITS and is_reanchored(origin.fingerprint):
+            raise KVStoreError(
+                "worse rows than wanted: they were computed behind other words",
+                hint="`kvstore save --exact` computes exact ones",
+            )
+        layout = known_layout(origin.layout)
         root = BlockHash(bytes.fromhex(entry.root))
         places = tuple(place for place, _ in chain)
         tokens = [token for _, stored in chain for token in stored.block.tokens]

@@ -507,7 +507,10 @@ def _provider_class(
                 raise self.loaded
             if key != self.model_key or self.loaded is None:
                 raise KVStoreError("another model was loaded meanwhile")
-            near = None if self.draft_model is not None else self.near
+            # mlx-lm turns rows into codes without the mark that says what they were.
+            has_codes = getattr(self.cli_args, "kv_bits", None) is not None
+            is_plain = self.draft_model is None and not has_codes
+            near = self.near if is_plain else None
             return ServedModel(self.loaded, self._empty_caches(), self.make_title, near)
 
         def _check_codes(self) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ..caches import live as caches
@@ -136,7 +137,9 @@ class Disk:
         model = served.fingerprint
         kinds = [model, model.reanchored] if served.near else [model]
         with self._reading:
-            return [t for kind in kinds for t in self.store.latest_tokens(kind)]
+            found = [self.store.latest_tokens(kind) for kind in kinds]
+        # In turn, since whoever remembers only so many lets the last ones go.
+        return [t for turn in zip_longest(*found) for t in turn if t is not None]
 
     def keep(
         self,

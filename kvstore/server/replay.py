@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from ..models.turns import places
@@ -25,13 +25,13 @@ class Sampled:
     """The latest conversations of a model, as tokens, those that go on only once."""
 
     def __init__(self, known: Iterable[Sequence[int]] = ()) -> None:
-        self._known = deque((array("q", tokens) for tokens in known), maxlen=_MAX_KNOWN)
+        self._known = [array("q", tokens) for tokens in islice(known, _MAX_KNOWN)]
 
     def add(self, tokens: Sequence[int]) -> None:
         """Note a conversation."""
         new = array("q", tokens)
         kept = [old for old in self._known if old != new[: len(old)]]
-        self._known = deque([new, *kept], maxlen=_MAX_KNOWN)
+        self._known = [new, *kept][:_MAX_KNOWN]
 
     def latest(self) -> list[array[int]]:
         """Return them, the latest first."""
@@ -147,7 +147,9 @@ def _fitting(
     # Of a reply that was cut at a number of tokens, the last one has no row.
     if was and not calls and now.startswith(was):
         rest = tokenizer.encode(now[len(was) :], add_special_tokens=False)
-        return sampled + array("q", rest)
+        made = sampled + array("q", rest)
+        # Some tokenizers put a space before whatever they encode.
+        return made if tokenizer.decode(made.tolist()) == now else None
     return None
 
 

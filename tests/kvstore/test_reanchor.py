@@ -151,6 +151,24 @@ def test_they_are_stored_under_a_mark_for_good(saved, model, near, caches):
         saved.load_entry(entry.id, caches.MODEL)
     taken, _ = saved.load_entry(entry.id, None)
     assert near.count(taken) == len(PROMPT)
+    for wanted in ({"exact": True}, {"max_kl": 1.0}):
+        with pytest.raises(kvstore.KVStoreError, match="behind other words"):
+            saved.load_entry(entry.id, None, **wanted)
+    assert saved.loss(entry.id).kl is None
+
+
+def test_adopting_them_keeps_the_mark(saved, model, near, caches):
+    """Whoever vouches for a model vouches for no rows that no model computes."""
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    compute(model, rest, found)
+    saved.save(PROMPT, found, caches.MODEL, name="moved")
+    with pytest.raises(kvstore.FingerprintError, match="of this model already"):
+        saved.adopt("moved", caches.MODEL)
+    other = caches.MODEL.with_salt("other")
+    saved.adopt("moved", other)
+    with pytest.raises(kvstore.FingerprintError, match="re-anchored"):
+        saved.load_entry("moved", other)
+    assert saved.lookup([*PROMPT, 7], other).num_tokens == 0
 
 
 def test_what_goes_on_from_them_is_reused_behind_the_next_change(
@@ -169,6 +187,24 @@ def test_what_goes_on_from_them_is_reused_behind_the_next_change(
         saved.save(prompt, found, caches.MODEL)
     exact = compute(model, prompt)
     assert error(found[:1], exact[:1]) < 1e-4
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_server_that_makes_codes_of_rows_reuses_none(model, near, caches, bits):
+    """However `--kv-bits` is spelled: mlx-lm's codes have no mark."""
+    kind = app._provider_class(app._copy_module("mlx_lm.server"), lambda: None)
+    provider = kind.__new__(kind)
+    vars(provider).update(
+        loaded=caches.MODEL,
+        model_key="it",
+        model=model,
+        draft_model=None,
+        near=near,
+        cli_args=SimpleNamespace(kv_bits=bits, kv_group_size=64),
+        find_shapes=list,
+        make_title=str,
+    )
+    assert (provider.describe("it").near is None) == (bits is not None)
 
 
 def test_a_copy_and_a_cut_keep_the_mark(saved, model, near, caches):

@@ -164,6 +164,19 @@ def test_a_reply_that_was_cut_is_held_as_far_as_there_are_rows(read):
     assert TOKENIZER.decode(made) == TOKENIZER.decode(render(messages))
 
 
+def test_what_follows_a_cut_reply_is_the_text_that_was_sent(read):
+    """A tokenizer may put a space before whatever it encodes."""
+
+    class Spacing(Tokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return super().encode(text if text[0] in "< " else f" {text}")
+
+    stored, messages = talk((assistant("hello world"), spell("hello wo")))
+    prompt = render(messages)
+    made, _ = replay(Spacing(), prompt, messages, [array("q", stored)], read)
+    assert made == prompt
+
+
 def test_only_what_comes_before_decides(read):
     """A reply to another question is another one, whatever its words."""
     stored, messages = talk((assistant("hello"), spell("hello")))
@@ -181,6 +194,8 @@ def test_what_goes_on_takes_the_place_of_what_it_continues():
     known = Sampled([[1, 2], [7]])
     known.add([1, 2, 3])
     assert [one.tolist() for one in known.latest()] == [[1, 2, 3], [7]]
+    many = Sampled([number] for number in range(100))
+    assert many.latest()[0].tolist() == [0]  # the latest one
     for number in range(100):
         known.add([number, 5, 5])
     assert len(known.latest()) == 64

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ...errors import KVStoreError
+from ...format.chain import is_reanchored
 from ...format.documents import JSON
 from ...format.entry import Entry
 from ...storage.keys import known_keys
@@ -268,6 +269,7 @@ def _entry_fields(
     codecs = Counter(stored.codec for _, stored in chain)
     config = fingerprint.fields.get("config")
     is_exact = all(place.is_exact for place, _ in chain)
+    is_exact = is_exact and not is_reanchored(fingerprint.fields)
     return [
         ("name", entry.name or "-"),
         ("title", entry.title or "-"),
