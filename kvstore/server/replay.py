@@ -136,14 +136,16 @@ def _fitting(
     if sampled == rendered:
         return rendered
     was, now = (tokenizer.decode(part.tolist()) for part in (sampled, rendered))
-    if was.strip() == now.strip():
+    # A template may take space away, and a client too; what it has added is its own.
+    if was == now or (was.strip() == now.strip() and _content(message) in was):
         return sampled
     calls = _calls(message)
     if calls and read is not None:
         content, called, reasoning = read(was)
-        is_same = content.strip() == _text(message) and called == calls
-        # Reasoning that the template leaves out is not put back.
-        return sampled if is_same and reasoning.strip() in now else None
+        is_same = content.strip() == _content(message).strip() and called == calls
+        # Reasoning that the template leaves out is not put back; nor is any taken away.
+        is_same = is_same and reasoning.strip() == read(now)[2].strip()
+        return sampled if is_same else None
     # Of a reply that was cut at a number of tokens, the last one has no row.
     if was and not calls and now.startswith(was):
         rest = tokenizer.encode(now[len(was) :], add_special_tokens=False)
@@ -153,9 +155,9 @@ def _fitting(
     return None
 
 
-def _text(message: Any) -> str:
+def _content(message: Any) -> str:
     content = message.get("content")
-    return content.strip() if isinstance(content, str) else ""
+    return content if isinstance(content, str) else ""
 
 
 def _calls(message: Any) -> list[Any]:

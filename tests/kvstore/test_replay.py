@@ -58,6 +58,8 @@ def render(messages):
     text = ""
     for message in messages:
         body = message["content"]
+        if "reasoning" in message:
+            body = f"<think>{message['reasoning']}</think>{body}"
         for call in message.get("tool_calls", ()):
             # In another order, and with other spaces, than anybody samples.
             body += TOOL[0] + json.dumps(call["function"], indent=1).replace("\n", "")
@@ -116,8 +118,14 @@ ASKED = {"name": "read", "arguments": {"path": "a.py"}}
         (assistant("world", **ASKED), spell("world" + CALL)),
         (assistant("", name="read", arguments='{"path": "a.py"}'), spell(CALL)),
         (assistant("🙂"), [107]),
+        (
+            assistant("", **ASKED) | {"reasoning": "A file?"},
+            spell("<think>A file?</think>" + CALL),
+        ),
+        # A client that takes the space at the end away.
+        (assistant("hello"), spell("hello ")),
     ],
-    ids=["letters", "parts", "call", "both", "text", "same"],
+    ids=["letters", "parts", "call", "both", "text", "same", "reasons", "space"],
 )
 def test_every_sampled_token_is_held(message, sampled, read):
     """Whatever the template renders of it, and in each of several turns."""
@@ -144,8 +152,18 @@ def test_every_sampled_token_is_held(message, sampled, read):
         # Reasoning that the template leaves out stays out.
         (assistant("", **ASKED), spell("<think>A file?</think>" + CALL)),
         (assistant("hello"), spell("<think>Hm.</think>hello")),
+        # What the client has added stays.
+        (assistant("  hello"), spell("hello")),
+        (assistant("", **ASKED) | {"reasoning": "Two files?"}, spell(CALL)),
+        (
+            assistant("", **ASKED) | {"reasoning": "A file? No, two."},
+            spell("<think>A file?</think>" + CALL),
+        ),
     ],
-    ids=["letters", "call", "none", "words", "thought", "thoughts"],
+    ids=[
+        *("letters", "call", "none", "words", "thought", "thoughts"),
+        *("indented", "reasons", "more"),
+    ],
 )
 def test_another_reply_is_left_as_it_is_rendered(message, sampled, read):
     """A client that has changed what the model said gets what it has sent."""
