@@ -533,7 +533,7 @@ def _encoding_tables(rotation: Rotation) -> mx.array:
 def _restoring_tables(rotation: Rotation | None) -> mx.array:
     """Return the levels of each width by symbol, and what undoes the rotation."""
     if rotation is None:
-        return mx.zeros((1,))
+        return mx.array([0.0])  # for any thread: `mx.zeros` would be one's own
     levels = np.zeros(512, np.float32)
     for bits in range(1, 9):
         levels[1 << bits : 2 << bits] = symbol_table(bits)

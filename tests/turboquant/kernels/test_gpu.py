@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from shim import COMPILER, make_launch
+from standins import run_on_a_thread
 
 from turboquant import make_wh_rotation
 from turboquant.kernels import gpu
@@ -141,6 +142,14 @@ def test_a_planted_bug_is_found(bug, tmp_path, as_gpu):
     assert not gpu.can("encode")
     with pytest.raises(RuntimeError, match="no kernels"):
         gpu.encode(mx.zeros((1, 1, 4, 8)), 4, make_wh_rotation(8), is_centred=False)
+
+
+@pytest.mark.parametrize("rotation", [None, make_wh_rotation(24)])
+def test_tables_that_one_thread_makes_are_for_any(rotation):
+    """They are kept for good, and so must not be left to be computed."""
+    gpu._restoring_tables.cache_clear()
+    tables = run_on_a_thread(gpu._restoring_tables, rotation)
+    assert np.isfinite(np.asarray(tables)).all()
 
 
 def test_the_ptx_is_of_this_text():
