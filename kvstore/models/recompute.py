@@ -6,6 +6,7 @@ the model shows that they are its own.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -168,4 +169,6 @@ def _error(
     if right[0].dtype not in _FLOATS or not wanted.size or rows.shape != wanted.shape:
         return 0.0
     size = mx.linalg.norm(wanted)
-    return float(mx.linalg.norm(rows - wanted) / mx.maximum(size, 1e-9))
+    error = float(mx.linalg.norm(rows - wanted) / mx.maximum(size, 1e-9))
+    # A NaN is neither smaller nor larger than what other layers differ by.
+    return math.inf if math.isnan(error) else error

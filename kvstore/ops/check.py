@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import FormatError, IndexDamagedError, IntegrityError
+from ..errors import FormatError, IndexDamagedError, IntegrityError, KVStoreError
 from ..format.basis import bases_named, basis_of
 from ..format.block import BlockHash, Progress, StoredBlock
 from ..format.config import CONFIG, CONFIG_COPY
@@ -26,7 +26,13 @@ from ..storage.entries import (
     set_entry_aside,
     write_entry,
 )
-from ..storage.folder import StoreFolder, config_of, read_config, write_config
+from ..storage.folder import (
+    StoreFolder,
+    config_of,
+    open_folder,
+    read_config,
+    write_config,
+)
 from ..storage.index import Index
 from ..storage.shards import (
     OpenShard,
@@ -115,7 +121,7 @@ def repair(folder: StoreFolder) -> list[Finding]:
         for finding in damaged:
             _make_way(folder, folder.path / finding.path)
         if damaged:
-            write_config(folder.path, config_of(folder))
+            write_config(folder.path, config_of(_configured(folder)))
         for finding in findings:
             path = folder.path / finding.path
             is_entry = finding.kind == "damaged-entry"
@@ -179,8 +185,16 @@ def _replace_shard(folder: StoreFolder, name: str) -> None:
     quarantine_shard(folder.shards, name, folder.quarantine)
 
 
+def _configured(folder: StoreFolder) -> StoreFolder:
+    """Return a store with what others have set since it was opened, if one can say."""
+    with suppress(KVStoreError, OSError):
+        return open_folder(folder.path, is_borrowed=True)
+    return folder
+
+
 def _check_config(folder: StoreFolder) -> Iterator[Finding]:
     """Yield which of the two copies of the configuration is not right."""
+    folder = _configured(folder)
     for name in (CONFIG, CONFIG_COPY):
         path = folder.path / name
         try:

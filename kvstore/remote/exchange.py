@@ -62,6 +62,7 @@ class Remotes:
             RemoteError: It cannot be reached, or can do nothing that is needed.
             KVStoreError: Another one has this name.
         """
+        self._refuse_sealed()
         found = probe(Client(remote, create=True))
         add_remote(self._blocks.folder, remote)
         return found
@@ -260,16 +261,19 @@ class Remotes:
         Raises:
             KVStoreError: There is none of this name.
         """
-        if self._blocks.folder.cipher is not None:
-            raise KVStoreError(
-                "an encrypted store has no remotes: what lies there is in the clear",
-                hint="`kvstore export` writes one entry in the clear, on purpose",
-            )
+        self._refuse_sealed()
         if isinstance(remote, Client):
             return remote
         found = find_remote(self._blocks.folder, remote)
         is_trusted = is_trusted or found.is_trusted
         return Client(changed(found, is_trusted=is_trusted), limits)
+
+    def _refuse_sealed(self) -> None:
+        if self._blocks.folder.cipher is not None:
+            raise KVStoreError(
+                "an encrypted store has no remotes: what lies there is in the clear",
+                hint="`kvstore export` writes one entry in the clear, on purpose",
+            )
 
 
 def _warned(listing: Listing) -> list[Listed]:

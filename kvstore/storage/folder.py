@@ -9,6 +9,7 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import ArgumentError, FormatError, IntegrityError, StoreNotFoundError
 from ..format.chain import BLOCK_SIZE
@@ -275,7 +276,7 @@ def remake_folder(folder: StoreFolder) -> StoreFolder:
     # Another process may have made it, and set a limit of its own.
     limit = made.chosen_bytes or folder.chosen_bytes
     is_strict = made.is_signed_only or folder.is_signed_only
-    return _configured(replace(made, chosen_bytes=limit, is_signed_only=is_strict))
+    return _configured(made, chosen_bytes=limit, is_signed_only=is_strict)
 
 
 def _existing(path: Path) -> Path:
@@ -291,17 +292,20 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """
     if max_bytes <= 0:
         raise ArgumentError(f"a size limit is positive: {max_bytes}", hint="in bytes")
-    return _configured(replace(folder, chosen_bytes=max_bytes))
+    return _configured(folder, chosen_bytes=max_bytes)
 
 
 def restrict_folder(folder: StoreFolder, *, is_signed_only: bool) -> StoreFolder:
     """Set whether a store takes only what a trusted key signed; return the store."""
-    return _configured(replace(folder, is_signed_only=is_signed_only))
+    return _configured(folder, is_signed_only=is_signed_only)
 
 
-def _configured(folder: StoreFolder) -> StoreFolder:
-    write_config(folder.path, config_of(folder))
-    return folder
+def _configured(folder: StoreFolder, **changes: Any) -> StoreFolder:
+    with files.locked(folder.lock, exclusive=True):
+        # What others have set since this process opened the store stays.
+        configured = replace(open_folder(folder.path), **changes)
+        write_config(configured.path, config_of(configured))
+    return configured
 
 
 def is_store(path: Path) -> bool:

@@ -16,6 +16,7 @@ from kvstore.cli import cli
 from kvstore.cli.failures import run
 from kvstore.errors import IntegrityError, KeyNotFoundError, KVStoreError
 from kvstore.format.entry import entry_id
+from kvstore.remote.remotes import make_remote
 from kvstore.storage import vault
 from kvstore.storage.blocks import BlockStore
 from kvstore.storage.folder import create_folder, open_folder
@@ -305,11 +306,12 @@ def test_the_same_shard_is_written_once(path, caches):
 def test_a_remote_is_refused(path, caches):
     """What lies in a remote is in the clear, so an encrypted store has none."""
     fill(path, caches)
-    with (
-        kvstore.Store(path) as store,
-        pytest.raises(KVStoreError, match="in the clear"),
-    ):
-        store.remotes.push(NAME)
+    there = make_remote("there", str(path.parent / "there"), {})
+    with kvstore.Store(path) as store:
+        for use in (lambda: store.remotes.push(NAME), lambda: store.remotes.add(there)):
+            with pytest.raises(KVStoreError, match="in the clear"):
+                use()
+    assert not (path.parent / "there").exists()
 
 
 def test_a_release_that_knows_no_keys_refuses_it(path):

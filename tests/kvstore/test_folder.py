@@ -9,7 +9,9 @@ import sys
 import pytest
 from blake3 import blake3
 
+import kvstore
 from kvstore.errors import FormatError, IntegrityError, StoreNotFoundError
+from kvstore.format.config import CONFIG_COPY
 from kvstore.format.documents import canonical_json
 from kvstore.storage.folder import create_folder, default_path, open_folder
 
@@ -46,6 +48,20 @@ def test_creating_twice_gives_the_same_store(tmp_path):
     """A store that is there stays as it is, whatever block size is asked for."""
     made = create_folder(tmp_path / "store", 32)
     assert made == create_folder(tmp_path / "store", 64)
+
+
+def test_what_another_process_has_set_stays(store_path):
+    """A limit or a policy is no damage, and goes by no other setting or repair."""
+    with kvstore.Store(store_path) as early, kvstore.Store(store_path) as late:
+        late.set_policy(is_signed_only=True)
+        assert early.verify() == []
+        early.set_limit(10**9)
+        assert early.is_signed_only
+        late.set_limit(10**8)
+        (store_path / CONFIG_COPY).write_bytes(b"damaged")
+        assert [finding.kind for finding in early.repair()] == ["damaged-config"]
+    now = open_folder(store_path)
+    assert (now.is_signed_only, now.chosen_bytes) == (True, 10**8)
 
 
 def test_two_stores_have_two_ids(tmp_path):

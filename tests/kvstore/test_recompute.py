@@ -55,6 +55,15 @@ def test_rows_of_other_tokens_are_found(store_path, model, codec):
     assert {one.finding.kind for one in found} == {"foreign-rows"}
 
 
+def test_rows_that_are_no_numbers_are_found(store_path, model):
+    """A NaN in the last layer is no smaller than what the others differ by."""
+    cache = prefill(model.model, TOKENS, prefill_step_size=31)
+    cache[-1].values = cache[-1].values * float("nan")
+    with kvstore.Store(store_path, "raw") as store:
+        store.save(TOKENS, cache, model.fingerprint, name="doc")
+    assert not any(one.is_right for one in look(store_path, model))
+
+
 def test_where_the_tokens_part_the_rows_do(store_path, model):
     """Of tokens that begin alike, the blocks before the change are right."""
     fill(store_path, model, "raw", [*TOKENS[:80], *TOKENS[:70]])
