@@ -122,7 +122,9 @@ class TenantPromptCache(DiskPromptCache):
         def describe_for(key: tuple[Any, str]) -> ServedModel:
             served = describe(key[0])
             salted = served.fingerprint.with_salt(key[1])
-            return replace(served, fingerprint=salted)
+            # Re-anchored rows of the operator's may come from what is not shared.
+            near = served.near if key[1] else None
+            return replace(served, fingerprint=salted, near=near)
 
         super().__init__(store, describe_for, **options)
         self._tenancy = tenancy

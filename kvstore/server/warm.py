@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from ..format.documents import JSON
 
@@ -15,6 +16,8 @@ log = logging.getLogger("kvstore")
 # It listens before it has loaded its model, and answers when it has.
 _START_S = 60.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
+# A proxy would be asked for its own 127.0.0.1, and be told prompts and the token.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 def start_warming(
@@ -35,7 +38,7 @@ def start_warming(
 
 def _warm(url: str, token: str, requests: Mapping[str, JSON]) -> None:
     deadline = time.monotonic() + _START_S
-    while not _is_there(f"{url}/kvstore?token={token}"):
+    while not _is_there(f"{url}/kvstore?token={quote(token, safe='')}"):
         if time.monotonic() > deadline:
             log.warning("kvstore: nothing is computed ahead: no answer from %s", url)
             return
@@ -59,7 +62,7 @@ def _warm(url: str, token: str, requests: Mapping[str, JSON]) -> None:
 
 def _is_there(page: str) -> bool:
     try:
-        with urllib.request.urlopen(page, timeout=5):
+        with _open(page, timeout=5):
             return True
     except OSError:  # an answer of another server included
         return False
@@ -69,6 +72,6 @@ def _post(url: str, body: JSON) -> JSON:
     """Return what is answered; whatever its model takes, it is waited for."""
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request) as answer:
+    with _open(request) as answer:
         found: JSON = json.loads(answer.read())
     return found

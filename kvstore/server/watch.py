@@ -104,7 +104,7 @@ def watch(
         return None if prompt is None else cache_of().lookup_of(prompt)
 
     def do_post(handler: Any) -> None:
-        served = requests.begin(handler.path.partition("?")[0])
+        served = requests.begin(_escaped(handler.path.partition("?")[0]))
         try:
             post(handler)
         except (BrokenPipeError, ConnectionResetError):
@@ -127,7 +127,7 @@ def watch(
 
     def log_message(_: Any, words: str, *args: Any) -> None:
         # A malformed line of a request too may have a token after the mark.
-        log.info("kvstore: %s", (words % args).partition("?")[0])
+        log.info("kvstore: %s", _escaped((words % args).partition("?")[0]))
 
     def handle_one_request(handler: Any) -> None:
         try:
@@ -175,7 +175,12 @@ def _name(handler: Any) -> str:
     """Return method and path of a request, without what may be a token."""
     # There is none where the client hung up before it.
     line = getattr(handler, "requestline", "")
-    return " ".join(line.partition("?")[0].split()[:2])
+    return _escaped(" ".join(line.partition("?")[0].split()[:2]))
+
+
+def _escaped(text: str) -> str:
+    """Return what a client sent without what would steer the operator's terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _log_request(served: Served, lookup: Lookup | None) -> None:

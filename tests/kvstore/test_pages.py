@@ -8,13 +8,16 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from types import SimpleNamespace
+from urllib.parse import parse_qs, urlsplit
 
 import kit
 import pytest
 
 import kvstore
+from kvstore.server import warm
 from kvstore.server.pages import Pages
 from kvstore.server.watch import Requests, watch
 
@@ -115,8 +118,12 @@ def test_malformed_requests_are_answered(shown):
     assert b" 400 " in send_line(server, f"GET /kvstore?token={token} extra HTTP/1.1")
     assert b" 414 " in send_line(server, "GET /" + "x" * 65536)
     assert b" 404 " in send_line(server, f"POST /kvstore?token={token} HTTP/1.1")
+    assert b" 404 " in send_line(server, "POST /\x1b[2J HTTP/1.1")
+    assert b" 404 " in send_line(server, "GET /\x1b[2J HTTP/1.1")
     server.wait_for("POST /kvstore: 404")
+    server.wait_for("GET /\\x1b[2J: 404")
     log = server.text()[len(before) :]
+    assert "\x1b" not in log
     assert "GET /kvstore: 400" in log
     assert token not in log
     assert "Traceback" not in log
@@ -136,6 +143,36 @@ def test_a_client_that_hangs_up_is_one_line(caplog):
         client.close()
         handler(connection, ("", 0), None)
     assert caplog.messages[-1] == "kvstore: GET /kvstore: the client hung up"
+
+
+def test_what_is_computed_ahead_is_told_to_no_proxy(monkeypatch, caplog):
+    """The server is asked itself, with its token, whatever that is made of."""
+    caplog.set_level(logging.INFO, "kvstore")
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(parse_qs(urlsplit(self.path).query)["token"])
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self):
+            seen.append(
+                json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            )
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"usage": {"prompt_tokens": 7}}')
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setattr(warm, "_START_S", 0.0)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        warm._warm(f"http://127.0.0.1:{server.server_port}", "a b&c/ü", {"it": {}})
+        server.shutdown()
+    assert seen == [["a b&c/ü"], {"max_tokens": 1, "stream": False}]
+    assert "`it` is computed ahead: 7 tokens" in caplog.text
 
 
 def test_an_entry_is_pinned_and_removed(shown):

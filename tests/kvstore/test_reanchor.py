@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from contextlib import closing
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from kvstore.caches.live import Provenance, read_provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
 from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel, app
+from kvstore.server.tenants import Tenancy, TenantPromptCache
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
@@ -205,6 +207,15 @@ def test_a_server_that_makes_codes_of_rows_reuses_none(model, near, caches, bits
         make_title=str,
     )
     assert (provider.describe("it").near is None) == (bits is not None)
+
+
+def test_what_is_shared_with_tenants_is_exact(store, model, near, caches):
+    """Rows of the operator's that were re-anchored may come from what is not shared."""
+    shown = ServedModel(caches.MODEL, (make_prompt_cache(model),), near=near)
+    tenancy = Tenancy("Authorization")
+    with closing(TenantPromptCache(store, lambda key: shown, tenancy)) as held:
+        assert held._served(("it", "")).near is None
+        assert held._served(("it", "alice")).near is near
 
 
 def test_a_copy_and_a_cut_keep_the_mark(saved, model, near, caches):
