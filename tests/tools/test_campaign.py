@@ -53,6 +53,15 @@ def test_a_mutant_is_caught(tmp_path, name):
     assert run(tmp_path, "--mutants", name)[:2] == (0, [["mutants", "1", "0"]])
 
 
+def test_every_mutant_is_of_the_code_as_it_is(monkeypatch):
+    """What it changes is there once."""
+    monkeypatch.syspath_prepend(ROOT)
+    from tools.campaign.mutants import MUTANTS
+
+    texts = {m.file: (ROOT / "kvstore" / m.file).read_text() for m in MUTANTS.values()}
+    assert [n for n, m in MUTANTS.items() if texts[m.file].count(m.old) != 1] == []
+
+
 def test_a_damaged_store_keeps_one_configuration(tmp_path):
     """Without both it is no store, and nothing could heal it."""
     sys.path.insert(0, str(ROOT))

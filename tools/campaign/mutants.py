@@ -73,6 +73,10 @@ MUTANTS = {
         "            decryptor.finalize_with_tag(bytes(scratch[:TAG_BYTES]))\n",
         "            pass\n", _test("encrypted", "one_block or flipped_bit"),
     ),
+    "a bundle is sealed unread": Mutant(
+        "storage/shards.py", "if blake3_hex(data) != stored.digest:", "if False:",
+        _test("encrypted", "a_bundle_that_lies"),
+    ),
     "an index in the clear": Mutant(
         "storage/index.py",
         "            values = [self.written(value) for value in values]\n",
@@ -113,7 +117,7 @@ MUTANTS = {
     ),
     "a remote's signature is not checked": Mutant(
         "remote/layout.py",
-        "    check_signature(remote.signature, _KIND, _body(remote))\n", "",
+        "    check_signature(whole.signature, _KIND, _body(whole))\n", "",
         _test("remote_trust", "signature_is"),
     ),
     "all who may write to a remote are trusted": Mutant(
