@@ -139,7 +139,7 @@ class CodedRows:
         coded = self
         for i in range(0, whole, BLOCK):
             coded = coded._code(self.tail[:, :, i : i + BLOCK])
-        return replace(coded, tail=self.tail[:, :, whole:]) if whole else self
+        return replace(coded, tail=_copied(self.tail, whole)) if whole else self
 
     def trim(self, num_rows: int) -> CodedRows:
         """Return the first rows."""
@@ -192,8 +192,7 @@ class CodedRows:
         """Return these rows and others of one block, coded, and no tail."""
         sinks = None
         if not self.num_coded:
-            # A copy: a view would keep all of the rows.
-            sinks = mx.take(rows, mx.arange(NUM_SINKS), axis=2)
+            sinks = _copied(rows, 0, NUM_SINKS)
         rest = rows if sinks is None else rows[:, :, NUM_SINKS:]
         mean, centred = None, rest
         if self.is_centred:
@@ -211,6 +210,11 @@ def _mean(rows: mx.array) -> mx.array:
     mean = mx.mean(rows.astype(mx.float32), axis=2, keepdims=True)
     mean = mx.where(mx.isfinite(mean), mean, 0)
     return mx.clip(mean, -_LARGEST_MEAN, _LARGEST_MEAN).astype(mx.float16)
+
+
+def _copied(rows: mx.array, begin: int, end: int | None = None) -> mx.array:
+    # A view would keep all of the rows.
+    return mx.take(rows, mx.arange(*slice(begin, end).indices(rows.shape[2])), axis=2)
 
 
 def _joined(rows: mx.array | None, more: mx.array) -> mx.array:

@@ -155,6 +155,18 @@ def test_memory_is_that_of_the_codes(bits, bytes_per_row):
     assert cache.nbytes == exact + coded + blocks * DIM * 2 * heads
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rows_that_were_coded_are_let_go_of(heads):
+    """What is coded at once keeps none of the rows that it was made of."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    plain = KVCache()
+    plain.update_and_fetch(*make_rows(4096, heads=heads))
+    (coded,) = quantize_prompt_cache([plain], "turbo4")
+    del plain
+    assert mx.get_active_memory() - before < coded.nbytes + 100_000
+
+
 @pytest.mark.parametrize("steps", [[600], [1] * 9, [3, 1, 252, 1, 1, 300], [4, 256, 1]])
 def test_rows_are_coded_once_however_they_come(steps):
     """Rows appended in any portions are those appended in one."""
