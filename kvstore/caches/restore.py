@@ -611,7 +611,7 @@ class _LiveBlocks:
     def write(self, codec: Codec, parts: Parts, group: Group, rows: Rows) -> None:
         """Keep what a block has of some layers, decoded unless it is their codes."""
         if isinstance(codec.array, Turbo):
-            if rows.start % BLOCK_SIZE:
+            if rows.start % BLOCK_SIZE or rows.shape[2] > BLOCK_SIZE:
                 raise IntegrityError(f"codes from token {rows.start} are no block's")
             # Copied, since the memory that a block was read into is used again.
             own = map_arrays(np.array, parts)

@@ -232,6 +232,7 @@ class Loader:
             max_bytes=restoring.spare_bytes,
         )
         is_moved = True
+        failed: Exception | None = None
         try:
             origin = self._blocks.origin_at(hit.places[0])
             is_moved = is_reanchored(origin.fingerprint)
@@ -246,6 +247,7 @@ class Loader:
                     provenance = _add(provenance, stored, done)
                     progress(done, hit.num_tokens)
         except (IntegrityError, FormatError, OSError) as error:
+            failed = None  # which has this frame, and so the rows
             if strict:
                 raise
             # Windows and states were to be rebuilt where the hit ended.
@@ -491,7 +493,9 @@ class _Decoding:
                 data = data if item.buffers else self._buffer(stored)
                 read(item.buffers or [data])
         except (IntegrityError, OSError) as error:
-            return item, error
+            # Their frames would keep all rows until garbage is collected.
+            error.__cause__ = error.__context__ = None
+            return item, error.with_traceback(None)
         if not item.buffers:
             self._decode(item, data)
         return item, None

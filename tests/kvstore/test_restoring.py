@@ -1,6 +1,8 @@
 """Restoring on MLX's device gives what restoring in NumPy gives."""
 
+import gc
 import os
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import kvstore
 from kvstore.caches import restore as restoring
+from kvstore.codecs import Rows, get_codec
 from kvstore.ops import load as loading
 from turboquant.kv_cache import TurboQuantKVCache
 
@@ -154,6 +157,39 @@ def test_rows_that_no_block_brings_are_zeros(
                 last = file.read(1)[0]
                 file.seek(-1, os.SEEK_END)
                 file.write(bytes([last ^ 1]))
+
+
+def test_a_load_that_met_damage_lets_go_of_its_rows(store_path, caches, monkeypatch):
+    """At once, though errors know frames: nobody collects garbage in time."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(list(range(512)), caches.make_cache(512), caches.MODEL)
+        (shard,) = store_path.rglob("*.safetensors")
+        shard.chmod(0o600)
+        with shard.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        kept = []
+        fresh = restoring.HostRestoring
+        monkeypatch.setattr(
+            loading,
+            "start_restoring",
+            lambda *given: kept.append(weakref.ref(each := fresh(*given))) or each,
+        )
+        gc.collect()
+        gc.disable()
+        try:
+            restored, _ = store.load([*range(512), -1], caches.MODEL)
+            assert restored[0].offset == 496
+            assert [each() for each in kept] == [None, None]
+        finally:
+            gc.enable()
+
+
+def test_codes_of_more_than_a_block_are_refused():
+    """A live cache has a mean for each block, which those would lack."""
+    rows = Rows("k.coded", 0, (1, 1, 300, 64), "F16")
+    with pytest.raises(kvstore.IntegrityError, match="no block's"):
+        restoring._LiveBlocks().write(get_codec("turbo4"), {}, None, rows)
 
 
 def test_uninitialised_arrays_are_written_through_numpy():
