@@ -17,6 +17,9 @@ from ..models.changes import ADVICE, Change, Decode, find_changes
 _TIMES = 3
 # Fewer are no loss that anybody would notice.
 _LEAST = 256
+# So many tokens from the first that differs are compared: where the same lines come
+# again and again, comparing takes the square of their number, beside who generates.
+_COMPARED = 2048
 
 
 class Drift:
@@ -53,7 +56,7 @@ class Drift:
         # No word of the prompt: who reads the log may be somebody else.
         return (
             f"prompts differ again and again, now in line {change.line}, and"
-            f" {change.num_behind:,} tokens behind it are computed each time;"
+            f" {change.num_behind:,} tokens or more behind it are computed each time;"
             f" {ADVICE[change.cause]}"
         )
 
@@ -69,4 +72,6 @@ def _first_change(
     if not any(shared):
         return None
     stored = others[shared.index(max(shared))]
-    return next(iter(find_changes(list(stored), list(prompt), decode)), None)
+    stop = common_run(stored, prompt) + _COMPARED
+    changes = find_changes(list(stored[:stop]), list(prompt[:stop]), decode)
+    return next(iter(changes), None)

@@ -63,3 +63,10 @@ def test_what_does_not_differ_before_much_is_not_told(prompts):
 def test_what_costs_nothing_is_not_told():
     """A prompt that was held, whatever differs from another one."""
     assert not any(told(map(clock, range(6)), num_computed=100))
+
+
+def test_the_same_lines_again_and_again_are_not_compared_for_minutes():
+    """Comparing all of them would take the square of their number."""
+    lines = random.Random(1).choices(["yes", "no", "perhaps"], k=20_000)
+    prompts = [encode(f"At 09:0{n}.\n" + "\n".join(lines)) for n in range(3)]
+    assert "in line 1" in told(prompts)[-1]
