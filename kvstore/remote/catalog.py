@@ -53,6 +53,8 @@ class Listing:
     found: tuple[Listed, ...]
     # Why others were refused, one for each.
     refused: tuple[KVStoreError, ...]
+    # Those of them that will be again.
+    wrong: tuple[EntryKey, ...] = ()
 
 
 def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
@@ -128,8 +130,9 @@ def read_new(
         del known[gone]
     new = [key for key in keys if key not in known]
     listing = _read_all(client, new)
-    # A document never changes: neither does what is wrong with it.
-    known.update(dict.fromkeys(new))
+    # A document never changes: neither does what is wrong with it. But one that the
+    # server that was asked does not have yet may come.
+    known.update(dict.fromkeys(listing.wrong))
     known.update({listed.key: listed.remote for listed in listing.found})
     return listing.refused
 
@@ -237,6 +240,7 @@ def _read_all(
 
     So is what no trusted key has signed, unless ``is_any``.
     """
+    wrong: list[EntryKey] = []
 
     def read(key: EntryKey) -> Listed | KVStoreError:
         try:
@@ -245,6 +249,7 @@ def _read_all(
             signer_of(found) if is_any else check_allowed(client.remote, found)
             return Listed(key, found)
         except (IntegrityError, FormatError, SignerError) as error:
+            wrong.append(key)
             return error
         except FileNotFoundError:
             return IntegrityError(
@@ -257,6 +262,7 @@ def _read_all(
     return Listing(
         tuple(result for result in results if isinstance(result, Listed)),
         tuple(result for result in results if isinstance(result, KVStoreError)),
+        tuple(wrong),
     )
 
 

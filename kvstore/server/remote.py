@@ -22,6 +22,7 @@ from ..remote.client import Client, Limits
 from ..remote.exchange import warn
 from ..remote.layout import EntryKey, RemoteEntry, derived
 from ..storage.index import Timing
+from ..storage.keys import known_keys
 from ..store import Store
 from .writer import give_way
 
@@ -69,6 +70,7 @@ class RemoteTier:
         # By the model's digest: its entries there, and since when they are known.
         self._known: dict[str, dict[EntryKey, RemoteEntry | None]] = {}
         self._known_at: dict[str, float] = {}
+        self._signers: dict[str, str] = {}
         self._pulls: dict[str, Timing] = {}
         # When an entry, by its last block, was pulled or refused.
         self._tried_at: dict[str, float] = {}
@@ -170,6 +172,10 @@ class RemoteTier:
         """Return the remote's longest part of a prompt that is worth trying."""
         now, known = time.monotonic(), self._known.setdefault(digest, {})
         if now >= self._known_at.get(digest, 0.0):
+            if (signers := known_keys()) != self._signers:
+                self._signers = signers
+                self._known.clear()  # who was refused may be trusted now
+                known = self._known.setdefault(digest, {})
             warn(read_new(self._client, digest, known))
             # Where a list takes long, few are read: else a fleet reads nothing else.
             took = time.monotonic() - now

@@ -12,6 +12,7 @@ from kvstore.errors import IntegrityError, SignerError
 from kvstore.format.signature import new_secret, public_key
 from kvstore.remote.layout import document_of, parse_document, parse_key, signed
 from kvstore.remote.remotes import make_remote
+from kvstore.server import remote as tiers
 from kvstore.server.remote import RemoteTier
 from kvstore.storage.keys import new_signing_key, trust_signer
 
@@ -144,6 +145,30 @@ def test_a_server_takes_what_was_signed(opened, alice, caches):
     tier = RemoteTier(right, timeout_s=10)
     tier.bring(model, [*tokens, 7], 1, like=like, min_bits=0, prefill=None)
     assert [(None, alice)] == [(e.name, e.signer) for e in right.entries()]
+
+
+def test_a_server_finds_what_is_trusted_or_there_later(
+    opened, alice, caches, s3_server, monkeypatch, tmp_path
+):
+    """A signer that nobody trusted yet, and a document that a replica lacks."""
+    monkeypatch.setattr(tiers, "_PAUSE_S", 0.0)
+    left, right = opened
+    push(left, monkeypatch, tmp_path)
+    tokens, _ = caches.make_conversation(2, 1, extra=3)
+    model, like = caches.MODEL.digest, [KVCache(), KVCache()]
+    tier = RemoteTier(right, timeout_s=10)
+
+    def bring():
+        tier._known_at.clear()
+        tier.bring(model, [*tokens, 7], 1, like=like, min_bits=0, prefill=None)
+        return len(right.entries())
+
+    assert 0 == bring()
+    trust_signer("alice", alice)
+    s3_server.fault = lambda at: 404 if "/v1/entries/" in at.path else None
+    assert 0 == bring()
+    s3_server.fault = lambda at: None
+    assert 1 == bring()
 
 
 def test_a_later_entry_of_somebody_else_hides_nothing(
