@@ -240,7 +240,7 @@ class Disk:
     ) -> tuple[tuple[list[Any], list[int]], str] | None:
         """Return re-anchored rows of a prompt, where they are allowed and worth it."""
         near, begin = served.near, time.monotonic()
-        if near is None or spans:
+        if near is None or spans or begin < self._read_again_at:
             return None
         before = served.num_computed
         prompt_cache, rest = self.store.load_near(

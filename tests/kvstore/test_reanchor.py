@@ -267,6 +267,19 @@ def test_a_server_says_how_many_were_taken_over(store_path, served, model, cache
         assert store.lookup([*TOKENS, 1], caches.MODEL).num_tokens == len(TOKENS)
 
 
+def test_a_disk_that_was_too_slow_is_left_alone(store_path, served, model):
+    """Also for rows that would be re-anchored."""
+    tier = DiskPromptCache(kvstore.Store(store_path, "raw"), lambda key: served)
+    tier.insert_cache("m", TOKENS, compute(model, TOKENS))
+    assert tier.flush()
+    tier.trim_to(n_sequences=0)
+    tier._disk._read_again_at = time.monotonic() + 60
+    assert tier.fetch_nearest_cache("m", PROMPT) == (None, PROMPT)
+    tier._disk._read_again_at = 0
+    assert len(tier.fetch_nearest_cache("m", PROMPT)[1]) == 2
+    tier.close()
+
+
 def test_a_batch_does_not_forget_what_was_moved(saved, model, near, caches):
     """Not at the end of a segment, nor at the end, nor where it is given up."""
     kept = []
