@@ -190,7 +190,7 @@ class Store:
 
     @property
     def _catalog(self) -> Catalog:
-        return Catalog(self._blocks)
+        return Catalog(self._blocks, self._base)
 
     def save(
         self,

@@ -109,10 +109,12 @@ class Catalog:
 
     Args:
         blocks: The store's blocks.
+        base: Those of a store that is only read, to say that an entry is there.
     """
 
-    def __init__(self, blocks: BlockStore) -> None:
+    def __init__(self, blocks: BlockStore, base: BlockStore | None = None) -> None:
         self._blocks = blocks
+        self._base = base
 
     @property
     def _folder(self) -> StoreFolder:
@@ -147,6 +149,12 @@ class Catalog:
         ids = [i for i in list_ids(folder) if is_start and i.startswith(ref)]
         entry = read_entry(folder, ids[0]) if len(ids) == 1 else None
         if entry is None:
+            if self._base is not None:
+                theirs = Catalog(self._base).find(ref)
+                raise EntryNotFoundError(
+                    f"`{theirs.name or theirs.id}` is in the base, which is only read",
+                    hint="with `--store` in place of `--base` it can be changed or pushed",
+                )
             several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
             raise EntryNotFoundError(
                 f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"

@@ -58,6 +58,15 @@ def test_what_the_base_has_is_found(store, doc, caches):
     assert not store.stats().num_entries
 
 
+def test_what_only_the_base_has_is_not_changed(store):
+    """And the error says so, since a list shows it."""
+    for act in (store.remove, store.traces_of, lambda n: store.pin(n, pinned=True)):
+        with pytest.raises(EntryNotFoundError, match="`doc` is in the base"):
+            act("doc")
+    with pytest.raises(EntryNotFoundError, match="no entry `else`"):
+        store.remove("else")
+
+
 def test_own_comes_first(store, doc, caches):
     """An own entry hides the base's of its name, and of two equal hits it is read."""
     tokens, cache = caches.make_conversation(2, 5)
