@@ -153,7 +153,7 @@ class Catalog:
                 theirs = Catalog(self._base).find(ref)
                 raise EntryNotFoundError(
                     f"`{theirs.name or theirs.id}` is in the base, which is only read",
-                    hint="with `--store` in place of `--base` it can be changed or pushed",
+                    hint="`--store` in place of `--base` opens it to be changed",
                 )
             several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
             raise EntryNotFoundError(
