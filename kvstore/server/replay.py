@@ -136,6 +136,8 @@ def _fitting(
     if sampled == rendered:
         return rendered
     was, now = (tokenizer.decode(part.tolist()) for part in (sampled, rendered))
+    if "\ufffd" in was:  # stands for any bytes that are no text
+        return None
     # A template may take space away, and a client too; what it has added is its own.
     if was == now or (was.strip() == now.strip() and _content(message) in was):
         return sampled

@@ -27,7 +27,8 @@ def read(monkeypatch):
     found, real = [], files.read_small
 
     def note(path, limit):
-        found.append(path.stem)
+        if path.parent.name == "entries":
+            found.append(path.stem)
         return real(path, limit)
 
     monkeypatch.setattr(ledger.files, "read_small", note)

@@ -17,6 +17,9 @@ MARKS = {USER: "<user>", ANSWER: "<answer>", END: "<end>", LINE: "\n"}
 # All that begins a word is one token when a text is encoded; a model may sample parts.
 WORDS = ["hello", "world", "hel", "lo", "wor", "ld", '"name": "read", ', "🙂"]
 VOCABULARY = MARKS | {100 + n: word for n, word in enumerate(WORDS)}
+# Bytes that are no text, and the sign that a client is sent for them.
+NO_TEXT, SIGN = 901, 900
+VOCABULARY |= {SIGN: "\ufffd", NO_TEXT: "\ufffd"}
 LETTERS = {ord(c): 1000 + ord(c) for c in map(chr, range(32, 127))}
 SPOKEN = VOCABULARY | {number: chr(c) for c, number in LETTERS.items()}
 TOOL = ("<tool_call>", "</tool_call>")
@@ -149,6 +152,7 @@ def test_every_sampled_token_is_held(message, sampled, read):
         (assistant("", **ASKED), spell(CALL.replace("a.py", "b.py"))),
         (assistant("", **ASKED), spell("<tool_call>read it</tool_call>")),
         (assistant("hello", **ASKED), spell(CALL)),
+        (assistant("hello \ufffd"), [*spell("hello "), NO_TEXT]),
         # Reasoning that the template leaves out stays out.
         (assistant("", **ASKED), spell("<think>A file?</think>" + CALL)),
         (assistant("hello"), spell("<think>Hm.</think>hello")),
@@ -161,7 +165,7 @@ def test_every_sampled_token_is_held(message, sampled, read):
         ),
     ],
     ids=[
-        *("letters", "call", "none", "words", "thought", "thoughts"),
+        *("letters", "call", "none", "words", "no text", "thought", "thoughts"),
         *("indented", "reasons", "more"),
     ],
 )
