@@ -84,7 +84,7 @@ def test_a_document_is_cut_to_length(tiny_demo, num_tokens):
     assert "Why?" in tiny_demo._tokenizer.decode(question)
 
 
-@pytest.mark.parametrize("num_tokens", [256, 257])
+@pytest.mark.parametrize("num_tokens", [256, pytest.param(257, marks=pytest.mark.slow)])
 def test_a_model_with_a_window_is_resumed_too(tiny_model, tmp_path, num_tokens):
     """Layers that forget what is long past are restored as well."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")

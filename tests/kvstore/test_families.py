@@ -204,6 +204,7 @@ def test_ends_that_nobody_goes_back_to_are_dispensable():
     assert min(entry.num_tokens for entry in kept) <= 400
 
 
+@pytest.mark.slow
 def test_a_long_chat_of_a_recurrent_model_keeps_a_handful_of_states(
     servers, tiny_model, tmp_path
 ):

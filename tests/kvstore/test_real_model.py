@@ -174,7 +174,10 @@ def octets(array):
 # Growing: what is stored is never encoded again.
 
 
-@pytest.fixture(scope="module", params=["raw", "turbo4+zstd"])
+@pytest.fixture(
+    scope="module",
+    params=["turbo4+zstd", pytest.param("raw", marks=pytest.mark.slow)],
+)
 def growth(request, tmp_path_factory):
     """A chat of 2,048 tokens grown by 200 five times, each time in a new process."""
     folder = tmp_path_factory.mktemp("growth")

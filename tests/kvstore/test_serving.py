@@ -740,6 +740,7 @@ def smollm2():
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_long_system_prompt_is_there_after_a_restart(servers, smollm2, tmp_path):
     """SmolLM2 and 2,000 tokens: SIGTERM, SIGKILL; ten times sooner, the same text."""
@@ -841,6 +842,7 @@ def test_a_reply_that_a_client_stops_is_kept(servers, models, tmp_path):
     assert held(server.ask(LONG)) == 1
 
 
+@pytest.mark.slow
 def test_a_prefill_that_a_stop_ends_is_kept(servers, tiny_model, tmp_path):
     """SIGTERM keeps what was computed of a prompt, between two of its steps."""
     options = ("--prefill-step-size", "64", "--codec", "raw")
@@ -885,11 +887,11 @@ def test_a_captured_request_is_rendered_as_it_was_served(
 
 SLOW_WAYS = [
     pytest.param(way, marks=pytest.mark.slow)
-    for way in ("draft", "quantized", "draft, quantized")
+    for way in ("alone", "draft", "quantized", "draft, quantized")
 ]
 
 
-@pytest.mark.parametrize("way", ["batched", "alone", *SLOW_WAYS])
+@pytest.mark.parametrize("way", ["batched", *SLOW_WAYS])
 def test_a_kill_during_a_prefill_costs_its_last_steps(servers, models, tmp_path, way):
     """SIGKILL at 5,000 tokens leaves more than 4,000, however they are served."""
     options = ["--prefill-step-size", "256", "--codec", "raw"]
