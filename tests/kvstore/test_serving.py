@@ -301,6 +301,7 @@ def test_a_conversation_goes_on_with_a_draft_model(pair, models):
         messages.append({"role": "assistant", "content": said(guessed)})
 
 
+@pytest.mark.skipif(not HAS_KV_BITS, reason="0.31 has no parser to read a reply by")
 def test_a_tool_call_is_held_as_it_was_sampled(pair, models):
     """The template renders it in another way, which costs nothing."""
     ours, _ = pair
