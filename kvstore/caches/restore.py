@@ -211,6 +211,11 @@ class _Target:
         return first - begin, slice(first - rows.start, last - rows.start)
 
 
+def _spare_bytes(nbytes: int) -> int:
+    """Return what blocks under way may take beside rows of so many bytes."""
+    return max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
+
+
 class HostRestoring:
     """Decodes layer by layer, in NumPy, into the buffers that the caches will own.
 
@@ -229,7 +234,7 @@ class HostRestoring:
         self._coded = _LiveBlocks()
         self._arrays = self._target.allocate()
         nbytes = sum(a.nbytes for held in self._arrays for a in held.values())
-        self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
+        self.spare_bytes = _spare_bytes(nbytes)
         # MLX shares its memory with NumPy, and nothing has read the arrays yet.
         self._views: list[dict[str, Array]] = [
             {name: np.asarray(array)[0] for name, array in arrays.items()}
@@ -342,7 +347,7 @@ class KernelRestoring(HostRestoring):
         self._upload = gpu.start_upload()
         self._sent: dict[tuple[int, str], list[tuple[Cut, Segments]]] = {}
         nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
-        self.spare_bytes = max(_MIN_SPARE_BYTES, nbytes // _SPARE_PART)
+        self.spare_bytes = _spare_bytes(nbytes)
         self._arrays = [{} for _ in self._target.layers]
         self._views = [
             {
