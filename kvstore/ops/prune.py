@@ -157,7 +157,6 @@ class _Survey:
         )
         self._references.update(needed)
         self._uses = index.uses()
-        self._summed = index.summed_uses()
         self._advantages = advantages(index, self.entries)
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
@@ -190,7 +189,7 @@ class _Survey:
     def used_at(self, entry: Entry) -> float:
         """Return when an entry was saved or last hit, the later of both."""
         chain = self._chains[entry.id]
-        uses = [self._uses.get(block, 0.0) for block in chain]
+        uses = [self._uses[block][0] for block in chain if block in self._uses]
         return max(map(_past, [entry.updated_at, *uses]))
 
     def candidates(self, *, named: bool) -> list[Entry]:
@@ -201,12 +200,13 @@ class _Survey:
         return sorted(found, key=lambda e: (e.name is not None, self._worth(e), e.id))
 
     def _worth(self, entry: Entry) -> float:
-        """Return what an entry is worth its bytes for.
+        """Return a moment: the entry with the earliest one is evicted first.
 
-        A hit that ended in a block of others too would do without the entry.
+        Hits in blocks that other entries have too do not count: evicting this entry
+        would leave those blocks where they are.
         """
         own = (block for block in self._chains[entry.id] if self._references[block] < 2)
-        sums = (self._summed[block] for block in own if block in self._summed)
+        sums = (self._uses[block][1] for block in own if block in self._uses)
         # Nobody has a million uses: a clock was ahead.
         most = time.time() + 20 * HALF_LIFE_S
         known = (moment if moment <= most else _past(moment) for moment in sums)

@@ -44,7 +44,7 @@ def last_uses(index: Index, entries: Sequence[Entry]) -> dict[str, float]:
 
 
 def _last_uses(
-    uses: dict[BlockHash, float],
+    uses: dict[BlockHash, tuple[float, float]],
     links: dict[BlockHash, Link],
     entries: Sequence[Entry],
 ) -> dict[str, float]:
@@ -52,7 +52,8 @@ def _last_uses(
     for entry in entries:
         for block in reversed(list(_walk(links, _tip(entry), known))):
             before = known.get(links[block].parent, 0.0)
-            known[block] = max(before, uses.get(block, 0.0))
+            used_at, _ = uses.get(block, (0.0, 0.0))
+            known[block] = max(before, used_at)
     return {e.id: max(e.updated_at, known.get(_tip(e), 0.0)) for e in entries}
 
 

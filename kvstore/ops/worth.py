@@ -1,8 +1,8 @@
-"""What an entry is worth its bytes for: seconds saved, and the chance of another use.
+"""Which entries to keep: those used often and lately, of models slow to compute.
 
-Uses are summed as a moment: the one at which a single use would count as much as all
-of them do together, where each counts half as much a day later. Sums then need no
-rewriting as time goes by, and two of them can be compared at any time.
+A use counts half as much a day later. So several uses together count as much as a
+single later one, and that moment stands for their sum. Two sums can be compared at any
+time, and none has to be written again as time goes by.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def sum_uses(moments: Sequence[float]) -> float:
 
 
 def advantages(index: Index, entries: Sequence[Entry]) -> dict[str, float]:
-    """Return by how much later entries count as used, in seconds, by their root.
+    """Return how many seconds later the entries of each root count as used.
 
-    Where a byte of one model's rows takes twice as long to compute as one of another's,
-    its entries count as used a half-life later. A model whose speed was not measured
-    counts as the median does.
+    If a byte of rows takes one model twice as long to compute as another, that model's
+    entries count as used a half-life later. A model whose speed was not measured counts
+    as fast as the median.
     """
     measured = {
         timing.fingerprint: tps

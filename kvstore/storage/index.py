@@ -519,10 +519,14 @@ class Index:
         rows = self._select(query, (shard,), (float,))
         return float(rows[0][0]) if rows else 0.0
 
-    def uses(self) -> dict[BlockHash, float]:
-        """Return when a hit last ended in each block, Unix seconds."""
-        rows = self._select("SELECT hash, used_at FROM uses", (), (bytes, float))
-        return {BlockHash(block): used_at for block, used_at in rows}
+    def uses(self) -> dict[BlockHash, tuple[float, float]]:
+        """Return when a hit last ended in each block, and the sum of all such hits.
+
+        Both in Unix seconds; `ops.worth` says how hits are summed.
+        """
+        query = "SELECT hash, used_at, summed FROM uses"
+        rows = self._select(query, (), (bytes, float, float))
+        return {BlockHash(block): (used_at, summed) for block, used_at, summed in rows}
 
     def counters(self) -> dict[str, int]:
         """Return all counters by name."""
@@ -546,11 +550,6 @@ class Index:
                 yield
         finally:
             self._query("PRAGMA synchronous = FULL")
-
-    def summed_uses(self) -> dict[BlockHash, float]:
-        """Return what was noted of all hits that ended in each block."""
-        rows = self._select("SELECT hash, summed FROM uses", (), (bytes, float))
-        return {BlockHash(block): summed for block, summed in rows}
 
     def note_use(
         self,
