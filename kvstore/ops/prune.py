@@ -7,9 +7,10 @@ at once. Rows go before files, and a file only after a second look under the loc
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,8 @@ class PrunePlan:
     # Every entry can be read and has all of its blocks, so that what is left over is
     # known.
     is_whole: bool = True
+    # Files of entries that a clock dated which was ahead.
+    undated: tuple[Path, ...] = ()
     # Bases that neither a block nor a calibration names, and their bytes.
     bases: dict[str, int] = field(default_factory=dict)
 
@@ -148,6 +151,7 @@ class _Survey:
     def __init__(
         self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
     ) -> None:
+        self._folder = folder
         self.shards = index.contents()
         self.links = index.links()
         self.entries, self._unreadable = _known_entries(folder, index)
@@ -190,7 +194,22 @@ class _Survey:
         """Return when an entry was saved or last hit, the later of both."""
         chain = self._chains[entry.id]
         uses = [self._uses[block][0] for block in chain if block in self._uses]
-        return max(map(_past, [entry.updated_at, *uses]))
+        return max([self._saved_at(entry), *map(_past, uses)])
+
+    def _saved_at(self, entry: Entry) -> float:
+        """Return when an entry was saved, by its file where its own time is to come."""
+        if not _is_ahead(entry.updated_at):
+            return entry.updated_at
+        return _past(_modified_at(self._folder.entry_path(entry.id)))
+
+    def undated(self) -> list[Path]:
+        """Return the files of entries of which no clock tells how old they are."""
+        paths = [
+            self._folder.entry_path(entry.id)
+            for entry in self.entries
+            if _is_ahead(entry.updated_at)
+        ]
+        return [path for path in paths if _is_ahead(_modified_at(path))]
 
     def candidates(self, *, named: bool) -> list[Entry]:
         """Return what may be evicted: the least worth first, named ones last."""
@@ -210,7 +229,7 @@ class _Survey:
         # Nobody has a million uses: a clock was ahead.
         most = time.time() + 20 * HALF_LIFE_S
         known = (moment if moment <= most else _past(moment) for moment in sums)
-        uses = sum_uses([_past(entry.updated_at), *known])
+        uses = sum_uses([self._saved_at(entry), *known])
         return uses + self._advantages[entry.root]
 
     def release(self, entry: Entry) -> list[BlockHash]:
@@ -272,6 +291,7 @@ class Pruner:
             sum(dead[name] for name in holed - repacked.keys()),
             self,
             survey.is_whole,
+            tuple(survey.undated()),
             self._choose_bases(),
         )
 
@@ -307,6 +327,7 @@ class Pruner:
             self._blocks.confirm()  # which tells the index of what was taken back
         for path in plan.leftovers:
             self._remove_leftover(path)
+        self._date(plan.undated)
         freed = before - self._index.nbytes() + put_aside
         if plan.bases:
             freed += self._blocks.remove_bases(
@@ -315,6 +336,13 @@ class Pruner:
         if self._index.is_temporary:
             self._blocks.leave_memory()
         return freed
+
+    def _date(self, paths: Iterable[Path]) -> None:
+        """Let entries grow old from now on, of which nobody knows how old they are."""
+        at = time.time() - GRACE_S
+        for path in paths:
+            with suppress(OSError):  # evicted just now, or of another user
+                os.utime(path, (at, at))
 
     def _remove_shards(self, names: tuple[str, ...], gone: set[BlockHash]) -> None:
         """Remove shards; the store's lock is held."""
@@ -434,8 +462,19 @@ def _age(stamp: float) -> float:
     A time that is still to come was noted by a clock that was ahead: how old the thing
     is cannot be known, and it counts as old as the grace period.
     """
-    age = time.time() - stamp
-    return max(0.0, age) if age >= -_SKEW_S else GRACE_S
+    return GRACE_S if _is_ahead(stamp) else max(0.0, time.time() - stamp)
+
+
+def _is_ahead(stamp: float) -> bool:
+    return stamp > time.time() + _SKEW_S
+
+
+def _modified_at(path: Path) -> float:
+    """Return when a file was written, or now where it cannot be asked."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
 
 
 def _is_older(path: Path, age_s: float) -> bool:

@@ -410,6 +410,34 @@ def test_a_clock_that_was_ahead_delays_nothing(store_path, caches, monkeypatch):
         assert store.stats().num_shards == 0
 
 
+@pytest.mark.parametrize("file_too", [False, True])
+def test_what_a_clock_dated_ahead_grows_old(store_path, caches, monkeypatch, file_too):
+    """From when its file was written, or from the first prune that cannot tell."""
+    import time
+
+    real, day = time.time, 86_400
+
+    def evicted(days: float) -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: real() + days * day)
+            plan = store.plan_prune(older_than_s=30 * day, named=True)
+            plan.execute()
+            return len(plan.entries)
+
+    with kvstore.Store(store_path, codec="raw") as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: real() + 400 * day)
+            store.save(*caches.make_conversation(3, 1), caches.MODEL, name="old")
+        (path,) = (store_path / "entries").rglob("*.json")
+        if file_too:
+            os.utime(path, (real() + 400 * day,) * 2)
+        assert evicted(1) == 0
+        assert evicted(29) == 0
+        # Of the file nobody knew how old it was a day from now.
+        assert evicted(30.5) == (0 if file_too else 1)
+        assert evicted(31.5) == (1 if file_too else 0)
+
+
 # --- Links, modes, names. ---
 
 
