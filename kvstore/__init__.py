@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from .models.chat import Chat
     from .models.generate import save_prompt, stream_generate
     from .models.load import LoadedModel
-    from .ops.check import Finding
     from .ops.explain import Explanation
     from .ops.load import Match
     from .ops.speeds import Speeds
     from .ops.stats import Stats
+    from .ops.upkeep.check import Finding
     from .server.prompt_cache import DiskPromptCache
     from .server.tier import Tier, tier
     from .store import Store
@@ -110,7 +110,7 @@ _HOMES = {
     ),
     "fingerprint": ("Fingerprint",),
     "format.entry": ("Entry",),
-    "ops.check": ("Finding",),
+    "ops.upkeep.check": ("Finding",),
     "ops.explain": ("Explanation",),
     "ops.load": ("Match",),
     "ops.speeds": ("Speeds",),

@@ -26,10 +26,10 @@ from .format.block import (
 from .format.chain import as_tokens, is_reanchored
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
-from .ops import check
-from .ops.check import Finding
 from .ops.speeds import Speeds
 from .ops.stats import Stats, sum_up
+from .ops.upkeep import check
+from .ops.upkeep.check import Finding
 from .ops.usage import LoadNotes
 from .storage.blocks import BlockStore
 from .storage.borrowed import open_borrowed
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
     from .format.calibration import Calibration
     from .ops.explain import Explanation
     from .ops.load import Hit, Loader, Match, Request
-    from .ops.prune import PrunePlan
     from .ops.quality import Loss
-    from .ops.traces import Traces
     from .ops.tree import Tree
+    from .ops.upkeep.prune import PrunePlan
+    from .ops.upkeep.purge import Traces
     from .remote.exchange import Remotes
 
 T = TypeVar("T")
@@ -622,7 +622,7 @@ class Store:
         Raises:
             EntryNotFoundError: There is no such entry.
         """
-        from .ops.prefetch import read_ahead
+        from .ops.load import read_ahead
 
         blocks, entry = self._holder(ref)
         return blocks.run(lambda: read_ahead(blocks, entry))
@@ -685,7 +685,7 @@ class Store:
 
         They may stand anywhere in it. The latest entries of the model are looked at.
         """
-        from .ops.nearest import find_nearest
+        from .ops.explain import find_nearest
 
         token_list, known = as_tokens(tokens), self._catalog.all()
         digest = fingerprint.digest
@@ -695,7 +695,7 @@ class Store:
 
     def latest_tokens(self, fingerprint: Fingerprint) -> list[list[int]]:
         """Return the tokens of a model's latest entries, the latest first."""
-        from .ops.nearest import latest
+        from .ops.explain import latest
 
         known, digest = self._catalog.all(), fingerprint.digest
         return self._blocks.run(
@@ -802,7 +802,7 @@ class Store:
 
     def eviction_order(self) -> list[Entry]:
         """Return what a save at the size limit may evict: the least worth first."""
-        from .ops.prune import eviction_order
+        from .ops.upkeep.prune import eviction_order
 
         return self._blocks.run(lambda: eviction_order(self._blocks))
 
@@ -1032,7 +1032,7 @@ class Store:
         Raises:
             EntryNotFoundError: There is no such entry.
         """
-        from .ops.traces import traces_of
+        from .ops.upkeep.purge import traces_of
 
         entry = self._catalog.find(ref)
         return self._blocks.run(lambda: traces_of(self._blocks, entry))
@@ -1054,7 +1054,7 @@ class Store:
                 writing.
             StoreLockedError: Another process kept the store or the index locked.
         """
-        from .ops.purge import purge
+        from .ops.upkeep.purge import purge
 
         self._write_notes()
         self._blocks.run(lambda: purge(self._blocks, removed or {}))
@@ -1159,7 +1159,7 @@ class Store:
                 quarantine. A save that is under way elsewhere then has to write
                 its blocks again.
         """
-        from .ops.prune import GRACE_S, Policy, plan_confirmed
+        from .ops.upkeep.prune import GRACE_S, Policy, plan_confirmed
 
         policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
 
@@ -1187,7 +1187,7 @@ class Store:
             IntegrityError: An entry cannot be read, so that nobody knows what it needs.
             StoreLockedError: Another process kept the store or the index locked.
         """
-        from .ops.tails import free_tails
+        from .ops.upkeep.tails import free_tails
 
         tips, self._tips = self._tips, set()
         if tips:

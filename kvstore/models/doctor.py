@@ -10,7 +10,7 @@ from pathlib import Path
 from ..caches import live as caches
 from ..errors import KVStoreError
 from ..format.documents import JSON
-from ..ops.doctor import Diagnosis
+from ..ops.upkeep.doctor import Diagnosis
 from .context import context_length
 from .load import find_model, load_model
 

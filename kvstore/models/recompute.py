@@ -20,7 +20,7 @@ from ..caches.layout import group_layers
 from ..errors import KVStoreError
 from ..format.block import BlockHash, Progress, StoredBlock
 from ..format.entry import Entry
-from ..ops.check import Finding
+from ..ops.upkeep.check import Finding
 from ..storage.index import Place
 from ..storage.shards import shard_path
 from ..store import Store

@@ -21,8 +21,8 @@ from ..storage import files
 from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .prune import Policy, forgotten, plan_confirmed
 from .quality import Blocks, find_loss
+from .upkeep.prune import Policy, forgotten, plan_confirmed
 
 
 def replaceable(

@@ -1,11 +1,12 @@
 """Explain a lookup: how far any model stored these tokens, and what blocks the rest.
 
 `ops.load` asks how far rows can be restored. This asks how far the tokens are stored,
-for any model and any kind of cache.
+for any model and any kind of cache, and which stored prompt is most like another.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +16,14 @@ from ..caches.kinds import known_layout
 from ..errors import FormatError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.block import Block, BlockHash, StoredBlock
-from ..format.chain import hash_block_tokens, hash_root, split_tokens
+from ..format.chain import common_run, hash_block_tokens, hash_root, split_tokens
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
 from ..storage.index import Link, Place
 from .load import Child, Hit, Loader, Match, Request, why_unusable
+
+# The latest; each costs its shards' headers.
+_MAX_ENTRIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,3 +402,47 @@ def _kind_difference(trace: _Trace, request: Request) -> str | None:
     except IntegrityError as error:
         return f"layers: {error}"
     return why_unusable(layout, request)
+
+
+def find_nearest(
+    blocks: BlockStore, entries: Sequence[Entry], tokens: list[int], fingerprint: str
+) -> tuple[Entry, list[int]] | None:
+    """Return the entry that has most of a prompt's tokens, and its own.
+
+    Args:
+        blocks: The store's blocks.
+        entries: Its entries, latest first.
+        tokens: The prompt.
+        fingerprint: Digest of the model's fingerprint; others' entries are left out.
+    """
+    wanted = Counter(tokens)
+
+    def likeness(pair: tuple[Entry, list[int]]) -> tuple[int, int]:
+        return (Counter(pair[1]) & wanted).total(), common_run(pair[1], tokens)
+
+    return max(latest(blocks, entries, fingerprint), key=likeness, default=None)
+
+
+def latest(
+    blocks: BlockStore, entries: Sequence[Entry], fingerprint: str
+) -> Iterator[tuple[Entry, list[int]]]:
+    """Yield the latest entries of a model with their tokens, but damaged ones.
+
+    Args:
+        blocks: The store's blocks.
+        entries: Its entries, latest first.
+        fingerprint: Digest of the model's fingerprint.
+    """
+    roots = {root.hex() for root, _ in blocks.index.roots(fingerprint)}
+    for entry in [entry for entry in entries if entry.root in roots][:_MAX_ENTRIES]:
+        if (found := _tokens(blocks, entry)) is not None:
+            yield entry, found
+
+
+def _tokens(blocks: BlockStore, entry: Entry) -> list[int] | None:
+    """Return the tokens of an entry; ``None`` where it is damaged."""
+    try:
+        chain = blocks.chain(entry)
+    except (IntegrityError, FormatError):
+        return None  # which `verify` reports
+    return [token for _, stored in chain for token in stored.block.tokens]

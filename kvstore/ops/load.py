@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, takewhile
@@ -43,7 +43,7 @@ from ..format.entry import Entry
 from ..format.spans import Span, last_end
 from ..storage.blocks import BlockStore
 from ..storage.index import MAX_CHILDREN, Place
-from ..storage.shards import reopen_shard
+from ..storage.shards import reopen_shard, shard_path
 from .bases import own_codecs
 
 Reason = Literal[
@@ -596,3 +596,22 @@ def _add(provenance: Provenance, stored: StoredBlock, done: int) -> Provenance:
         provenance.coded_tokens if stored.is_lossless else done,
         min(provenance.bits, stored.bits),
     )
+
+
+def read_ahead(blocks: BlockStore, entry: Entry) -> threading.Thread:
+    """Start a thread that reads what the index says an entry lies in, first to last."""
+    tip = BlockHash(bytes.fromhex(entry.tip))
+    shards = dict.fromkeys(place.shard for place, _ in blocks.index.chain(tip))
+    paths = [shard_path(blocks.folder.shards, name) for name in reversed(shards)]
+    # No process waits at its end for what nobody asks for any more.
+    thread = threading.Thread(target=_read, args=(paths,), daemon=True)
+    thread.start()
+    return thread
+
+
+def _read(paths: Sequence[Path]) -> None:
+    buffer = bytearray(8 << 20)
+    for path in paths:
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

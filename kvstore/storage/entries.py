@@ -105,7 +105,7 @@ class Catalog:
     """Entries by name and id.
 
     The index holds a second copy of each entry, by which a damaged file is known to
-    :mod:`~kvstore.ops.prune` and rebuilt by a repair.
+    :mod:`~kvstore.ops.upkeep.prune` and rebuilt by a repair.
 
     Args:
         blocks: The store's blocks.

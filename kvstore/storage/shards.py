@@ -1,4 +1,4 @@
-"""Shard files: stage, publish, open, read, quarantine."""
+"""Shard files: stage, publish, open, read, quarantine and take back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from struct import unpack
 
-from ..errors import IntegrityError
+from ..errors import FormatError, IntegrityError
 from ..format.block import EncodedBlock, Origin, ShardHeader, StoredBlock
 from ..format.documents import blake3_hex
 from ..format.safetensors import MAX_HEADER_BYTES
@@ -346,6 +346,32 @@ def quarantine_shard(folder: Path, name: str, quarantine: Path) -> Path:
     target = quarantine / f"{name}.safetensors"
     files.publish(shard_path(folder, name), target)
     return target
+
+
+def take_back(folder: StoreFolder) -> None:
+    """Take shards out of the quarantine that are whole: they were misread once.
+
+    The store's lock is held; the index does not know them yet.
+    """
+    for path in folder.quarantine.glob("*.safetensors"):
+        with suppress(IntegrityError, FormatError, OSError, ValueError):
+            with open_shard_at(path, folder.cipher) as opened:
+                is_whole = opened.sha256() == path.stem
+            target = shard_path(folder.shards, path.stem)
+            if is_whole and not target.exists():
+                files.publish(path, target)
+
+
+def empty_quarantine(folder: StoreFolder) -> int:
+    """Remove what is in quarantine for good reason, and return its bytes.
+
+    The store's lock is held.
+    """
+    take_back(folder)
+    found = files.sizes_in(folder.quarantine)
+    for path in found:
+        files.remove_any(path)
+    return sum(found.values())
 
 
 def _damaged(path: Path, why: str) -> IntegrityError:

@@ -34,8 +34,7 @@ ORDER = [
 OPS = {  # and inside of ops
     "calibrate": {"bases"},
     "save": {"bases", "commit"},
-    "commit": {"prune", "quality"},
-    "doctor": {"selftest"},
+    "commit": {"quality", "upkeep.prune"},
     "explain": {"load"},
     "admit": {"commit"},
     "adopt": {"commit", "save"},
@@ -44,13 +43,13 @@ OPS = {  # and inside of ops
     "load": {"bases"},
     "near": {"load"},
     "recognise": {"load"},
-    "check": {"quarantine"},
-    "prune": {"quarantine", "worth"},
-    "purge": {"check", "prune", "quarantine", "traces"},
     "export_bundle": {"bases"},
     "stats": {"speeds"},
     "usage": {"load", "speeds", "worth"},
     "worth": {"speeds"},
+    "upkeep.doctor": {"upkeep.selftest"},
+    "upkeep.prune": {"worth"},
+    "upkeep.purge": {"upkeep.check", "upkeep.prune"},
 }
 # Where more than the name of the module says is imported from a package of others;
 # `top` is the module level, so at import time.
@@ -62,7 +61,7 @@ ALLOWED = {
     "transformers": {"models", "server"},
     "turboquant": {"codecs.turbo", "codecs.planes", "caches", "models"},
     "zstandard": {"codecs.zstd"},
-    "safetensors": {"ops.check"},
+    "safetensors": {"ops.upkeep.check"},
     "obstore": {"remote.client"},
     "cryptography": {"format.signature", "storage.cipher"},
     "keyring": {"storage.vault"},

@@ -8,7 +8,7 @@ import pytest
 import kvstore
 from kvstore.format import shard as shards
 from kvstore.format.chain import hash_root
-from kvstore.ops import check
+from kvstore.ops.upkeep import check
 from kvstore.storage.blocks import (
     confirm_folder,
     index_folder,

@@ -347,7 +347,8 @@ def test_ctrl_c_instead_of_an_answer_removes_nothing(
         raise click.Abort
 
     monkeypatch.setattr("kvstore.cli.output.Output.confirm", interrupt)
-    monkeypatch.setattr("kvstore.ops.prune.PrunePlan.freed_bytes", 1, raising=False)
+    plan = "kvstore.ops.upkeep.prune.PrunePlan"
+    monkeypatch.setattr(f"{plan}.freed_bytes", 1, raising=False)
     code, _, err = run_cli(*words)
     assert code == 130
     assert err.endswith("error: interrupted\nhint: nothing was removed\n")

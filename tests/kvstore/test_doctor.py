@@ -12,7 +12,7 @@ from kvstore import blas
 from kvstore.cli import failures
 from kvstore.models.context import context_length
 from kvstore.models.doctor import examine_model
-from kvstore.ops import doctor, selftest
+from kvstore.ops.upkeep import doctor, selftest
 from kvstore.storage import disk, files
 
 SUBJECTS = [

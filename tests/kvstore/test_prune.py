@@ -6,7 +6,7 @@ import time
 import pytest
 
 import kvstore
-from kvstore.ops import prune
+from kvstore.ops.upkeep import prune
 
 HOURS_AGO = time.time() - 3 * 3600
 

@@ -100,7 +100,7 @@ def bench(
     """
     output = output_of(context)
     _, result = _run(context, model, None, None, num_tokens, 8, codecs)
-    from ...ops.doctor import examine_machine
+    from ...ops.upkeep.doctor import examine_machine
 
     found = list(examine_machine())
     machine = {one.subject: one.detail for one in found}

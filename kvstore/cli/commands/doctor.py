@@ -17,7 +17,7 @@ from ..options import ModelOptions, gathered, model_options
 from ..output import has_colour, one_line
 
 if TYPE_CHECKING:
-    from ...ops.doctor import Diagnosis
+    from ...ops.upkeep.doctor import Diagnosis
 
 optional_model = partial(model_options, is_needed=False)
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red"}
@@ -50,7 +50,7 @@ def doctor(context: click.Context, model: ModelOptions) -> None:
 
 
 def _examine(path: Path, model: ModelOptions) -> Iterator[Diagnosis]:
-    from ...ops.doctor import examine_machine, examine_store
+    from ...ops.upkeep.doctor import examine_machine, examine_store
 
     has_back_end = True
     for diagnosis in examine_machine():

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
     from ...format.block import StoredBlock
     from ...ops.quality import Loss
-    from ...ops.traces import Traces
+    from ...ops.upkeep.purge import Traces
     from ...storage.index import Place
 
 _SHORT = 12

@@ -30,10 +30,10 @@ from ..output import (
 from .entries import confirm_removal, entry_data, entry_label, name_entries
 
 if TYPE_CHECKING:
-    from ...ops.check import Finding
-    from ...ops.prune import PrunePlan
     from ...ops.speeds import ModelSpeeds
     from ...ops.stats import Stats
+    from ...ops.upkeep.check import Finding
+    from ...ops.upkeep.prune import PrunePlan
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _TOO_MANY_BYTES = 2**63

@@ -15,23 +15,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FormatError, IntegrityError
-from ..format.block import BlockHash
-from ..format.entry import Entry
-from ..storage import files
-from ..storage.bases import basis_path, basis_size, calibrated_bases, list_bases
-from ..storage.blocks import BlockStore
-from ..storage.entries import copied_entry, list_ids, read_entry, remove_entries
-from ..storage.folder import StoreFolder
-from ..storage.index import Index, Place
-from ..storage.ledger import read_entries
-from ..storage.shards import (
+from ...errors import FormatError, IntegrityError
+from ...format.block import BlockHash
+from ...format.entry import Entry
+from ...storage import files
+from ...storage.bases import basis_path, basis_size, calibrated_bases, list_bases
+from ...storage.blocks import BlockStore
+from ...storage.entries import copied_entry, list_ids, read_entry, remove_entries
+from ...storage.folder import StoreFolder
+from ...storage.index import Index, Place
+from ...storage.ledger import read_entries
+from ...storage.shards import (
+    empty_quarantine,
     list_shards,
     open_shard,
     shard_path,
 )
-from .quarantine import empty_quarantine
-from .worth import HALF_LIFE_S, advantages, sum_uses
+from ..worth import HALF_LIFE_S, advantages, sum_uses
 
 GRACE_S = 3600.0
 _SLACK_BYTES = 65_536

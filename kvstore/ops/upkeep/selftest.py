@@ -5,10 +5,10 @@ from __future__ import annotations
 import blake3
 import numpy as np
 
-from ..codecs import Rows, get_codec
-from ..codecs.base import Array
-from ..codecs.turbo import kernels_name
-from ..format.block import TensorSpec
+from ...codecs import Rows, get_codec
+from ...codecs.base import Array
+from ...codecs.turbo import kernels_name
+from ...format.block import TensorSpec
 
 # Of what the codecs make of `_rows`; the formats are frozen, so these are too.
 _DIGESTS = {

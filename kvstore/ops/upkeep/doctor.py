@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from ..blas import (
+from ...blas import (
     BACK_END_REMEDY,
     OPENBLAS_REMEDY,
     OPENBLAS_VARIABLE,
@@ -27,12 +27,12 @@ from ..blas import (
     load_openblas,
     openblas_in_process,
 )
-from ..errors import KVStoreError, StoreLockedError
-from ..format.config import CONFIG
-from ..format.documents import JSON
-from ..storage import files
-from ..storage.disk import file_system_of, measure_disk
-from ..storage.folder import StoreFolder, open_folder
+from ...errors import KVStoreError, StoreLockedError
+from ...format.config import CONFIG
+from ...format.documents import JSON
+from ...storage import files
+from ...storage.disk import file_system_of, measure_disk
+from ...storage.folder import StoreFolder, open_folder
 
 State = Literal["good", "warning", "bad"]
 _PACKAGES = ("mlx-kvstore", "mlx", "mlx-lm", "numpy", "safetensors", "zstandard")

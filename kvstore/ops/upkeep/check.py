@@ -11,30 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import FormatError, IndexDamagedError, IntegrityError, KVStoreError
-from ..format.basis import bases_named, basis_of
-from ..format.block import BlockHash, Progress, StoredBlock
-from ..format.config import CONFIG, CONFIG_COPY
-from ..format.entry import Entry, damaged_entry
-from ..storage import files
-from ..storage.bases import basis_path, list_bases, read_basis, read_calibration
-from ..storage.blocks import READ_ONLY, _build_index, is_sound, place_in
-from ..storage.entries import (
+from ...errors import FormatError, IndexDamagedError, IntegrityError, KVStoreError
+from ...format.basis import bases_named, basis_of
+from ...format.block import BlockHash, Progress, StoredBlock
+from ...format.config import CONFIG, CONFIG_COPY
+from ...format.entry import Entry, damaged_entry
+from ...storage import files
+from ...storage.bases import basis_path, list_bases, read_basis, read_calibration
+from ...storage.blocks import READ_ONLY, _build_index, is_sound, place_in
+from ...storage.entries import (
     copied_entry,
     list_ids,
     read_entry,
     set_entry_aside,
     write_entry,
 )
-from ..storage.folder import (
+from ...storage.folder import (
     StoreFolder,
     config_of,
     open_folder,
     read_config,
     write_config,
 )
-from ..storage.index import Index
-from ..storage.shards import (
+from ...storage.index import Index
+from ...storage.shards import (
     OpenShard,
     list_shards,
     open_shard,
@@ -42,8 +42,8 @@ from ..storage.shards import (
     quarantine_shard,
     shard_path,
     staged_copy,
+    take_back,
 )
-from .quarantine import take_back
 
 FindingKind = Literal[
     "damaged-entry",

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from ..errors import FormatError, IntegrityError
-from ..format.block import BlockHash
-from ..storage import files
-from ..storage.blocks import BlockStore
-from ..storage.entries import Catalog, list_ids
+from ...errors import FormatError, IntegrityError
+from ...format.block import BlockHash
+from ...storage import files
+from ...storage.blocks import BlockStore
+from ...storage.entries import Catalog, list_ids
 
 
 def free_tails(blocks: BlockStore, catalog: Catalog, tips: Iterable[BlockHash]) -> None:
     """Free those of some blocks that are tails and that no entry has.
 
-    There is no grace period as in :mod:`~kvstore.ops.prune`: a save elsewhere that
-    counts on such a tail looks for it when it commits, under the same lock, and writes
-    it again. Tails with windows or states stay, since only from these can a chat go
-    back to where they end.
+    There is no grace period as in :mod:`~kvstore.ops.upkeep.prune`: a save elsewhere
+    that counts on such a tail looks for it when it commits, under the same lock, and
+    writes it again. Tails with windows or states stay, since only from these can a
+    chat go back to where they end.
 
     Args:
         blocks: The store's blocks.

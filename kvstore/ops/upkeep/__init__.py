@@ -1,0 +1,1 @@
+"""What keeps a store whole and small: check, prune, purge, tails, doctor."""
