@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -1168,13 +1167,6 @@ class Store:
             # What is needed must not look dispensable to an index that is wrong.
             return plan_confirmed(self._blocks, policy)
 
-        try:
-            return self._blocks.run(plan)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        # A full disk has no room for SQLite's own files either.
-        self._blocks.open_in_memory()
         return self._blocks.run(plan)
 
     def free_tails(self) -> None:

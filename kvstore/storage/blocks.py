@@ -6,6 +6,7 @@ The index is never believed: what it says is compared with the shard itself.
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import struct
 import time
@@ -32,7 +33,7 @@ from ..format.entry import Entry, entry_to_bytes
 from . import files
 from .bases import basis_size, remove_basis
 from .folder import StoreFolder
-from .index import Index, Place, index_identity, is_better
+from .index import Index, Place, disk_error, index_identity, is_better
 from .ledger import load_entry, see_entries, stamp_of
 from .shards import (
     StagedShard,
@@ -48,6 +49,7 @@ from .shards import (
 T = TypeVar("T")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a store that can be read and not be written to."""
+_NO_FILE = (*READ_ONLY, errno.ENOSPC)
 # A bad sector, or something else in a shard's place: a folder, a link, another's file.
 _UNREADABLE = (
     errno.EIO,
@@ -132,10 +134,23 @@ def _build_index(folder: StoreFolder) -> None:
                 _beside(path, suffix).unlink(missing_ok=True)
 
 
-def _temporary_index(folder: StoreFolder) -> Index:
-    """Return an index in memory, for a store that cannot be written to."""
+def index_in_memory(folder: StoreFolder, *, is_trusted: bool) -> Index:
+    """Return an index in memory, for a store that cannot be written to.
+
+    Args:
+        folder: The store.
+        is_trusted: Copy the store's index, and read only the shards that came since;
+            otherwise all of them.
+    """
     index = Index(folder.index, create=True, temporary=True)
-    index_folder(index, folder)
+    if is_trusted:
+        with suppress(OSError, IndexDamagedError, StoreLockedError, FormatError):
+            copied = Index(
+                folder.index, temporary=True, copied=True, cipher=folder.cipher
+            )
+            index.close()
+            index = copied
+    index_new(index, folder)
     return index
 
 
@@ -199,6 +214,9 @@ class BlockStore:
         self.folder = folder
         self.on_evict = on_evict
         self._opened: Index | None = None
+        # The error for which the index is in memory, if it is.
+        self._refusal: int | None = None
+        self._is_trusted = True
         self._is_running = False
         self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
         self._compared: OrderedDict[str, tuple[str, dict[Place, str]]] = OrderedDict()
@@ -208,20 +226,28 @@ class BlockStore:
         """The index, opened when first needed and rebuilt where it is missing."""
         if self._opened is None:
             try:
-                self._opened = open_index(self.folder)
+                self._opened, self._is_trusted = open_index(self.folder), True
             except OSError as error:
-                if error.errno not in READ_ONLY:
-                    raise
-                self._opened = _temporary_index(self.folder)
+                self._take_memory(error)
+        assert self._opened is not None
         return self._opened
 
-    def open_in_memory(self) -> None:
-        """Take an index in memory: on a full disk, SQLite cannot open its file.
+    def _take_memory(self, error: OSError) -> None:
+        """Take an index in memory, for a store that may only be read or has no room."""
+        if error.errno not in _NO_FILE:
+            raise error
+        self._refusal = error.errno
+        self._opened = index_in_memory(self.folder, is_trusted=self._is_trusted)
+        self._is_trusted = False  # it is closed only where it was damaged
 
-        Only for freeing blocks; :meth:`leave_memory` goes back.
+    def refuse_memory(self) -> None:
+        """Refuse to write what only an index in memory would know.
+
+        Raises:
+            OSError: It is in memory, and this is why.
         """
-        self.close()
-        self._opened = _temporary_index(self.folder)
+        if self.index.is_temporary and (number := self._refusal) is not None:
+            raise OSError(number, os.strerror(number), str(self.folder.index))
 
     def leave_memory(self) -> None:
         """Go back to the index's file, without the shards that were freed meanwhile."""
@@ -256,10 +282,7 @@ class BlockStore:
             self._is_running = False
 
     def _run(self, work: Callable[[], T]) -> T:
-        index = self._opened
-        # Another process may have put a new one in its place.
-        is_file = index is not None and not index.is_temporary
-        if index and is_file and index.identity != index_identity(self.folder.index):
+        if self._opened is not None and self._is_outdated(self._opened):
             self.close()
         try:
             return work()
@@ -268,8 +291,18 @@ class BlockStore:
         index = self._opened
         self.close()
         if index is None or not index.is_temporary:
-            replace_index(self.folder, index.identity if index else None)
+            try:
+                replace_index(self.folder, index.identity if index else None)
+            except OSError as error:
+                self._take_memory(error)
         return work()
+
+    def _is_outdated(self, index: Index) -> bool:
+        """Whether another index is in place, or there is room for one now."""
+        path = self.folder.index
+        if not index.is_temporary:
+            return index.identity != index_identity(path)
+        return self._refusal == errno.ENOSPC != disk_error(path)
 
     def run_again(self, work: Callable[[], T]) -> T:
         """Run ``work``, and twice more if it meets damage.
@@ -385,7 +418,11 @@ class BlockStore:
         Args:
             staged: The shard, synced.
             added_at: Since when its blocks are in the store, Unix seconds.
+
+        Raises:
+            OSError: There is no index but in memory, for a full disk say.
         """
+        self.refuse_memory()
         for basis in bases_named(staged.header.blocks):
             basis_size(self.folder, basis)  # one that `prune` has removed meanwhile
         publish_shard(self.folder.shards, staged)

@@ -7,12 +7,12 @@ out to be damaged is forgotten in memory only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FormatError, IndexDamagedError, KVStoreError, StoreLockedError
-from .blocks import BlockStore, index_new
-from .folder import StoreFolder, open_folder
+from ..errors import KVStoreError
+from .blocks import BlockStore, index_in_memory
+from .folder import open_folder
 from .index import Index
 
 
@@ -44,13 +44,11 @@ class BorrowedBlocks(BlockStore):
     it turns out to be damaged, another is made from the shards alone.
     """
 
-    _is_trusted = True
-
     @property
     def index(self) -> Index:
         """A copy of the index in memory."""
         if self._opened is None:
-            self._opened = _copy_index(self.folder, is_trusted=self._is_trusted)
+            self._opened = index_in_memory(self.folder, is_trusted=self._is_trusted)
             self._is_trusted = False  # it is closed only where it was damaged
         return self._opened
 
@@ -60,16 +58,3 @@ class BorrowedBlocks(BlockStore):
 
     def _quarantine(self, shard: str) -> None:
         pass
-
-
-def _copy_index(folder: StoreFolder, *, is_trusted: bool) -> Index:
-    index = Index(folder.index, create=True, temporary=True)
-    if is_trusted:
-        with suppress(OSError, IndexDamagedError, StoreLockedError, FormatError):
-            copied = Index(
-                folder.index, temporary=True, copied=True, cipher=folder.cipher
-            )
-            index.close()
-            index = copied
-    index_new(index, folder)
-    return index

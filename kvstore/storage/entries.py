@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
@@ -122,15 +121,7 @@ class Catalog:
 
     def all(self) -> list[Entry]:
         """Return all entries that can be read, latest first."""
-        try:
-            known = self._blocks.run(
-                lambda: read_entries(self._blocks.index, self._folder)
-            )
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            # Who frees space wants to see what there is, and SQLite opens no file then.
-            known = read_entries(None, self._folder)
+        known = self._blocks.run(lambda: read_entries(self._blocks.index, self._folder))
         found = [entry for entry in known.values() if isinstance(entry, Entry)]
         return sorted(found, key=lambda entry: (-entry.updated_at, entry.id))
 
@@ -188,6 +179,7 @@ class Catalog:
         """
         folder = self._folder
         path = folder.entry_path(entry.id)
+        self._blocks.refuse_memory()
         # First, so that the copy is never older than what was acknowledged.
         self._blocks.run(
             lambda: self._blocks.index.put_entry(entry.id, entry_to_bytes(entry))

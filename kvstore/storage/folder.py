@@ -140,18 +140,10 @@ def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
     Raises:
         StoreNotFoundError: There is none.
         FormatError: A newer release made it.
-        IntegrityError: Its ``config.json`` is damaged.
+        IntegrityError: Its ``config.json`` is damaged, or that of another store.
     """
     _check_path(path)
-    try:
-        config = read_config(path / CONFIG)
-    except (OSError, IntegrityError, FormatError) as error:
-        try:
-            config = read_config(path / CONFIG_COPY)
-        except (OSError, IntegrityError, FormatError):
-            if isinstance(error, FileNotFoundError | NotADirectoryError):
-                raise _not_a_store(path) from error
-            raise error from None
+    config = _find_config(path)
     _check_folders(path, is_borrowed=is_borrowed)
     if not is_borrowed and not (path / CONFIG_COPY).exists():
         with suppress(OSError):  # on a read-only disk nothing is written anyway
@@ -171,6 +163,29 @@ def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
         if config.encryption is None
         else Cipher(unlock(config.encryption), config.id),
     )
+
+
+def _find_config(path: Path) -> StoreConfig:
+    """Return the configuration, of which one copy may be damaged or missing."""
+    found: list[StoreConfig] = []
+    errors: list[Exception] = []
+    for name in (CONFIG, CONFIG_COPY):
+        try:
+            found.append(read_config(path / name))
+        except (OSError, IntegrityError, FormatError) as error:
+            errors.append(error)
+    if not found:
+        if isinstance(errors[0], FileNotFoundError | NotADirectoryError):
+            raise _not_a_store(path) from errors[0]
+        raise errors[0]
+    # With the wrong key, or none, all that is encrypted here would look damaged.
+    if found[0].encryption != found[-1].encryption:
+        raise IntegrityError(
+            f"the copies of the store's configuration have different keys: {path}",
+            hint=f"delete the one that is not the store's: `{CONFIG}` or"
+            f" `{CONFIG_COPY}`",
+        )
+    return found[0]
 
 
 def encryption_of(path: Path) -> JSON | None:

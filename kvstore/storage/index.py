@@ -947,7 +947,7 @@ class Index:
                 errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)
             ) from error
         except (apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError) as error:
-            number = self._disk_error() or errno.EACCES
+            number = disk_error(self.path) or errno.EACCES
             places = (self.path, self.path.parent)
             is_writable = all(os.access(place, os.W_OK) for place in places)
             is_refused = isinstance(error, apsw.ReadOnlyError)
@@ -956,21 +956,22 @@ class Index:
                 raise self._damaged(str(error)) from error
             raise OSError(number, str(error), str(self.path)) from error
         except apsw.IOError as error:
-            number = self._disk_error() or errno.EIO
+            number = disk_error(self.path) or errno.EIO
             raise OSError(number, str(error), str(self.path)) from error
         except (apsw.Error, ValueError, TypeError, OverflowError) as error:
             # Whatever else SQLite objects to in our fixed statements is damage.
             raise self._damaged(str(error)) from error
 
-    def _disk_error(self) -> int:
-        """Return the system's error that the state of the disk explains, or 0."""
-        disk = os.statvfs(self.path.parent)
-        if disk.f_flag & os.ST_RDONLY:
-            return errno.EROFS
-        # Without room SQLite cannot make the file that it shares with others.
-        has_room = disk.f_bavail * disk.f_frsize >= _SHARED_BYTES
-        has_inodes = disk.f_favail > 0 or disk.f_files == 0
-        return 0 if has_room and has_inodes else errno.ENOSPC
+
+def disk_error(path: Path) -> int:
+    """Return the system's error that the state of an index's disk explains, or 0."""
+    disk = os.statvfs(path.parent)
+    if disk.f_flag & os.ST_RDONLY:
+        return errno.EROFS
+    # Without room SQLite cannot make the file that it shares with others.
+    has_room = disk.f_bavail * disk.f_frsize >= _SHARED_BYTES
+    has_inodes = disk.f_favail > 0 or disk.f_files == 0
+    return 0 if has_room and has_inodes else errno.ENOSPC
 
 
 def is_better(new: tuple[int, int], old: tuple[int, int]) -> bool:

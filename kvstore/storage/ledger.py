@@ -31,14 +31,9 @@ Found = Entry | IntegrityError | FormatError | OSError
 """An entry, or why it cannot be read."""
 
 
-def read_entries(index: Index | None, folder: StoreFolder) -> dict[str, Found]:
-    """Return all entries by their ids, and what is wrong with those not readable.
-
-    Args:
-        index: The index; without one, all files are read.
-        folder: The store.
-    """
-    known = index.entries() if index else {}
+def read_entries(index: Index, folder: StoreFolder) -> dict[str, Found]:
+    """Return all entries by their ids, and what is wrong with those not readable."""
+    known = index.entries()
     found: dict[str, Found] = {}
     read: list[tuple[Entry, str]] = []
     for entry_id, stamp in sorted(_stamps(folder)):
@@ -55,8 +50,7 @@ def read_entries(index: Index | None, folder: StoreFolder) -> dict[str, Found]:
         else:
             found[entry_id] = entry
             read.append((entry, stamp))
-    if index:
-        see_entries(index, read)
+    see_entries(index, read)
     return found
 
 

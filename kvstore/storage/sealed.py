@@ -66,6 +66,14 @@ def _outer_header(salt: bytes, sizes: dict[str, int]) -> bytes:
     return pack("<Q", len(text)) + text
 
 
+def is_sealed(outer: bytes) -> bool | None:
+    """Whether a header is that of a sealed shard; ``None`` where it is no header."""
+    metadata = outer[: outer.find(b"}")]
+    if _META.encode() in metadata:
+        return True
+    return False if b'"kvstore":' in metadata else None
+
+
 class SealedShard:
     """What the outer header of a sealed shard says.
 

@@ -26,7 +26,7 @@ from ..format.shard import (
 from . import files
 from .cipher import Cipher
 from .folder import StoreFolder
-from .sealed import SealedShard, seal_shard
+from .sealed import SealedShard, is_sealed, seal_shard
 
 _SUFFIX = ".safetensors"
 _READ_BYTES = 8 * 1024 * 1024
@@ -386,6 +386,7 @@ def _read_header(
     descriptor: int, path: Path, size: int, cipher: Cipher | None
 ) -> ShardHeader:
     """Read and check the header of an open shard."""
+    header = bytearray()
     try:
         prefix = bytearray(8)
         files.read_into(descriptor, [memoryview(prefix)], 0)
@@ -406,6 +407,12 @@ def _read_header(
             raise ValueError("its parts have other sizes than its header says")
         return replace(parsed, nbytes=size, sealed=sealed)
     except (ValueError, KeyError, TypeError, EOFError) as error:
+        if is_sealed(bytes(header)) is (cipher is None):
+            which = "shard" if cipher is None else "store"
+            raise FormatError(
+                f"only the {which} is encrypted: {path}",
+                hint="put the store's own configuration back",
+            ) from error
         raise _damaged(path, str(error)) from error
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -345,6 +345,93 @@ def test_init_keeps_the_key_in_a_file(tmp_path, capsys, forgotten):
     assert "$KVSTORE_KEY_FILE" in told
 
 
+@pytest.mark.parametrize("refused", ["foreign", "file"])
+def test_a_folder_that_is_refused_leaves_no_key_file(
+    tmp_path, capsys, forgotten, refused
+):
+    """What no store was made for needs no key."""
+    key, store = tmp_path / "key", tmp_path / "store"
+    if refused == "foreign":
+        store.mkdir()
+        (store / "letter.txt").write_text("mine")
+    else:
+        store.write_text("mine")
+    make = ("--store", store, "init", "--encrypt", "--key-file", key)
+    assert "choose" in kv(capsys, *make, code=10).err
+    assert not key.exists()
+
+
+def other_config(path, store_path, names):
+    """Put the configuration of a store in the clear over an encrypted one's."""
+    for name in names:
+        shutil.copy(store_path / name, path / name)
+
+
+def files_of(path):
+    """Return all files of a store but those of the index."""
+    found = (p for p in path.rglob("*") if p.is_file())
+    return {p: p.read_bytes() for p in found if "index" not in p.name}
+
+
+CONFIGS = ("config.json", "config.copy.json")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_two_keys_are_refused(path, store_path, caches, capsys, name):
+    """One plain configuration beside the right one: nothing is opened or repaired."""
+    fill(path, caches)
+    good = (path / name).read_bytes()
+    other_config(path, store_path, [name])
+    before = files_of(path)
+    for verb in (["ls"], ["verify", "--repair"], ["prune", "--now"]):
+        told = kv(capsys, "--store", path, *verb, code=1).err
+        assert "different keys" in told
+        assert "delete the one" in told
+    assert files_of(path) == before
+    (path / name).unlink()  # as the hint says
+    with kvstore.Store(path) as store:
+        assert store.load_entry(NAME, caches.MODEL)[1] == TOKENS
+        store.repair()
+    assert (path / name).read_bytes() == good
+
+
+def test_a_repair_without_the_key_takes_nothing_away(path, store_path, caches):
+    """Both copies are plain: what is encrypted stays until the right ones are back."""
+    fill(path, caches)
+    good = {name: (path / name).read_bytes() for name in CONFIGS}
+    other_config(path, store_path, CONFIGS)
+    before = files_of(path)
+    with kvstore.Store(path, "raw") as store:
+        assert store.load([*TOKENS, 7], caches.MODEL)[0] is None
+        assert {found.kind for found in store.repair()} >= {"newer-format"}
+        store.plan_prune(now=True).execute()
+    assert files_of(path) == before
+    for name, data in good.items():
+        (path / name).write_bytes(data)
+    with kvstore.Store(path) as store:
+        assert store.load_entry(NAME, caches.MODEL)[1] == TOKENS
+        store.repair()
+        assert store.verify() == []
+
+
+def test_a_repair_with_a_strange_key_takes_nothing_away(path, store_path, caches):
+    """Both copies of a store in the clear are those of an encrypted one."""
+    with kvstore.Store(store_path, "raw") as store:
+        tokens, cache = caches.make_conversation(3, 1)
+        store.save(tokens, cache, caches.MODEL, name="plain")
+    good = {name: (store_path / name).read_bytes() for name in CONFIGS}
+    other_config(store_path, path, CONFIGS)
+    before = files_of(store_path)
+    with kvstore.Store(store_path, "raw") as store:
+        assert {found.kind for found in store.repair()} >= {"newer-format"}
+        store.plan_prune(now=True).execute()
+    assert files_of(store_path) == before
+    for name, data in good.items():
+        (store_path / name).write_bytes(data)
+    with kvstore.Store(store_path) as store:
+        assert store.load_entry("plain", caches.MODEL)[1] == tokens
+
+
 def test_a_key_in_the_keychain(tmp_path, forgotten, monkeypatch):
     """The keychain gives the key back; without it, nothing opens."""
     import keyring.errors

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -383,6 +383,75 @@ def test_a_full_disk_can_be_pruned(store_path, caches, monkeypatch):
         store.save(*more, caches.MODEL)
         assert store.load_entry("kept", caches.MODEL)[1] == kept
         assert [] == store.verify()
+
+
+@pytest.fixture(params=["no bytes", "no inodes"])
+def full_store(request, saved, tmp_path):
+    """A copy of the store on a disk that is full, and what fills it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = "size=6m,nr_inodes=400" if request.param == "no inodes" else "size=6m"
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount here")
+    path, filler = shutil.copytree(saved[0], disk / "store"), disk / "filler"
+    filler.mkdir()
+    with suppress(OSError):
+        for number in range(500):
+            (filler / str(number)).touch()
+            if request.param == "no bytes":
+                (filler / str(number)).write_bytes(bytes(65_536))
+    with suppress(OSError), (filler / "0").open("ab", buffering=0) as file:
+        while request.param == "no bytes":
+            file.write(bytes(512))
+    yield path, filler
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+@pytest.mark.parametrize("state", ["whole", "no index", "damaged index"])
+def test_a_store_on_a_full_disk_can_be_read(saved, full_store, caches, tmp_path, state):
+    """As one that may only be read; it keeps what it is given once there is room."""
+    _, tokens, cache = saved
+    path, filler = full_store
+    if state != "whole":
+        index = path / "index.sqlite"
+        with index.open("r+b") as file:  # a shorter one would make room
+            file.write(b"x" * index.stat().st_size)
+        if state == "no index":
+            index.rename(filler / "index")
+    with kvstore.Store(path, create=False) as store:
+        for _ in range(2):
+            assert [entry.name for entry in store.entries()] == ["chat"]
+            assert store.lookup([*tokens, 7], caches.MODEL).num_tokens == len(tokens)
+            restored, rest = store.load([*tokens, 7], caches.MODEL)
+            assert caches.rows_of(restored) == caches.rows_of(cache)
+            assert rest == [7]
+            assert store.load_entry("chat", caches.MODEL)[1] == tokens
+            assert store.explain([*tokens, 7], caches.MODEL).match.num_tokens
+            assert store.stats().num_entries == 1
+            if state == "whole":
+                assert store.verify() == []
+        with (tmp_path / "bundle").open("wb") as file:
+            assert store.export_bundle("chat", file) > 0
+        for write in (
+            lambda: store.save(*caches.make_conversation(1, 4), caches.MODEL),
+            lambda: store.pin("chat"),
+            lambda: store.rename("chat", "other"),
+        ):
+            with pytest.raises(OSError, match="No space left") as caught:
+                write()
+            assert caught.value.errno == errno.ENOSPC
+        if state == "whole":
+            command = [sys.executable, "-m", "kvstore", "--store", path, "stats"]
+            subprocess.run(command, check=True, capture_output=True)
+        shutil.rmtree(filler)
+        more, more_cache = caches.make_conversation(1, 4)
+        store.save(more, more_cache, caches.MODEL, name="more")
+    with kvstore.Store(path, create=False) as store:
+        assert store.load_entry("more", caches.MODEL)[1] == more
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+        assert store.verify() == []
 
 
 # --- Clocks. ---

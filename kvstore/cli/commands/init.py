@@ -68,7 +68,11 @@ def init(
         )
     if encrypt:
         encryption = _encryption(key_file, keychain, recipient)
-        create_folder(path, encryption=encryption)
+        try:
+            create_folder(path, encryption=encryption)
+        finally:
+            if key_file is not None and not is_store(path):
+                key_file.unlink()  # the folder was refused, and nothing needs it
     store = open_store(context, create=True)
     method = store.key_method
     how = f", encrypted: the key is kept by {_WAYS[method]}" if method else ""
