@@ -2,7 +2,9 @@
 
 import gc
 import os
+import resource
 import weakref
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -202,3 +204,16 @@ def test_uninitialised_arrays_are_written_through_numpy():
     assert arrays["a"].sum().item() == 9.0
     assert (arrays["b"].shape, arrays["b"].dtype) == ((1, 0, 4), mx.uint16)
     assert arrays["c"].tolist() == [7] * 5
+
+
+def test_large_arrays_take_few_page_faults():
+    """The system gives their memory in large pages where it has some."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no large pages to give")
+    nbytes = 64 * 1024 * 1024
+    array = np.asarray(restoring.uninitialised({"a": ((nbytes,), "U8")})["a"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array[::4096] = 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < nbytes / 4096 / 8
