@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from ..errors import EntryNotFoundError, StoreNotFoundError
 from ..format.block import EXACT_BITS
 from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
+from .completion import complete_codecs, complete_entries, complete_models
 from .main import is_utf8, load_fast_blas
 from .settings import setting
 
@@ -36,13 +36,6 @@ else:
 _ARGUMENT = "kvstore.prompt"
 _QUALITY = "kvstore.quality"
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-# What completion offers; names of other codecs are taken too.
-_CODECS = (
-    *("raw", "planes", "turbo2", "turbo3", "turbo4", "turbo5v3"),
-    *("planes+zstd", "turbo2+zstd", "turbo3+zstd", "turbo4+zstd", "turbo5v3+zstd"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +290,7 @@ name = click.option(
     "--name",
     metavar="NAME",
     type=EntryName(),
-    shell_complete=lambda *args: complete_entries(*args),
+    shell_complete=complete_entries,
     help="A name for the entry.",
 )
 
@@ -306,7 +299,7 @@ base = click.option(
     "--from",
     "base",
     metavar="REF",
-    shell_complete=lambda *args: complete_entries(*args),
+    shell_complete=complete_entries,
     help="Begin with what this entry holds, and leave it as it is; nothing is kept"
     " unless `--name` says under which new name.",
 )
@@ -591,35 +584,6 @@ def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
     return wrap
 
 
-def complete_entries(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Return the names of entries that start so, for the shell's completion."""
-    from ..errors import KVStoreError
-    from .main import open_store
-
-    try:
-        names = [entry.name or entry.id for entry in open_store(context).entries()]
-    except (KVStoreError, OSError):
-        return []  # a shell that completes is no place for errors
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-def complete_models(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Return that a folder is wanted, or else a repository of an entry."""
-    from ..errors import KVStoreError
-    from .main import open_store
-
-    try:
-        models = {entry.model for entry in open_store(context).entries()}
-    except (KVStoreError, OSError):
-        models = set()
-    named = [CompletionItem(m) for m in sorted(models) if m.startswith(incomplete)]
-    return named if incomplete and named else [CompletionItem(incomplete, type="dir")]
-
-
 request = click.option(
     "--request",
     metavar="FILE.json",
@@ -749,9 +713,7 @@ _codec = click.option(
     "--codec",
     metavar="CODEC",
     type=CodecName(),
-    shell_complete=lambda _context, _parameter, incomplete: [
-        CompletionItem(found) for found in _CODECS if found.startswith(incomplete)
-    ],
+    shell_complete=complete_codecs,
     callback=_codec_or_quality,
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
     " with +zstd or not.  [default: $KVSTORE_CODEC, else what `--quality` says]",

@@ -171,10 +171,11 @@ def serve(
     def note(served: Served, found: Lookup | None) -> None:
         if metrics:
             metrics.note(served, found)
-        if found is None or served.prompt is None:
+        provider = providers[-1]
+        # At the end the model is let go while a request still waits.
+        if found is None or served.prompt is None or provider.tokenizer is None:
             return
         with harmless("not compared with what came before"):
-            provider = providers[-1]
             known = opened[-1].sampled(provider.model_key, served.prompt)
             words = known and drift.note(
                 served.prompt,

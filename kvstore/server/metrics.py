@@ -51,7 +51,7 @@ class Metrics:
 
     def note(self, served: Served, lookup: Lookup | None) -> None:
         """Count a request that has ended."""
-        status = "gone" if served.is_given_up else str(served.status)
+        status = "gone" if served.given_up else str(served.status)
         self._requests.labels(status).inc()
         self._generated.inc(served.num_generated)
         if lookup is not None:

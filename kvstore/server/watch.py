@@ -38,7 +38,8 @@ class Served:
     num_generated: int = 0
     # Seconds until the first token was there.
     first_token_s: float | None = None
-    is_given_up: bool = False
+    # Why nobody has the whole answer; empty where somebody has.
+    given_up: str = ""
 
 
 class Requests:
@@ -108,7 +109,13 @@ def watch(
         try:
             post(handler)
         except (BrokenPipeError, ConnectionResetError):
-            served.is_given_up = True
+            served.given_up = "the client hung up"
+            handler.close_connection = True
+        except RuntimeError as error:
+            # So mlx-lm ends all that wait when the server is stopped.
+            if str(error) != "generation thread died":
+                raise
+            served.given_up = "the server stops"
             handler.close_connection = True
         finally:
             found = lookup()
@@ -185,7 +192,7 @@ def _escaped(text: str) -> str:
 
 def _log_request(served: Served, lookup: Lookup | None) -> None:
     seconds = time.monotonic() - served.began
-    status = "the client hung up" if served.is_given_up else served.status
+    status = served.given_up or served.status
     parts = [] if lookup is None else [str(lookup)]
     if served.first_token_s is not None:
         generated, first = served.num_generated, served.first_token_s
@@ -194,7 +201,7 @@ def _log_request(served: Served, lookup: Lookup | None) -> None:
     data = {
         "path": served.path,
         "status": served.status,
-        "is_given_up": served.is_given_up,
+        "is_given_up": bool(served.given_up),
         "num_generated_tokens": served.num_generated,
         "first_token_s": served.first_token_s,
         "elapsed_s": round(seconds, 3),

@@ -639,43 +639,6 @@ def test_ls_imports_nothing_heavy(kvstore_cli, tmp_path, monkeypatch):
     assert set() == imported & {"mlx", "mlx_lm", "numpy", "rich", "transformers"}
 
 
-def test_completion_knows_verbs_and_entries(two_entries):
-    """The shell completes verbs, options and the names of entries."""
-
-    def complete(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "kvstore"],
-            env=os.environ
-            | {
-                "_KVSTORE_COMPLETE": "bash_complete",
-                "COMP_WORDS": " ".join(["kvstore", *words]),
-                "COMP_CWORD": str(len(words)),
-                "KVSTORE_DIR": str(two_entries.path),
-            },
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        ).stdout.split()
-
-    assert complete("ver") == ["plain,verify"]
-    assert complete("rm", "t") == ["plain,two"]
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(run_cli, shell):
-    """Each shell's script asks this program."""
-    assert "_KVSTORE_COMPLETE" in run_cli("completion", shell)[1]
-
-
-def test_an_unknown_shell_is_asked_for(run_cli, monkeypatch):
-    """Where the shell cannot be told, it must be named."""
-    monkeypatch.setenv("SHELL", "/bin/unknown")
-    code, _, err = run_cli("completion")
-    assert code == 2
-    assert_error(err, "which shell")
-
-
 def test_every_verb_is_documented():
     """Each verb and each of its options says in a sentence what it does."""
     for name, verb in cli.commands.items():

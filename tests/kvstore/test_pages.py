@@ -145,6 +145,28 @@ def test_a_client_that_hangs_up_is_one_line(caplog):
     assert caplog.messages[-1] == "kvstore: GET /kvstore: the client hung up"
 
 
+def test_a_server_that_stops_is_one_line_for_who_waits(caplog):
+    """mlx-lm ends all that wait by an error; any other is one still."""
+    handler = type("Handler", (BaseHTTPRequestHandler,), {})
+    for maker in ("do_GET", "generate_response", "completion_usage_response"):
+        setattr(handler, maker, None)
+
+    def fail(_):
+        raise RuntimeError(words)
+
+    handler.do_POST = fail
+    server = SimpleNamespace(APIHandler=handler, scan_cache_dir=None)
+    watch(server, Requests(), cache_of=None)
+    caplog.set_level(logging.INFO, "kvstore")
+    asking = SimpleNamespace(path="/v1/completions?x")
+    words = "generation thread died"
+    handler.do_POST(asking)
+    assert "POST /v1/completions: the server stops" in caplog.messages[-1]
+    words = "another"
+    with pytest.raises(RuntimeError, match="another"):
+        handler.do_POST(asking)
+
+
 def test_what_is_computed_ahead_is_told_to_no_proxy(monkeypatch, caplog):
     """The server is asked itself, with its token, whatever that is made of."""
     caplog.set_level(logging.INFO, "kvstore")

@@ -920,15 +920,17 @@ def test_a_kill_during_a_prefill_costs_its_last_steps(servers, models, tmp_path,
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 4096
 
 
-def test_a_stop_ends_what_is_served_alone(servers, models, tmp_path):
-    """SIGTERM does not wait for a long reply, and keeps what it said so far."""
+@pytest.mark.parametrize("options", [{"seed": 1}, {}], ids=["alone", "batched"])
+def test_a_stop_ends_what_is_served(servers, models, tmp_path, options):
+    """SIGTERM waits for no long reply, keeps what it said so far, and logs a line."""
     server = servers.kvstore(tmp_path / "store", models["tiny"], "--codec", "raw")
-    body = HELLO | {"max_tokens": 100_000, "seed": 1, "stream": True}
+    body = HELLO | {"max_tokens": 100_000, "stream": True} | options
     body |= {"logit_bias": LETTERS}
     with server.begin(CHAT, body, until=b"data:"):
         begin = time.monotonic()
         assert server.stop() == 0
         assert time.monotonic() - begin < 10
+    assert "Traceback" not in server.text()
 
 
 SLOW_DISK = """
@@ -954,6 +956,7 @@ def test_a_stop_waits_for_no_slow_disk(servers, models, tmp_path, sync_s):
         code = server.stop()
         seconds = time.monotonic() - begin
     assert (code, seconds < 10) == (0, True)
+    assert "Traceback" not in server.text()
     is_slow = "the disk was too slow to write them before the end" in server.text()
     assert is_slow == (sync_s == 2)
     server = servers.kvstore(tmp_path / "store", models["tiny"])

@@ -6,6 +6,7 @@ import click
 
 from ...errors import KVStoreError
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..output import format_count
 from .entries import entry_data, entry_label
@@ -17,7 +18,7 @@ from .entries import entry_data, entry_label
     metavar="REF...",
     nargs=-1,
     required=True,
-    shell_complete=options.complete_entries,
+    shell_complete=complete_entries,
 )
 @options.model_options
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -18,6 +18,7 @@ from ...format.documents import JSON
 from ...format.entry import Entry
 from ...storage.keys import known_keys
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, open_store, output_of
 from ..output import (
     Column,
@@ -43,7 +44,7 @@ _SHORT = 12
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="NAME", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="NAME", shell_complete=complete_entries)
 @options.output_file
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 @click.option(
@@ -113,7 +114,7 @@ def load(
 
 
 @click.command("inspect", cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="REF", shell_complete=complete_entries)
 @click.pass_context
 def inspect_entry(context: click.Context, ref: str) -> None:
     """Show an entry: what made it, its blocks, and where they lie.
@@ -142,7 +143,7 @@ def inspect_entry(context: click.Context, ref: str) -> None:
     "refs",
     metavar="REF...",
     nargs=-1,
-    shell_complete=options.complete_entries,
+    shell_complete=complete_entries,
 )
 @click.option(
     "--purge",

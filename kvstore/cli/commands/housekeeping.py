@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import FishComplete, ZshComplete
 
 from ...errors import KVStoreError
 from .. import options
+from ..completion import QuotingBash, complete_entries
 from ..main import Verb, cli, load_fast_blas, open_store, output_of
 from ..options import Percentage
 from ..output import (
@@ -177,7 +178,7 @@ def stats(context: click.Context) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="REF", shell_complete=complete_entries)
 @click.argument("name", metavar="NAME", type=options.EntryName())
 @click.pass_context
 def rename(context: click.Context, ref: str, name: str) -> None:
@@ -188,7 +189,7 @@ def rename(context: click.Context, ref: str, name: str) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="REF", shell_complete=complete_entries)
 @click.option("--off", is_flag=True, help="Let it be evicted again.")
 @click.pass_context
 def pin(context: click.Context, ref: str, off: bool) -> None:
@@ -336,7 +337,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-_SHELLS = ("bash", "zsh", "fish")
+_SHELLS = {"bash": QuotingBash, "zsh": ZshComplete, "fish": FishComplete}
 
 
 @click.command(cls=Verb)
@@ -434,10 +435,9 @@ def completion(shell: str | None) -> None:
     For the shell you use, if none is named. Try `eval "$(kvstore completion)"`.
     """
     name = shell or Path(os.environ.get("SHELL", "")).name
-    found = get_completion_class(name) if name in _SHELLS else None
-    if found is None:
+    if name not in _SHELLS:
         raise click.UsageError("cannot tell which shell you use; name one")
-    click.echo(found(cli, {}, "kvstore", "_KVSTORE_COMPLETE").source())
+    click.echo(_SHELLS[name](cli, {}, "kvstore", "_KVSTORE_COMPLETE").source())
 
 
 @click.command("help", cls=Verb)

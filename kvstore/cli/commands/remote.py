@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, VerbGroup, open_store, output_of
 from ..options import ModelOptions, PromptOptions, gathered
 from ..output import Column, format_bytes, format_count
@@ -162,7 +163,7 @@ def forget(context: click.Context, name: str) -> None:
     metavar="NAME...",
     nargs=-1,
     required=True,
-    shell_complete=options.complete_entries,
+    shell_complete=complete_entries,
 )
 @_remote_option
 @click.pass_context

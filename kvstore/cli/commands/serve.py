@@ -10,8 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
+from click.shell_completion import CompletionItem
 
 from .. import options
+from ..completion import server_options
 from ..main import Verb, load_fast_blas, log, store_path
 from ..options import gathered
 from .generate import make_store
@@ -88,6 +90,13 @@ class ServeVerb(Verb):
 
         formatter.write("\nOptions of mlx_lm.server:\n")
         formatter.write(options_help())
+
+    def shell_complete(
+        self, ctx: click.Context, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return both."""
+        found = super().shell_complete(ctx, incomplete)
+        return found + (server_options(incomplete) if incomplete[:1] == "-" else [])
 
 
 @click.command(

@@ -7,6 +7,7 @@ import sys
 import click
 
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..output import printable
 from .entries import entry_data
@@ -15,7 +16,7 @@ _TAIL = 400
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="NAME", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="NAME", shell_complete=complete_entries)
 @click.option(
     "--tail",
     "num_last",

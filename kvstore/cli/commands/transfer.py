@@ -18,6 +18,7 @@ from ...errors import KVStoreError
 from ...storage import files
 from ...storage.keys import check_signer, signing_key
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..options import ModelOptions, PromptOptions, encode_source, gathered
 from ..output import Output, format_bytes, format_codec, format_count, one_line
@@ -259,7 +260,7 @@ def _describe_imported(entry: Entry, origin: str) -> str:
 
 
 @click.command("export", cls=Verb)
-@click.argument("ref", metavar="NAME", shell_complete=options.complete_entries)
+@click.argument("ref", metavar="NAME", shell_complete=complete_entries)
 @click.option(
     "-o",
     "--output",
