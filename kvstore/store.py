@@ -27,8 +27,6 @@ from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops.speeds import Speeds
 from .ops.stats import Stats, sum_up
-from .ops.upkeep import check
-from .ops.upkeep.check import Finding
 from .ops.usage import LoadNotes
 from .storage.blocks import BlockStore
 from .storage.borrowed import open_borrowed
@@ -53,6 +51,7 @@ if TYPE_CHECKING:
     from .ops.load import Hit, Loader, Match, Request
     from .ops.quality import Loss
     from .ops.tree import Tree
+    from .ops.upkeep.check import Finding
     from .ops.upkeep.prune import PrunePlan
     from .ops.upkeep.purge import Traces
     from .remote.exchange import Remotes
@@ -1191,9 +1190,11 @@ class Store:
         Damaged files go to quarantine, good blocks of damaged shards into new ones, and
         the index is built anew. What is lost stays lost until it is saved again.
         """
+        from .ops.upkeep.check import repair
+
         self._write_notes()
         self._blocks.close()
-        return check.repair(self._folder)
+        return repair(self._folder)
 
     def set_limit(self, max_bytes: int) -> None:
         """Set the size limit of the store, in bytes of shards.
@@ -1258,7 +1259,9 @@ class Store:
             read_data: Which part of the shards' bytes is read and checked too.
             progress: Called with (shards checked, shards in all).
         """
-        return check.verify(self._folder, read_data, progress or ignore_progress)
+        from .ops.upkeep.check import verify
+
+        return verify(self._folder, read_data, progress or ignore_progress)
 
     def _origin(self, ref: str) -> Origin:
         """Return what made an entry."""

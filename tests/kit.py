@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.codecs import Codec, Rows, get_codec
-from kvstore.codecs.base import MLX_DTYPES, NUMPY_DTYPES
+from kvstore.codecs.dtypes import MLX_DTYPES, NUMPY_DTYPES
 from kvstore.format.block import Part, TensorSpec
 from kvstore.models import (
     CacheOptions,

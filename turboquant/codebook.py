@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-MIN_BITS = 1
-MAX_BITS = 8
-
 
 def lloyd_max_centroids(bits: int) -> tuple[float, ...]:
     """Return the ``2**bits`` levels that quantize N(0, 1) with least squared error.
@@ -27,7 +24,8 @@ def lloyd_max_centroids(bits: int) -> tuple[float, ...]:
         Lloyd, "Least squares quantization in PCM", 1982; Max, "Quantizing for minimum
         distortion", 1960.
     """
-    check_bits(bits)
+    if bits not in _POSITIVE:
+        raise ValueError(f"bits must be 1 to 8: {bits!r}")
     positive = _POSITIVE[bits]
     return tuple(-level for level in reversed(positive)) + positive
 
@@ -44,16 +42,6 @@ def decision_boundaries(bits: int) -> tuple[float, ...]:
         ValueError: ``bits`` is not 1 to 8.
     """
     return tuple((a + b) / 2 for a, b in pairwise(lloyd_max_centroids(bits)))
-
-
-def check_bits(bits: int) -> None:
-    """Refuse a number of bits that has no quantizer.
-
-    Raises:
-        ValueError: ``bits`` is not 1 to 8.
-    """
-    if bits not in _POSITIVE:
-        raise ValueError(f"bits must be {MIN_BITS} to {MAX_BITS}: {bits!r}")
 
 
 # The positive half of each symmetric table, solved to 35 digits by Newton's method and

@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import mlx.core as mx
 from numpy.typing import NDArray
 
-from turboquant.codebook import check_bits
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,7 +48,8 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     Raises:
         ValueError: ``bits`` is not 1 to 8.
     """
-    check_bits(bits)
+    if bits not in _PLANE_WIDTHS:
+        raise ValueError(f"bits must be 1 to 8: {bits!r}")
     return _PLANE_WIDTHS[bits]
 
 
@@ -145,7 +144,6 @@ def indices_to_symbols(indices: ArrayT, bits: int) -> ArrayT:
     Raises:
         ValueError: ``bits`` is not 1 to 8.
     """
-    check_bits(bits)
     if not _has_sign_plane(bits):
         return indices
     mask = 2 ** (bits - 1) - 1
@@ -161,7 +159,6 @@ def symbols_to_indices(symbols: ArrayT, bits: int) -> ArrayT:
     Raises:
         ValueError: ``bits`` is not 1 to 8.
     """
-    check_bits(bits)
     if not _has_sign_plane(bits):
         return symbols
     is_negative: ArrayT = symbols & 1
@@ -172,7 +169,7 @@ def symbols_to_indices(symbols: ArrayT, bits: int) -> ArrayT:
 
 
 def _has_sign_plane(bits: int) -> bool:
-    return bits % 2 == 1 and bits > 1
+    return plane_widths(bits)[-1] == 1 and bits > 1
 
 
 def _pack_plane(fields: mx.array, width: int) -> mx.array:

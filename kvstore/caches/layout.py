@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..codecs.base import MLX_DTYPES
+from ..codecs.dtypes import MLX_DTYPES
 from ..errors import IntegrityError
 from ..format.documents import JSON
 

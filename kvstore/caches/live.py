@@ -1,7 +1,6 @@
-"""Prompt caches to rows per block, and back.
+"""What a live prompt cache is and holds, whatever the classes of its layers.
 
-With `layers.py`, which knows the cache classes, the only file that touches mlx-lm's
-caches. Live caches are read by their attributes and only up to ``offset``: rows past it
+Live caches are read by their attributes and only up to ``offset``: rows past it
 are somebody's trimmed conversation.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -21,46 +20,12 @@ from ..codecs.base import Rows
 from ..errors import ArgumentError, UnsupportedCacheError
 from ..format.block import EXACT_BITS
 from .kinds import find_kind, kind_of
-from .kinds.base import Held
+from .kinds.base import Held, rows_of
 from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
-from .stored import rows_of
+from .provenance import Provenance
 
 if TYPE_CHECKING:
     from .layout import Signature
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """What a restored prompt cache remembers of its rows."""
-
-    # So many leading tokens' rows went through a lossy codec.
-    coded_tokens: int = 0
-    # The fewest bits per number that a row, or one it was computed from, was coded in.
-    bits: int = EXACT_BITS
-    # So many rows were computed behind other tokens than those before them now.
-    num_moved: int = 0
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether all rows are those that the model computes of these tokens."""
-        return self.bits == EXACT_BITS and not self.num_moved
-
-    @property
-    def quality(self) -> str:
-        """The same for people."""
-        moved = f"{self.num_moved} re-anchored" if self.num_moved else ""
-        if self.bits == EXACT_BITS:
-            return moved or "exact"
-        bits = f"{self.bits} bits" if self.bits else "of unknown quality"
-        return f"{bits}, {moved}" if moved else bits
-
-    def joined(self, other: Provenance) -> Provenance:
-        """Return that of rows of both, which promises less of each."""
-        return Provenance(
-            max(self.coded_tokens, other.coded_tokens),
-            min(self.bits, other.bits),
-            max(self.num_moved, other.num_moved),
-        )
 
 
 Array = npt.NDArray[np.generic]

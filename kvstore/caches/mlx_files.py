@@ -40,8 +40,8 @@ from .kinds.saved import (
     as_list,
 )
 from .layout import layout_to_json
-from .live import Provenance
-from .restore import memory_bytes
+from .memory import memory_bytes
+from .provenance import Provenance
 
 # Where a file that we wrote says what its rows went through; mlx-lm ignores it.
 _PROVENANCE = "kvstore_provenance"

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from .live import PromptCache, Provenance, read_provenance, set_provenance
+from .live import PromptCache, read_provenance, set_provenance
+from .provenance import Provenance
 from .rotation import LayerRotation, measure_rotation
 
 NUM_FRESH = 16

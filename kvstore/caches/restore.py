@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
@@ -15,14 +14,8 @@ import numpy.typing as npt
 from turboquant import make_wh_rotation
 from turboquant.kernels import gpu
 
-from ..codecs.base import (
-    MLX_DTYPES,
-    NUMPY_DTYPES,
-    Codec,
-    Rows,
-    Run,
-    map_arrays,
-)
+from ..codecs.base import Codec, Rows, Run, map_arrays
+from ..codecs.dtypes import MLX_DTYPES, NUMPY_DTYPES
 from ..codecs.turbo import SEED, Turbo
 from ..errors import IntegrityError
 from ..format.block import StoredBlock
@@ -39,9 +32,10 @@ from .layout import (
     flatten,
     group_layers,
 )
-from .live import PromptCache, Provenance, hold, read_layout, set_provenance
+from .live import PromptCache, hold, read_layout, set_provenance
+from .memory import is_shared, memory_bytes, uninitialised
+from .provenance import Provenance
 from .stored import Piece
-from .uninitialised import uninitialised
 
 if TYPE_CHECKING:
     from ..codecs.base import Parts
@@ -115,26 +109,6 @@ def start_restoring(layout: Layout, num_tokens: int) -> Restoring:
     if gpu.can("restore"):
         return KernelRestoring(layout, num_tokens)
     return DeviceRestoring(layout, num_tokens)
-
-
-def is_shared() -> bool:
-    """Whether NumPy sees the memory of MLX's arrays."""
-    return bool(mx.default_device() == mx.cpu or _shares_memory())
-
-
-@cache
-def _shares_memory() -> bool:
-    """Whether a Mac's GPU sees what NumPy writes into an evaluated array.
-
-    MLX promises a view, and unified memory does the rest. It is tried once all the
-    same, since a copy would leave a prompt cache of zeros.
-    """
-    if not mx.metal.is_available():
-        return False
-    array = mx.zeros((4096,), mx.uint16)
-    mx.eval(array)
-    np.asarray(array)[...] = 1
-    return bool(mx.all(array == 1).item())
 
 
 class _Target:
@@ -644,11 +618,6 @@ def _start(item: tuple[Any, Any, Any, Rows]) -> int:
 def _sides(rows: Rows) -> tuple[str, ...]:
     """Return the arrays that rows are of."""
     return ("k", "v") if rows.side == "kv" else (rows.side,)
-
-
-def memory_bytes() -> int:
-    """Return the bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_layout(layout: Layout, num_tokens: int) -> None:

@@ -28,8 +28,8 @@ from . import live as caches
 from .kinds.base import Held
 from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
-from .live import Provenance
-from .restore import is_shared
+from .memory import is_shared
+from .provenance import Provenance
 from .stored import CODABLE, Piece
 
 

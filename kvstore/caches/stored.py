@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..codecs import CodecFamily, find_codec, lossless_twin
-from ..codecs.base import MLX_DTYPES, NUMPY_DTYPES, Array, Codec, Parts, Rows
+from ..codecs.base import Array, Codec, Parts, Rows
+from ..codecs.dtypes import MLX_DTYPES, NUMPY_DTYPES
 from ..errors import IntegrityError
 from ..format.block import STATE_EXTRAS, StoredBlock, TensorSpec
 from .kinds import kind_named
+from .kinds.base import rows_of
 from .kinds.turboquant import CODED, codec_of
 from .layout import Group, Layout, RowSpec, group_layers
 
@@ -120,13 +122,6 @@ def _count_rows(
     if rest:
         raise IntegrityError(f"tensor {prefix} has no whole number of rows")
     return num_rows
-
-
-def rows_of(group: Group, name: str, first: int, last: int) -> Rows:
-    """Return tokens `first` to `last` of one array of some layers."""
-    spec = group.spec(name)
-    shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
-    return Rows(name, first, shape, spec.dtype, group.layers)
 
 
 def is_restorable(

@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import Protocol
 
 from ..errors import CodecError
-from .base import MLX_DTYPES, ArrayCodec, Codec, Rows
+from .base import ArrayCodec, Codec, Rows
+from .dtypes import MLX_DTYPES
 from .fit import Fit, FitFamily
 from .planes import Planes
 from .raw import Raw

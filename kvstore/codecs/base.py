@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..errors import IntegrityError
 from ..format.block import EXACT_BITS, Part, TensorSpec
+from .dtypes import NUMPY_DTYPES
 
 Array = npt.NDArray[np.generic]
 Parts = Mapping[str, Array]
@@ -39,28 +40,6 @@ def nbytes(x: Array | Layers | Parts) -> int:
     if isinstance(x, Mapping):
         return sum(part.nbytes for part in x.values())
     return sum(part.nbytes for part in x) if isinstance(x, list) else x.nbytes
-
-
-NUMPY_DTYPES: dict[str, type[np.generic]] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "U8": np.uint8,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "I64": np.int64,
-}
-"""How each stored dtype is held in NumPy."""
-MLX_DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U8": mx.uint8,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "I64": mx.int64,
-}
-"""The same in MLX."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
 from ..format.calibration import nominal_bits
-from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows
+from .base import Array, Encoded, PartSpecs, Rows
+from .dtypes import MLX_DTYPES
 from .fitted import (
     Fitted,
     FittedLayers,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .base import NUMPY_DTYPES, Array
+from .base import Array
+from .dtypes import NUMPY_DTYPES
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]

@@ -16,7 +16,8 @@ import numpy as np
 
 from turboquant.kernels import best_kernels
 
-from .base import MLX_DTYPES, NUMPY_DTYPES, Array, Encoded, PartSpecs, Rows, Run
+from .base import Array, Encoded, PartSpecs, Rows, Run
+from .dtypes import MLX_DTYPES, NUMPY_DTYPES
 
 _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows, Run
+from .base import Array, Encoded, PartSpecs, Rows, Run
+from .dtypes import MLX_DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ from turboquant.packing import plane_widths
 from turboquant.packing import split_planes as split_codes
 
 from ..errors import CodecError
-from .base import MLX_DTYPES, Array, Encoded, PartSpecs, Rows, Run
+from .base import Array, Encoded, PartSpecs, Rows, Run
+from .dtypes import MLX_DTYPES
 
 NUM_SINKS = 4
 SEED = 0

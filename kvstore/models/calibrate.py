@@ -20,9 +20,10 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ..caches import live as caches
+from ..caches.kinds.base import rows_of
 from ..caches.layout import Group, group_layers
 from ..caches.snapshot import read_layers
-from ..caches.stored import Piece, rows_of
+from ..caches.stored import Piece
 from ..codecs.fitting import GroupFit, Sample, finish_basis
 from ..errors import KVStoreError, UnsupportedCacheError
 from ..fingerprint import Fingerprint

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..caches.mlx_files import open_cache_file
 from ..errors import FingerprintError, KVStoreError
 from ..fingerprint import Fingerprint
 from .context import read_context_length
@@ -236,6 +235,8 @@ def read_cache_file(
         OSError: It cannot be read.
     """
     from mlx_lm.models.cache import make_prompt_cache
+
+    from ..caches.mlx_files import open_cache_file
 
     file = open_cache_file(path, make_prompt_cache(model))
     if file.model is not None and not _is_called(label, file.model):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace as changed
+from typing import TYPE_CHECKING
 
-from ..caches.snapshot import Chain
 from ..errors import EntryExistsError, FormatError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Origin
@@ -23,6 +23,9 @@ from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
 from .quality import Blocks, find_loss
 from .upkeep.prune import Policy, forgotten, plan_confirmed
+
+if TYPE_CHECKING:
+    from ..caches.snapshot import Chain
 
 
 def replaceable(

@@ -18,7 +18,7 @@ from ..caches import live as caches
 from ..caches.fit import Wanted, why_unfit
 from ..caches.kinds import holds_codes, known_layout
 from ..caches.layout import Layout, group_layers, has_only_rows
-from ..caches.live import Provenance
+from ..caches.provenance import Provenance
 from ..caches.restore import Restoring, check_layout, start_restoring
 from ..caches.stored import Piece, is_restorable, open_piece, stored_pieces
 from ..codecs import Codec

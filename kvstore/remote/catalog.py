@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from .layout import (
     signer_of,
 )
 
+log = logging.getLogger("kvstore")
 _READERS = 8
 # A distributed store answers from any of its replicas, and each may lag behind.
 _LISTINGS = 4
@@ -276,3 +278,9 @@ def _latest(listing: Listing) -> Listing:
 
 def _saved_at(listed: Listed) -> float:
     return listed.remote.entry.updated_at
+
+
+def warn(refused: Iterable[KVStoreError]) -> None:
+    """Name in the log what was refused."""
+    for error in refused:
+        log.warning("%s", error)

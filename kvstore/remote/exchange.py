@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace as changed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import EntryNotFoundError, IntegrityError, KVStoreError
 from ..fingerprint import Fingerprint
@@ -21,15 +20,15 @@ from .catalog import (
     find_prefixes,
     list_entries,
     read_new,
+    warn,
 )
 from .client import Client, Limits, Remote
 from .layout import EntryKey, RemoteEntry
 from .probe import Probe, probe
-from .pull import pull_entry
-from .push import Pushed, push_entry
 from .remotes import add_remote, find_remote, read_remotes, remove_remote
 
-log = logging.getLogger("kvstore")
+if TYPE_CHECKING:
+    from .push import Pushed
 
 
 class Remotes:
@@ -107,6 +106,8 @@ class Remotes:
             IntegrityError: A part of it is missing or damaged.
             RemoteError: The remote fails; pushing again goes on from there.
         """
+        from .push import push_entry
+
         entry, client = self._catalog.find(ref), self.client(remote)
         return push_entry(self._blocks, entry, client, progress or ignore_progress)
 
@@ -232,6 +233,8 @@ class Remotes:
             RemoteError: The remote fails; pulling again goes on from there.
             OSError: The disk is full or fails.
         """
+        from .pull import pull_entry
+
         return pull_entry(
             self._blocks,
             self._catalog,
@@ -280,9 +283,3 @@ def _warned(listing: Listing) -> list[Listed]:
     """Return entries of a remote, having named in the log what was refused."""
     warn(listing.refused)
     return list(listing.found)
-
-
-def warn(refused: Iterable[KVStoreError]) -> None:
-    """Name in the log what was refused."""
-    for error in refused:
-        log.warning("%s", error)

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..caches.fit import expect_rows, feed, shapes_of
 from ..caches.layout import Shapes
 from ..caches.live import (
-    Provenance,
     is_cuttable,
     quantize,
     read_provenance,
     set_provenance,
 )
+from ..caches.provenance import Provenance
 from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint

@@ -18,17 +18,17 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from ..caches import live as caches
-from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Progress
 from ..format.spans import Span
-from ..store import Store
 from .lineage import Lineage
 from .writer import Job, Writer
 
 if TYPE_CHECKING:
+    from ..caches.reanchor import Reanchoring
     from ..ops.load import Match
+    from ..store import Store
     from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..caches.live import Provenance
+from ..caches.provenance import Provenance
 from ..format.block import EXACT_BITS, BlockHash
 from ..format.chain import BLOCK_SIZE, split_tokens
 

@@ -19,11 +19,11 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 from ..caches import live as caches
 from ..format.block import EXACT_BITS
 from ..format.spans import Span, last_end
-from ..store import Store
 from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, end_with, harmless
 from .replay import Sampled
 
 if TYPE_CHECKING:
+    from ..store import Store
     from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")

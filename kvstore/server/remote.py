@@ -17,9 +17,8 @@ from ..caches.fit import wanted_of
 from ..errors import EntryNotFoundError, KVStoreError, RemoteError
 from ..format.entry import Entry, entry_id
 from ..ops.speeds import Speeds, add, observe
-from ..remote.catalog import find_prefixes, read_new
+from ..remote.catalog import find_prefixes, read_new, warn
 from ..remote.client import Client, Limits
-from ..remote.exchange import warn
 from ..remote.layout import EntryKey, RemoteEntry, derived
 from ..storage.index import Timing
 from ..storage.keys import known_keys

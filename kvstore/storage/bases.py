@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, IntegrityError
 from ..format.basis import (
@@ -26,7 +27,9 @@ from ..format.calibration import (
     parse_calibration,
 )
 from . import files
-from .folder import StoreFolder
+
+if TYPE_CHECKING:
+    from .folder import StoreFolder
 
 log = logging.getLogger("kvstore")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import blake3
 
@@ -24,8 +25,10 @@ from ..format.entry import (
 )
 from . import files
 from .cipher import SEALED_BYTES
-from .folder import StoreFolder
 from .index import Index
+
+if TYPE_CHECKING:
+    from .folder import StoreFolder
 
 Found = Entry | IntegrityError | FormatError | OSError
 """An entry, or why it cannot be read."""

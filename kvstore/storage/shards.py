@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from struct import unpack
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, IntegrityError
 from ..format.block import EncodedBlock, Origin, ShardHeader, StoredBlock
@@ -25,8 +26,10 @@ from ..format.shard import (
 )
 from . import files
 from .cipher import Cipher
-from .folder import StoreFolder
 from .sealed import SealedShard, is_sealed, seal_shard
+
+if TYPE_CHECKING:
+    from .folder import StoreFolder
 
 _SUFFIX = ".safetensors"
 _READ_BYTES = 8 * 1024 * 1024

@@ -23,8 +23,9 @@ from mlx_lm.models.cache import (
 
 import kvstore
 from kvstore.caches.kinds.saved import FROM_0_28_1, IN_0_31, IN_0_32, TO_0_28_0
-from kvstore.caches.live import Provenance, read_provenance
+from kvstore.caches.live import read_provenance
 from kvstore.caches.mlx_files import open_cache_file
+from kvstore.caches.provenance import Provenance
 from kvstore.errors import FingerprintError, FormatError, KVStoreError
 from kvstore.models.load import read_cache_file
 from kvstore.models.templates import Template

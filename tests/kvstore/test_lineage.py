@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvstore.caches.live import Provenance
+from kvstore.caches.provenance import Provenance
 from kvstore.format.chain import BLOCK_SIZE
 from kvstore.server.lineage import Lineage
 

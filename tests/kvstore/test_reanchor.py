@@ -13,7 +13,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
-from kvstore.caches.live import Provenance, read_provenance
+from kvstore.caches.live import read_provenance
+from kvstore.caches.provenance import Provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
 from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel, app

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kvstore
+from kvstore.caches import memory
 from kvstore.caches import restore as restoring
 from kvstore.codecs import Rows, get_codec
 from kvstore.ops import load as loading
@@ -114,12 +115,12 @@ def test_a_mac_decodes_in_numpy_where_the_gpu_sees_it(shares, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     monkeypatch.setattr(restoring.gpu, "can", lambda verb: False)
     if not shares:
-        monkeypatch.setattr(restoring.np, "asarray", np.array)
-    restoring._shares_memory.cache_clear()
+        monkeypatch.setattr(memory.np, "asarray", np.array)
+    memory._shares_memory.cache_clear()
     found = restoring.start_restoring((), 1)
     wanted = restoring.HostRestoring if shares else restoring.DeviceRestoring
     assert type(found) is wanted
-    restoring._shares_memory.cache_clear()
+    memory._shares_memory.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from kvstore import Store
 from kvstore.caches import live as caches_module
-from kvstore.caches.live import Provenance
+from kvstore.caches.provenance import Provenance
 from kvstore.errors import StoreLockedError
 from kvstore.fingerprint import Fingerprint
 from kvstore.server import DiskPromptCache, ServedModel

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import native, numpy
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -114,6 +112,9 @@ def best_kernels() -> Kernels:
     wanted = os.environ.get("TURBOQUANT_KERNELS", "")
     if wanted not in ("", "numpy"):
         raise ValueError(f"TURBOQUANT_KERNELS can be `numpy` or nothing: {wanted!r}")
+    # Late: whoever only names the kernels loads neither.
+    from . import native, numpy
+
     available = [] if wanted else native.load_all()
     for kernels in available:
         if native.agrees(kernels):

@@ -64,10 +64,6 @@ class States(CacheKind):
             if state is not None
         }
 
-    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
-        """Say that it has no window."""
-        return 0
-
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return an ``ArraysCache``."""
         from mlx_lm.models.cache import ArraysCache

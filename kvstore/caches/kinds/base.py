@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ...codecs.base import MLX_DTYPES
+from ...codecs.base import Rows
+from ...codecs.dtypes import MLX_DTYPES
 from ...errors import UnsupportedCacheError
 from ...format.block import EXACT_BITS
-from ..layout import LayerLayout, RowSpec, Shapes
+from ..layout import Group, LayerLayout, RowSpec, Shapes
 from .saved import IN_0_32, FileArrays, FileForm, SavedCache, as_counts, as_list
 
 _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
@@ -75,7 +76,11 @@ class CacheKind(Protocol):
         }
 
     def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
-        """Return the first position that a cache of so many tokens needs a row of."""
+        """Return the first position that a cache of so many tokens needs a row of.
+
+        That is 0 where it drops none.
+        """
+        return 0
 
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a cache that owns these buffers; an empty one where there are none."""
@@ -164,3 +169,10 @@ def dtype_name(array: mx.array) -> str:
 def make_layout(name: str, specs: Mapping[str, RowSpec], **params: int) -> LayerLayout:
     """Return the layout of a layer, with its parameters in the order of their names."""
     return LayerLayout(name, tuple(sorted(params.items())), tuple(specs.items()))
+
+
+def rows_of(group: Group, name: str, first: int, last: int) -> Rows:
+    """Return tokens `first` to `last` of one array of some layers."""
+    spec = group.spec(name)
+    shape = (len(group.layers), spec.num_heads, last - first, spec.head_dim)
+    return Rows(name, first, shape, spec.dtype, group.layers)

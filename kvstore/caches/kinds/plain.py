@@ -52,10 +52,6 @@ class PlainRows(CacheKind):
         sides = {"k": (cache.keys, 0), "v": (cache.values, 0)}
         return {name: side for name, side in sides.items() if side[0].shape[3]}
 
-    def window_begin(self, layout: LayerLayout, num_tokens: int) -> int:
-        """Say that it has no window."""
-        return 0
-
     def build(self, layout: LayerLayout, buffers: Buffers, num_tokens: int) -> Any:
         """Return a ``KVCache``."""
         from mlx_lm.models.cache import KVCache

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..layout import LayerLayout, Shapes
-from .base import make_layout, row_specs
-from .plain import PlainRows
+from .base import CacheKind, make_layout, row_specs
 from .saved import (
     FROM_0_28_1,
     IN_0_31,
@@ -25,11 +24,12 @@ if TYPE_CHECKING:
     from .base import Buffers, Held
 
 
-class AffineRows(PlainRows):
+class AffineRows(CacheKind):
     """``QuantizedKVCache``: packed codes, scales and biases, bit for bit."""
 
     name = "QuantizedKVCache"
     is_exact = False
+    is_cuttable = True
     stands_for = "KVCache"  # `--kv-bits`
     forms = (
         FileForm(frozenset((TO_0_28_0,)), ("step", "offset", "group_size", "bits")),

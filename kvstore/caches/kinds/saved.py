@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.base import MLX_DTYPES
+from ...codecs.dtypes import MLX_DTYPES
 
 TO_0_28_0, FROM_0_28_1, IN_0_31, IN_0_32 = (
     "up to 0.28.0", "0.28.1 to 0.30", "0.31", "0.32",

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ...codecs.base import MLX_DTYPES
-from ...codecs.turbo import NUM_SINKS, Turbo
+from ...codecs.dtypes import MLX_DTYPES
 from ...errors import UnsupportedCacheError
 from ...format.chain import BLOCK_SIZE
 from ..layout import LayerLayout, RowSpec
-from .base import dtype_name, make_layout
-from .plain import PlainRows
+from .base import CacheKind, dtype_name, make_layout
 
 if TYPE_CHECKING:
     from ...codecs.base import Array, Parts, Rows
+    from ...codecs.turbo import Turbo
     from .base import Buffers, Held
 
 _SIDES = {"k.coded": "coded_keys", "v.coded": "coded_values"}
@@ -27,12 +26,12 @@ LiveBlock = mx.array | dict[str, mx.array]
 """Rows of one layer, ``(1, H, T, D)``, or what ``CodedRows.append_codes`` takes."""
 
 
-class TurboRows(PlainRows):
+class TurboRows(CacheKind):
     """``TurboQuantKVCache``: its own codes, never decoded and encoded again."""
 
     name = "TurboQuantKVCache"
     is_exact = False
-    forms = ()
+    is_cuttable = True
 
     def owns(self, cache: Any) -> bool:
         """Whether it is a ``TurboQuantKVCache``; asking imports nothing."""
@@ -104,6 +103,8 @@ def check_blocks(prompt_cache: Sequence[Any], block_size: int) -> None:
 
 def codec_of(layout: LayerLayout) -> Turbo:
     """Return the codec that the codes of a layer are of."""
+    from ...codecs.turbo import Turbo
+
     bits = dict(layout.params)
     return Turbo(bits["k_bits"], bits["v_bits"])
 
@@ -112,6 +113,8 @@ def read_codes(
     codec: Turbo, caches: Sequence[Any], rows: Rows
 ) -> dict[str, Array] | None:
     """Return the codes of some layers' rows, or ``None`` where they are exact."""
+    from ...codecs.turbo import NUM_SINKS
+
     held = [getattr(cache, _SIDES[rows.side]) for cache in caches]
     if rows.start >= held[0].num_coded:
         return None

@@ -1,8 +1,4 @@
-"""MLX arrays whose memory nobody has cleared.
-
-MLX has no function for them: its `empty` gives zeros. But the arrays that it loads from
-a file are filled by the file alone, and this file writes nothing.
-"""
+"""The memory of MLX's arrays: how much, seen by whom, cleared by nobody."""
 
 from __future__ import annotations
 
@@ -11,7 +7,9 @@ import io
 import json
 import math
 import mmap
+import os
 from collections.abc import Mapping
+from functools import cache
 from struct import pack
 from typing import Any, BinaryIO, cast
 
@@ -26,11 +24,38 @@ _MIN_BYTES = 32 * 1024 * 1024
 _MADV_COLLAPSE = 25
 
 
+def memory_bytes() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_shared() -> bool:
+    """Whether NumPy sees the memory of MLX's arrays."""
+    return bool(mx.default_device() == mx.cpu or _shares_memory())
+
+
+@cache
+def _shares_memory() -> bool:
+    """Whether a Mac's GPU sees what NumPy writes into an evaluated array.
+
+    MLX promises a view, and unified memory does the rest. It is tried once all the
+    same, since a copy would leave a prompt cache of zeros.
+    """
+    if not mx.metal.is_available():
+        return False
+    array = mx.zeros((4096,), mx.uint16)
+    mx.eval(array)
+    np.asarray(array)[...] = 1
+    return bool(mx.all(array == 1).item())
+
+
 def uninitialised(
     shapes: Mapping[str, tuple[tuple[int, ...], str]],
 ) -> dict[str, mx.array]:
     """Return arrays of whatever their memory held; the caller writes all of it.
 
+    MLX has no function for them: its `empty` gives zeros. But the arrays that it loads
+    from a file are filled by the file alone, and the one here writes nothing.
     Clearing them first would take as long as reading them from a disk does: each page
     is given to the process when it is first touched, here by the decoding threads.
 
