@@ -5,11 +5,13 @@ A power cut, which also takes what was not synced, is another matter: the order 
 is held by `test_files.py`.
 """
 
+import functools
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,14 +24,12 @@ import kvstore
 HERE = Path(__file__).parent
 STRACE = shutil.which("strace")
 
-# Says when it is ready, begins when it is told, and notes each save that returned.
-WORKER = """
-import ctypes, os, sys
-import caches, kvstore
+# Imports once what takes a second, and forks a worker each time it is asked to. That
+# says when it is ready, begins when it is told, and notes each save that returned.
+NURSERY = """
+import ctypes, os, socket, sys
+import caches, kvstore, kvstore.caches.fit, kvstore.ops.recognise, kvstore.ops.save
 from kvstore.storage import files
-
-path, acknowledged, base, mutant = sys.argv[1:]
-noted = os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
 def publish_in_place(source, target):
     data = source.read_bytes()
@@ -38,21 +38,54 @@ def publish_in_place(source, target):
         os.sync()
         file.write(data[len(data) // 2 :])
 
-if mutant == "in place":
-    files.publish = publish_in_place
-work = caches.make_work(int(base))
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))  # any process may trace us
-print("ready", flush=True)
-sys.stdin.readline()
-with kvstore.Store(path, codec="raw") as store:
-    for number, (name, tokens, cache) in enumerate(work):
-        if mutant == "acknowledge first":
-            os.write(noted, bytes([number]))
-        store.save(tokens, cache, caches.MODEL, name=name, replace=True)
-        if mutant != "acknowledge first":
-            os.write(noted, bytes([number]))
+def work(parent, path, acknowledged, base, mutant):
+    noted = os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    if mutant == "in place":
+        files.publish = publish_in_place
+    if sys.platform == "linux":  # any process may trace us
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))
+    work = caches.make_work(int(base))
+    parent.send(b"ready")
+    if not parent.recv(2):
+        return
+    with kvstore.Store(path, codec="raw") as store:
+        for number, (name, tokens, cache) in enumerate(work):
+            if mutant == "acknowledge first":
+                os.write(noted, bytes([number]))
+            store.save(tokens, cache, caches.MODEL, name=name, replace=True)
+            if mutant != "acknowledge first":
+                os.write(noted, bytes([number]))
+
+line = socket.socket(fileno=int(sys.argv[1]))
+while True:
+    said, descriptors, _, _ = socket.recv_fds(line, 65_536, 1)
+    if not said:
+        break
+    if descriptors:
+        if (pid := os.fork()) == 0:
+            line.close()
+            work(socket.socket(fileno=descriptors[0]), *said.decode().split("\\0"))
+            os._exit(0)
+        os.close(descriptors[0])
+        line.send(pid.to_bytes(4, "little"))
+    else:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        line.send(code.to_bytes(4, "little", signed=True))
 """
+
+
+@functools.cache
+def nursery():
+    """Start what workers come from; return the line to it."""
+    line, theirs = socket.socketpair()
+    line.settimeout(120)
+    subprocess.Popen(
+        [sys.executable, "-c", NURSERY, str(theirs.fileno())],
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getcwd()}"},
+    )
+    theirs.close()
+    return line
 
 
 class Worker:
@@ -60,25 +93,27 @@ class Worker:
 
     def __init__(self, store, acknowledged, base, mutant=""):
         self.store, self.acknowledged, self.base = store, acknowledged, base
-        arguments = [store, acknowledged, str(base), mutant]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getcwd()}"},
-        )
-        assert "ready\n" == self.process.stdout.readline()
+        words = map(str, [store, acknowledged, base, mutant])
+        self.line, theirs = socket.socketpair()
+        socket.send_fds(nursery(), ["\0".join(words).encode()], [theirs.fileno()])
+        theirs.close()
+        self.pid = int.from_bytes(nursery().recv(4), "little")
+        assert self.line.recv(5) == b"ready"
 
     def go(self):
         """Let it save."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        self.line.send(b"go")
+
+    def kill(self):
+        """Kill it; it keeps its number until somebody has waited for it."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def wait(self):
         """Wait for its end and return whether it was killed."""
-        self.process.communicate(timeout=120)
-        return self.process.returncode == -signal.SIGKILL
+        nursery().send(b"wait")
+        code = int.from_bytes(nursery().recv(4), "little", signed=True)
+        self.line.close()
+        return code == -signal.SIGKILL
 
     def noted(self):
         """Return the numbers of the saves that it had acknowledged."""
@@ -154,11 +189,11 @@ def names_of(call):
 
 def trace(worker, *options):
     """Let strace follow a worker, and the worker go; return whether it was killed."""
-    command = [STRACE, "-f", "-p", str(worker.process.pid), *options]
+    command = [STRACE, "-f", "-p", str(worker.pid), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         said = tracer.stderr.readline()
         if "attached" not in said:
-            worker.process.kill()
+            worker.kill()
             worker.wait()
             pytest.skip(f"strace may not trace here: {said}")
         worker.go()
@@ -249,7 +284,7 @@ def at_random(delay):
     def kill(worker):
         worker.go()
         time.sleep(delay)
-        worker.process.kill()
+        worker.kill()
         return worker.wait()
 
     return kill

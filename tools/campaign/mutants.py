@@ -104,11 +104,11 @@ MUTANTS = {
         _test("shards", "longer_than_its_file and 9223372036854775808"),
     ),
     "an unreadable entry frees": Mutant(
-        "ops/prune.py", "            unreadable += [] if copied else [entry_id]\n", "",
+        "ops/upkeep/prune.py", "            unreadable += [] if copied else [entry_id]\n", "",
         _test("single_faults", "stops_all_freeing"),
     ),
     "what goes is not compared": Mutant(
-        "ops/prune.py", "    if freed := {*plan.removed, *plan.repacked}:\n",
+        "ops/upkeep/prune.py", "    if freed := {*plan.removed, *plan.repacked}:\n",
         "    if freed := set():\n", _test("compared", "to_go"),
     ),
     "a tenant is no salt": Mutant(
