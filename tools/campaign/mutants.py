@@ -104,7 +104,8 @@ MUTANTS = {
         _test("shards", "longer_than_its_file and 9223372036854775808"),
     ),
     "an unreadable entry frees": Mutant(
-        "ops/upkeep/prune.py", "            unreadable += [] if copied else [entry_id]\n", "",
+        "ops/upkeep/prune.py",
+        "            unreadable += [] if copied else [entry_id]\n", "",
         _test("single_faults", "stops_all_freeing"),
     ),
     "what goes is not compared": Mutant(
