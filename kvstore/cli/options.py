@@ -21,20 +21,18 @@ from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .completion import complete_codecs, complete_entries, complete_models
 from .main import is_utf8, load_fast_blas
+from .output import format_bytes
 from .settings import setting
 
 if TYPE_CHECKING:
     from ..models.session import CacheOptions, PrefillOptions
     from ..models.session import SamplingOptions as Sampling
     from ..models.templates import Template
-
-    JSONParam = click.ParamType[JSON]
-    PartParam = click.ParamType[float]
-else:
-    # Older releases of click cannot be asked for the type.
-    JSONParam = PartParam = click.ParamType
 _ARGUMENT = "kvstore.prompt"
 _QUALITY = "kvstore.quality"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_TOO_MANY_BYTES = 2**63
+_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -268,28 +266,110 @@ class SamplingOptions:
         return Sampling(max_tokens, sampler, num_draft_tokens=num_draft_tokens)
 
 
-class EntryName(click.ParamType[str]):
-    """A name for an entry."""
+# What an option is parsed with. click puts the option's name before what is wrong.
 
-    name = "name"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        """Return the name."""
-        from ..format.entry import check_name
+def entry_name(text: str) -> str:
+    """Return a name for an entry."""
+    from ..format.entry import check_name
 
-        try:
-            check_name(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        return str(value)
+    try:
+        check_name(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
+def utf8(text: str) -> str:
+    """Return text that is UTF-8."""
+    if not is_utf8(text):
+        raise click.BadParameter("not UTF-8")
+    return text
+
+
+def some_text(text: str) -> str:
+    """Return text that is UTF-8 and not empty."""
+    if not utf8(text):
+        raise click.BadParameter("it is empty")
+    return text
+
+
+def codec_name(text: str) -> str:
+    """Return the name of a codec."""
+    load_fast_blas()  # codecs import MLX
+    from ..codecs import get_codec
+    from ..errors import CodecError
+
+    try:
+        return get_codec(text).name
+    except CodecError as error:
+        failure = click.BadParameter(str(error))
+        failure.hint = error.hint  # type: ignore[attr-defined]
+        raise failure from error
+
+
+def json_object(text: str) -> JSON:
+    """Return a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise click.BadParameter("nested too deeply") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter("not a JSON object")
+    return found
+
+
+def percentage(text: str) -> float:
+    """Return a part such as ``10%`` as a number from 0 to 1."""
+    try:
+        part = float(text.removesuffix("%")) / 100
+    except ValueError:
+        part = -1
+    if not (text.endswith("%") and 0 <= part <= 1):
+        raise click.BadParameter(f"`{text}` is not a percentage such as 10%")
+    return part
+
+
+def kv_bits(text: str) -> int | str:
+    """Return a mode of the live cache: ``turbo3``, or mlx-lm's number of bits."""
+    if text in ("2", "3", "4", "5", "6", "8"):
+        return int(text)
+    if not re.fullmatch(r"turbo[1-8](v[1-8])?", text):
+        raise click.BadParameter(f"`{text}` is neither turbo3 nor a number of bits")
+    return text
+
+
+def size(text: str, *, least: int = 0) -> int:
+    """Return the bytes of a size such as ``20GB``; the units are decimal."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", text.lower())
+    if match is None:
+        raise click.BadParameter(f"`{text}` is not a size such as 20GB")
+    nbytes = float(match[1]) * _UNITS[match[2]]
+    if not least <= nbytes < _TOO_MANY_BYTES:
+        few, many = format_bytes(least), format_bytes(_TOO_MANY_BYTES)
+        raise click.BadParameter(f"`{text}` is not from {few} to {many}")
+    return int(nbytes)
+
+
+def some_bytes(text: str) -> int:
+    """Return the bytes of a size that is not zero."""
+    return size(text, least=1)
+
+
+def span(text: str) -> float:
+    """Return the seconds of a length of time such as ``30d``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.lower())
+    if match is None:
+        raise click.BadParameter(f"`{text}` is not a length of time such as 30d")
+    return float(match[1]) * _SPANS[match[2]]
 
 
 name = click.option(
     "--name",
     metavar="NAME",
-    type=EntryName(),
+    type=entry_name,
     shell_complete=complete_entries,
     help="A name for the entry.",
 )
@@ -319,133 +399,41 @@ def check_base(base: str | None, name: str | None) -> None:
         raise error
 
 
-class Text(click.ParamType[str]):
-    """Text that is UTF-8.
+def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Return what adds options to a verb, whose `--help` shows them in this order."""
 
-    Args:
-        is_needed: Refuse text that is empty.
-    """
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
 
-    name = "text"
-
-    def __init__(self, *, is_needed: bool = False) -> None:
-        self._is_needed = is_needed
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        """Return the text."""
-        if not is_utf8(value):
-            self.fail("not UTF-8", param, ctx)
-        if self._is_needed and not value:
-            self.fail("it is empty", param, ctx)
-        return str(value)
-
-
-class CodecName(click.ParamType[str]):
-    """The name of a codec."""
-
-    name = "codec"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        """Return the name."""
-        load_fast_blas()  # codecs import MLX
-        from ..codecs import get_codec
-        from ..errors import CodecError
-
-        try:
-            return get_codec(str(value)).name
-        except CodecError as error:
-            failure = click.BadParameter(str(error), ctx, param)
-            failure.hint = error.hint  # type: ignore[attr-defined]
-            raise failure from error
-
-
-class JSONObject(JSONParam):
-    """A JSON object on the command line."""
-
-    name = "json"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> JSON:
-        """Return the object."""
-        try:
-            found = json.loads(value)
-        except ValueError as error:
-            self.fail(f"not valid JSON: {error}", param, ctx)
-        except RecursionError:
-            self.fail("nested too deeply", param, ctx)
-        if not isinstance(found, dict):
-            self.fail("not a JSON object", param, ctx)
-        return found
-
-
-class Percentage(PartParam):
-    """A part, such as ``10%``."""
-
-    name = "percentage"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the part as a number from 0 to 1."""
-        if isinstance(value, float):
-            return value
-        try:
-            part = float(value.removesuffix("%")) / 100
-        except ValueError:
-            part = -1
-        if not (value.endswith("%") and 0 <= part <= 1):
-            self.fail(f"`{value}` is not a percentage such as 10%", param, ctx)
-        return part
-
-
-class KVBits(click.ParamType[int | str]):
-    """A mode of the live cache: ``turbo3``, or mlx-lm's number of bits."""
-
-    name = "bits"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        """Return the mode, or the number."""
-        text = str(value)
-        if text in ("2", "3", "4", "5", "6", "8"):
-            return int(text)
-        if not re.fullmatch(r"turbo[1-8](v[1-8])?", text):
-            self.fail(f"`{text}` is neither turbo3 nor a number of bits", param, ctx)
-        return text
+    return add
 
 
 def model_options(command: F, *, is_needed: bool = True) -> F:
     """Add the options that choose a model; they come as one ``ModelOptions``."""
-    for option in (
-        click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Let the model and its tokenizer bring code of their own.",
-        ),
-        click.option(
-            "--adapter-path",
-            metavar="DIR",
-            type=Text(is_needed=True),
-            help="Folder of an adapter's weights.",
-        ),
+    return all_of(
         click.option(
             "--model",
             metavar="MODEL",
-            type=Text(is_needed=True),
+            type=some_text,
             default=(lambda: setting("model")) if is_needed else None,
             shell_complete=complete_models,
             help="Folder of the model, or its Hugging Face repository."
             + ("  [default: $KVSTORE_MODEL]" * is_needed),
         ),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--adapter-path",
+            metavar="DIR",
+            type=some_text,
+            help="Folder of an adapter's weights.",
+        ),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Let the model and its tokenizer bring code of their own.",
+        ),
+    )(command)
 
 
 def prompt_options(command: F, *, is_argument: bool = True) -> F:
@@ -473,101 +461,102 @@ def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> No
         context.meta[_ARGUMENT] = value
 
 
-def template_options(command: F) -> F:
-    """Add the options of chat templates; they come as one ``TemplateOptions``."""
-    for option in (
-        click.option(
-            "--ignore-chat-template",
-            is_flag=True,
-            help="Take the prompt as plain text.",
-        ),
-        click.option(
-            "--chat-template-config",
-            metavar="JSON",
-            type=JSONObject(),
-            help="More variables for the chat template, such as '{\"key\": true}'.",
-        ),
-        click.option(
-            "--system-prompt",
-            metavar="TEXT",
-            type=Text(),
-            help="What the system says first.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def sampling_options(command: F) -> F:
-    """Add the options of sampling; they come as one ``SamplingOptions``."""
-    for option in (
-        click.option("--seed", metavar="N", type=int, help="Seed of the sampling."),
-        click.option(
-            "--top-k",
-            metavar="K",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Sample from so many of the likeliest tokens; 0 from all.",
-        ),
-        click.option(
-            "--top-p",
-            metavar="P",
-            type=click.FloatRange(0, 1),
-            default=1.0,
-            show_default=True,
-            help="Sample from the likeliest tokens that together have this"
-            " probability.",
-        ),
-        click.option(
-            "--temp",
-            metavar="T",
-            type=click.FloatRange(min=0),
-            default=0.0,
-            show_default=True,
-            help="Sampling temperature; 0 takes the likeliest token.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def live_options(command: F) -> F:
-    """Add the options of the live cache; they come as one ``LiveOptions``."""
-    for option in (
-        min_bits,
-        exact,
-        click.option(
-            "--kv-bits",
-            metavar="BITS",
-            type=KVBits(),
-            help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or"
-            " 8, 6, 5, 4, 3, 2 bits as mlx-lm does.",
-        ),
-        click.option(
-            "--max-kv-size",
-            metavar="N",
-            # The first 4 rows are kept for good.
-            type=click.IntRange(min=8),
-            help="Keep the last N rows per layer, where the model does not say.",
-        ),
-        click.option(
-            "--num-draft-tokens",
-            metavar="N",
-            type=click.IntRange(min=1),
-            default=3,
-            show_default=True,
-            help="Tokens to guess at a time.",
-        ),
-        click.option(
-            "--draft-model",
-            metavar="MODEL",
-            type=Text(is_needed=True),
-            help="A smaller model of the same family, which guesses what comes.",
-        ),
-    ):
-        command = option(command)
-    return command
+template_options = all_of(
+    click.option(
+        "--system-prompt",
+        metavar="TEXT",
+        type=utf8,
+        help="What the system says first.",
+    ),
+    click.option(
+        "--chat-template-config",
+        metavar="JSON",
+        type=json_object,
+        help="More variables for the chat template, such as '{\"key\": true}'.",
+    ),
+    click.option(
+        "--ignore-chat-template",
+        is_flag=True,
+        help="Take the prompt as plain text.",
+    ),
+)
+"""The options of chat templates; they come as one ``TemplateOptions``."""
+sampling_options = all_of(
+    click.option(
+        "--temp",
+        metavar="T",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        show_default=True,
+        help="Sampling temperature; 0 takes the likeliest token.",
+    ),
+    click.option(
+        "--top-p",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        show_default=True,
+        help="Sample from the likeliest tokens that together have this probability.",
+    ),
+    click.option(
+        "--top-k",
+        metavar="K",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Sample from so many of the likeliest tokens; 0 from all.",
+    ),
+    click.option("--seed", metavar="N", type=int, help="Seed of the sampling."),
+)
+"""The options of sampling; they come as one ``SamplingOptions``."""
+_EXACT = "Go on from stored rows only where nothing lossy went into them"
+exact = click.option(
+    "--exact",
+    is_flag=True,
+    help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
+)
+exact_only = click.option("--exact", is_flag=True, help=f"{_EXACT}.")
+min_bits = click.option(
+    "--min-bits",
+    metavar="N",
+    type=click.IntRange(0, 8),
+    default=0,
+    help="Go on from lossy rows only where they have N bits per number at least;"
+    " `fit2` counts as 4.",
+)
+live_options = all_of(
+    click.option(
+        "--draft-model",
+        metavar="MODEL",
+        type=some_text,
+        help="A smaller model of the same family, which guesses what comes.",
+    ),
+    click.option(
+        "--num-draft-tokens",
+        metavar="N",
+        type=click.IntRange(min=1),
+        default=3,
+        show_default=True,
+        help="Tokens to guess at a time.",
+    ),
+    click.option(
+        "--max-kv-size",
+        metavar="N",
+        # The first 4 rows are kept for good.
+        type=click.IntRange(min=8),
+        help="Keep the last N rows per layer, where the model does not say.",
+    ),
+    click.option(
+        "--kv-bits",
+        metavar="BITS",
+        type=kv_bits,
+        help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or"
+        " 8, 6, 5, 4, 3, 2 bits as mlx-lm does.",
+    ),
+    exact,
+    min_bits,
+)
+"""The options of the live cache; they come as one ``LiveOptions``."""
 
 
 def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
@@ -623,21 +612,6 @@ checkpoint_every = click.option(
     default=2048,
     show_default=True,
     help="Of a model with recurrent layers, keep the state every N prompt tokens.",
-)
-_EXACT = "Go on from stored rows only where nothing lossy went into them"
-exact = click.option(
-    "--exact",
-    is_flag=True,
-    help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
-)
-exact_only = click.option("--exact", is_flag=True, help=f"{_EXACT}.")
-min_bits = click.option(
-    "--min-bits",
-    metavar="N",
-    type=click.IntRange(0, 8),
-    default=0,
-    help="Go on from lossy rows only where they have N bits per number at least;"
-    " `fit2` counts as 4.",
 )
 
 
@@ -712,7 +686,7 @@ _quality = click.option(
 _codec = click.option(
     "--codec",
     metavar="CODEC",
-    type=CodecName(),
+    type=codec_name,
     shell_complete=complete_codecs,
     callback=_codec_or_quality,
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 import kvstore
 from kvstore.cli import cli
 from kvstore.cli.failures import explain
-from kvstore.cli.options import JSONObject, Percentage
+from kvstore.cli.options import json_object, percentage
 from kvstore.cli.output import format_bytes
 from kvstore.format.entry import Entry, entry_id
 from kvstore.storage import files
@@ -662,17 +662,17 @@ def test_the_page_is_up_to_date():
 
 def test_percentages_are_parts():
     """`10%` is a tenth, and nothing without the sign is taken."""
-    assert Percentage().convert("10%", None, None) == 0.1
+    assert percentage("10%") == 0.1
     for wrong in ("10", "x%", "-1%", "101%"):
         with pytest.raises(click.BadParameter):
-            Percentage().convert(wrong, None, None)
+            percentage(wrong)
 
 
 def test_a_json_option_is_an_object():
     """A list or a number is refused."""
-    assert JSONObject().convert('{"a": 1}', None, None) == {"a": 1}
+    assert json_object('{"a": 1}') == {"a": 1}
     with pytest.raises(click.BadParameter):
-        JSONObject().convert("[1]", None, None)
+        json_object("[1]")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..main import Verb, load_fast_blas, output_of
-from ..options import CodecName, ModelOptions, Text, gathered, model_options
+from ..options import ModelOptions, codec_name, gathered, model_options, utf8
 from ..output import Column, format_bytes, format_count, format_table, terminal_width
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ codecs = click.option(
     "--codec",
     "codecs",
     metavar="CODEC",
-    type=CodecName(),
+    type=codec_name,
     multiple=True,
     help="A codec to compare; may be given several times.  [default: the usual ones]",
 )
@@ -41,7 +41,7 @@ codecs = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text to read.  [default: a part of Python's manual]",
 )
-@click.option("--question", metavar="TEXT", type=Text(), help="What to ask about it.")
+@click.option("--question", metavar="TEXT", type=utf8, help="What to ask about it.")
 @num_tokens
 @click.option(
     "--max-tokens",

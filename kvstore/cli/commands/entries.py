@@ -50,7 +50,7 @@ _SHORT = 12
 @click.option(
     "--model",
     metavar="MODEL",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="Folder of the model, or its Hugging Face repository, to check that it made"
     " the entry.  [default: believe what is stored]",
 )

@@ -25,7 +25,6 @@ from ..options import (
 from ..output import Output, format_bytes, format_codec, format_count
 from ..settings import setting
 from .entries import entry_data, entry_label
-from .housekeeping import Size
 
 if TYPE_CHECKING:
     from ...format.documents import JSON
@@ -283,7 +282,7 @@ def make_store(context: click.Context, codec: str) -> Store:
     from ...storage.folder import default_path
 
     text = setting("limit")
-    limit = text and Size(min=1).convert(text, None, context)
+    limit = text and options.some_bytes(text)
     is_new = not (store_path(context) or default_path()).exists()
     store = open_store(context, create=True, codec=codec)
     if limit and is_new:

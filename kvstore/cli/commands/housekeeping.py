@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import FishComplete, ZshComplete
@@ -16,7 +15,6 @@ from ...errors import KVStoreError
 from .. import options
 from ..completion import QuotingBash, complete_entries
 from ..main import Verb, cli, load_fast_blas, open_store, output_of
-from ..options import Percentage
 from ..output import (
     Column,
     Output,
@@ -36,67 +34,18 @@ if TYPE_CHECKING:
     from ...ops.upkeep.check import Finding
     from ...ops.upkeep.prune import PrunePlan
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_TOO_MANY_BYTES = 2**63
-_SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-
-class Size(click.ParamType[int]):
-    """Bytes, such as ``20GB``.
-
-    Args:
-        min: The fewest that are taken.
-    """
-
-    name = "size"
-
-    def __init__(self, *, min: int = 0) -> None:
-        self._min = min
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return the size in bytes; the units are decimal."""
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", value.lower())
-        if match is None:
-            self.fail(f"`{value}` is not a size such as 20GB", param, ctx)
-        nbytes = float(match[1]) * _UNITS[match[2]]
-        if not self._min <= nbytes < _TOO_MANY_BYTES:
-            few, many = format_bytes(self._min), format_bytes(_TOO_MANY_BYTES)
-            self.fail(f"`{value}` is not from {few} to {many}", param, ctx)
-        return int(nbytes)
-
-
-class Span(click.ParamType[float]):
-    """A length of time, such as ``30d``."""
-
-    name = "span"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the length in seconds."""
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.lower())
-        if match is None:
-            self.fail(f"`{value}` is not a length of time such as 30d", param, ctx)
-        return float(match[1]) * _SPANS[match[2]]
-
 
 @click.command(cls=Verb)
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=Size(),
+    type=options.size,
     help="Evict entries, the least worth first, until this much is left: 20GB.",
 )
 @click.option(
     "--older-than",
     metavar="SPAN",
-    type=Span(),
+    type=options.span,
     help="Evict entries not used for so long: 30d, 12h.",
 )
 @click.option(
@@ -111,7 +60,7 @@ class Span(click.ParamType[float]):
 @click.option(
     "--limit",
     metavar="SIZE",
-    type=Size(min=1),
+    type=options.some_bytes,
     help="Set the store's size limit, which saves keep to from now on.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
@@ -179,7 +128,7 @@ def stats(context: click.Context) -> None:
 
 @click.command(cls=Verb)
 @click.argument("ref", metavar="REF", shell_complete=complete_entries)
-@click.argument("name", metavar="NAME", type=options.EntryName())
+@click.argument("name", metavar="NAME", type=options.entry_name)
 @click.pass_context
 def rename(context: click.Context, ref: str, name: str) -> None:
     """Give an entry another name, or its first."""
@@ -344,10 +293,10 @@ _SHELLS = {"bash": QuotingBash, "zsh": ZshComplete, "fish": FishComplete}
 @click.option(
     "--read-data",
     metavar="[PART%]",
-    type=Percentage(),
+    type=options.percentage,
     is_flag=False,
-    flag_value=1.0,
-    default=0.0,
+    flag_value="100%",
+    default="0%",
     help="Read the shards' bytes too: all, or such a part of the shards, as in"
     " --read-data=10%.",
 )

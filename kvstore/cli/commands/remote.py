@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _remote_option = click.option(
     "--remote",
     metavar="NAME",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="The remote.  [default: the only one]",
 )
 
@@ -47,22 +47,12 @@ def remote() -> None:
     """Name object stores that entries are pushed to and pulled from."""
 
 
-class _Option(click.ParamType[tuple[str, str]]):
-    """A setting of a provider, as NAME=VALUE."""
-
-    name = "option"
-
-    def convert(
-        self,
-        value: object,
-        param: click.Parameter | None,
-        ctx: click.Context | None,
-    ) -> tuple[str, str]:
-        """Return name and value."""
-        name, equals, text = str(value).partition("=")
-        if not name or not equals:
-            self.fail(f"`{value}` is not NAME=VALUE", param, ctx)
-        return name, text
+def _setting(text: str) -> tuple[str, str]:
+    """Return name and value of a provider's setting."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise click.BadParameter(f"`{text}` is not NAME=VALUE")
+    return name, value
 
 
 @remote.command("add", cls=Verb)
@@ -71,14 +61,14 @@ class _Option(click.ParamType[tuple[str, str]]):
 @click.option(
     "--endpoint",
     metavar="URL",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="The server of a service that is compatible with S3.",
 )
 @click.option(
     "--option",
     "settings",
     metavar="NAME=VALUE",
-    type=_Option(),
+    type=_setting,
     multiple=True,
     help="A setting of the provider, `region=eu-central-1` say; never a credential.",
 )

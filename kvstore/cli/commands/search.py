@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Verb)
-@click.argument("word", metavar="WORD", type=options.Text(is_needed=True))
+@click.argument("word", metavar="WORD", type=options.some_text)
 @click.option(
     "--model",
     metavar="MODEL",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="Where the model lies now, for its tokenizer; for entries of all models."
     "  [default: what each entry says]",
 )

@@ -17,7 +17,6 @@ from ..completion import server_options
 from ..main import Verb, load_fast_blas, log, store_path
 from ..options import gathered
 from .generate import make_store
-from .housekeeping import Size
 from .view import describe, render
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ...server.remote import RemoteTier
     from ...store import Store
 
-_MIN_FREE_BYTES = 5_000_000_000
 # A token of RFC 9110, section 5.6.2.
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
@@ -110,15 +108,15 @@ class ServeVerb(Verb):
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=Size(min=1),
+    type=options.some_bytes,
     help="Set the store's size limit, as `prune --limit` does: 20GB.",
 )
 @click.option(
     "--min-free",
     metavar="SIZE",
-    type=Size(),
-    default=_MIN_FREE_BYTES,
-    show_default="5GB",
+    type=options.size,
+    default="5GB",
+    show_default=True,
     help="Write nothing that would leave less of the disk free.",
 )
 @click.option(
@@ -132,9 +130,9 @@ class ServeVerb(Verb):
 @click.option(
     "--max-queue",
     metavar="SIZE",
-    type=Size(min=1),
-    default=2_000_000_000,
-    show_default="2GB",
+    type=options.some_bytes,
+    default="2GB",
+    show_default=True,
     help="Rows that may wait in memory to be written; more are not kept. They count for"
     " --prompt-cache-bytes.",
 )
@@ -162,7 +160,7 @@ class ServeVerb(Verb):
 @click.option(
     "--remote",
     metavar="NAME",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="Look in this remote for what is neither in memory nor on disk.",
 )
 @click.option(

@@ -29,7 +29,7 @@ _TAIL = 400
 @click.option(
     "--model",
     metavar="MODEL",
-    type=options.Text(is_needed=True),
+    type=options.some_text,
     help="Where the model lies now, for its tokenizer.  [default: what the entry says]",
 )
 @click.pass_context
