@@ -18,7 +18,7 @@ import mlx.core as mx
 from ..caches import live as caches
 from ..caches.layout import group_layers
 from ..errors import KVStoreError
-from ..format.block import BlockHash, Progress, StoredBlock
+from ..format.block import STATE_EXTRAS, BlockHash, Progress, StoredBlock
 from ..format.entry import Entry
 from ..ops.upkeep.check import Finding
 from ..storage.index import Place
@@ -47,6 +47,9 @@ class Recomputed:
     error: float
     # What it may be.
     limit: float
+    # It has a state of recurrent layers in the middle of the entry, which was not
+    # compared: only that at the end comes with the entry.
+    has_unseen_state: bool = False
 
     @property
     def is_right(self) -> bool:
@@ -83,12 +86,7 @@ def recompute(
         IntegrityError: A block that was drawn is missing or damaged.
         KVStoreError: The store has nothing of this model.
     """
-    entries = [
-        entry
-        for entry in store.entries()
-        if store.fingerprint_of(entry.id).digest == model.fingerprint.digest
-        and store.is_like(entry.id, make_empty_cache(model))
-    ]
+    entries = [entry for entry, is_like in _entries(store, model) if is_like]
     if not entries:
         raise KVStoreError(
             "the store has no entry that this model made",
@@ -109,6 +107,19 @@ def recompute(
         progress(done, total)
         found += _compare(entry, blocks, stored, computed)
     return found
+
+
+def count_quantized(store: Store, model: LoadedModel) -> int:
+    """Return how many entries of a model are never compared: their rows are codes."""
+    return sum(not is_like for _, is_like in _entries(store, model))
+
+
+def _entries(store: Store, model: LoadedModel) -> Iterator[tuple[Entry, bool]]:
+    """Yield the entries of a model, and whether they hold what it computes."""
+    empty = make_empty_cache(model)
+    for entry in store.entries():
+        if store.fingerprint_of(entry.id).digest == model.fingerprint.digest:
+            yield entry, store.is_like(entry.id, empty)
 
 
 def _draw(
@@ -139,12 +150,16 @@ def _compare(
     for drawn in blocks:
         place, block = drawn[0], drawn[1].block
         start, stop = block.start, _end(drawn)
+        is_last = stop == entry.num_tokens
+        kinds = ("rows", "window", "state") if is_last else ("rows", "window")
         errors = [
-            _error(theirs[layer][spec], mine[layer][spec], start, stop)
+            # A state is one row, and not that of a token.
+            _error(theirs[layer][spec], mine[layer][spec], *rows)
             for group in group_layers(layout)
             for layer in group.layers
             for spec in mine[layer].keys() & theirs[layer].keys()
-            if group.spec(spec).kind in ("rows", "window")
+            if (kind := group.spec(spec).kind) in kinds
+            for rows in [(0, 1) if kind == "state" else (start, stop)]
         ]
         yield Recomputed(
             entry.name or entry.id,
@@ -154,6 +169,7 @@ def _compare(
             max(errors, default=0.0),
             # Rounding; or what a codec loses, too, on the way to there as well.
             0.1 if place.is_exact else 0.75,
+            place.num_extras >= STATE_EXTRAS and not is_last,
         )
 
 

@@ -2,14 +2,16 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
+from kit import load_beside
 
 import kvstore
 from kvstore.cli import cli
 from kvstore.cli.failures import run
 from kvstore.models.load import load_models
-from kvstore.models.recompute import recompute
+from kvstore.models.recompute import count_quantized, recompute
 from kvstore.models.session import prefill
 from kvstore.storage.folder import create_folder
 
@@ -62,6 +64,48 @@ def test_rows_that_are_no_numbers_are_found(store_path, model):
     with kvstore.Store(store_path, "raw") as store:
         store.save(TOKENS, cache, model.fingerprint, name="doc")
     assert not any(one.is_right for one in look(store_path, model))
+
+
+@pytest.fixture(scope="module")
+def recurrent(model):
+    """A model that has states and no rows."""
+    made = load_beside("architectures").make_model("mamba", vocab_size=260)
+    return replace(model, model=made)
+
+
+def save_states(path, model, tokens):
+    """Save what a model has read of some tokens as that of others, in two turns."""
+    with kvstore.Store(path, "raw") as store:
+        for stop in (80, len(TOKENS)):
+            cache = prefill(model.model, tokens[:stop])
+            store.save(TOKENS[:stop], cache, model.fingerprint, name="doc")
+
+
+def test_a_state_is_compared_at_the_end_of_its_entry(store_path, recurrent):
+    """What lies in the middle is counted."""
+    save_states(store_path, recurrent, TOKENS)
+    found = look(store_path, recurrent, 100)
+    assert all(one.is_right for one in found)
+    assert {one.start for one in found if one.has_unseen_state} == {64}
+
+
+def test_a_state_of_other_tokens_is_found(store_path, recurrent):
+    """It shows in the last block, and in no other."""
+    save_states(store_path, recurrent, TOKENS[::-1])
+    found = look(store_path, recurrent, 100)
+    assert {one.start for one in found if not one.is_right} == {144}
+
+
+def test_entries_of_codes_are_counted(store_path, model):
+    """Rows that mlx-lm has quantized are not those that the model computes."""
+    cache = prefill(model.model, TOKENS)
+    with kvstore.Store(store_path, "raw") as store:
+        coded = [layer.to_quantized(group_size=32, bits=8) for layer in cache]
+        store.save(TOKENS, coded, model.fingerprint, name="coded")
+        assert count_quantized(store, model) == 1
+        store.save(TOKENS[:50], prefill(model.model, TOKENS[:50]), model.fingerprint)
+        assert count_quantized(store, model) == 1
+    assert all(one.is_right for one in look(store_path, model, 100))
 
 
 def test_where_the_tokens_part_the_rows_do(store_path, model):
