@@ -1035,7 +1035,7 @@ class Store:
         entry = self._catalog.find(ref)
         return self._blocks.run(lambda: traces_of(self._blocks, entry))
 
-    def purge(self, removed: Traces | None = None) -> None:
+    def purge(self, removed: Traces | None = None) -> list[str]:
         """Remove every byte of what was removed: shards, quarantine, tmp, index.
 
         Blocks that other entries need stay. Quarantine is emptied; what is whole there
@@ -1046,6 +1046,10 @@ class Store:
             removed: What :meth:`traces_of` returned before it was removed: every file
                 of the store is searched for it in the end.
 
+        Returns:
+            Digests of the bases that were fitted to stored rows, perhaps to these, and
+            stay, since a calibration or a block needs them.
+
         Raises:
             KVStoreError: A trace was found; or an entry cannot be read or lacks a
                 block, so that nobody can say what it needs; or another process is
@@ -1055,7 +1059,7 @@ class Store:
         from .ops.upkeep.purge import purge
 
         self._write_notes()
-        self._blocks.run(lambda: purge(self._blocks, removed or {}))
+        return self._blocks.run(lambda: purge(self._blocks, removed or {}))
 
     def rename(self, ref: str | Entry, name: str) -> Entry:
         """Give an entry another name, or its first, and return it.

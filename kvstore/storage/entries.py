@@ -144,7 +144,7 @@ class Catalog:
                 theirs = Catalog(self._base).find(ref)
                 raise EntryNotFoundError(
                     f"`{theirs.name or theirs.id}` is in the base, which is only read",
-                    hint="`--store` in place of `--base` opens it to be changed",
+                    hint="`--store` in place of `--base` opens it to change or push it",
                 )
             several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
             raise EntryNotFoundError(

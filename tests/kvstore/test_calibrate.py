@@ -193,6 +193,19 @@ def test_a_basis_is_made_of_what_is_stored(saved):
     assert error < 0.05
 
 
+def test_a_purge_names_the_bases_of_stored_rows(saved):
+    """One that a calibration needs stays, and says so; an old one goes."""
+    basis = saved.calibrate().basis
+    entries = [entry.id for entry in saved.entries()]
+    options = ["--store", str(saved.path), "rm", "-y", "--purge", entries[0]]
+    done = CliRunner().invoke(cli, options)
+    assert f"basis {basis[:12]} stays" in done.output
+    for path in saved.path.glob("bases/*.json"):
+        path.unlink()
+    assert saved.purge() == []
+    assert list_bases(open_folder(saved.path)) == []
+
+
 def test_the_verb_makes_a_basis_of_what_is_stored(saved):
     """It names the basis; measuring or reading texts needs a model."""
     runner = CliRunner()

@@ -377,6 +377,21 @@ def test_a_basis_stays_while_nobody_knows_what_needs_it(store):
     assert 1 == len(store.plan_prune().bases)
 
 
+def test_a_shard_that_is_set_aside_since_the_plan_keeps_its_basis(store):
+    """It may be whole and come back, and nobody could decode it then."""
+    path = basis_file(store)
+    age(path)
+    plan = store.plan_prune()
+    assert [path.stem] == list(plan.bases)
+    store.save(TOKENS, fitted_cache(600), MODEL, name="doc")
+    (shard,) = (store.path / "shards").glob("*/*.safetensors")
+    shard.rename(store.path / "quarantine" / shard.name)  # it was misread
+    plan.execute()
+    assert path.exists()
+    store.repair()
+    assert store.load_entry("doc", MODEL)[1] == TOKENS
+
+
 def test_no_block_is_published_without_its_basis(store):
     """A save that `prune` overtook fails, and leaves nothing that nobody can read."""
     basis_file(store).unlink()

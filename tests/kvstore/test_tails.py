@@ -73,6 +73,28 @@ def test_a_save_under_way_writes_what_was_freed(store, talk, caches, monkeypatch
     assert store.load_entry("late", None)[1] == tokens
 
 
+def test_a_snapshot_that_counts_on_a_freed_tail_is_refused(store, talk, caches):
+    """It was not acknowledged, and what was stays as it is; a new one has all rows."""
+    tokens, cache = talk(20, 4)
+    with kvstore.Store(store.path, "raw") as other:
+        snapshot = other.snapshot(tokens, cache, caches.MODEL)
+        whole = [*tokens, *range(4)]
+        whole_cache = caches.grow(cache, caches.random_rows(4, 7))
+        store.save(whole, whole_cache, caches.MODEL, name="chat")
+        store.free_tails()
+        with pytest.raises(IntegrityError, match="vanish"):
+            other.save_snapshot(snapshot, name="late")
+        found, held = store.load_entry("chat", None)
+        assert held == whole
+        assert caches.rows_of(found) == caches.rows_of(whole_cache)
+        assert [entry.name for entry in store.entries()] == ["chat"]
+        assert store.verify() == []
+        whole_cache[0].trim(4), whole_cache[1].trim(4)
+        snapshot = other.snapshot(tokens, whole_cache, caches.MODEL)
+        other.save_snapshot(snapshot, name="late")
+    assert store.load_entry("late", None)[1] == tokens
+
+
 def test_a_damaged_entry_stops_it(store, talk):
     """Nobody knows what an entry needs that cannot be read."""
     talk(20, 4)

@@ -181,8 +181,11 @@ def remove(
         for entry in entries if purge else ():
             traces |= store.traces_of(entry.id)
         entries = [store.remove(entry.id) for entry in entries]
-        if purge:
-            store.purge(traces)
+        for basis in store.purge(traces) if purge else ():
+            output.warning(
+                f"basis {basis[:12]} stays: it was fitted to stored rows, which may"
+                " have been among these"
+            )
     _print_removed(output, entries, dry_run, purge=purge)
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ...errors import IntegrityError, KVStoreError
+from ...errors import FormatError, IntegrityError, KVStoreError
 from ...format.block import BlockHash
 from ...format.entry import Entry
 from ...storage import files
+from ...storage.bases import list_bases, read_basis
 from ...storage.blocks import BlockStore
+from ...storage.folder import StoreFolder
 from ...storage.shards import empty_quarantine, take_back
 from .check import repair
 from .prune import Policy, plan_prune
@@ -27,7 +29,7 @@ Traces = dict[BlockHash, tuple[bytes, ...]]
 """The blocks of entries, and the bytes that each is known by beside its hash."""
 
 
-def purge(blocks: BlockStore, removed: Traces) -> None:
+def purge(blocks: BlockStore, removed: Traces) -> list[str]:
     """Remove every byte of blocks that no entry needs.
 
     What lies damaged in the store goes to quarantine, what is whole there comes back,
@@ -37,6 +39,10 @@ def purge(blocks: BlockStore, removed: Traces) -> None:
     Args:
         blocks: The store's blocks.
         removed: What was removed; that no byte of it is left is proven in the end.
+
+    Returns:
+        Digests of the bases that were fitted to stored rows, perhaps to these, and that
+        a calibration or a block still needs.
 
     Raises:
         KVStoreError: An entry cannot be read or lacks a block, so that nobody can say
@@ -57,12 +63,22 @@ def purge(blocks: BlockStore, removed: Traces) -> None:
             hint="remove the entries that `kvstore verify` names, then `--purge` again",
         )
     _empty(blocks)
+    plan_prune(blocks, Policy(grace_s=0.0)).execute()  # bases wait for quarantine
     blocks.index.compact()
     if (path := find_traces(blocks, removed)) is not None:
         raise KVStoreError(
             f"a part of what was removed is still in the store: {path}",
             hint="is another process saving it again? `--purge` again",
         )
+    return [b for b in list_bases(blocks.folder) if _is_of_rows(blocks.folder, b)]
+
+
+def _is_of_rows(folder: StoreFolder, basis: str) -> bool:
+    """Whether a basis was fitted to stored rows, or cannot be read."""
+    try:
+        return read_basis(folder, basis).about.get("made_from") == "rows"
+    except (IntegrityError, FormatError):
+        return True
 
 
 def _empty(blocks: BlockStore) -> None:
