@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ class Contestant:
     """One way to keep a prompt cache: how it is saved, and loaded."""
 
     what: str
-    # Runs before each save, and does not count.
+    # Removes what the save before left: all of them write new files. Does not count.
     prepare: Callable[[], object]
     save: Callable[[], object]
     load: Callable[[], Cache | None]
@@ -214,23 +216,22 @@ def contestants(
 
 
 def ours(path: Path, codec: str, tokens: list[int], prompt_cache: Cache) -> Contestant:
-    """Return our way with one codec; each save goes to a store of its own."""
-    stores: list[Path] = []
+    """Return our way with one codec."""
 
     def prepare() -> None:
-        stores.append(path.with_name(f"{codec}-{len(stores)}"))
-        kvstore.Store(stores[-1], codec=codec).close()
+        shutil.rmtree(path, ignore_errors=True)
+        kvstore.Store(path, codec=codec).close()
 
     def save() -> None:
-        with kvstore.Store(stores[-1], codec=codec) as store:
+        with kvstore.Store(path, codec=codec) as store:
             store.save(tokens, prompt_cache, MODEL, name="x")
 
     def load() -> Cache:
-        with kvstore.Store(stores[-1], codec=codec) as store:
+        with kvstore.Store(path, codec=codec) as store:
             return store.load_entry("x", MODEL)[0]
 
     def nbytes() -> int:
-        shards = stores[-1].rglob("*.safetensors")
+        shards = path.rglob("*.safetensors")
         return sum(shard.stat().st_size for shard in shards)
 
     return Contestant(codec, prepare, save, load, nbytes)
@@ -251,7 +252,7 @@ def stock(path: Path, what: str, prompt_cache: Cache) -> Contestant:
     def save() -> None:
         save_prompt_cache(name, prompt_cache)
 
-    return Contestant(what, _nothing, save, load, nbytes)
+    return Contestant(what, partial(_remove, Path(name)), save, load, nbytes)
 
 
 def copy(path: Path, prompt_cache: Cache) -> Contestant:
@@ -270,11 +271,14 @@ def copy(path: Path, prompt_cache: Cache) -> Contestant:
     def load() -> None:
         path.read_bytes()
 
-    return Contestant("plain copy", _nothing, save, load, lambda: path.stat().st_size)
+    size = path.stat
+    return Contestant(
+        "plain copy", partial(_remove, path), save, load, lambda: size().st_size
+    )
 
 
-def _nothing() -> None:
-    """Prepare nothing."""
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def first_logits(model: Any, way: Contestant) -> None:

@@ -8,7 +8,9 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from struct import pack
 from typing import Any, BinaryIO, cast
@@ -20,7 +22,10 @@ _SIZES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "U32": 4, "I32": 4, "I64": 8}
 _LARGE_PAGE = 2 * 1024 * 1024
 # Of all arrays: less would not fill its last page well.
 _MIN_BYTES = 32 * 1024 * 1024
-# Linux has it from 6.1 on, and Python no name for it.
+# The most that a large page may take.
+_MAX_S = 0.001
+# Linux has them from 5.14 and 6.1 on, and Python no names for them.
+_MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
 
 
@@ -72,30 +77,47 @@ def uninitialised(
     loaded = mx.load(cast(BinaryIO, file), format="safetensors", stream=mx.cpu)
     assert isinstance(loaded, dict)
     mx.eval(loaded)
-    if end >= _MIN_BYTES:
-        for array in loaded.values():
-            _ask_for_large_pages(array)
+    if end >= _MIN_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        _take_memory(loaded.values())
     return loaded
 
 
-def _ask_for_large_pages(array: mx.array) -> None:
-    """Have the system give memory 2 MB at a time where it can.
+def _take_memory(arrays: Iterable[mx.array]) -> None:
+    """Have the system give the arrays their memory in a few calls, not page by page.
 
-    4 kB at a time, faults take longer than decoding does. On Linux only.
+    Page by page, that takes longer than decoding does. On Linux only.
     """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    begin = np.asarray(array).ctypes.data
-    first = begin - begin % mmap.PAGESIZE
-    _advise(first, begin + array.nbytes - first, mmap.MADV_HUGEPAGE)
-    # The allocator has written before the array, so that a small page is there.
-    _advise(begin - begin % _LARGE_PAGE, _LARGE_PAGE, _MADV_COLLAPSE)
+    spans = [(np.asarray(array).ctypes.data, array.nbytes) for array in arrays]
+    count = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(count, "kvstore-memory") as pool:
+        list(pool.map(_take_spans, (spans[i::count] for i in range(count))))
 
 
-def _advise(begin: int, nbytes: int, advice: int) -> None:
+def _take_spans(spans: Sequence[tuple[int, int]]) -> None:
+    is_large = True
+    for begin, nbytes in spans:
+        # A page of 2 MB is as fast as 20 of 4 kB; but a virtual machine may have given
+        # large ones back, and then each takes as long as 2,000.
+        began = time.thread_time()
+        _take_span(begin, begin + nbytes, is_large)
+        seconds = time.thread_time() - began
+        is_large = is_large and seconds < _MAX_S * (1 + nbytes / _LARGE_PAGE)
+
+
+def _take_span(begin: int, end: int, is_large: bool) -> None:
+    if is_large:
+        first, end = (at - at % _LARGE_PAGE for at in (begin, end))
+        _advise(first, end, mmap.MADV_HUGEPAGE)
+        # A small page is there: the allocator has written before the array.
+        _advise(first, first + _LARGE_PAGE, _MADV_COLLAPSE)
+    _advise(begin - begin % mmap.PAGESIZE, end, _MADV_POPULATE_WRITE)
+
+
+def _advise(begin: int, end: int, advice: int) -> None:
     """Advise the system, which may refuse it."""
-    address, length = ctypes.c_void_p(begin), ctypes.c_size_t(nbytes)
-    ctypes.CDLL(None).madvise(address, length, ctypes.c_int(advice))
+    if end > begin:
+        size = ctypes.c_size_t(end - begin)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, ctypes.c_int(advice))
 
 
 class _Unread(io.RawIOBase):
