@@ -670,7 +670,9 @@ def _generator_class(
                 read = partial(
                     _read_reply, machine, texts, initial, tokenizer, request.tools
                 )
-            made, edits = replay(tokenizer, prompt, messages, known.latest(), read)
+            latest = known.latest()
+            near = self.model_provider.near is not None
+            made, edits = replay(tokenizer, prompt, messages, latest, read, near=near)
             parts = cut_again(segments, made, edits)
             return (prompt, segments) if parts is None else (made, parts)
 

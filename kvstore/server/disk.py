@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ MAX_QUEUED_BYTES = 2_000_000_000
 # and where nobody knows what computing takes; and how long a disk that was slower is
 # left alone.
 _MIN_READ_S, _MAX_READ_S, _PAUSE_S = 10.0, 30.0, 60.0
+# So much of the time that computing would take, rows on their way are waited for.
+_WAIT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,7 @@ class Disk:
         near, begin = served.near, time.monotonic()
         if near is None or spans or begin < self._read_again_at:
             return None
+        self._wait_for_near(served, tokens, num_held)
         before = served.num_computed
         prompt_cache, rest = self.store.load_near(
             tokens,
@@ -261,6 +265,22 @@ class Disk:
             f" {caches.read_provenance(prompt_cache).quality}"
         )
         return (prompt_cache, rest), why
+
+    def _wait_for_near(
+        self, served: ServedModel, tokens: list[int], num_held: int
+    ) -> None:
+        """Wait a little for what is much like a prompt and on its way to the disk.
+
+        Where a tool takes but a moment, that is the turn before.
+        """
+        from ..caches.reanchor import Sketch
+
+        speeds = self.store.speeds(served.fingerprint)
+        computed_s = speeds.prefill_s(len(tokens) - num_held) or 0.0
+        given = cache(lambda: Sketch.of(tokens).marks)
+        self._writer.wait_for(
+            lambda job: bool(given() & Sketch.of(job.tokens).marks), computed_s * _WAIT
+        )
 
     def _bring(
         self, served: ServedModel, tokens: list[int], num_held: int

@@ -19,6 +19,8 @@ from ..models.turns import places
 Read = Callable[[str], tuple[str, list[Any], str]]
 """What a client is sent of a reply's text: content, tool calls, and reasoning."""
 _MAX_KNOWN = 64
+# So many tokens before a reply tell it from others, where the beginning is another.
+_CONTEXT = 64
 
 
 class Sampled:
@@ -44,6 +46,8 @@ def replay(
     messages: Sequence[Any],
     known: Iterable[array[int]],
     read: Read | None = None,
+    *,
+    near: bool = False,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return a prompt with the sampled tokens of the replies in it.
 
@@ -53,24 +57,34 @@ def replay(
         messages: What it was rendered from.
         known: Conversations, as :class:`Sampled` has them.
         read: How tool calls are read, where the model has any.
+        near: Rows behind other words are of use: of what comes before a reply, the
+            last tokens decide whether it is the same one.
 
     Returns:
         The prompt, and for each reply where it ends in the given one, and by how many
         tokens it has become longer.
     """
-    replies = _replies(prompt, tokenizer.eos_token_ids)
+    ends = tokenizer.eos_token_ids
+    replies = _replies(prompt, ends)
     said = [message for message in messages if message.get("role") == "assistant"]
     made, edits, done, seen = array("q"), [], 0, 0
+    known = same = list(known)
+    like: Sequence[array[int]] = ()
     # A reply that cannot be told from what else is rendered could be any other's.
     pairs = zip(replies, said, strict=True) if len(replies) == len(said) else ()
     for (begin, end), message in pairs:
         made.extend(prompt[done:begin])
-        known = [one for one in known if one[seen : len(made)] == made[seen:]]
-        if not known:
+        same = [one for one in same if one[seen : len(made)] == made[seen:]]
+        if not same and not near:
             done = begin
             break
         rendered = array("q", prompt[begin:end])
-        found = (_reply(one, len(made), tokenizer.eos_token_ids) for one in known)
+        starts = [(one, len(made)) for one in same]
+        if not same:
+            # What went on like it before first.
+            starts = _behind(made[-_CONTEXT:], like) or _behind(made[-_CONTEXT:], known)
+            like = [one for one, _ in starts] or like
+        found = (_reply(one, start, ends) for one, start in starts)
         fits = (_fitting(tokenizer, rendered, s, message, read) for s in found if s)
         reply = next((fit for fit in fits if fit is not None), rendered)
         seen = len(made)
@@ -117,6 +131,18 @@ def _replies(prompt: Sequence[int], ends: Collection[int]) -> list[tuple[int, in
     known = set(stops)
     begins = [p + len(opening) for p in places(opening, prompt) if p - 1 in known][:-1]
     return [(begin, stops[bisect_left(stops, begin)]) for begin in begins]
+
+
+def _behind(
+    context: array[int], known: Iterable[array[int]]
+) -> list[tuple[array[int], int]]:
+    """Return where some tokens end in known conversations, once in each."""
+    wanted, found = context.tobytes(), []
+    for one in known:
+        place = one.tobytes().rfind(wanted)
+        if place >= 0 and place % one.itemsize == 0:
+            found.append((one, place // one.itemsize + len(context)))
+    return found
 
 
 def _reply(known: array[int], begin: int, ends: Collection[int]) -> array[int]:

@@ -46,10 +46,15 @@ class Job:
     make_title: Callable[[Sequence[int]], str]
 
     @property
+    def tokens(self) -> list[int]:
+        """The tokens of what is saved."""
+        blocks = self.snapshot.chain.blocks
+        return [token for block in blocks for token in block.tokens]
+
+    @property
     def title(self) -> str:
         """The first words of what is saved."""
-        blocks = self.snapshot.chain.blocks
-        return self.make_title([token for block in blocks for token in block.tokens])
+        return self.make_title(self.tokens)
 
     @property
     def rows(self) -> TakenRows:
@@ -184,6 +189,13 @@ class Writer:
         """Wait until all that was put is saved or given up; say whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, timeout_s)
+
+    def wait_for(self, is_wanted: Callable[[Job], bool], timeout_s: float) -> None:
+        """Wait until nothing that is wanted is on its way, or so long."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not any(map(is_wanted, self._jobs)), timeout_s
+            )
 
     def close(self, timeout_s: float | None = None) -> bool:
         """Save what waits, end the thread, and say whether nothing was given up.

@@ -276,10 +276,19 @@ TOOL_TEMPLATE = (
 )
 
 
-def write_tool_model(folder, tiny_model):
+CALL = ("<tool_call>", TOOL_CALL, "</tool_call>")
+
+
+def write_tool_model(folder, tiny_model, chain=CALL, template=TOOL_TEMPLATE):
     """Write a model that answers every prompt with a tool call; return its folder.
 
     What a token is followed by stands in a table: attention and MLP add nothing.
+
+    Args:
+        folder: Where to.
+        tiny_model: Whose tokenizer it has.
+        chain: All that it says, as tokens of its own.
+        template: What its messages are rendered by.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -288,11 +297,10 @@ def write_tool_model(folder, tiny_model):
 
     folder.mkdir()
     tokenizer = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
-    chain = ["<tool_call>", TOOL_CALL, "</tool_call>"]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in chain])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = json.loads((tiny_model / "tokenizer_config.json").read_text())
-    settings["chat_template"] = TOOL_TEMPLATE
+    settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
     size = -(-tokenizer.get_vocab_size() // 8) * 8

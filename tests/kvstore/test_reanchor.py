@@ -268,6 +268,29 @@ def test_a_server_says_how_many_were_taken_over(store_path, served, model, cache
         assert store.lookup([*TOKENS, 1], caches.MODEL).num_tokens == len(TOKENS)
 
 
+def test_the_turn_before_is_waited_for(store_path, served, model, monkeypatch):
+    """A little, where it is much like the prompt; what is not, keeps nobody waiting."""
+    tier = DiskPromptCache(kvstore.Store(store_path, "raw"), lambda key: served)
+    tier.store.note_prefill(served.fingerprint, 100, 1000.0)
+    tier.store.note_prefill(served.fingerprint, 1000, 10_000.0)
+    waits, wait_for = [], tier._disk._writer.wait_for
+
+    def note(is_wanted, timeout_s):
+        waits.append(timeout_s)
+        wait_for(is_wanted, timeout_s)
+
+    monkeypatch.setattr(tier._disk._writer, "wait_for", note)
+    tier.insert_cache("m", TOKENS, compute(model, TOKENS))
+    # Nothing has waited for the disk.
+    assert len(tier.fetch_nearest_cache("m", PROMPT)[1]) == 2
+    assert waits[0] > 60
+    with tier._disk._writer._changed:  # which no job can leave meanwhile
+        begin = time.monotonic()
+        wait_for(lambda job: False, 60)
+        assert time.monotonic() - begin < 1
+    tier.close()
+
+
 def test_a_disk_that_was_too_slow_is_left_alone(store_path, served, model):
     """Also for rows that would be re-anchored."""
     tier = DiskPromptCache(kvstore.Store(store_path, "raw"), lambda key: served)

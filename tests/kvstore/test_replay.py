@@ -211,6 +211,23 @@ def test_only_what_comes_before_decides(read):
     assert replay(TOKENIZER, prompt, forged, [array("q", stored)], read)[0] == prompt
 
 
+def test_behind_another_head_the_sampled_tokens_are_held_too(read):
+    """Where rows there are of use: found by what stands right before each reply."""
+    long = user("world " * 70)
+    replies = [(assistant("hello"), [102, 103]), (assistant("world"), [104, 105])] * 2
+    stored, messages = talk(*replies)
+    head = render([long])[:-1]
+    asked = [long, *messages]
+    prompt = [*head, *render(messages)]
+    old = Sampled([[*head[:1], LETTERS[ord("1")], *head[1:], *stored]]).latest()
+    made, _ = replay(TOKENIZER, prompt, asked, old, read, near=True)
+    assert made[len(head) : len(head) + len(stored)] == stored
+    assert replay(TOKENIZER, prompt, asked, old, read)[0] == prompt
+    # Another conversation that has less than that in common is none of it.
+    other = Sampled([stored]).latest()
+    assert replay(TOKENIZER, prompt, asked, other, read, near=True)[0] == prompt
+
+
 def test_what_goes_on_takes_the_place_of_what_it_continues():
     """So that a long conversation does not crowd out the others."""
     known = Sampled([[1, 2], [7]])
