@@ -27,7 +27,7 @@ STRACE = shutil.which("strace")
 # Imports once what takes a second, and forks a worker each time it is asked to. That
 # says when it is ready, begins when it is told, and notes each save that returned.
 NURSERY = """
-import ctypes, os, socket, sys
+import ctypes, fcntl, itertools, os, signal, socket, struct, sys
 import caches, kvstore, kvstore.caches.fit, kvstore.ops.recognise, kvstore.ops.save
 from kvstore.storage import files
 
@@ -38,10 +38,30 @@ def publish_in_place(source, target):
         os.sync()
         file.write(data[len(data) // 2 :])
 
+def cut_power(path, acknowledged, when):
+    # Before the K-th call to the disk; otherwise says how many there were.
+    count, disk = itertools.count(1), os.open(path, os.O_RDONLY)
+    def numbered(real):
+        def call(*arguments, **options):
+            if (number := next(count)) == when:
+                fcntl.ioctl(disk, 0x8004587D, struct.pack("I", 2))
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+        return call
+    for name in ("create", "write_all", "sync", "sync_dir", "publish", "remove"):
+        setattr(files, name, numbered(getattr(files, name)))
+    def tell():
+        with open(acknowledged + ".calls", "w") as file:
+            file.write(str(next(count)))
+    return tell
+
 def work(parent, path, acknowledged, base, mutant):
     noted = os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     if mutant == "in place":
         files.publish = publish_in_place
+    tell = lambda: None
+    if mutant.startswith("cut "):
+        tell = cut_power(path, acknowledged, int(mutant[4:]))
     if sys.platform == "linux":  # any process may trace us
         ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1))
     work = caches.make_work(int(base))
@@ -55,6 +75,7 @@ def work(parent, path, acknowledged, base, mutant):
             store.save(tokens, cache, caches.MODEL, name=name, replace=True)
             if mutant != "acknowledge first":
                 os.write(noted, bytes([number]))
+    tell()
 
 line = socket.socket(fileno=int(sys.argv[1]))
 while True:
@@ -64,7 +85,12 @@ while True:
     if descriptors:
         if (pid := os.fork()) == 0:
             line.close()
-            work(socket.socket(fileno=descriptors[0]), *said.decode().split("\\0"))
+            words = said.decode().split("\\0")
+            try:
+                work(socket.socket(fileno=descriptors[0]), *words)
+            except (OSError, kvstore.KVStoreError):
+                if not words[-1].startswith("cut "):  # its disk is gone
+                    raise
             os._exit(0)
         os.close(descriptors[0])
         line.send(pid.to_bytes(4, "little"))

@@ -37,6 +37,14 @@ def test_a_small_campaign_finds_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_power_cuts_lose_nothing(tmp_path):
+    """The order of syncs, on a disk that forgets what was not synced."""
+    code, table, told = run(tmp_path, "--power-cuts", "4")
+    assert (0, [["power-cuts", "4", "0"]]) == (code, table), told
+
+
+@pytest.mark.slow
 def test_bad_connections_lose_nothing(tmp_path):
     """How many are broken in a round is for chance to say."""
     code, table, told = run(tmp_path, "--connections", "9", "--replies", "9")

@@ -42,6 +42,7 @@ from .crowd import crowd
 from .damage import damage_store
 from .fuzz import Fuzzer
 from .mutants import MUTANTS, find_survivors
+from .power import cut_in_turn
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -95,6 +96,24 @@ def kills(chance: random.Random, count: int, folder: Path, empty: Path) -> Outco
 def _acknowledged(folder: Path, killed: int) -> str:
     saves = sum(path.stat().st_size for path in folder.glob("kills-*/noted-*"))
     return f"{killed} died before their end, {saves} saves acknowledged"
+
+
+def power_cuts(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Cut the power of a disk while it is saved to; as root, on Linux."""
+    kill, caches = kit.load_beside("test_kill"), kit.load_beside("caches")
+    found, saves = Outcome(), 0
+    for done in range(0, count, ROUND):
+        work, number = folder / f"cuts-{done}", min(ROUND, count - done)
+        work.mkdir()
+        what = f"cuts {done} to {done + number}"
+        act = cut_in_turn
+        acknowledged = found.attempt(
+            what, act, chance, number, work, empty, kill, caches
+        )
+        saves += acknowledged or 0
+        (work / "image").unlink()
+    found.count, found.note = count, f"{saves} saves acknowledged"
+    return found
 
 
 def errors(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
@@ -250,6 +269,7 @@ def poison(chance: random.Random, count: int, folder: Path, empty: Path) -> Outc
 
 ACTS = {
     "kills": kills,
+    "power-cuts": power_cuts,
     "errors": errors,
     "damage": damage,
     "fuzz": fuzz,
@@ -279,7 +299,7 @@ def main() -> int:
             kept = vault.keep_by_file(vault.new_key(), Path(temporary) / "key")
         empty = create_folder(Path(temporary) / "empty", 16, kept).path
         for name, act in ACTS.items():
-            if count := getattr(options, name):
+            if count := getattr(options, name.replace("-", "_")):
                 folder = Path(temporary) / name
                 folder.mkdir()
                 begin = time.monotonic()

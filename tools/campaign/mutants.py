@@ -42,6 +42,14 @@ MUTANTS = {
         "storage/files.py", "path, target)\n    sync_dir(target.parent)\n",
         "path, target)\n", _test("files", "synced"),
     ),
+    "a shard is not synced, and the power goes": Mutant(
+        "storage/shards.py", "        files.sync(descriptor)\n", "",
+        _campaign("--power-cuts", "20"),
+    ),
+    "a folder is not synced, and the power goes": Mutant(
+        "storage/files.py", "path, target)\n    sync_dir(target.parent)\n",
+        "path, target)\n", _campaign("--power-cuts", "20"),
+    ),
     "published before it is synced": Mutant(
         "storage/files.py",
         "        sync(descriptor)\n        if path.read_bytes() != data:",
