@@ -40,7 +40,7 @@ test-all: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -n auto --dist loadfile
 
 # Power cuts take a disk that root has mounted.
-CUTS := $(if $(filter 0,$(shell id -u)),--power-cuts 180)
+CUTS := $(if $(filter 0,$(shell id -u)),--power-cuts 180 --requests 400)
 CAMPAIGN := --kills 1000 $(CUTS) --errors 2000 --damage 20000 --fuzz 3000000 \
 	--together 120 --connections 200 --replies 1000 --poison 1000 --mutants
 

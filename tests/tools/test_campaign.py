@@ -45,6 +45,14 @@ def test_power_cuts_lose_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_a_server_outlives_its_disk(tmp_path):
+    """A full disk, a deleted store and a power cut, with clients of every kind."""
+    code, table, told = run(tmp_path, "--requests", "40")
+    assert (0, [["requests", "40", "0"]]) == (code, table), told
+
+
+@pytest.mark.slow
 def test_bad_connections_lose_nothing(tmp_path):
     """How many are broken in a round is for chance to say."""
     code, table, told = run(tmp_path, "--connections", "9", "--replies", "9")

@@ -2,11 +2,12 @@
 
     python -m tools.campaign --seed 1 --kills 1000 --errors 2000 --damage 20000 \
         --fuzz 3000000 --together 120 --connections 200 --replies 1000 \
-        --poison 1000 --mutants
+        --poison 1000 --power-cuts 180 --requests 400 --mutants
 
 It drives what the tests are made of: killed processes, errors of the system at the K-th
 call, damaged files, mutated bytes, bad connections to an object store, and what
-somebody has poisoned in it. The object store is one in memory, or that at
+somebody has poisoned in it. Power cuts, and the server whose disk fills up, is deleted
+and loses its power, take root on Linux: they mount a disk in a file. The object store is one in memory, or that at
 $KVSTORE_S3_ENDPOINT, whose bucket `kvstore-campaign` must be there. With `--mutants`,
 the code itself is broken, and the tests, or this program, must notice. Each line is an
 act, its count, and what was found; exit code 1 where anything was. The same seed gives
@@ -38,11 +39,13 @@ from kvstore.storage.folder import create_folder
 from kvstore.storage.keys import new_signing_key
 
 from . import remotes
+from .clients import ROUND as ASKED
+from .clients import Clients
 from .crowd import crowd
 from .damage import damage_store
 from .fuzz import Fuzzer
 from .mutants import MUTANTS, find_survivors
-from .power import cut_in_turn
+from .power import cut_in_turn, mounted
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -267,6 +270,27 @@ def poison(chance: random.Random, count: int, folder: Path, empty: Path) -> Outc
     return found
 
 
+def requests(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
+    """Ask a server through a full disk, a deleted store and a power cut; as root."""
+    import conftest
+
+    servers = kit.load_beside("servers").Servers(folder)
+    bad, found = kit.load_beside("test_serving").BAD, Outcome()
+    try:
+        with mounted(folder) as disk:
+            clients = Clients(servers, conftest.write_model(folder / "tiny"), bad)
+            for done in range(0, count, ASKED):
+                found.attempt(f"requests {done} on", clients.live, chance, disk)
+    finally:
+        servers.close()
+    found.count = clients.counts.total()
+    told = sorted((clients.counts + clients.told).items())
+    found.note = f"{len(servers.started) - 1} servers: " + ", ".join(
+        f"{n} {what}" for what, n in told
+    )
+    return found
+
+
 ACTS = {
     "kills": kills,
     "power-cuts": power_cuts,
@@ -277,6 +301,7 @@ ACTS = {
     "connections": connections,
     "replies": replies,
     "poison": poison,
+    "requests": requests,
 }
 
 
