@@ -6,12 +6,12 @@
 
 It drives what the tests are made of: killed processes, errors of the system at the K-th
 call, damaged files, mutated bytes, bad connections to an object store, and what
-somebody has poisoned in it. Power cuts, and the server whose disk fills up, is deleted
-and loses its power, take root on Linux: they mount a disk in a file. The object store is one in memory, or that at
-$KVSTORE_S3_ENDPOINT, whose bucket `kvstore-campaign` must be there. With `--mutants`,
-the code itself is broken, and the tests, or this program, must notice. Each line is an
-act, its count, and what was found; exit code 1 where anything was. The same seed gives
-the same choices.
+somebody has poisoned in it. The object store is one in memory, or that at
+$KVSTORE_S3_ENDPOINT, whose bucket `kvstore-campaign` must be there. Power cuts, and
+requests to a server whose disk is full, emptied and cut, take root on Linux: they mount
+a disk in a file. With `--mutants`, the code itself is broken, and the tests, or this
+program, must notice. Each line is an act, its count, and what was found; exit code 1
+where anything was. The same seed gives the same choices.
 """
 
 from __future__ import annotations
