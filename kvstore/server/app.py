@@ -16,37 +16,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..caches.fit import expect_rows, feed, shapes_of
-from ..caches.layout import Shapes
-from ..caches.live import (
-    is_cuttable,
-    quantize,
-    read_provenance,
-    set_provenance,
-)
-from ..caches.provenance import Provenance
-from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.documents import JSON
-from ..models.context import past_context, read_context_length
-from ..models.fits import refused, why_not
-from ..models.load import find_model, fingerprint_model
-from ..models.titles import title_maker
+from ..models.context import past_context
+from ..models.load import find_model
+from .batch import Batch
 from .disk import ServedModel, harmless
 from .drift import Drift
 from .pages import Pages, View
-from .prefill import KeepRows, Steps, stream_alone, view
+from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
+from .provider import Provider
 from .replay import call_of, cut_again, replay
 from .requests import check_body
-from .tenants import find_tenant, own, tenant_of
+from .tenants import find_tenant, own
 from .warm import start_warming
 from .watch import Requests, Served, watch
 
@@ -54,16 +43,6 @@ if TYPE_CHECKING:
     from .metrics import Metrics
 
 log = logging.getLogger("kvstore")
-# Architectures whose layers are a `CacheList` and that a test serves in batches: the
-# tokens, the rows and the states are those of serving alone.
-_LISTS_BATCHED_RIGHT = {
-    "baichuan_m1",
-    "deepseek_v32",
-    "falcon_h1",
-    "glm_moe_dsa",
-    "longcat_flash",
-    "longcat_flash_ngram",
-}
 # Docker kills ten seconds after it asks; launchd and systemd wait longer.
 _WRITE_S = 7.0
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
@@ -102,7 +81,6 @@ def serve(
             batch.give_up()
         batches.clear()
 
-    provider_class = _provider_class(server, give_up, reanchor=reanchor)
     requests = Requests()
     generator_class = _generator_class(server, give_up, requests)
     providers: list[Any] = []
@@ -110,7 +88,7 @@ def serve(
     generators: list[Any] = []
 
     def make_provider(cli_args: argparse.Namespace) -> Any:
-        providers.append(provider_class(cli_args))
+        providers.append(Provider(cli_args, give_up, reanchor=reanchor))
         return providers[-1]
 
     metrics = _make_metrics()
@@ -145,7 +123,6 @@ def serve(
     def keep_prefill(tokens: list[int], prompt_cache: list[Any]) -> None:
         opened[-1].keep_prefill(providers[-1].model_key, tokens, prompt_cache)
 
-    batch_class = _batch_class(server, keep, keep_prefill)
     stream_generate = server.stream_generate
 
     def stream(**options: Any) -> Iterator[Any]:
@@ -161,7 +138,8 @@ def serve(
     server.stream_generate = stream  # type: ignore[attr-defined]
 
     def make_batch(*parts: Any, **options: Any) -> Any:
-        batches[:] = [batch_class(*parts, **options)]  # there is one at a time
+        # There is one at a time.
+        batches[:] = [Batch(keep, keep_prefill, *parts, **options)]
         return batches[0]
 
     server.BatchGenerator = make_batch  # type: ignore[attr-defined]
@@ -207,102 +185,6 @@ def serve(
             f"the thread that generates has ended: {type(error).__name__}: {error}",
             hint="the log says where; start the server again",
         ) from error
-
-
-def _batch_class(server: Any, keep: KeepRows, keep_prefill: KeepRows) -> Any:
-    """Return mlx-lm's ``BatchGenerator``, which keeps what it has begun.
-
-    Args:
-        server: The copy of mlx-lm's module.
-        keep: Called where a request is given up.
-        keep_prefill: Called while a prompt is computed.
-    """
-
-    class Batch(server.BatchGenerator):  # type: ignore[misc]
-        def __init__(self, model: Any, **options: Any) -> None:
-            if _has_states(model):
-                # In a batch, the padding of the shorter prompts would run through
-                # their states. Tokens that are generated need no padding.
-                options["prefill_batch_size"] = 1
-            self._begun: dict[Any, Steps] = {}
-            self._tenants: dict[Any, str | None] = {}
-            # What merging caches into a batch makes them forget.
-            self._marks: dict[Any, Provenance] = {}
-            self._has_rows_only = is_cuttable(_make_caches(model))
-            super().__init__(model, **options)
-
-        def insert_segments(self, *parts: Any, **options: Any) -> Any:
-            uids = super().insert_segments(*parts, **options)
-            held = options.get("all_tokens") or [[]] * len(uids)
-            for uid, begun in zip(uids, options.get("caches") or (), strict=False):
-                if begun and (mark := read_provenance(begun)).num_moved:
-                    self._marks[uid] = mark
-            for uid, tokens in zip(uids, held, strict=True):
-                steps = Steps(len(tokens), has_rows_only=self._has_rows_only)
-                self._begun[uid] = steps
-                self._tenants[uid] = tenant_of(tokens)
-            return uids
-
-        def next(self) -> Any:
-            found = super().next()
-            for response in found[0]:
-                self._note(response)
-            for response in found[1]:
-                if response.all_tokens is not None:  # at the end
-                    self._begun.pop(response.uid, None)
-                    tenant = self._tenants.pop(response.uid, None)
-                    response.all_tokens = own(response.all_tokens, tenant)
-                    self._mark(response.uid, response.prompt_cache)
-                    self._marks.pop(response.uid, None)
-            return found
-
-        def _mark(self, uid: Any, prompt_cache: list[Any] | None) -> None:
-            """Give caches of a request's back what they have forgotten."""
-            if prompt_cache and uid in self._marks:
-                set_provenance(prompt_cache, self._marks[uid])
-
-        def extract_cache(self, uids: Any) -> Any:
-            found = super().extract_cache(uids)
-            for uid, (prompt_cache, tokens) in found.items():
-                self._mark(uid, prompt_cache)
-                found[uid] = (prompt_cache, own(tokens, self._tenants.get(uid)))
-            return found
-
-        def _note(self, response: Any) -> None:
-            """Hand over what has been computed of a prompt, if it is worth it."""
-            batch, steps = self._prompt_batch, self._begun.get(response.uid)
-            if steps is None or response.uid not in batch.uids:
-                return
-            number = batch.uids.index(response.uid)
-            tokens = batch.tokens[number]
-            if response.end_of_segment:
-                steps.note(len(tokens))  # which mlx-lm's server keeps
-            elif steps.is_due(len(tokens)):
-                mine = own(list(tokens), self._tenants.get(response.uid))
-                rows = view(batch.prompt_cache, number)
-                self._mark(response.uid, rows)
-                keep_prefill(mine, rows)
-
-        def give_up(self) -> None:
-            """Keep what was computed of all requests that have not ended."""
-            self.remove(list(self._begun))
-
-        def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
-            # The client has left, and will ask again if the prompt took it too long.
-            for uid in uids:
-                self._begun.pop(uid, None)
-            held = super().remove(uids, return_prompt_caches=True)
-            for uid, (prompt_cache, _) in held.items():
-                self._mark(uid, prompt_cache)
-            for uid in uids:
-                self._tenants.pop(uid, None)
-                self._marks.pop(uid, None)
-            for prompt_cache, tokens in held.values():
-                if prompt_cache and tokens:
-                    keep(tokens[:], prompt_cache)
-            return held if return_prompt_caches else {}
-
-    return Batch
 
 
 def _make_metrics() -> Metrics | None:
@@ -450,151 +332,6 @@ def _check(cli_args: argparse.Namespace) -> None:
             "the store cannot be shared by the processes of a distributed model",
             hint="run `mlx_lm.server` without a store",
         )
-
-
-def _provider_class(
-    server: Any, give_up: Callable[[], None], *, reanchor: bool = False
-) -> Any:
-    """Return mlx-lm's ``ModelProvider``, which also knows what it has loaded.
-
-    Args:
-        server: The copy of mlx-lm's module.
-        give_up: Called before the model goes.
-        reanchor: Measure whether its rows can be re-anchored.
-    """
-
-    class Provider(server.ModelProvider):  # type: ignore[misc]
-        loaded: Fingerprint | Exception | None = None
-        context_length: int | None = None
-        near: Reanchoring | None = None
-        find_shapes: Callable[[], list[Shapes]]
-        make_title: Callable[[Sequence[int]], str]
-
-        def reset(self) -> None:
-            # mlx-lm calls this when it ends, and rows are kept by the model's key.
-            give_up()
-            super().reset()
-
-        def _load(
-            self,
-            model_path: str,
-            adapter_path: str | None = None,
-            draft_model_path: str | None = None,
-        ) -> None:
-            # What is hashed is what is loaded: a repository may move on in between.
-            model = str(find_model(model_path))
-            draft = draft_model_path and str(find_model(draft_model_path))
-            try:
-                found = fingerprint_model(model, adapter_path, draft)
-                self.loaded = replace(found, label=model_path)
-            except (KVStoreError, OSError) as error:
-                self.loaded = error  # served without the store
-            super()._load(model, adapter_path, draft)
-            self.context_length = read_context_length(Path(model))
-            self.make_title = title_maker(self.tokenizer)
-            self._check_codes()
-            self.find_shapes = cache(
-                partial(_find_shapes, self.model, self.draft_model)
-            )
-            if not _is_batched_right(self.model):
-                self.is_batchable = False
-            self.near = _measure(self.model) if reanchor else None
-            # By which it is asked for again.
-            self.model_key = (model_path, adapter_path, draft_model_path)
-
-        def describe(self, key: Any) -> ServedModel:
-            """Return what a key of the server's stands for, while that is loaded."""
-            if isinstance(self.loaded, Exception):
-                raise self.loaded
-            if key != self.model_key or self.loaded is None:
-                raise KVStoreError("another model was loaded meanwhile")
-            # mlx-lm turns rows into codes without the mark that says what they were.
-            has_codes = getattr(self.cli_args, "kv_bits", None) is not None
-            is_plain = self.draft_model is None and not has_codes
-            near = self.near if is_plain else None
-            return ServedModel(self.loaded, self._empty_caches(), self.make_title, near)
-
-        def _check_codes(self) -> None:
-            """Refuse, before any prompt, codes that the model cannot run with."""
-            bits = getattr(self.cli_args, "kv_bits", None)
-            if bits is None:
-                return
-            from mlx_lm.generate import maybe_quantize_kv_cache
-
-            def coded(empty: list[Any]) -> list[Any]:
-                maybe_quantize_kv_cache(empty, 0, self.cli_args.kv_group_size, bits)
-                return empty
-
-            models = [self.model, self.draft_model or self.model]
-            why = next(filter(None, (why_not(m, coded) for m in models)), None)
-            if why is not None:
-                self.reset()  # or it would be taken for loaded
-                raise refused(bits, why, "leave it out")
-
-        def _empty_caches(self) -> tuple[list[Any], ...]:
-            from mlx_lm.models.cache import make_prompt_cache
-
-            models = [m for m in (self.model, self.draft_model) if m is not None]
-            made = [make_prompt_cache(model) for model in models]
-            kinds = [[cache for caches in made for cache in caches]]
-            bits = getattr(self.cli_args, "kv_bits", None)
-            if bits is not None:
-                kinds.append(quantize(kinds[0], bits, self.cli_args.kv_group_size))
-            for empty in kinds:
-                expect_rows(empty, self.find_shapes)
-            return tuple(kinds)
-
-    return Provider
-
-
-def _measure(model: Any) -> Reanchoring | None:
-    """Return a model whose rows can be re-anchored; why they cannot be is logged."""
-    try:
-        return Reanchoring(model)
-    except KVStoreError as error:
-        log.warning("kvstore: nothing is re-anchored: %s", error)
-        return None
-
-
-def _is_batched_right(model: Any) -> bool:
-    """Whether mlx-lm computes the same tokens and rows in a batch as alone.
-
-    Of the models with a ``CacheList``, it does not for minimax_m3_vl. One that was not
-    measured is served alone.
-    """
-    from mlx_lm.models.cache import CacheList, make_prompt_cache
-
-    if not any(isinstance(cache, CacheList) for cache in make_prompt_cache(model)):
-        return True
-    return type(model).__module__.rpartition(".")[2] in _LISTS_BATCHED_RIGHT
-
-
-def _find_shapes(*models: Any) -> list[Shapes]:
-    """Return what these models fill their caches with."""
-    found = []
-    for model in [model for model in models if model is not None]:
-        made = _make_caches(model)
-        feed(model, made)
-        found += shapes_of(made)
-    return found
-
-
-def _make_caches(model: Any) -> list[Any]:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    return list(make_prompt_cache(model))
-
-
-def _has_states(model: Any) -> bool:
-    """Whether a layer of a model keeps a state that no position can be cut from."""
-    from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
-
-    def is_state(cache: Any) -> bool:
-        if isinstance(cache, CacheList):
-            return any(map(is_state, cache.caches))
-        return isinstance(cache, ArraysCache)
-
-    return any(map(is_state, make_prompt_cache(model)))
 
 
 def _generator_class(

@@ -3,23 +3,22 @@
 import importlib.util
 import json
 import shutil
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from kit import load_beside
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import ArraysCache, CacheList
 
 import kvstore
 from kvstore.format.entry import Entry
-from kvstore.server import app
+from kvstore.server import provider
+from kvstore.server.batch import Batch
 from kvstore.server.writer import dispensable
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
 
-LISTS = sorted(app._LISTS_BATCHED_RIGHT)
+LISTS = sorted(provider._LISTS_BATCHED_RIGHT)
 RECURRENT = (
     "bailing_moe_linear", "granitemoehybrid", "jamba", "kimi_linear",
     "lfm2", "mamba", "mamba2", "nemotron_h", "plamo2", "qwen3_5", "qwen3_next",
@@ -32,12 +31,13 @@ PROMPTS = [[(7 * i + 13 * n) % 100 + 3 for i in range(9 + 17 * n)] for n in rang
 
 def run(model, prompts, *, is_staggered=False):
     """Generate in a batch as `serve` does; return tokens and caches of each prompt."""
-    batch_class = app._batch_class(
-        SimpleNamespace(BatchGenerator=BatchGenerator),
+    batch = Batch(
         lambda *_: None,
         lambda *_: None,
+        model,
+        prefill_step_size=64,
+        completion_batch_size=8,
     )
-    batch = batch_class(model, prefill_step_size=64, completion_batch_size=8)
     waiting, numbers, tokens, ends = list(enumerate(prompts)), {}, {}, {}
     num_steps = 0
     while len(ends) < len(prompts):
@@ -85,7 +85,7 @@ def test_a_batch_computes_what_each_prompt_computes_alone(name, is_staggered):
     if importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
         pytest.skip("this release of mlx-lm has no such architecture")
     model = architectures.make_model(name)
-    assert app._is_batched_right(model)
+    assert provider._is_batched_right(model)
     said, ends = run(model, PROMPTS, is_staggered=is_staggered)
     for number, prompt in enumerate(PROMPTS):
         expected, alone = run(model, [prompt])
@@ -105,7 +105,7 @@ def test_a_list_that_was_not_measured_is_served_alone():
     name = "minimax_m3_vl"
     if importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
         pytest.skip("this release of mlx-lm has no such architecture")
-    assert not app._is_batched_right(architectures.make_model(name))
+    assert not provider._is_batched_right(architectures.make_model(name))
 
 
 def write_folder(name, tiny_model, folder):

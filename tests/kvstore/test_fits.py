@@ -4,14 +4,13 @@ import io
 import sys
 from types import SimpleNamespace
 
-import mlx_lm.server
 import pytest
 from kit import load_beside
 
 import kvstore
 from kvstore.models.context import past_context
 from kvstore.models.fits import check_codes
-from kvstore.server.app import _provider_class
+from kvstore.server.provider import Provider
 
 architectures = load_beside("architectures")
 FITS = {"head_dim": 64}
@@ -59,7 +58,7 @@ def test_serve_refuses_when_it_loads_the_model(short_model):
     args = SimpleNamespace(
         model=str(short_model), kv_bits=8, kv_group_size=64, pipeline=False, **options
     )
-    provider = _provider_class(mlx_lm.server, lambda: None)(args)
+    provider = Provider(args, lambda: None)
     for _ in range(2):
         with pytest.raises(kvstore.UnsupportedCacheError, match="`--kv-bits 8` does"):
             provider.load_default()

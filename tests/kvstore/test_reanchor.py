@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from kit import load_beside
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
@@ -17,8 +16,11 @@ from kvstore.caches.live import read_provenance
 from kvstore.caches.provenance import Provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
 from kvstore.format.chain import common_run
-from kvstore.server import DiskPromptCache, ServedModel, app
-from kvstore.server.tenants import Tenancy, TenantPromptCache
+from kvstore.server import DiskPromptCache, ServedModel
+from kvstore.server.batch import Batch
+from kvstore.server.prompt_cache import TenantPromptCache
+from kvstore.server.provider import Provider
+from kvstore.server.tenants import Tenancy
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
@@ -195,8 +197,7 @@ def test_what_goes_on_from_them_is_reused_behind_the_next_change(
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_server_that_makes_codes_of_rows_reuses_none(model, near, caches, bits):
     """However `--kv-bits` is spelled: mlx-lm's codes have no mark."""
-    kind = app._provider_class(app._copy_module("mlx_lm.server"), lambda: None)
-    provider = kind.__new__(kind)
+    provider = Provider.__new__(Provider)
     vars(provider).update(
         loaded=caches.MODEL,
         model_key="it",
@@ -307,12 +308,13 @@ def test_a_disk_that_was_too_slow_is_left_alone(store_path, served, model):
 def test_a_batch_does_not_forget_what_was_moved(saved, model, near, caches):
     """Not at the end of a segment, nor at the end, nor where it is given up."""
     kept = []
-    batch_class = app._batch_class(
-        SimpleNamespace(BatchGenerator=BatchGenerator),
+    batch = Batch(
         lambda tokens, cache: kept.append(near.count(cache)),
         lambda *_: None,
+        model,
+        prefill_step_size=64,
+        completion_batch_size=8,
     )
-    batch = batch_class(model, prefill_step_size=64, completion_batch_size=8)
     prompts = {}
     for number, last in enumerate([[5, 6], [7, 8, 9]]):
         # One is computed, and one re-anchored.

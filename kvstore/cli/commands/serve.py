@@ -245,9 +245,9 @@ def serve(
         raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
     from ...server.app import serve as run
     from ...server.pages import View
-    from ...server.prompt_cache import DiskPromptCache
+    from ...server.prompt_cache import DiskPromptCache, TenantPromptCache
     from ...server.requests import check_body
-    from ...server.tenants import Tenancy, TenantPromptCache
+    from ...server.tenants import Tenancy
     from ...storage.folder import default_path
     from ...store import Store
 
