@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NewType
+from typing import Any, NewType
 
-if TYPE_CHECKING:
-    from .documents import JSON
+from .documents import JSON, blake3_hex
 
 BlockHash = NewType("BlockHash", bytes)
 """SHA-256 of a parent hash and the tokens of one block, 32 bytes."""
@@ -80,6 +79,12 @@ class EncodedBlock:
     parts: tuple[Part, ...]
     # As in :class:`Place`.
     num_extras: int = 0
+    # BLAKE3 of all parts, made by the thread that made them: they are in its cache.
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Hash the parts."""
+        object.__setattr__(self, "digest", blake3_hex(*self.buffers))
 
     @property
     def buffers(self) -> tuple[bytes | memoryview, ...]:

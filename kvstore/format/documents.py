@@ -88,9 +88,7 @@ def is_count(value: Any, limit: int = 2**63) -> bool:
 
 def blake3_hex(*buffers: bytes | memoryview) -> str:
     """Return the BLAKE3 of some bytes, one buffer after the other."""
-    # Threads pay only on long inputs.
-    is_long = any(len(buffer) > 1_000_000 for buffer in buffers)
-    digest = blake3.blake3(max_threads=blake3.blake3.AUTO if is_long else 1)
+    digest = blake3.blake3()
     for buffer in buffers:
         digest.update(buffer)
     return digest.hexdigest()

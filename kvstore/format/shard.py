@@ -143,7 +143,7 @@ def describe_block(encoded: EncodedBlock) -> StoredBlock:
         encoded.is_lossless,
         encoded.bits,
         encoded.num_extras,
-        blake3_hex(*encoded.buffers),
+        encoded.digest,
         0,
         end,
         tensors,
