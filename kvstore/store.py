@@ -39,7 +39,7 @@ from .storage.folder import (
     remake_folder,
     restrict_folder,
 )
-from .storage.index import Place
+from .storage.index import Place, Score
 
 if TYPE_CHECKING:
     from .caches.reanchor import Reanchoring
@@ -746,6 +746,27 @@ class Store:
         """
         codec = self._codec_for(fingerprint).name
         self._notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)
+
+    def note_request(self, score: Score) -> None:
+        """Note what a request to a server has cost; kept as :meth:`note_prefill` does.
+
+        Args:
+            score: Of this request alone.
+        """
+        self._notes.add_request(score)
+
+    def scores(self) -> list[Score]:
+        """Return what conversations with servers have cost, the latest first.
+
+        Of the last 256. They are lost where the index is made anew, and forgotten where
+        entries are purged.
+        """
+
+        def read() -> list[Score]:
+            self._write_notes()
+            return self._blocks.index.scores()
+
+        return self._blocks.run(read)
 
     def speeds(self, fingerprint: Fingerprint) -> Speeds:
         """Return how fast this machine computes a model's rows, and restores them.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from ..errors import IndexDamagedError, StoreLockedError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash
-from ..storage.index import Index, Timing
-from . import speeds
+from ..storage.index import Index, Score, Timing
+from . import scores, speeds
 from .worth import sum_uses
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # With older observations fading, more would change nothing.
 _MAX_TIMINGS = 256
+# Of requests that no save has followed.
+_MAX_REQUESTS = 4096
 # What was not measured for so long is not shown any more.
 _KEEP_S = 90 * 86_400.0
 
@@ -37,6 +39,7 @@ class LoadNotes:
         self._counts: Counter[str] = Counter()
         self._uses: dict[BlockHash, float] = {}
         self._timings: deque[Timing] = deque(maxlen=_MAX_TIMINGS)
+        self._requests: deque[Score] = deque(maxlen=_MAX_REQUESTS)
 
     def add(self, hit: Hit | None, num_tokens: int) -> None:
         """Note one load of a prompt of so many tokens, a miss where there is no hit."""
@@ -76,13 +79,18 @@ class LoadNotes:
             with self._lock:
                 self._timings.append(timing)
 
+    def add_request(self, score: Score) -> None:
+        """Note what one request has cost."""
+        with self._lock:
+            self._requests.append(score)
+
     def timings(self, known: Iterable[Timing]) -> list[Timing]:
         """Return what is known with what is noted and not written yet."""
         with self._lock:
             return list(_added(known, self._timings).values())
 
     def __bool__(self) -> bool:
-        return bool(self._counts or self._timings)
+        return bool(self._counts or self._timings or self._requests)
 
     def write(self, index: Index) -> None:
         """Write everything down, and forget it."""
@@ -91,12 +99,16 @@ class LoadNotes:
             uses, self._uses = self._uses, {}
             timings = list(self._timings)
             self._timings.clear()
+            requests = list(self._requests)
+            self._requests.clear()
         with suppress(StoreLockedError, IndexDamagedError, OSError), index.unsynced():
             index.count(**counts)
             for block, used_at in uses.items():
                 index.note_use(block, used_at, sum_uses)
             if timings:
                 _write_timings(index, timings)
+            if requests:
+                scores.write(index, requests)
 
 
 def _write_timings(index: Index, noted: list[Timing]) -> None:

@@ -28,7 +28,7 @@ from ..models.context import past_context
 from ..models.load import find_model
 from .batch import Batch
 from .disk import ServedModel, harmless
-from .drift import Drift
+from .drift import Drift, find_drift
 from .pages import Pages, View
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
@@ -37,7 +37,7 @@ from .replay import call_of, cut_again, replay
 from .requests import check_body
 from .tenants import find_tenant, own
 from .warm import start_warming
-from .watch import Requests, Served, watch
+from .watch import Requests, Served, conversation_of, score, watch
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -155,14 +155,18 @@ def serve(
             return
         with harmless("not compared with what came before"):
             known = opened[-1].sampled(provider.model_key, served.prompt)
-            words = known and drift.note(
+            change = known and find_drift(
                 served.prompt,
                 found.num_computed,
                 known.latest(),
                 provider.tokenizer.decode,
             )
-            if words:
+            if change and (words := drift.note(change)):
                 log.warning("kvstore: %s", words)
+            if isinstance(provider.loaded, Fingerprint):
+                why = change.cause if change else found.reason
+                asked = score(served, found, provider.loaded, why)
+                opened[-1].store.note_request(asked)
 
     watch(server, requests, lambda: opened[-1], note)
     if pages is not None:
@@ -419,7 +423,9 @@ def _generator_class(
             generation_args: Any,
             progress_callback: Callable[[int, int], None] | None = None,
         ) -> tuple[Any, Iterator[Any]]:
-            request.tenant = requests.current.tenant
+            served = requests.current
+            request.tenant = served.tenant
+            served.conversation = conversation_of(request, served.tenant)
             ticket = self._alone.enter()
             begin = time.monotonic()
 

@@ -29,26 +29,8 @@ class Drift:
         self._lock = Lock()
         self._times: Counter[str] = Counter()
 
-    def note(
-        self,
-        prompt: Sequence[int],
-        num_computed: int,
-        known: Iterable[Sequence[int]],
-        decode: Decode,
-    ) -> str | None:
-        """Note a request, and return what to tell of it: the third time, and once.
-
-        Args:
-            prompt: Its tokens.
-            num_computed: How many of them were computed.
-            known: Conversations of the same client, this one perhaps included.
-            decode: Tokens to text.
-        """
-        if num_computed < _LEAST:
-            return None
-        change = _first_change(prompt, known, decode)
-        if change is None or change.num_behind < _LEAST:
-            return None
+    def note(self, change: Change) -> str | None:
+        """Note a change, and return what to tell of it: the third time, and once."""
         with self._lock:
             self._times[change.cause] += 1
             if self._times[change.cause] != _TIMES:
@@ -59,6 +41,26 @@ class Drift:
             f" {change.num_behind:,} tokens or more behind it are computed each time;"
             f" {ADVICE[change.cause]}"
         )
+
+
+def find_drift(
+    prompt: Sequence[int],
+    num_computed: int,
+    known: Iterable[Sequence[int]],
+    decode: Decode,
+) -> Change | None:
+    """Return the first change in a prompt that has cost much, if there is one.
+
+    Args:
+        prompt: Its tokens.
+        num_computed: How many of them were computed.
+        known: Conversations of the same client, this one perhaps included.
+        decode: Tokens to text.
+    """
+    if num_computed < _LEAST:
+        return None
+    change = _first_change(prompt, known, decode)
+    return change if change and change.num_behind >= _LEAST else None
 
 
 def _first_change(

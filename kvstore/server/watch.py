@@ -14,11 +14,17 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import blake3
 from huggingface_hub.errors import CacheNotFound
 
+from ..fingerprint import Fingerprint
+from ..storage.index import Score
 from .prompt_cache import DiskPromptCache, Lookup
 
 log = logging.getLogger("kvstore")
+# Of a prompt without messages, so many characters say which conversation it is of.
+_BEGIN = 256
+_ID_BYTES = 8
 # What mlx-lm says of each request in several lines.
 _CHATTER = ("Prompt Cache: ", "- ", "Prompt processing progress: ")
 
@@ -35,6 +41,8 @@ class Served:
     prompt: list[int] | None = None
     # Whose it is, where clients are told apart.
     tenant: str | None = None
+    # A hash of how its conversation begins, by which it is known again.
+    conversation: bytes = b""
     num_generated: int = 0
     # Seconds until the first token was there.
     first_token_s: float | None = None
@@ -74,6 +82,41 @@ class Requests:
             if served.first_token_s is None:
                 served.first_token_s = time.monotonic() - served.began
             yield response
+
+
+def conversation_of(request: Any, tenant: str | None) -> bytes:
+    """Return what a conversation is known by: a hash of what the user says first.
+
+    What stands before it may have a clock in it.
+
+    Args:
+        request: mlx-lm's.
+        tenant: Whose it is, where clients are told apart.
+    """
+    said = [m.get("content") for m in request.messages if m.get("role") == "user"]
+    begin = said[0] if said else request.prompt[:_BEGIN]
+    return blake3.blake3(json.dumps([tenant, begin]).encode()).digest(_ID_BYTES)
+
+
+def score(served: Served, found: Lookup, model: Fingerprint, why: str) -> Score:
+    """Return what a request has cost, which has ended now."""
+    now = time.time()
+    return Score(
+        id=served.conversation,
+        fingerprint=model.bare.digest,
+        model=model.label,
+        num_requests=1,
+        from_memory=found.from_memory,
+        from_disk=found.from_disk,
+        num_reanchored=found.num_reanchored,
+        num_computed=found.num_computed,
+        num_again=0,
+        worst=0,
+        why=why,
+        num_tokens=found.num_prompt_tokens + served.num_generated,
+        began_at=now,
+        used_at=now,
+    )
 
 
 def watch(

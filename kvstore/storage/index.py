@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,6 +104,33 @@ class Timing:
     measured_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What the requests of one conversation with a server took, in tokens."""
+
+    # A hash of how it begins, which tells it from others.
+    id: bytes
+    # Digest of the model's fingerprint, and what the model was called last.
+    fingerprint: str
+    model: str
+    num_requests: int
+    # Rows of prompts that were held; of these, ``num_reanchored`` at most were moved.
+    from_memory: int
+    from_disk: int
+    num_reanchored: int
+    num_computed: int
+    # Computed beyond what each prompt had more than the one before and its reply.
+    num_again: int
+    # The most of them in one request, and why: a cause of ``models.changes``, or words.
+    worst: int
+    why: str
+    # Of the last prompt and its reply.
+    num_tokens: int
+    # When the first and the last request ended, Unix seconds.
+    began_at: float
+    used_at: float
+
+
 SCHEMA_VERSION = 1
 # Blocks that begin with the same token behind the same parent; a longer list costs
 # more to compare than a shorter hit.
@@ -169,6 +196,25 @@ CREATE TABLE IF NOT EXISTS timings (  -- may be lost
     PRIMARY KEY (fingerprint, codec)
 ) WITHOUT ROWID
 """
+# The same.
+_SCORES = """
+CREATE TABLE IF NOT EXISTS scores (  -- may be lost
+    id BLOB PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    num_requests INTEGER NOT NULL,
+    from_memory INTEGER NOT NULL,
+    from_disk INTEGER NOT NULL,
+    num_reanchored INTEGER NOT NULL,
+    num_computed INTEGER NOT NULL,
+    num_again INTEGER NOT NULL,
+    worst INTEGER NOT NULL,
+    why TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL,
+    began_at REAL NOT NULL,
+    used_at REAL NOT NULL
+) WITHOUT ROWID
+"""
 # What the entries' files are known to hold, for as long as nobody touches them; made
 # where an index of an earlier release lacks it.
 _SEEN = """
@@ -198,6 +244,7 @@ INSERT OR IGNORE INTO seen SELECT id, '', x'', iif(
 _TIMING_COLUMNS = (
     "fingerprint, codec, model, num, tokens, seconds, squares, products, measured_at"
 )
+_SCORE_COLUMNS = ", ".join(field.name for field in fields(Score))
 _FROM = "FROM blocks JOIN shards ON shards.id = blocks.shard "
 _COLUMNS = """SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,
     blocks.quality, blocks.extras"""
@@ -571,7 +618,7 @@ class Index:
 
     def timings(self, fingerprint: str | None = None) -> list[Timing]:
         """Return what was measured of one model, or of all, latest first."""
-        if not self._query("SELECT 1 FROM sqlite_master WHERE name = 'timings'"):
+        if not self._has_table("timings"):
             return []
         kinds = (str, str, str, *(float,) * 6)
         query = (
@@ -596,6 +643,31 @@ class Index:
     def drop_timings(self, before: float) -> None:
         """Forget what was measured last before a time, Unix seconds."""
         self._query("DELETE FROM timings WHERE measured_at < ?", (before,))
+
+    def scores(self) -> list[Score]:
+        """Return what conversations have cost, the latest first."""
+        if not self._has_table("scores"):
+            return []
+        kinds = (bytes, str, str, *(int,) * 7, str, int, float, float)
+        query = f"SELECT {_SCORE_COLUMNS} FROM scores ORDER BY used_at DESC"
+        return [Score(*row) for row in self._select(query, (), kinds)]
+
+    def put_score(self, score: Score) -> None:
+        """Remember what a conversation has cost, in place of what was known of it."""
+        self._query(_SCORES)
+        marks = ", ".join("?" * len(fields(Score)))
+        query = f"INSERT OR REPLACE INTO scores ({_SCORE_COLUMNS}) VALUES ({marks})"
+        self._query(query, astuple(score))
+
+    def drop_scores(self, *, keep: int) -> None:
+        """Forget what all but the latest conversations have cost."""
+        if self._has_table("scores"):
+            latest = "SELECT id FROM scores ORDER BY used_at DESC LIMIT ?"
+            self._query(f"DELETE FROM scores WHERE id NOT IN ({latest})", (keep,))
+
+    def _has_table(self, name: str) -> bool:
+        query = f"SELECT 1 FROM sqlite_master WHERE name = '{name}'"
+        return bool(self._query(query))
 
     def links(self) -> dict[BlockHash, Link]:
         """Return what every block hangs from and what it takes."""

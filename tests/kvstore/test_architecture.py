@@ -45,7 +45,7 @@ OPS = {  # and inside of ops
     "recognise": {"load"},
     "export_bundle": {"bases"},
     "stats": {"speeds"},
-    "usage": {"load", "speeds", "worth"},
+    "usage": {"load", "scores", "speeds", "worth"},
     "worth": {"speeds"},
     "upkeep.doctor": {"upkeep.selftest"},
     "upkeep.prune": {"worth"},

@@ -20,6 +20,7 @@ from kvstore.remote.remotes import make_remote
 from kvstore.storage import vault
 from kvstore.storage.blocks import BlockStore
 from kvstore.storage.folder import create_folder, open_folder
+from kvstore.storage.index import Score
 
 BLOCK = 16
 NAME, TITLE = "clandestine", "Whispered at midnight"
@@ -83,7 +84,9 @@ def test_no_byte_of_the_folder_tells_anything(path, store_path, caches):
     with kvstore.Store(path) as store:
         store.load([*TOKENS, 1], caches.MODEL)
         store.note_prefill(caches.MODEL, 100, 1.0)
+        store.note_request(Score(b"asked", "", NAME, *[1] * 7, TITLE, 1, 1.0, 1.0))
         store.pin(NAME)
+        assert store.scores()[0].model == NAME
     assert told(path, cache) == set()
     shown = {word for _, word in told(store_path, cache)}
     first = TOKENS[0]

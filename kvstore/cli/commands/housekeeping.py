@@ -27,6 +27,7 @@ from ..output import (
     to_rfc3339,
 )
 from .entries import confirm_removal, entry_data, entry_label, name_entries
+from .scores import print_scores
 
 if TYPE_CHECKING:
     from ...ops.speeds import ModelSpeeds
@@ -102,8 +103,15 @@ def prune(
 
 
 @click.command(cls=Verb)
+@click.option(
+    "--sessions",
+    is_flag=True,
+    help="Show what the latest 256 conversations with `serve` have cost: tokens whose"
+    " rows were in memory, on disk or moved there (`--reanchor`), tokens computed,"
+    " those computed again, and why. Nothing that was said is kept for it.",
+)
 @click.pass_context
-def stats(context: click.Context) -> None:
+def stats(context: click.Context, sessions: bool) -> None:
     """Show what the store holds, and what it has saved so far.
 
     Speeds are those of this machine, older ones fading: how fast a model reads a
@@ -111,6 +119,9 @@ def stats(context: click.Context) -> None:
     not do it; after a day it is tried again.
     """
     output = output_of(context)
+    if sessions:
+        print_scores(output, open_store(context))
+        return
     found = open_store(context).stats()
     speeds = [
         asdict(speeds) | {"measured_at": to_rfc3339(speeds.measured_at)}

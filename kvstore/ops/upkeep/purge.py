@@ -64,6 +64,8 @@ def purge(blocks: BlockStore, removed: Traces) -> list[str]:
         )
     _empty(blocks)
     plan_prune(blocks, Policy(grace_s=0.0)).execute()  # bases wait for quarantine
+    with blocks.index.transaction():
+        blocks.index.drop_scores(keep=0)  # the hash of how a conversation began
     blocks.index.compact()
     if (path := find_traces(blocks, removed)) is not None:
         raise KVStoreError(
