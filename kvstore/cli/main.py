@@ -34,7 +34,8 @@ class StoreParam(click.Path):
         if not os.fspath(value):
             # As a path it would be the folder where the process is.
             self.fail("it is empty", param, ctx)
-        return super().convert(value, param, ctx)
+        # `--store=~/kv` reaches us as it stands: a shell leaves it alone.
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:

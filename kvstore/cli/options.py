@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -60,12 +60,15 @@ class ModelOptions:
         from .main import open_store
 
         model: str | None = self.model
+        hint = "`$KVSTORE_MODEL` sets one for all"
         if model is None and ref is not None:
-            with suppress(StoreNotFoundError, EntryNotFoundError):
+            try:
                 model = open_store(context).entry(ref).model
+            except (StoreNotFoundError, EntryNotFoundError) as missing:
+                hint = f"{missing}, whose model it would be; {hint}"
         if model is None:
             error = click.UsageError("missing option `--model`", context)
-            error.hint = "`$KVSTORE_MODEL` sets one for all"  # type: ignore[attr-defined]
+            error.hint = hint  # type: ignore[attr-defined]
             raise error
         return dataclasses.replace(self, model=model)
 
@@ -337,7 +340,8 @@ def kv_bits(text: str) -> int | str:
     if text in ("2", "3", "4", "5", "6", "8"):
         return int(text)
     if not re.fullmatch(r"turbo[1-8](v[1-8])?", text):
-        raise click.BadParameter(f"`{text}` is neither turbo3 nor a number of bits")
+        known = "turbo4, turbo3, turbo2, turbo5v3, 8, 6, 5, 4, 3 or 2"
+        raise click.BadParameter(f"`{text}` is not one of {known}")
     return text
 
 
@@ -418,6 +422,8 @@ def model_options(command: F, *, is_needed: bool = True) -> F:
             metavar="MODEL",
             type=some_text,
             default=(lambda: setting("model")) if is_needed else None,
+            # In a file, a variable, or behind `=`, no shell puts the folder for it.
+            callback=lambda _, __, model: model and os.path.expanduser(model),
             shell_complete=complete_models,
             help="Folder of the model, or its Hugging Face repository."
             + ("  [default: $KVSTORE_MODEL]" * is_needed),

@@ -147,8 +147,9 @@ class Catalog:
                     hint="`--store` in place of `--base` opens it to change or push it",
                 )
             several = f": {len(ids)} ids start so" if len(ids) > 1 else ""
+            least = "" if is_start else f"; of an id, give {MIN_ID} digits at least"
             raise EntryNotFoundError(
-                f"no entry `{ref}`{several}", hint="`kvstore ls` lists them"
+                f"no entry `{ref}`{several}", hint=f"`kvstore ls` lists them{least}"
             )
         return entry
 

@@ -127,7 +127,7 @@ class StoreFolder:
 def default_path() -> Path:
     """Return ``$KVSTORE_DIR``, or ``kvstore`` in the folder for caches."""
     chosen = os.environ.get("KVSTORE_DIR")
-    return Path(chosen) if chosen else files.cache_home() / "kvstore"
+    return Path(chosen).expanduser() if chosen else files.cache_home() / "kvstore"
 
 
 def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:

@@ -91,7 +91,6 @@ def assert_error(err, text):
         ("inspect", "x"),
         ("rm", "x", "-y"),
         ("verify",),
-        ("dir",),
     ],
 )
 def test_a_verb_that_reads_makes_no_store(run_cli, tiny_model, tmp_path, words):
@@ -378,6 +377,9 @@ def test_dir_is_the_folder(run_cli, two_entries):
     """The path stands alone on a line, for scripts."""
     assert run_cli("dir")[1] == f"{two_entries.path}\n"
     assert json.loads(run_cli("dir", "--json")[1]) == {"path": str(two_entries.path)}
+    elsewhere = two_entries.path / "elsewhere"  # where there is none yet
+    assert run_cli("dir", store=elsewhere)[:2] == (0, f"{elsewhere}\n")
+    assert not elsewhere.exists()
 
 
 # Looking closely
@@ -614,7 +616,7 @@ def test_a_verb_without_a_model_imports_no_mlx_lm(saved, tmp_path, words):
 
 
 def test_ls_of_a_thousand_entries_reads_each_once(tmp_path, monkeypatch):
-    """Listing opens the configuration, each entry and the index, and nothing else."""
+    """Listing opens both configurations, each entry and the index, and no more."""
     folder = create_folder(tmp_path / "store")
     for number in range(1000):
         entry = make_entry(f"entry-{number}")
@@ -626,7 +628,7 @@ def test_ls_of_a_thousand_entries_reads_each_once(tmp_path, monkeypatch):
     )
     listed = CliRunner().invoke(cli, ["--store", str(folder.path), "ls"])
     assert listed.stdout.count("\n") == 1002
-    assert len(opened) == len(set(opened)) == 1001
+    assert len(opened) == len(set(opened)) == 1002
 
 
 def test_ls_imports_nothing_heavy(kvstore_cli, tmp_path, monkeypatch):

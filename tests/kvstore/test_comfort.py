@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from kvstore import Store
 from kvstore.cli import cli
 from kvstore.cli.verbs import ALIASES, EXAMPLES, GROUPS
 
@@ -106,6 +107,29 @@ def test_a_model_is_asked_for(run_cli, words):
     assert "KVSTORE_MODEL" in err
 
 
+def test_a_missing_entry_is_told_before_its_model(run_cli, tiny_model):
+    """Who mistypes a name is not sent to look for a model."""
+    run_cli("save", "--model", tiny_model, "Some words.", "--name", "doc")
+    for words in (["--from", "dok"], ["--name", "dok"]):
+        assert "no entry `dok`, whose model" in run_cli("generate", "x", *words)[2]
+    found = json.loads(run_cli("inspect", "doc", "--json")[1])["entry"]["id"]
+    assert "give 4 digits at least" in run_cli("show", found[:3])[2]
+
+
+def test_the_folder_of_a_user_has_a_short_name(
+    run_cli, tiny_model, monkeypatch, no_settings, tmp_path
+):
+    """Where no shell has put it in: in a variable, a file, and behind `=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(tiny_model)
+    no_settings.write_text('model = "~/model"')
+    assert run_cli("save", "x", "--store=~/kv", "--name", "doc")[0] == 0
+    assert run_cli("save", "x", "--store=~/kv", "--model=~/model")[0] == 0
+    assert (tmp_path / "kv/config.json").exists()
+    monkeypatch.setenv("KVSTORE_DIR", "~/kv")
+    assert len(Store(create=False).entries()) == 2
+
+
 def test_a_prompt_is_an_argument_an_option_or_piped(run_cli, tiny_model, monkeypatch):
     """All three are the same prompt; two at once are refused."""
     model = ("--model", tiny_model)
@@ -168,7 +192,7 @@ def test_failures_are_documents_too(run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "option", "start", "expected"),
     [
-        ("save", "codec", "turbo5", {"turbo5v3", "turbo5v3+zstd"}),
+        ("save", "codec", "turbo5v", {"turbo5v3", "turbo5v3+zstd"}),
         ("chat", "name", "d", {"doc"}),
         ("generate", "base", "d", {"doc"}),
         ("chat", "model", "./x", {"./x"}),

@@ -51,7 +51,7 @@ _HELP = """\
 /switch NAME  go on with another chat
 /stats        where the chat stands
 /help         this list
-/bye          end the chat; so does Ctrl-D
+/bye          end the chat; so do /exit, /quit and Ctrl-D
 //…           say something that begins with a slash
 Enter sends; Alt-Enter, a backslash at the end, or \"\"\" … \"\"\" make several lines.
 Ctrl-C ends a reply, and never the chat."""
@@ -244,7 +244,7 @@ class _Session:
                 self._say(quoted)
             elif text.startswith("//"):
                 self._say(text.removeprefix("/"))
-            elif text.split() == ["/bye"]:
+            elif text.split() in (["/bye"], ["/exit"], ["/quit"]):
                 return
             elif is_command:
                 self._command(text)

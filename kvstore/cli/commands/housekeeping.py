@@ -14,7 +14,7 @@ from click.shell_completion import FishComplete, ZshComplete
 from ...errors import KVStoreError
 from .. import options
 from ..completion import QuotingBash, complete_entries
-from ..main import Verb, cli, load_fast_blas, open_store, output_of
+from ..main import Verb, chosen_path, cli, load_fast_blas, open_store, output_of
 from ..output import (
     Column,
     Output,
@@ -388,7 +388,7 @@ def verify(
 def show_dir(context: click.Context) -> None:
     """Print the store's folder."""
     output = output_of(context)
-    path = str(open_store(context).path.absolute())
+    path = str(chosen_path(context).absolute())
     output.result(path, {"path": path}, [path])
 
 
