@@ -49,7 +49,10 @@ from turboquant.kv_cache import (  # noqa: E402
 # Tests that ask for what ours does otherwise, or has not, and why.
 _LRU = "test_server.TestLRUPromptCache"
 _CACHE = "test_prompt_cache.TestPromptCache"
-_KEYS = "reads `.keys` of mlx-lm's class; codes are read by `keys_and_values()`"
+_KEYS = (
+    "reads `.keys`, which codes do not have: by it, a batch of mlx-lm's own would take"
+    " decoded rows in, and not say that they were coded"
+)
 _LOAD = "`load_prompt_cache` knows the classes of its own module only"
 REASONS = {
     f"{_LRU}.test_lru": "a hit on a whole prompt leaves a token to be fed; with none,"
@@ -59,9 +62,7 @@ REASONS = {
     f"{_CACHE}.test_cache_copying": _KEYS,
     f"{_CACHE}.test_extend_with_empty_and_nonempty_batch_caches": _KEYS,
     f"{_CACHE}.test_extend_with_empty_batch_cache_preserves_dtype": _KEYS,
-    f"{_CACHE}.test_merge_with_empty_caches": "has `KVCache.merge` take windows, which"
-    " are no codes",
-    f"{_CACHE}.test_cache_to_quantized": "rows in codes are not coded a second time",
+    f"{_CACHE}.test_merge_with_empty_caches": _KEYS,
     f"{_CACHE}.test_save_load": _LOAD,
     f"{_CACHE}.test_save_load_cache_list": _LOAD,
     f"{_CACHE}.test_save_load_mixed_cache": _LOAD,

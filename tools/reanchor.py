@@ -60,7 +60,7 @@ def head(*, date=0, status=0, tools=(0, 1, 2), name=0, secret=""):
     return start + secret + listed + STATUS[status] + MIDDLE.format(name=NAMES[name])
 
 
-def changes(text, other, encode):
+def changes(text, other, begin):
     """Yield name and new prompt of each change of the prompt `head()` + text."""
     for name, new in (
         ("date", head(date=1)),
@@ -68,8 +68,8 @@ def changes(text, other, encode):
         ("tools in another order", head(tools=(0, 2, 1))),
         ("one tool removed", head(tools=(0, 2))),
     ):
-        yield name, encode(new) + text
-    first, third = encode(head()), len(text) // 3
+        yield name, begin(new) + text
+    first, third = begin(head()), len(text) // 3
     yield "100 tokens cut", first + text[:third] + text[third + 100 :]
     yield "another document in front", first + other[: len(text) // 2] + text
 
@@ -100,11 +100,13 @@ class Saved:
 
 
 def compute(model, tokens):
-    """Return the exact prompt cache of some tokens."""
+    """Return the exact prompt cache of some tokens; their logits are not computed."""
+    import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    feed(model, tokens, cache)
+    model(mx.array([tokens]), cache=cache)
+    mx.eval([layer.state for layer in cache])
     return cache
 
 
@@ -152,7 +154,7 @@ def ask(model, saved, prompt):
     return answers
 
 
-def questions(model, near, texts, encode, decode, num_tokens):
+def questions(model, near, texts, begin, encode, decode):
     """Print how many answers begin the same, and which have the fact."""
     end = "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
     asked = {
@@ -168,11 +170,10 @@ def questions(model, near, texts, encode, decode, num_tokens):
     print("|---|---|---|---|---|")
     for fact, (old, new, topic, word) in asked.items():
         same, has = [], []
-        for tokens in texts:
-            text = tokens[:num_tokens]
+        for text in texts:
             question = end.format(f"What is the {topic}?", starts[topic])
-            saved = Saved(model, near, encode(old) + text)
-            both = ask(model, saved, encode(new) + text + encode(question))
+            saved = Saved(model, near, begin(old) + text)
+            both = ask(model, saved, begin(new) + text + encode(question))
             saved.close()
             same.append(both[0] == both[1])
             has.append([word in decode(answer) for answer in both])
@@ -202,18 +203,23 @@ def main():
     def encode(text):
         return list(tokenizer.encode(text, add_special_tokens=False))
 
+    def begin(text):
+        tokens, first = encode(text), tokenizer.bos_token_id
+        return tokens if first in (None, tokens[0]) else [first, *tokens]
+
     texts = [
         encode(pydoc.plain(pydoc.render_doc(importlib.import_module(name))))
         for name in MODULES[: args.texts]
     ]
     if args.questions:
-        questions(model, near, texts, encode, tokenizer.decode, args.tokens)
+        cut = [text[: args.tokens] for text in texts]
+        questions(model, near, cut, begin, encode, tokenizer.decode)
         return
     found = {}
     for number, tokens in enumerate(texts):
         text, following = tokens[: args.tokens], tokens[args.tokens :][:NUM_NEXT]
-        saved = Saved(model, near, encode(head()) + text)
-        for change, new in changes(text, texts[number - 1], encode):
+        saved = Saved(model, near, begin(head()) + text)
+        for change, new in changes(text, texts[number - 1], begin):
             result = measure(model, saved, new, following)
             found.setdefault(change, []).append(result)
             print(f"{MODULES[number]}: {change}: {result}", flush=True)

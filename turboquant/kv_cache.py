@@ -10,6 +10,7 @@ Knows mlx-lm's cache interface; knows nothing of files or the store.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -355,14 +356,21 @@ class TurboQuantKVCache:
         held = (*self.coded_keys.arrays, *self.coded_values.arrays)
         return sum(array.nbytes for array in held)
 
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> TurboQuantKVCache:
+        """Return this cache: what is in codes is not coded a second time."""
+        return self
+
     @classmethod
-    def merge(cls, caches: Sequence[TurboQuantKVCache]) -> BatchKVCache:
-        """Return a batch of the decoded rows, which is not coded any more."""
-        decoded = [cache.to_kv_cache() for cache in caches]
-        batch = DecodedBatch([0])
-        batch.__dict__ |= vars(BatchKVCache.merge(decoded))
-        batch.coded_bits = min(vars(cache)["coded_bits"] for cache in decoded)
-        return batch
+    def merge(cls, caches: Sequence[TurboQuantKVCache | KVCache]) -> DecodedBatch:
+        """Return a batch of the decoded rows, which is not coded any more.
+
+        Args:
+            caches: Of codes, or some as they are.
+        """
+        decoded = [c if isinstance(c, KVCache) else c.to_kv_cache() for c in caches]
+        bits = (vars(cache).get("coded_bits", 8) for cache in decoded)
+        merged = BatchKVCache.merge(decoded)
+        return DecodedBatch(merged, min(bits))
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         self.coded_keys = self.coded_keys.append(keys)
@@ -374,23 +382,48 @@ class TurboQuantKVCache:
         self.coded_values = self.coded_values.settle()
 
 
-class DecodedBatch(BatchKVCache):
+class DecodedBatch:
     """A batch of decoded rows; what is taken out of it says that they are.
 
-    Attributes:
+    It has a ``BatchKVCache``, and all of its methods, but no ``keys``: a batch of
+    mlx-lm's own would be extended by them, and would say nothing of it.
+
+    Args:
+        batch: The rows.
         coded_bits: The fewest bits per number that a row of it was coded in.
     """
 
-    coded_bits = 8
+    def __init__(self, batch: BatchKVCache, coded_bits: int) -> None:
+        self._batch, self.coded_bits = batch, coded_bits
 
-    def extend(self, other: BatchKVCache) -> None:
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_batch", "keys", "values"):
+            raise AttributeError(
+                f"a batch of codes has no `{name}`: give all requests of a batch caches"
+                " of codes, or none"
+            )
+        return getattr(self._batch, name)
+
+    def __copy__(self) -> DecodedBatch:
+        return DecodedBatch(copy.copy(self._batch), self.coded_bits)
+
+    @property
+    def state(self) -> Any:
+        """That of the batch."""
+        return self._batch.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._batch.state = value
+
+    def extend(self, other: DecodedBatch | BatchKVCache) -> None:
         """Add another batch, decoded or not."""
-        super().extend(other)  # type: ignore[no-untyped-call]
+        self._batch.extend(getattr(other, "_batch", other))
         self.coded_bits = min(self.coded_bits, getattr(other, "coded_bits", 8))
 
     def extract(self, idx: int) -> KVCache:
         """Return one sequence, marked as :meth:`TurboQuantKVCache.to_kv_cache` does."""
-        cache: KVCache = super().extract(idx)  # type: ignore[no-untyped-call]
+        cache: KVCache = self._batch.extract(idx)
         marks = {"coded_tokens": cache.offset, "coded_bits": self.coded_bits}
         cache.__dict__ |= marks
         return cache

@@ -73,6 +73,7 @@ def write_prompt_cache(
 
     It appears whole or not at all, and only its owner can read it. Of lossy rows it
     says that they are, so that they are not taken for exact when they come back.
+    Re-anchored rows are in no such file: mlx-lm would take them for the model's own.
 
     Args:
         path: Where; the name ends in ``.safetensors``.
@@ -84,10 +85,17 @@ def write_prompt_cache(
         Its size in bytes.
 
     Raises:
-        KVStoreError: There is a file, or the name has another ending.
+        KVStoreError: There is a file, or the name has another ending, or rows were
+            re-anchored.
         OSError: It cannot be written.
     """
     check_cache_path(path, overwrite=overwrite)
+    if caches.read_provenance(prompt_cache).num_moved:
+        raise KVStoreError(
+            "rows that were computed behind other words go into no file of mlx-lm's,"
+            " which could not say so",
+            hint="compute the prompt itself, and save that",
+        )
     from mlx_lm.models.cache import save_prompt_cache
 
     readable = _readable(prompt_cache)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 from kit import load_beside
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -15,6 +16,7 @@ import kvstore
 from kvstore.caches.live import read_provenance
 from kvstore.caches.provenance import Provenance
 from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
+from kvstore.cli import cli
 from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel
 from kvstore.server.batch import Batch
@@ -160,6 +162,19 @@ def test_they_are_stored_under_a_mark_for_good(saved, model, near, caches):
         with pytest.raises(kvstore.KVStoreError, match="behind other words"):
             saved.load_entry(entry.id, None, **wanted)
     assert saved.loss(entry.id).kl is None
+
+
+def test_no_file_of_mlx_lm_holds_them(saved, model, near, caches, tmp_path):
+    """Its readers know no mark, so `kvstore load -o` writes none, and leaves none."""
+    found, rest = saved.load(PROMPT, caches.MODEL, near=near)
+    compute(model, rest, found)
+    saved.save(PROMPT, found, caches.MODEL, name="moved")
+    path = tmp_path / "moved.safetensors"
+    done = CliRunner().invoke(
+        cli, ["--store", str(saved.path), "load", "moved", "-o", str(path)]
+    )
+    assert "go into no file of mlx-lm's" in str(done.exception)
+    assert list(tmp_path.glob("*moved*")) == []
 
 
 def test_adopting_them_keeps_the_mark(saved, model, near, caches):

@@ -302,6 +302,27 @@ def test_what_comes_out_of_a_batch_says_that_it_was_coded():
         assert (cache.coded_tokens, cache.coded_bits) == (num_rows, 3)
 
 
+def test_no_batch_of_mlx_lm_takes_decoded_rows_in_unmarked():
+    """It is refused, before it has changed, whichever way they would come in."""
+    plain, coded = KVCache(), filled(270, 3)
+    plain.update_and_fetch(*filled(9, 8).keys_and_values())
+    batch = BatchKVCache.merge([plain])
+    with pytest.raises(AttributeError, match="a batch of codes has no `keys`"):
+        batch.extend(TurboQuantKVCache.merge([coded]))
+    with pytest.raises(AttributeError, match="no attribute 'keys'"):
+        BatchKVCache.merge([plain, coded])
+    assert batch.offset.tolist() == [9]
+    mixed = TurboQuantKVCache.merge([coded, plain])
+    assert mixed.extract(1).coded_bits == 3
+    assert mixed.offset.tolist() == [270, 9]
+
+
+def test_what_is_in_codes_is_not_quantized_again():
+    """`mlx_lm.generate --kv-bits` leaves it as it is."""
+    cache = filled(270, 3)
+    assert cache.to_quantized(group_size=32, bits=8) is cache
+
+
 def test_masks_are_those_of_mlx_lm():
     """A cache of codes asks for the same mask as a KVCache of as many rows."""
     cache = filled(20, 4)
