@@ -5,7 +5,9 @@ import time
 import pytest
 
 import kvstore
+from kvstore.ops import prune
 from kvstore.ops.worth import HALF_LIFE_S, sum_uses
+from kvstore.storage.index import Index
 
 
 @pytest.fixture
@@ -91,3 +93,30 @@ def test_what_takes_long_to_compute_is_kept_longer(store_path, caches, clock):
         store.note_prefill(slow, 1000, 40.0)
         store.note_prefill(fast, 1000, 1.0)
     assert order(store_path, names) == ["fast", "slow"]
+
+
+def test_entries_of_tenants_are_as_slow_as_their_model(store_path, caches, clock):
+    """And so is what was re-anchored: a speed is the model's, whoever asks for it."""
+    slow, fast = caches.MODEL, caches.OTHER_WEIGHTS
+    names, models = {}, {"fast": fast.with_salt("b"), "slow": slow.with_salt("a")}
+    with kvstore.Store(store_path, codec="raw") as store:
+        for number, (name, model) in enumerate(reversed(models.items())):
+            tokens, prompt_cache = caches.make_conversation(2 + number, 1)
+            names[len(tokens)] = name
+            store.save(tokens, prompt_cache, model)
+            clock(1)
+        assert order(store_path, names) == ["slow", "fast"]
+        store.note_prefill(slow, 1000, 40.0)
+        store.note_prefill(fast.with_salt("c"), 1000, 1.0)
+    assert order(store_path, names) == ["fast", "slow"]
+
+
+def test_worth_is_asked_for_only_where_something_goes(store_path, caches, monkeypatch):
+    """A plan that evicts nothing reads neither uses nor speeds."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(*caches.make_conversation(2, 1), caches.MODEL)
+        monkeypatch.setattr(prune, "advantages", None)
+        monkeypatch.setattr(Index, "uses", None)
+        assert store.plan_prune(max_bytes=10**9).entries == ()
+        with pytest.raises(TypeError):
+            store.plan_prune(max_bytes=1)

@@ -7,12 +7,14 @@ at once. Rows go before files, and a file only after a second look under the loc
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ...errors import FormatError, IntegrityError
@@ -134,8 +136,7 @@ def plan_confirmed(blocks: BlockStore, policy: Policy) -> PrunePlan:
 
 def eviction_order(blocks: BlockStore) -> list[Entry]:
     """Return the entries that a save may evict, in that order."""
-    survey = _Survey(blocks.folder, blocks.index, frozenset())
-    return survey.candidates(named=False)
+    return _Survey(blocks, frozenset()).candidates(named=False)
 
 
 def forgotten(folder: StoreFolder) -> dict[Path, int]:
@@ -148,25 +149,31 @@ def forgotten(folder: StoreFolder) -> dict[Path, int]:
 class _Survey:
     """All entries, the blocks that each needs, and when it was last used."""
 
-    def __init__(
-        self, folder: StoreFolder, index: Index, needed: frozenset[BlockHash]
-    ) -> None:
-        self._folder = folder
+    def __init__(self, blocks: BlockStore, needed: frozenset[BlockHash]) -> None:
+        self._blocks, index = blocks, blocks.index
+        self._folder = blocks.folder
         self.shards = index.contents()
         self.links = index.links()
-        self.entries, self._unreadable = _known_entries(folder, index)
+        self.entries, self._unreadable = _known_entries(blocks.folder, index)
         self._chains = {entry.id: self.chain(entry) for entry in self.entries}
         self._references = Counter(
             block for chain in self._chains.values() for block in chain
         )
         self._references.update(needed)
-        self._uses = index.uses()
-        self._advantages = advantages(index, self.entries)
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
         self.is_whole = not self._unreadable and all(
             self._first_parent(entry) == entry.root for entry in self.entries
         )
+
+    # What only an eviction asks for.
+    @cached_property
+    def _uses(self) -> dict[BlockHash, tuple[float, float]]:
+        return self._blocks.index.uses()
+
+    @cached_property
+    def _advantages(self) -> dict[str, float]:
+        return advantages(self._blocks, self.entries)
 
     def chain(self, entry: Entry) -> list[BlockHash]:
         """Return the blocks of an entry, last first, as far as the chain holds."""
@@ -259,7 +266,7 @@ class Pruner:
     def plan(self) -> PrunePlan:
         """Return what would go."""
         sizes = self._index.shards()
-        survey = _Survey(self._folder, self._index, self._policy.needed)
+        survey = _Survey(self._blocks, self._policy.needed)
         put_aside = sum(files.sizes_in(self._folder.quarantine).values())
         used = sum(sizes.values()) + put_aside
         evicted, gone = self._choose_entries(survey, used)
@@ -312,7 +319,7 @@ class Pruner:
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)
         if repacked:
-            survey = _Survey(self._folder, self._index, self._policy.needed)
+            survey = _Survey(self._blocks, self._policy.needed)
         for name in repacked:
             kept = {place.hash for place in self._kept(name, survey, gone)}
             self._blocks.repack(name, kept)
@@ -349,7 +356,7 @@ class Pruner:
         if not names:
             return
         # The second look: entries committed since then keep their blocks.
-        survey = _Survey(self._folder, self._index, self._policy.needed)
+        survey = _Survey(self._blocks, self._policy.needed)
         dead = [name for name in names if not self._kept(name, survey, gone)]
         self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
 
@@ -382,10 +389,13 @@ class Pruner:
         policy = self._policy
         evicted: list[Entry] = []
         gone: set[BlockHash] = set()
+        most = math.inf if policy.max_bytes is None else policy.max_bytes
+        if policy.older_than_s is None and left <= most:
+            return (), gone  # without asking what each is worth
         for entry in survey.candidates(named=policy.named):
             age = _age(survey.used_at(entry))
             is_old = policy.older_than_s is not None and age > policy.older_than_s
-            is_over = policy.max_bytes is not None and left > policy.max_bytes
+            is_over = left > most
             if is_old or is_over:
                 released = survey.release(entry)
                 gone |= set(released)
