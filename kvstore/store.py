@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
@@ -82,6 +89,8 @@ class Store:
             that it took; a miss says why it is one.
         on_evict: Called with each entry that was evicted, once it is gone: by a save at
             the size limit, or a plan of :meth:`plan_prune`. Neither may raise.
+        limits: What entries of some models may take, in bytes, by what the model is
+            called. Beyond it, those go that are worth least, before all others.
 
     Raises:
         StoreNotFoundError: There is no store, or the folder is something else.
@@ -99,6 +108,7 @@ class Store:
         base: str | Path | None = None,
         on_load: Callable[[Match, float], None] | None = None,
         on_evict: Callable[[Entry], None] | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         self._on_load, self._on_evict = on_load, on_evict
         self._codec_name = codec or "balanced"
@@ -110,7 +120,11 @@ class Store:
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         if codec is not None:
             check_codec(codec, self._folder)
+        self._limits = limits or {}
+        # How much was written when each of them is next looked at.
+        self._look_at: dict[str, int] = {}
         self._opened: BlockStore | None = BlockStore(self._folder, on_evict)
+        self._opened.limits = self._limits
         self._base: BlockStore | None = None
         if base is not None:
             self._base = open_borrowed(Path(base), self._folder.block_size)
@@ -319,7 +333,7 @@ class Store:
             old = self._catalog.holder(name, snapshot.chain.tip.hex())
             self._tips |= {BlockHash(bytes.fromhex(old.tip))} if old else set()
             self._tips.add(snapshot.chain.tip)
-            return save_entry(
+            entry = save_entry(
                 self._blocks,
                 self._catalog,
                 codec,
@@ -330,8 +344,22 @@ class Store:
                 progress=progress or ignore_progress,
                 spared=spared,
             )
+            self._keep_to_limit(entry.model, spared)
+            return entry
 
         return self._blocks.run(write)
+
+    def _keep_to_limit(
+        self, model: str, spared: Callable[[], frozenset[BlockHash]]
+    ) -> None:
+        """See now and then that a model keeps to its limit."""
+        from .ops.commit import keep_to_limit
+
+        limit = self._limits.get(model)
+        written = self._blocks.index.counters().get("written_bytes", 0)
+        if limit is not None and written >= self._look_at.get(model, 0):
+            self._look_at[model] = written + limit // 20
+            keep_to_limit(self._blocks, model, spared)
 
     def save_blocks(
         self,
@@ -713,6 +741,7 @@ class Store:
             base=base,
             on_load=self._on_load,
             on_evict=self._on_evict,
+            limits=self._limits,
         )
         other._notes = self._notes
         return other
@@ -1184,7 +1213,8 @@ class Store:
         """
         from .ops.upkeep.prune import GRACE_S, Policy, plan_confirmed
 
-        policy = Policy(max_bytes, older_than_s, named, 0.0 if now else GRACE_S)
+        grace_s = 0.0 if now else GRACE_S
+        policy = Policy(max_bytes, older_than_s, named, grace_s, self._limits)
 
         def plan() -> PrunePlan:
             self._write_notes()
@@ -1220,6 +1250,11 @@ class Store:
         self._write_notes()
         self._blocks.close()
         return repair(self._folder)
+
+    @property
+    def written_today(self) -> int:
+        """Bytes of shards that any process has written since midnight, UTC."""
+        return self._blocks.run(lambda: self._blocks.index.written_today())
 
     def set_limit(self, max_bytes: int) -> None:
         """Set the size limit of the store, in bytes of shards.
@@ -1263,6 +1298,7 @@ class Store:
         self._blocks.close()
         self._folder = found
         self._opened = BlockStore(found, self._on_evict)
+        self._opened.limits = self._limits
         return True
 
     def stats(self) -> Stats:

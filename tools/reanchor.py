@@ -31,7 +31,7 @@ STATUS = (
     "Branch: export\nModified: parser.py, README.md\nDeleted: old.py\n",
 )
 MODULES = (
-    "statistics", "tarfile", "decimal", "logging", "mailbox", "difflib", "turtle",
+    "statistics", "tarfile", "decimal", "logging", "mailbox", "difflib", "inspect",
     "argparse", "zipfile", "doctest", "configparser", "calendar",
 )  # fmt: skip
 NUM_NEXT = 128
@@ -233,7 +233,7 @@ def main():
         kls, sames, prefills, times = zip(*results, strict=True)
         spread = statistics.stdev(kls) / len(kls) ** 0.5 if len(kls) > 1 else 0
         print(
-            f"| {change} | {len(kls)} | {statistics.mean(kls):.5f} | {spread:.5f}"
+            f"| {change} | {len(kls)} | {statistics.mean(kls):.1e} | {spread:.0e}"
             f" | {statistics.mean(sames):.1%} | {sum(times) / sum(prefills):.1%} |"
         )
 

@@ -238,8 +238,9 @@ def _rotation_by(module: Any) -> Rotate:
     """
 
     def rotate(keys: mx.array, by: int) -> mx.array:
-        # Each row is the only one of its sequence, so that all move equally far.
-        rows = keys.astype(mx.float32).reshape(-1, 1, 1, keys.shape[-1])
+        # Each row is a head of one token, so that all move equally far. On CUDA, MLX
+        # moves several tokens, or sequences, to the wrong place where it goes back.
+        rows = keys.astype(mx.float32).reshape(1, -1, 1, keys.shape[-1])
         moved = module(mx.array(rows), offset=by)
         scale = module(mx.ones((1, 1, 1, keys.shape[-1])), offset=0)
         found: mx.array = (moved / scale).reshape(keys.shape).astype(keys.dtype)

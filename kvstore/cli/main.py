@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -206,18 +207,20 @@ def open_store(
         click.UsageError: Its path is not UTF-8, which the index needs.
     """
     from ..store import Store
+    from .settings import limits
 
     path, base = chosen_path(context), context.meta.get("kvstore.base_store")
+    open_it = partial(Store, path, codec, create=create, base=base, limits=limits())
     try:
         try:
-            store = Store(path, codec, create=create, base=base)
+            store = open_it()
         except KeyNotFoundError:
             can_ask = sys.stdin.isatty() and not context.resilient_parsing
             # Of both, where a base has a passphrase too.
             asked = [_unlock(each) for each in (path, base) if each and can_ask]
             if not any(asked):
                 raise
-            store = Store(path, codec, create=create, base=base)
+            store = open_it()
     except NotADirectoryError as error:
         raise StoreNotFoundError(
             f"no store at {path}: a part of the path is no folder",

@@ -21,8 +21,7 @@ from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .completion import complete_codecs, complete_entries, complete_models
 from .main import is_utf8, load_fast_blas
-from .output import format_bytes
-from .settings import setting
+from .settings import setting, some_bytes
 
 if TYPE_CHECKING:
     from ..models.session import CacheOptions, PrefillOptions
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from ..models.templates import Template
 _ARGUMENT = "kvstore.prompt"
 _QUALITY = "kvstore.quality"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_TOO_MANY_BYTES = 2**63
 _SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -345,21 +342,9 @@ def kv_bits(text: str) -> int | str:
     return text
 
 
-def size(text: str, *, least: int = 0) -> int:
-    """Return the bytes of a size such as ``20GB``; the units are decimal."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)b?", text.lower())
-    if match is None:
-        raise click.BadParameter(f"`{text}` is not a size such as 20GB")
-    nbytes = float(match[1]) * _UNITS[match[2]]
-    if not least <= nbytes < _TOO_MANY_BYTES:
-        few, many = format_bytes(least), format_bytes(_TOO_MANY_BYTES)
-        raise click.BadParameter(f"`{text}` is not from {few} to {many}")
-    return int(nbytes)
-
-
-def some_bytes(text: str) -> int:
-    """Return the bytes of a size that is not zero."""
-    return size(text, least=1)
+def daily_bytes(text: str) -> int:
+    """Return the bytes of what may be written in a day, ``50GB/day``."""
+    return some_bytes(text.lower().removesuffix("/day"))
 
 
 def span(text: str) -> float:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING
 
-from ..errors import EntryExistsError, FormatError, IntegrityError
+from ..errors import EntryExistsError, FormatError, IntegrityError, StoreLockedError
 from ..fingerprint import Fingerprint
 from ..format.block import BlockHash, Origin
 from ..format.calibration import Measured
@@ -157,6 +157,25 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
     )
 
 
+def keep_to_limit(
+    blocks: BlockStore, model: str, needed: Callable[[], frozenset[BlockHash]]
+) -> None:
+    """Evict entries of a model that has a limit of its own, and has passed it.
+
+    Args:
+        blocks: The store's blocks, which have the limit.
+        model: What the model is called.
+        needed: Returns the blocks that other saves build on.
+    """
+    limit = blocks.limits[model]
+    # A little more than needed, so that not every save has to look.
+    policy = Policy(limits={model: limit - limit // 20}, needed=needed())
+    with suppress(FormatError, StoreLockedError):  # the next save tries again
+        plan = plan_confirmed(blocks, policy)
+        if plan.entries:
+            plan.execute()
+
+
 def make_room(
     blocks: BlockStore, nbytes: int, needed: Callable[[], frozenset[BlockHash]]
 ) -> None:
@@ -188,7 +207,7 @@ def make_room(
     is_little = evictable + put_aside < limit // 20
     if is_little and used - evictable > max_bytes and used - put_aside + nbytes > limit:
         return
-    policy = Policy(max_bytes=max_bytes, needed=needed())
+    policy = Policy(max_bytes=max_bytes, limits=blocks.limits, needed=needed())
     with suppress(FormatError):  # a later release's entries stay as they are
         plan = plan_confirmed(blocks, policy)
         if plan.entries or plan.quarantine_bytes:

@@ -58,7 +58,8 @@ class Stats:
     seconds_saved: float | None
     # Sums over the life of the index: ``hits``, ``misses``, ``restored_tokens`` (not
     # recomputed), ``missed_tokens``, ``written_bytes``, ``read_bytes``, ``raw_bytes``
-    # (what was written, before any codec).
+    # (what was written, before any codec). And ``written_on_`` with the day, UTC, on
+    # which shards were written last: bytes, of what was moved too.
     counters: dict[str, int]
     # How fast each model's rows are computed and restored.
     speeds: tuple[ModelSpeeds, ...]

@@ -79,6 +79,7 @@ class Disk:
         min_bits: Rows of fewer bits per number are not read.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
+        max_daily_bytes: What may be written in a day, UTC.
         remote: Where more of a prompt is looked for than is on disk.
     """
 
@@ -90,6 +91,7 @@ class Disk:
         min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        max_daily_bytes: int | None = None,
         remote: RemoteTier | None = None,
     ) -> None:
         self.store = store
@@ -106,6 +108,7 @@ class Disk:
             store.reopen,
             min_free_bytes=min_free_bytes,
             max_queued_bytes=max_queued_bytes,
+            max_daily_bytes=max_daily_bytes,
             saved=remote.offer if remote else lambda entry: None,
         )
 

@@ -84,6 +84,7 @@ class DiskPromptCache(LRUPromptCache):
         min_bits: Read only rows of at least so many bits per number.
         min_free_bytes: What the disk keeps free.
         max_queued_bytes: Rows that may wait to be written; more are not kept.
+        max_daily_bytes: What may be written in a day, UTC; what is there stays.
         remote: Where more of a prompt is looked for than is on disk.
     """
 
@@ -99,6 +100,7 @@ class DiskPromptCache(LRUPromptCache):
         min_bits: int = 0,
         min_free_bytes: int = 0,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
+        max_daily_bytes: int | None = None,
         remote: RemoteTier | None = None,
     ) -> None:
         super().__init__(max_size, max_bytes)
@@ -109,6 +111,7 @@ class DiskPromptCache(LRUPromptCache):
             min_bits=EXACT_BITS if exact else min_bits,
             min_free_bytes=min_free_bytes,
             max_queued_bytes=min(max_queued_bytes, max_bytes),
+            max_daily_bytes=max_daily_bytes,
             remote=remote,
         )
         self._end = end_with(self, self._disk)

@@ -86,6 +86,7 @@ class Writer:
         open_store: Opens the store, on the writing thread.
         min_free_bytes: Nothing is written that would leave less of the disk free.
         max_queued_bytes: Rows that may wait; a snapshot that would be more is dropped.
+        max_daily_bytes: What may be written of shards in a day, UTC, by all processes.
         saved: Called with each entry that is on disk now.
     """
 
@@ -95,12 +96,15 @@ class Writer:
         *,
         min_free_bytes: int,
         max_queued_bytes: int,
+        max_daily_bytes: int | None = None,
         saved: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._open_store = open_store
         self._saved = saved
         self._min_free_bytes = min_free_bytes
         self._max_queued_bytes = max_queued_bytes
+        self._max_daily_bytes = max_daily_bytes
+        self._full_on = 0  # the day since 1970
         self._jobs: deque[Job] = deque()
         self._queued_bytes = 0
         # The first of the queue is being written.
@@ -276,8 +280,26 @@ class Writer:
                 self._queued_bytes += joined.rows.nbytes - later.rows.nbytes
                 return
 
+    def _may_write(self, store: Store, nbytes: int) -> bool:
+        """Whether so many more bytes are allowed today; the first time not, log it."""
+        most, today = self._max_daily_bytes, int(time.time() // 86_400)
+        if most is None or self._full_on == today:
+            return most is None
+        written = store.written_today
+        if written + nbytes <= most:
+            return True
+        self._full_on = today
+        log.warning(
+            "kvstore: nothing more is written today: %.1f of %.1f GB are, and what"
+            " comes next has %.1f GB of rows",
+            *(size / 1e9 for size in (written, most, nbytes)),
+        )
+        return False
+
     def _save(self, store: Store, job: Job) -> bool:
-        """Save one; ``False`` where the disk is to keep its reserve."""
+        """Save one; ``False`` where the disk is to be spared."""
+        if not self._may_write(store, job.rows.nbytes):
+            return False
         disk = os.statvfs(store.path)
         free = disk.f_bavail * disk.f_frsize
         if free - job.rows.nbytes < self._min_free_bytes:

@@ -206,6 +206,7 @@ class BlockStore:
     Attributes:
         folder: The same; a new size limit takes the place of the old one here.
         on_evict: The same.
+        limits: What entries of some models may take, by what the model is called.
     """
 
     def __init__(
@@ -213,6 +214,7 @@ class BlockStore:
     ) -> None:
         self.folder = folder
         self.on_evict = on_evict
+        self.limits: Mapping[str, int] = {}
         self._opened: Index | None = None
         # The error for which the index is in memory, if it is.
         self._refusal: int | None = None
@@ -427,6 +429,7 @@ class BlockStore:
             basis_size(self.folder, basis)  # one that `prune` has removed meanwhile
         publish_shard(self.folder.shards, staged)
         index_shard(self.index, staged.name, staged.header, added_at)
+        self.index.note_written(staged.header.nbytes)
         # Nobody knows better than who has just written both, so that the first look
         # for room need not read every shard.
         path = shard_path(self.folder.shards, staged.name)

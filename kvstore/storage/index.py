@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ SCHEMA_VERSION = 1
 # Blocks that begin with the same token behind the same parent; a longer list costs
 # more to compare than a shorter hit.
 MAX_CHILDREN = 512
+# What a counter of bytes written on one day begins with.
+_WRITTEN = "written_on_"
 _SCHEMA = """
 CREATE TABLE shards (
     id INTEGER PRIMARY KEY,
@@ -587,6 +590,17 @@ class Index:
                 " DO UPDATE SET value = value + excluded.value",
                 (name, amount),
             )
+
+    def note_written(self, nbytes: int) -> None:
+        """Count bytes for the day that it is, and let go of the days before."""
+        name = _today()
+        query = "DELETE FROM counters WHERE name LIKE ? AND name <> ?"
+        self._query(query, (f"{_WRITTEN}%", name))
+        self.count(**{name: nbytes})
+
+    def written_today(self) -> int:
+        """Return how many bytes of shards were written since midnight, UTC."""
+        return self.counters().get(_today(), 0)
 
     @contextmanager
     def unsynced(self) -> Iterator[None]:
@@ -1059,6 +1073,11 @@ def is_better(new: tuple[int, int], old: tuple[int, int]) -> bool:
     if new[0] >= STATE_EXTRAS > old[0]:
         return True
     return new != old and new[0] >= old[0] and new[1] >= old[1]
+
+
+def _today() -> str:
+    """Return the name of the counter of the day, UTC."""
+    return _WRITTEN + time.strftime("%Y-%m-%d", time.gmtime(time.time()))
 
 
 def _batched(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:

@@ -46,6 +46,21 @@ def test_settings_come_from_variables_and_a_file(
     assert "has more than" in run_cli("save", "Some words.")[2]
 
 
+def test_a_model_has_a_limit_of_its_own(run_cli, tiny_model, no_settings):
+    """In a table of the file, which every verb keeps to; other texts are refused."""
+    assert run_cli("save", "Some words.", "--model", tiny_model)[0] == 0
+    no_settings.write_text(f'[limits]\n"{tiny_model}" = "1KB"')
+    plan = json.loads(run_cli("prune", "--dry-run", "--json")[1])
+    assert [entry["model"] for entry in plan["entries"]] == [str(tiny_model)]
+    no_settings.write_text('[limits]\n"some model" = "1KB"')
+    assert json.loads(run_cli("prune", "--dry-run", "--json")[1])["entries"] == []
+    for text in ('limits = "1KB"', "[limits]\nmodel = 5", '[limits]\nm = "many"'):
+        no_settings.write_text(text)
+        code, _, err = run_cli("prune", "--dry-run")
+        assert code == 2
+        assert "limits" in err or "not a size" in err
+
+
 def test_a_quality_chooses_the_codec(run_cli, tiny_model, monkeypatch):
     """A chat is kept in high quality, a prompt in balanced, where nobody says more."""
 

@@ -1,11 +1,12 @@
 """What is evicted first: uses fade, and what is computed slowly is kept longer."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
 import kvstore
-from kvstore.ops import prune
+from kvstore.ops.upkeep import prune
 from kvstore.ops.worth import HALF_LIFE_S, sum_uses
 from kvstore.storage.index import Index
 
@@ -120,3 +121,52 @@ def test_worth_is_asked_for_only_where_something_goes(store_path, caches, monkey
         assert store.plan_prune(max_bytes=10**9).entries == ()
         with pytest.raises(TypeError):
             store.plan_prune(max_bytes=1)
+
+
+def test_a_helper_model_keeps_to_its_own_limit(store_path, caches, clock):
+    """However much it asks, the conversation of three days ago stays."""
+    helper = replace(caches.OTHER_WEIGHTS, label="helper")
+    chat, *prompts = (caches.make_conversation(3, seed) for seed in range(9))
+    limit, evicted = 0, []
+
+    def ask(conversations):
+        with kvstore.Store(
+            store_path, "raw", limits={"helper": limit}, on_evict=evicted.append
+        ) as store:
+            for prompt in conversations:
+                clock(0.1)
+                store.save(*prompt, helper)
+            held = [e for e in store.entries() if e.model == "helper"]
+            return len(held), sum(entry.nbytes for entry in held)
+
+    with kvstore.Store(store_path, "raw") as store:
+        size = store.save(*chat, caches.MODEL).nbytes
+        store.set_limit(100 * size)
+    clock(3)
+    limit = 4 * size
+    assert ask(prompts) == (3, 3 * size)
+    assert {entry.model for entry in evicted} == {"helper"}
+    with kvstore.Store(store_path, "raw") as store:
+        for tokens, is_there in [
+            (chat, True),
+            (prompts[-1], True),
+            (prompts[0], False),
+        ]:
+            model = caches.MODEL if tokens is chat else helper
+            assert bool(store.lookup([*tokens[0], 1], model).num_tokens) == is_there
+
+
+def test_at_the_limit_of_all_a_model_past_its_own_goes_first(store_path, caches, clock):
+    """Though what it has was used later than everything else."""
+    helper = replace(caches.OTHER_WEIGHTS, label="helper")
+    first, *prompts = (caches.make_conversation(3, seed) for seed in range(4))
+    with kvstore.Store(store_path, "raw") as store:
+        size = store.save(*first, caches.MODEL).nbytes
+        for prompt in prompts:
+            clock(1)
+            store.save(*prompt, helper)
+    with kvstore.Store(store_path, "raw", limits={"helper": size * 5 // 2}) as store:
+        plan = store.plan_prune()
+        assert [entry.model for entry in plan.entries] == ["helper"]
+        plan = store.plan_prune(max_bytes=2 * size)
+        assert [e.model for e in plan.entries[:2]] == ["helper", caches.MODEL.label]

@@ -110,6 +110,40 @@ def test_the_reserve_costs_no_later_conversation(writer, store, caches, saves, l
     assert len(store.entries()) == 1
 
 
+def test_so_much_is_written_in_a_day(store, store_path, caches, log, monkeypatch):
+    """Also after a restart, with one line a day; what is there stays, and is read."""
+    now = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    first, *others = (caches.make_conversation(3, seed) for seed in range(4))
+    size = 0
+
+    def written(*conversations):
+        """Put them as a server that has just started; return how many are there."""
+        writer = Writer(
+            lambda: Store(store_path, "raw"),
+            min_free_bytes=0,
+            max_queued_bytes=1 << 40,
+            max_daily_bytes=size * 5 // 2 if size else None,
+        )
+        for tokens, held in conversations:
+            put(writer, store, caches, tokens, held)
+            assert writer.flush(30)
+        writer.close()
+        return len(store.entries())
+
+    assert written(first) == 1
+    size = store.written_today
+    assert size == store.stats().nbytes
+    assert written(*others) == 2
+    assert written(*others) == 2
+    assert len([line for line in log() if "nothing more is written today" in line]) == 2
+    assert store.lookup([*first[0], 1], caches.MODEL).num_tokens == len(first[0])
+    now[0] += 86_400
+    assert store.written_today == 0
+    assert written(*others) == 4
+    assert len([n for n in store.stats().counters if n.startswith("written_on")]) == 1
+
+
 @pytest.mark.parametrize("error", [StoreLockedError("locked"), OSError(5, "I/O")])
 def test_a_turn_that_cannot_be_superseded_now_is_later(
     writer, store, caches, monkeypatch, log, error

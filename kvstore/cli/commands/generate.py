@@ -23,7 +23,7 @@ from ..options import (
     prompt_options,
 )
 from ..output import Output, format_bytes, format_codec, format_count
-from ..settings import setting
+from ..settings import setting, some_bytes
 from .entries import entry_data, entry_label
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def make_store(context: click.Context, codec: str) -> Store:
     from ...storage.folder import default_path
 
     text = setting("limit")
-    limit = text and options.some_bytes(text)
+    limit = text and some_bytes(text)
     is_new = not (store_path(context) or default_path()).exists()
     store = open_store(context, create=True, codec=codec)
     if limit and is_new:

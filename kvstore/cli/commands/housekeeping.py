@@ -12,7 +12,7 @@ import click
 from click.shell_completion import FishComplete, ZshComplete
 
 from ...errors import KVStoreError
-from .. import options
+from .. import options, settings
 from ..completion import QuotingBash, complete_entries
 from ..main import Verb, chosen_path, cli, load_fast_blas, open_store, output_of
 from ..output import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=options.size,
+    type=settings.size,
     help="Evict entries, the least worth first, until this much is left: 20GB.",
 )
 @click.option(
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @click.option(
     "--limit",
     metavar="SIZE",
-    type=options.some_bytes,
+    type=settings.some_bytes,
     help="Set the store's size limit, which saves keep to from now on.",
 )
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 from click.shell_completion import CompletionItem
 
-from .. import options
+from .. import options, settings
 from ..completion import server_options
 from ..main import Verb, load_fast_blas, log, store_path
 from ..options import gathered
@@ -66,6 +66,20 @@ class RemoteOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SpaceOptions:
+    """How much is kept, on disk and on its way there, in bytes."""
+
+    # The store's size limit, where it is to be set.
+    max_size: int | None
+    # What the disk keeps free.
+    min_free: int
+    # What waits in memory to be written.
+    max_queue: int
+    # What is written in a day, or ``None`` for any.
+    max_writes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class RowOptions:
     """Which rows may be read."""
 
@@ -108,16 +122,23 @@ class ServeVerb(Verb):
 @click.option(
     "--max-size",
     metavar="SIZE",
-    type=options.some_bytes,
+    type=settings.some_bytes,
     help="Set the store's size limit, as `prune --limit` does: 20GB.",
 )
 @click.option(
     "--min-free",
     metavar="SIZE",
-    type=options.size,
+    type=settings.size,
     default="5GB",
     show_default=True,
     help="Write nothing that would leave less of the disk free.",
+)
+@click.option(
+    "--max-writes",
+    metavar="SIZE/day",
+    type=options.daily_bytes,
+    help="Write no more than this in a day (UTC), restarts and other processes counted:"
+    " 50GB/day. What is stored stays, and is read.",
 )
 @click.option(
     "--min-tokens",
@@ -130,7 +151,7 @@ class ServeVerb(Verb):
 @click.option(
     "--max-queue",
     metavar="SIZE",
-    type=options.some_bytes,
+    type=settings.some_bytes,
     default="2GB",
     show_default=True,
     help="Rows that may wait in memory to be written; more are not kept. They count for"
@@ -192,16 +213,15 @@ class ServeVerb(Verb):
 )
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
+@gathered("space", SpaceOptions)
 @gathered("tenants", TenantOptions)
 @gathered("team", RemoteOptions)
 @gathered("rows", RowOptions)
 def serve(
     context: click.Context,
     codec: str | None,
-    max_size: int | None,
-    min_free: int,
+    space: SpaceOptions,
     min_tokens: int,
-    max_queue: int,
     log_format: str,
     tenants: TenantOptions,
     team: RemoteOptions,
@@ -257,8 +277,8 @@ def serve(
         # Only now: a wrong option or model must not leave an empty store behind.
         store = make_store(context, chosen)
         _shape_log(log_format)
-        if max_size is not None:
-            store.set_limit(max_size)
+        if space.max_size is not None:
+            store.set_limit(space.max_size)
         make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
         if header is not None:
             tenancy = Tenancy.of(store, header, tenants.shared)
@@ -269,8 +289,9 @@ def serve(
             min_tokens=min_tokens,
             exact=rows.exact,
             min_bits=rows.min_bits,
-            min_free_bytes=min_free,
-            max_queued_bytes=max_queue,
+            min_free_bytes=space.min_free,
+            max_queued_bytes=space.max_queue,
+            max_daily_bytes=space.max_writes,
         )
 
     for name, body in ahead.items():

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +54,9 @@ class Policy:
     named: bool = False
     # How old unreachable blocks must be.
     grace_s: float = GRACE_S
+    # What entries of some models may take, by what the model is called: beyond it,
+    # theirs go before all others.
+    limits: Mapping[str, int] = field(default_factory=dict)
     # Blocks that stay, whatever entries there are: a save builds on them.
     needed: frozenset[BlockHash] = frozenset()
 
@@ -239,6 +242,18 @@ class _Survey:
         uses = sum_uses([self._saved_at(entry), *known])
         return uses + self._advantages[entry.root]
 
+    def bytes_by_model(self) -> Counter[str]:
+        """Return what the entries of each model take, by what it is called."""
+        models = {
+            block: entry.model
+            for entry in self.entries
+            for block in self._chains[entry.id]
+        }
+        found = Counter[str]()
+        for block, model in models.items():
+            found[model] += self.links[block].nbytes
+        return found
+
     def release(self, entry: Entry) -> list[BlockHash]:
         """Take an entry away and return the blocks that nothing needs any more."""
         chain = self._chains.pop(entry.id)
@@ -390,17 +405,31 @@ class Pruner:
         evicted: list[Entry] = []
         gone: set[BlockHash] = set()
         most = math.inf if policy.max_bytes is None else policy.max_bytes
-        if policy.older_than_s is None and left <= most:
+        held = survey.bytes_by_model() if policy.limits else {}
+        limits = {model: policy.limits.get(model, math.inf) for model in held}
+        is_any_over = any(held[model] > limits[model] for model in held)
+        if policy.older_than_s is None and left <= most and not is_any_over:
             return (), gone  # without asking what each is worth
+
+        def evict(entry: Entry) -> int:
+            released = survey.release(entry)
+            gone.update(released)
+            evicted.append(entry)
+            return sum(survey.links[block].nbytes for block in released)
+
+        others = []
         for entry in survey.candidates(named=policy.named):
+            if held and held[entry.model] > limits[entry.model]:
+                freed = evict(entry)
+                held[entry.model] -= freed
+                left -= freed
+            else:
+                others.append(entry)
+        for entry in others:
             age = _age(survey.used_at(entry))
             is_old = policy.older_than_s is not None and age > policy.older_than_s
-            is_over = left > most
-            if is_old or is_over:
-                released = survey.release(entry)
-                gone |= set(released)
-                left -= sum(survey.links[block].nbytes for block in released)
-                evicted.append(entry)
+            if is_old or left > most:
+                left -= evict(entry)
         return tuple(evicted), gone
 
     def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
