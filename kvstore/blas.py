@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import KVStoreError
 
@@ -63,6 +65,59 @@ def openblas_in_process() -> Path | None:
         # NumPy brings one of another name, which MLX does not use.
         if found := re.search(r"/\S*/libopenblasp?[.-]\S*", maps):
             return Path(found[0])
+    return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have NumPy's OpenBLAS work in the thread that calls it.
+
+    Its own threads spin while they wait for each other: beside a busy core, what takes
+    a tenth of a second takes many. Other threads of the process are held to it too.
+    """
+    library = _numpy_openblas()
+    if library is None:
+        yield
+        return
+    _enter(library)
+    try:
+        yield
+    finally:
+        _leave(library)
+
+
+# How many threads are inside, and how many of its own it had before.
+_inside = [0, 0]
+_lock = threading.Lock()
+
+
+def _enter(library: Any) -> None:
+    with _lock:
+        if not _inside[0]:
+            _inside[1] = library.scipy_openblas_get_num_threads64_()
+            library.scipy_openblas_set_num_threads64_(1)
+        _inside[0] += 1
+
+
+def _leave(library: Any) -> None:
+    with _lock:
+        _inside[0] -= 1
+        if not _inside[0]:
+            library.scipy_openblas_set_num_threads64_(_inside[1])
+
+
+@lru_cache(maxsize=1)
+def _numpy_openblas() -> Any:
+    """Return the OpenBLAS that NumPy's wheel carries, or `None`."""
+    import ctypes
+    from importlib.util import find_spec
+
+    spec = find_spec("numpy")
+    folder = Path(spec.origin or "").parents[1] if spec else Path()
+    for path in folder.glob("numpy.libs/libscipy_openblas64_*"):
+        library = ctypes.CDLL(str(path))
+        if hasattr(library, "scipy_openblas_set_num_threads64_"):
+            return library
     return None
 
 

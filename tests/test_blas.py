@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore import blas
+
 ROOT = Path(__file__).parent.parent
 
 LOAD = """
@@ -118,3 +120,18 @@ def test_linux_only(platform: str) -> None:
     """Elsewhere than on Linux, nothing is looked for."""
     code = LOAD.replace("print", f"sys.platform = {platform!r}\nprint")
     assert run(code) == "None"
+
+
+def test_numpy_works_in_one_thread_while_some_ask_for_it():
+    """NumPy's BLAS has one thread until the last is done, and then those it had."""
+    library = blas._numpy_openblas()
+    if library is None:
+        pytest.skip("NumPy brings no OpenBLAS here")
+    count = library.scipy_openblas_get_num_threads64_
+    library.scipy_openblas_set_num_threads64_(2)
+    outer, inner = blas.one_thread(), blas.one_thread()
+    with outer:
+        with inner:
+            assert count() == 1
+        assert count() == 1
+    assert count() == 2

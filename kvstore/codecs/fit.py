@@ -22,6 +22,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from turboquant.kernels import best_kernels
+from turboquant.kernels.native import Basis, Coefficients, NativeKernels
+
+from ..blas import one_thread
 from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
 from ..format.calibration import nominal_bits
@@ -34,6 +38,7 @@ from .fitted import (
     divided,
     fitted_from_file,
     joined,
+    log_sizes,
     put_long,
 )
 from .floats import Bools, Floats, narrow, widen
@@ -122,13 +127,12 @@ class Fit:
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
-        """Decode layer by layer."""
+        """Decode into buffers."""
         plan = self._plan(rows)
         if plan is None:
             _PLANES.decode_into(parts, rows, layers)
             return
-        for number, out in enumerate(layers):
-            plan.decode_into(parts, number, out)
+        plan.decode_into(parts, layers)
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Decode all layers on the device."""
@@ -235,7 +239,7 @@ class _Plan:
         exponents = self._exponents(wide)
         wide /= np.exp2(exponents.astype(np.float32) / 2)[..., None]
         inverse = self._layers.inverse[self._which]
-        q, is_exact = self._rounded(wide @ inverse.swapaxes(-1, -2) / self._step)
+        q, is_exact = self._rounded(_product(wide, inverse) / self._step)
         exact = joined(coded, self._group)
         is_exact |= self._is_large(exact)
         q[is_exact] = 0
@@ -253,23 +257,58 @@ class _Plan:
             parts["sinks"] = x[:, :, : self._sinks]
         return parts
 
-    def decode_into(self, parts: Mapping[str, Array], layer: int, out: Array) -> None:
-        """Write one layer's rows into ``out``, ``(2 H, T, D)``."""
-        if self._sinks:
-            out[:, : self._sinks] = parts["sinks"][layer]
+    def decode_into(self, parts: Mapping[str, Array], layers: Sequence[Array]) -> None:
+        """Write each layer's rows into its buffer, ``(2 H, T, D)``."""
+        kernels = _kernels_for(self._rows.shape[3])
+        if kernels:
+            self._restore(kernels, parts, layers)
+        else:
+            for number, out in enumerate(layers):
+                out[:, self._sinks :] = self._decoded(parts, number)
+        is_exact = parts["exponents"] == _EXACT
+        ends = np.cumsum(is_exact.sum(axis=(1, 2)))
+        for number, out in enumerate(layers):
+            if self._sinks:
+                out[:, : self._sinks] = parts["sinks"][number]
+            where = is_exact[number]
+            if where.any():
+                exact = parts["exact"][ends[number] - where.sum() : ends[number]]
+                put_long(out[:, self._sinks :], self._group, where, exact)
+
+    def _decoded(self, parts: Mapping[str, Array], layer: int) -> Array:
+        """Return one layer's rows behind the sinks."""
         which = self._which[layer]
-        exponents = parts["exponents"][layer]
         wide = self._products(parts, layer)
-        wide *= self._scales(exponents)
+        wide *= self._scales(parts["exponents"][layer])
         wide += self._layers.mean[which][:, None]
         turned = self._turned(divided(wide, self._group)[None], [which])[0]
-        coded = narrow(turned, self._rows.dtype)
-        is_exact = exponents == _EXACT
-        if is_exact.any():
-            begin = int((parts["exponents"][:layer] == _EXACT).sum())
-            exact = parts["exact"][begin : begin + int(is_exact.sum())]
-            put_long(coded, self._group, is_exact, exact)
-        out[:, self._sinks :] = coded
+        return narrow(turned, self._rows.dtype)
+
+    def _restore(
+        self,
+        kernels: NativeKernels,
+        parts: Mapping[str, Array],
+        layers: Sequence[Array],
+    ) -> None:
+        """Write all rows behind the sinks, those that are exact as zero."""
+        found = Coefficients(self._classes.shape)
+        for stream, holds in self._streams():
+            low = parts[f"b{stream.first}"] if stream.low_bits else None
+            packed = parts[f"c{stream.first}"]
+            found.add(holds, packed, low, stream.limit, stream.per_byte)
+        scales = self._scales(parts["exponents"])[..., 0] * self._step
+        turns = [x[:, 0].swapaxes(-1, -2) for x in self._angles(self._which)]
+        for number, out in enumerate(layers):
+            which = self._which[number]
+            basis = Basis(
+                self._group.num_joined,
+                self._group.is_traditional,
+                self._layers.matrix[which],
+                self._layers.mean[which],
+                scales[number],
+                *(x[min(number, len(x) - 1)] for x in turns),
+            )
+            kernels.restore_long(found, number, basis, out[:, self._sinks :])
 
     def decode(self, parts: Mapping[str, Array]) -> mx.array:
         """Return all rows, ``(L, 2 H, T, D)``, computed on MLX's device."""
@@ -310,7 +349,8 @@ class _Plan:
         for number, is_coded in enumerate(self._classes[layer] >= FIRST_CODED):
             # Half of them are not coded at low rates, and cost nothing.
             some = coefficients[number][is_coded]
-            np.matmul(some.T, matrix[number][:, is_coded].T, out=found[number])
+            with one_thread():
+                np.matmul(some.T, matrix[number][:, is_coded].T, out=found[number])
         return found
 
     def _integers(self, parts: Mapping[str, Array], first: int, last: int) -> Floats:
@@ -348,7 +388,8 @@ class _Plan:
 
     def _exponents(self, wide: Floats) -> npt.NDArray[np.int8]:
         """Return the scale of each row in half octaves, ``(L, G, T)``."""
-        told = describe(wide, self._group, self._layers.features[self._which])
+        sizes = log_sizes(wide, self._group)
+        told = describe(sizes, self._layers.features[self._which])
         weights = self._layers.importance[self._which]
         return exponents_of(told, weights).astype(np.int8)
 
@@ -401,6 +442,26 @@ class _Plan:
 
 
 _NONE = np.zeros((0, 0, 0), np.uint8)
+
+
+def _kernels_for(head_dim: int) -> NativeKernels | None:
+    """Return compiled kernels that take heads of this size, where there are some."""
+    kernels = best_kernels()
+    if isinstance(kernels, NativeKernels) and head_dim % 8 == 0:
+        return kernels
+    return None
+
+
+def _product(rows: Floats, matrices: Floats) -> Floats:
+    """Return rows ``(L, G, T, N)`` times the transposes of ``(L, G, N, N)``."""
+    kernels = _kernels_for(rows.shape[-1] // 2)
+    if kernels is None:
+        with one_thread():
+            return rows @ matrices.swapaxes(-1, -2)
+    out = np.empty_like(rows)
+    for where in np.ndindex(rows.shape[:2]):
+        out[where] = kernels.multiply(rows[where], matrices[where])
+    return out
 
 
 def exponents_of(told: Floats, weights: Floats) -> Floats:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ..blas import one_thread
 from ..errors import IntegrityError
 from ..format.basis import BasisFile, BasisGroup
 from .base import Array, Rows
@@ -44,7 +45,9 @@ class FittedLayers:
     @cached_property
     def inverse(self) -> Floats:
         """Rows to coefficients, ``(L, G, N, N)``; for encoding alone."""
-        return np.linalg.inv(self.matrix.astype(np.float64)).astype(np.float32)
+        with one_thread():
+            found = np.linalg.inv(self.matrix.astype(np.float64))
+        return found.astype(np.float32)
 
     def indices(self, layers: tuple[int, ...]) -> list[int]:
         """Return where layers of the model are in the arrays."""
@@ -137,25 +140,29 @@ def put_long(x: Array, group: BasisGroup, where: Bools, long: Array) -> None:
     parts[where] = long.reshape(-1, 2, group.num_joined, group.head_dim)
 
 
-def describe(centred: Floats, group: BasisGroup, features: Floats) -> Floats:
+def describe(sizes: Floats, features: Floats) -> Floats:
     """Return the numbers that tell the scales of long rows, ``(…, G, T, 6 h)``.
 
     They are the sizes of each head's key and value, less their mean and divided by
     their deviation, their squares, and the products of neighbours.
 
     Args:
-        centred: Long rows less their mean, ``(…, G, T, N)``.
-        group: How they are joined.
+        sizes: Of :func:`log_sizes`.
         features: Mean and deviation, ``(…, G, 2, 2 h)``.
     """
-    x = (log_sizes(centred, group) - features[..., :1, :]) / features[..., 1:, :]
+    x = (sizes - features[..., :1, :]) / features[..., 1:, :]
     x = np.clip(np.nan_to_num(x), -4, 4)
     one = np.ones_like(x[..., :1])
     return np.concatenate([one, x, x**2, x[..., :-1] * x[..., 1:]], axis=-1)
 
 
 def log_sizes(centred: Floats, group: BasisGroup) -> Floats:
-    """Return the logarithm of each head's key's and value's size, ``(…, 2 h)``."""
+    """Return the logarithm of each head's key's and value's size, ``(…, 2 h)``.
+
+    Args:
+        centred: Long rows less their mean, ``(…, G, T, N)``.
+        group: How they are joined.
+    """
     shape = (*centred.shape[:-1], 2 * group.num_joined, group.head_dim)
     heads = centred.reshape(shape)
     sizes = np.maximum(np.linalg.norm(heads, axis=-1), np.float32(1e-6))

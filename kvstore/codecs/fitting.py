@@ -93,7 +93,7 @@ class GroupFit:
     """Fits layers of equal shape, sample by sample.
 
     The first samples are held, to learn from them how the scale of a row is told. Of
-    later ones only sums are kept.
+    later ones only sums are kept, and what improves on that in the end.
 
     Args:
         group: The layers.
@@ -107,6 +107,8 @@ class GroupFit:
         self._held_bytes = 0
         self._is_begun = False
         self._num_rows = 0
+        self._sizes: list[Floats] = []
+        self._harm: list[Floats] = []
         parts = (len(group.layers), group.num_parts)
         self._covariance = np.zeros((*parts, group.width, group.width))
         heads = 2 * group.num_joined
@@ -115,6 +117,8 @@ class GroupFit:
     def add(self, sample: Sample) -> None:
         """Learn from a sample; all have gradients, or none has."""
         if self._is_begun:
+            if sample.gradients:
+                self._note(sample)
             self._sum(sample)
             return
         self.samples.append(sample)
@@ -126,6 +130,9 @@ class GroupFit:
         """Learn from what is held; nothing can be added any more."""
         if not self._is_begun:
             self._begin()
+        if self._harm:
+            # What few texts told of scales was good enough for the sums.
+            self._importance = self._learned_importance()
         self._covariance /= self._num_rows
         self._metric /= self._num_rows
 
@@ -168,19 +175,29 @@ class GroupFit:
         sizes = log_sizes(rows, self.group)
         deviation = np.maximum(sizes.std(axis=-2), 1e-3)
         self._features = np.stack([sizes.mean(axis=-2), deviation], axis=-2)
-        told = describe(rows, self.group, self._features)
         if not self.samples[0].gradients:
             self._importance = self._usual_importance()
             self._spread = np.square(rows).mean(axis=-2)
         else:
-            self._importance = self._learned_importance(told)
+            self._whitening = self._first_whitening()
+            for sample in self.samples:
+                self._note(sample)
+            self._importance = self._learned_importance()
         for sample in self.samples:
             self._sum(sample)
         del self.samples[2:]  # the others are needed no more
 
+    def _note(self, sample: Sample) -> None:
+        """Keep what tells how scales are told: a few numbers of each row."""
+        rows = self._long(sample, sample.x) - self._mean[:, :, None]
+        self._sizes.append(log_sizes(rows, self.group))
+        drawn = (self._long(sample, each) for each in sample.gradients)
+        harm = [np.square(g @ self._whitening).mean(axis=-1) for g in drawn]
+        self._harm.append(np.mean(harm, axis=0))
+
     def _sum(self, sample: Sample) -> None:
         rows = self._long(sample, sample.x) - self._mean[:, :, None]
-        told = describe(rows, self.group, self._features)
+        told = describe(log_sizes(rows, self.group), self._features)
         scale = np.exp2(exponents_of(told, self._importance) / 2)[..., None]
         rows /= scale
         self._covariance += rows.swapaxes(-1, -2) @ rows
@@ -228,22 +245,20 @@ class GroupFit:
         found[..., values] = 2 * USUAL_SLOPE * deviation / joined_heads
         return found
 
-    def _learned_importance(self, told: Floats) -> Floats:
-        """Return how the scales of rows are told from what they do."""
-        drawn = [
-            np.concatenate(
-                [self._long(s, g) for s, g in zip(self.samples, each, strict=True)], -2
-            )
-            for each in zip(*(s.gradients for s in self.samples), strict=True)
-        ]
-        for found in drawn:
-            self._metric += self._products(found)
+    def _first_whitening(self) -> Floats:
+        """Return what makes gradients of all numbers alike, as far as is known."""
+        for sample in self.samples:
+            for gradient in sample.gradients:
+                self._metric += self._products(self._long(sample, gradient))
         half = np.linalg.cholesky(np.linalg.inv(self._wide_metric()))
-        harm = np.mean(
-            [np.square(g @ half.astype(np.float32)).mean(axis=-1) for g in drawn], 0
-        )
-        harm /= np.maximum(harm.mean(axis=-1, keepdims=True), _LEAST)
         self._metric[...] = 0
+        return np.asarray(half, np.float32)
+
+    def _learned_importance(self) -> Floats:
+        """Return how the scales of all rows so far are told from what they do."""
+        told = describe(np.concatenate(self._sizes, axis=-2), self._features)
+        harm = np.concatenate(self._harm, axis=-1)
+        harm /= np.maximum(harm.mean(axis=-1, keepdims=True), _LEAST)
         weights = np.empty((*told.shape[:2], told.shape[-1]))
         for where in np.ndindex(*told.shape[:2]):
             weights[where] = regress(told[where], harm[where])

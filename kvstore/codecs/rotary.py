@@ -12,7 +12,12 @@ from .floats import Floats
 def angles(
     frequencies: npt.NDArray[np.float64], start: int, num_tokens: int
 ) -> tuple[Floats, Floats]:
-    """Return cosine and sine, ``(L, T, pairs)``, for frequencies of ``(L, pairs)``."""
+    """Return cosine and sine, ``(L, T, pairs)``, for frequencies of ``(L, pairs)``.
+
+    Where all layers have the same, ``L`` is 1.
+    """
+    if (frequencies == frequencies[:1]).all():
+        frequencies = frequencies[:1]
     # In float64: in float32 a position of 100,000 would be off by 1/100.
     positions = np.arange(start, start + num_tokens, dtype=np.float64)
     angle = positions[:, None] * frequencies[:, None]

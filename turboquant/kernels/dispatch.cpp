@@ -4,8 +4,8 @@
 
 #include <string.h>
 
-// Raised when `Job`, `Bytes` or a function changes: native.py refuses a library of another one.
-EXPORT int turboquant_abi() { return 2; }
+// Raised when a struct or a function changes: native.py refuses a library of another one.
+EXPORT int turboquant_abi() { return 3; }
 
 EXPORT int turboquant_supports(const char* isa) {
 #if defined(__x86_64__)

@@ -829,6 +829,210 @@ template <int SIZE, bool IS_SPLIT> void move_bytes(const Bytes& job) {
   }
 }
 
+// --- Integers in a basis, to rows ---
+
+// 16 rows at a time as columns, as everywhere here.
+struct LongBuffers {
+  char* memory;
+  float* panels;   // (groups of 16 rows, coefficients, 16)
+  float* columns;  // (width, 16)
+  char* typed;     // (width, 16) of up to 4 bytes
+  float* row;      // one coefficient of all rows
+  char* spare;     // a row that nobody wants
+
+  LongBuffers(int width, int64_t num_rows, int dim) {
+    const int64_t padded = (num_rows + LANES - 1) / LANES * LANES;
+    const int64_t floats = padded * width + 2 * LANES * width + padded + LANES;
+    memory = (char*)aligned_alloc(64, (floats * 4 + dim * 4 + 63) / 64 * 64);
+    panels = (float*)memory;
+    columns = panels + padded * width;
+    typed = (char*)(columns + LANES * width);
+    row = (float*)(typed + LANES * width * 4);
+    spare = (char*)(row + padded + LANES);
+  }
+  ~LongBuffers() { free(memory); }
+};
+
+typedef float Digits[256][4];
+
+void make_digits(const Stream& stream, Digits digits) {
+  const int levels = 2 * stream.limit + 1;
+  for (int i = 0; i < 256; i++)
+    for (int k = 0, left = i; k < 4; k++, left /= levels)
+      digits[i][k] = left % levels - stream.limit;
+}
+
+// One coefficient of all rows; beyond them some numbers may be written.
+void unpack_row(const Stream& stream, const Digits* digits, const uint8_t* packed,
+                const uint8_t* low, int64_t num_rows, float* row) {
+  if (stream.per_byte > 1) {
+    for (int64_t t = 0; t < num_rows; t += stream.per_byte)
+      memcpy(row + t, (*digits)[*packed++], 16);
+    return;
+  }
+  if (!stream.low_bits) {
+    for (int64_t t = 0; t < num_rows; t++) row[t] = packed[t] - stream.limit;
+    return;
+  }
+  for (int64_t t = 0; t < num_rows; t++) {
+    int number = (packed[t] - stream.limit) * (1 << stream.low_bits);
+    for (int bit = 0; bit < stream.low_bits; bit++)
+      number |= (low[bit * stream.low_stride + t / 8] >> (7 - t % 8) & 1) << bit;
+    row[t] = number;
+  }
+}
+
+// Returns how many coefficients there are up to the last that is not zero.
+int unpack_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+  const int width = 2 * job.num_joined * job.dim;
+  const int64_t groups = (job.num_rows + LANES - 1) / LANES;
+  const int64_t first = (int64_t)part * width;
+  int count = width;
+  while (count && !job.packed[first + count - 1]) count--;
+  for (int c = 0; c < count; c++) {
+    const uint8_t* packed = job.packed[first + c];
+    float* to = use.panels + c * LANES;
+    if (packed) {
+      const int kind = job.kinds[first + c];
+      unpack_row(job.streams[kind], digits + kind, packed, job.low[first + c],
+                 job.num_rows, use.row);
+      memset(use.row + job.num_rows, 0, (groups * LANES - job.num_rows) * 4);
+    }
+    for (int64_t g = 0; g < groups; g++, to += count * LANES)
+      if (packed)
+        memcpy(to, use.row + g * LANES, LANES * 4);
+      else
+        memset(to, 0, LANES * 4);
+  }
+  return count;
+}
+
+// Sums over coefficients in their order, of R numbers of 16 rows.
+template <int R>
+INLINE void multiply(const float* matrix, int width, const float* panel, int count,
+                     const vf* scale, const float* mean, float* columns) {
+  vf sums[R][LANES / VW] = {};
+  for (int c = 0; c < count; c++)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / VW; i++) {
+      const vf x = load<vf>(panel + c * LANES + i * VW);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sums[r][i] += splat(matrix[r * width + c]) * x;
+    }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / VW; i++)
+      store(columns + r * LANES + i * VW, sums[r][i] * scale[i] + splat(mean[r]));
+}
+
+// Turns the keys among columns to their positions.
+void turn(const Long& job, int64_t first, int count, float* columns) {
+  for (int pair = 0; pair < job.num_pairs; pair++) {
+    alignas(64) float cos[LANES] = {}, sin[LANES] = {};
+    memcpy(cos, job.cos + pair * job.num_rows + first, count * 4);
+    memcpy(sin, job.sin + pair * job.num_rows + first, count * 4);
+    for (int head = 0; head < job.num_joined; head++) {
+      const int number = job.is_traditional ? 2 * pair : pair;
+      float* one = columns + ((int64_t)head * job.dim + number) * LANES;
+      float* two = one + (job.is_traditional ? 1 : job.num_pairs) * LANES;
+      for (int i = 0; i < LANES; i += VW) {
+        const vf a = load<vf>(one + i), b = load<vf>(two + i);
+        const vf c = load<vf>(cos + i), s = load<vf>(sin + i);
+        store(one + i, a * c - b * s);
+        store(two + i, a * s + b * c);
+      }
+    }
+  }
+}
+
+template <int TYPE>
+void write_columns(const Long& job, int part, int64_t first, int count,
+                   LongBuffers& use) {
+  typedef typename Element<TYPE>::E E;
+  const vf most = splat(largest<TYPE>());
+  const int heads = job.num_joined;
+  for (int i = 0; i < 2 * heads * job.dim * LANES; i += VW)
+    narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(use.columns + i), most));
+  for (int head = 0; head < 2 * heads; head++) {
+    const int side = head / heads;
+    const int number = (side * job.num_parts + part) * heads + head % heads;
+    char* rows[LANES];
+    point(rows, job.heads[number] + first * job.row_stride, job.row_stride, count);
+    for (int r = count; r < LANES; r++) rows[r] = use.spare;
+    columns_to_rows<E>((const E*)use.typed + head * job.dim * LANES, job.dim, rows);
+  }
+}
+
+constexpr int NUM_SUMS = VW == 4 ? 2 : VW == 8 ? 4 : 8;
+
+// Writes the columns of 16 rows that lie in a panel.
+void multiply_panel(const float* matrix, int width, const float* panel, int count,
+                    const vf* scale, const float* mean, float* columns) {
+  for (int n = 0; n < width; n += NUM_SUMS)
+    multiply<NUM_SUMS>(matrix + (int64_t)n * width, width, panel, count, scale, mean + n,
+                       columns + n * LANES);
+}
+
+template <int TYPE>
+void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+  const int width = 2 * job.num_joined * job.dim;
+  const float* matrix = job.matrix + (int64_t)part * width * width;
+  const int count = unpack_part(job, part, digits, use);
+  for (int64_t first = 0; first < job.num_rows; first += LANES) {
+    const int64_t left = job.num_rows - first;
+    const int rows = left < LANES ? left : LANES;
+    alignas(64) float scales[LANES] = {};
+    memcpy(scales, job.scales + part * job.num_rows + first, rows * 4);
+    vf scale[LANES / VW];
+    memcpy(scale, scales, sizeof scale);
+    const float* panel = use.panels + first * count;
+    multiply_panel(matrix, width, panel, count, scale, job.mean + part * width,
+                   use.columns);
+    turn(job, first, rows, use.columns);
+    write_columns<TYPE>(job, part, first, rows, use);
+  }
+}
+
+template <int TYPE> int restore_long(const Long& job, int num_streams) {
+  LongBuffers use(2 * job.num_joined * job.dim, job.num_rows, job.dim);
+  Digits* digits = (Digits*)malloc(num_streams * sizeof(Digits));
+  if (use.memory && digits) {
+    for (int i = 0; i < num_streams; i++) make_digits(job.streams[i], digits[i]);
+    for (int part = 0; part < job.num_parts; part++)
+      restore_part<TYPE>(job, part, digits, use);
+  }
+  const bool has_failed = !use.memory || !digits;
+  free(digits);
+  return has_failed;
+}
+
+int multiply_rows(const Product& job) {
+  const int64_t size = (int64_t)job.width * 4;
+  char* memory = (char*)aligned_alloc(64, 2 * (LANES + 1) * size);
+  if (!memory) return 1;
+  float* panel = (float*)memory;
+  float* columns = panel + LANES * job.width;
+  float* zero = columns + LANES * job.width;
+  char* spare = (char*)(zero + job.width);
+  memset(zero, 0, size);
+  vf one[LANES / VW];
+  for (vf& each : one) each = splat(1);
+  for (int64_t first = 0; first < job.num_rows; first += LANES) {
+    const int64_t left = job.num_rows - first;
+    const int count = left < LANES ? left : LANES;
+    char* rows[LANES];
+    point(rows, (char*)job.rows + first * size, size, count);
+    rows_to_columns<uint32_t>(rows, job.width, (uint32_t*)panel);
+    multiply_panel(job.matrix, job.width, panel, job.width, one, zero, columns);
+    point(rows, (char*)job.out + first * size, size, count);
+    for (int r = count; r < LANES; r++) rows[r] = spare;
+    columns_to_rows<uint32_t>((const uint32_t*)columns, job.width, rows);
+  }
+  free(memory);
+  return 0;
+}
+
 }  // namespace
 
 #define BY_TYPE(call) \
@@ -861,4 +1065,12 @@ EXPORT int JOIN(turboquant_split_, ISA)(const Bytes* job) {
 EXPORT int JOIN(turboquant_join_, ISA)(const Bytes* job) {
   (job->itemsize == 2 ? move_bytes<2, false> : move_bytes<4, false>)(*job);
   return 0;
+}
+
+EXPORT int JOIN(turboquant_restore_, ISA)(const Long* job, int num_streams) {
+  return BY_TYPE(restore_long)(*job, num_streams);
+}
+
+EXPORT int JOIN(turboquant_multiply_, ISA)(const Product* job) {
+  return multiply_rows(*job);
 }

@@ -38,3 +38,44 @@ struct Bytes {
   char* const* heads;
   uint8_t* const* planes;
 };
+
+// How coefficients lie in bytes.
+struct Stream {
+  int32_t limit;     // the largest magnitude of what stands in a byte
+  int32_t per_byte;  // 1 to 3 coefficients, the first in the lowest place
+  int32_t low_bits;  // how many lie apart, a plane for each
+  int64_t low_stride;  // from a plane to the next
+};
+
+// Rows of some heads joined, as integers in a basis.
+struct Long {
+  int32_t num_parts;  // of a layer, each with as many heads
+  int32_t num_joined;
+  int32_t dim;        // of a head: a multiple of 8
+  int32_t num_pairs;  // of numbers of a key that its position turns
+  int32_t is_traditional;  // whether those are neighbours
+  int32_t dtype;
+  int64_t num_rows;
+  int64_t row_stride;
+  char* const* heads;  // the first row of each: all keys, then all values
+  const Stream* streams;
+  // (num_parts, width), width being 2 * num_joined * dim: of each coefficient its
+  // stream, its bytes, or null where it is zero, and its first plane of low bits.
+  const uint8_t* kinds;
+  const uint8_t* const* packed;
+  const uint8_t* const* low;
+  const float* matrix;  // (num_parts, width, width): a row for each number
+  const float* mean;    // (num_parts, width)
+  const float* scales;  // (num_parts, num_rows)
+  const float* cos;     // (num_pairs, num_rows)
+  const float* sin;
+};
+
+// Rows times a matrix.
+struct Product {
+  int64_t num_rows;
+  int32_t width;        // a multiple of 16
+  const float* rows;    // (num_rows, width)
+  const float* matrix;  // (width, width): a row for each number of a row that is made
+  float* out;           // (num_rows, width)
+};

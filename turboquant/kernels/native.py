@@ -36,7 +36,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 2
+_ABI = 3
 # Best first.
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "sse2")
 # As in kernel.h; uint16 holds bfloat16 bits.
@@ -85,6 +85,115 @@ class _Bytes(ctypes.Structure):
     )
 
 
+class _Stream(ctypes.Structure):
+    """`Stream` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("limit", ctypes.c_int32),
+        ("per_byte", ctypes.c_int32),
+        ("low_bits", ctypes.c_int32),
+        ("low_stride", ctypes.c_int64),
+    )
+
+
+class _Long(ctypes.Structure):
+    """`Long` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("num_parts", ctypes.c_int32),
+        ("num_joined", ctypes.c_int32),
+        ("dim", ctypes.c_int32),
+        ("num_pairs", ctypes.c_int32),
+        ("is_traditional", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("num_rows", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("heads", ctypes.c_void_p),
+        ("streams", ctypes.c_void_p),
+        ("kinds", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("mean", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+    )
+
+
+class _Product(ctypes.Structure):
+    """`Product` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("num_rows", ctypes.c_int64),
+        ("width", ctypes.c_int32),
+        ("rows", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
+class Coefficients:
+    """Small integers as they lie in bytes, of layers of ``G`` parts of ``N`` numbers.
+
+    Args:
+        shape: ``(L, G, N)``.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.kinds = np.zeros(shape, np.uint8)
+        self.packed = np.zeros(shape, np.uintp)
+        self.low = np.zeros(shape, np.uintp)
+        self.streams: list[_Stream] = []
+        self._held: list[NDArray[Any]] = []
+
+    def add(
+        self,
+        holds: NDArray[np.bool_],
+        packed: NDArray[Any],
+        low: NDArray[Any] | None,
+        limit: int,
+        per_byte: int,
+    ) -> None:
+        """Say where some of them are.
+
+        Args:
+            holds: Of which, ``(L, G, N)``.
+            packed: A row of bytes for each of those.
+            low: Planes of their low bits, each a row for each of them, or nothing.
+            limit: The largest magnitude of what is packed.
+            per_byte: How many rows share a byte.
+        """
+        arrays = [np.ascontiguousarray(packed)]
+        self.packed[holds] = _row_addresses(arrays[0])
+        bits, stride = 0, 0
+        if low is not None:
+            arrays.append(np.ascontiguousarray(low))
+            bits, stride = len(low), low[0].nbytes
+            self.low[holds] = _row_addresses(arrays[1][0])
+        self.kinds[holds] = len(self.streams)
+        self.streams.append(_Stream(limit, per_byte, bits, stride))
+        self._held += arrays  # alive for as long as their addresses are
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What takes the coefficients of one layer to its rows."""
+
+    # Heads whose keys and values make one part.
+    num_joined: int
+    # Whether neighbours are the pairs that a key's position turns.
+    is_traditional: bool
+    # ``(G, N, N)`` and ``(G, N)``.
+    matrix: Floats
+    mean: Floats
+    # Of each row, ``(G, T)``.
+    scales: Floats
+    # Cosine and sine, ``(pairs, T)``.
+    cos: Floats
+    sin: Floats
+
+
 @dataclass(frozen=True, slots=True)
 class _Tables:
     """What depends on bits and rotation alone."""
@@ -105,6 +214,8 @@ class NativeKernels:
     _sum: Callable[..., int]
     _split: Callable[..., int]
     _join: Callable[..., int]
+    _restore: Callable[..., int]
+    _multiply: Callable[..., int]
 
     def encode_block(
         self,
@@ -149,6 +260,69 @@ class NativeKernels:
         for target, buffer in zip(targets, buffers, strict=True):
             if target is not buffer:
                 buffer[...] = target
+
+    def restore_long(
+        self, coefficients: Coefficients, layer: int, basis: Basis, out: NDArray[Any]
+    ) -> None:
+        """Write one layer's rows, which are small integers in a basis.
+
+        Args:
+            coefficients: Of all layers.
+            layer: Which of them.
+            basis: What takes them to rows.
+            out: Keys, then values, ``(2 H, T, D)``, of any strides, of the dtypes that
+                `encode_block` takes; ``D`` is a multiple of 8.
+
+        Raises:
+            MemoryError: The kernels find no memory to work in.
+        """
+        if not out.shape[1]:
+            return
+        target = _with_one_stride([_writable(out)])[0]
+        heads = _head_addresses(target)
+        tables = [
+            np.ascontiguousarray(table, np.float32)
+            for table in (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
+        ]
+        streams = (_Stream * len(coefficients.streams))(*coefficients.streams)
+        places = (coefficients.kinds, coefficients.packed, coefficients.low)
+        job = _Long(
+            coefficients.kinds.shape[1],
+            basis.num_joined,
+            out.shape[2],
+            len(basis.cos),
+            basis.is_traditional,
+            _DTYPES[out.dtype],
+            out.shape[1],
+            target.strides[1],
+            heads.ctypes.data,
+            ctypes.addressof(streams),
+            *(array[layer].ctypes.data for array in places),
+            *(table.ctypes.data for table in tables),
+        )
+        if self._restore(ctypes.byref(job), len(streams)):
+            raise MemoryError("the kernels found no memory to work in")
+        if target is not out:
+            out[...] = target
+
+    def multiply(self, rows: Floats, matrix: Floats) -> Floats:
+        """Return rows ``(T, N)`` times the transpose of a matrix ``(N, N)``.
+
+        Every product is added in its order, whatever the machine.
+
+        Args:
+            rows: Of a length that 16 divides.
+            matrix: What they are multiplied with.
+
+        Raises:
+            MemoryError: The kernels find no memory to work in.
+        """
+        rows, matrix = (np.ascontiguousarray(x, np.float32) for x in (rows, matrix))
+        out = np.empty_like(rows)
+        addresses = (x.ctypes.data for x in (rows, matrix, out))
+        if self._multiply(ctypes.byref(_Product(*rows.shape, *addresses))):
+            raise MemoryError("the kernels found no memory to work in")
+        return out
 
     def split_bytes(self, layers: Sequence[NDArray[Any]]) -> list[Bytes]:
         """Return the bytes of some layers' numbers, plane by plane."""
@@ -306,7 +480,7 @@ def _trial(
 def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:
     return [
         getattr(library, f"turboquant_{verb}_{name}")
-        for verb in ("encode", "decode", "sum", "split", "join")
+        for verb in ("encode", "decode", "sum", "split", "join", "restore", "multiply")
     ]
 
 
@@ -327,6 +501,11 @@ def _writable(layer: NDArray[Any]) -> NDArray[Any]:
 def _head_addresses(layer: NDArray[Any]) -> NDArray[np.int64]:
     steps = np.arange(layer.shape[0], dtype=np.int64) * layer.strides[0]
     return steps + layer.ctypes.data
+
+
+def _row_addresses(rows: NDArray[Any]) -> NDArray[np.uintp]:
+    steps = np.arange(len(rows), dtype=np.int64) * rows.strides[0]
+    return (steps + rows.ctypes.data).astype(np.uintp)
 
 
 @lru_cache

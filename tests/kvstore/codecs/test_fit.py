@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 
 from kvstore import CodecError, IntegrityError, codec_names, get_codec
-from kvstore.codecs import FitFamily, find_codec, fitting
+from kvstore.codecs import FitFamily, find_codec, fit, fitting
 from kvstore.codecs.streams import STREAMS, are_packed, pack_integers, unpack_integers
 from kvstore.format.basis import BasisFile, BasisGroup, basis_digest, basis_to_bytes
 from kvstore.format.basis import parse_basis as parse
+from turboquant.kernels import native
+from turboquant.kernels.numpy import NumpyKernels
 
 LAYERS = (0, 3)
 SHAPE = (2, 4, 64, 16)
@@ -237,6 +239,34 @@ def test_few_rows_and_none_come_back(codec_of, dtype, end):
             written = check_both(encoded(codec_of("4", end), x, rows))
             sinks = max(0, min(4 - start, tokens))
             assert kit.bits_of(x[:, :, :sinks]) == kit.bits_of(written[:, :, :sinks])
+
+
+@pytest.mark.parametrize("kernels", native.load_all(), ids=lambda each: each.name)
+@pytest.mark.parametrize("dtype", kit.FLOATS)
+@pytest.mark.parametrize("tokens", [0, 1, 16, 61])
+@pytest.mark.parametrize("rate", ["1", "4"])
+def test_kernels_give_what_numpy_gives(
+    codec_of, monkeypatch, kernels, dtype, tokens, rate
+):
+    """Integers are the same, and rows but for the last places, strided or not."""
+    rows = some_rows(dtype, start=2, shape=(2, 4, tokens, 16))
+    x = model_rows(rows, 3)
+    x[0, 1, 7 % max(tokens, 1) :][:1] = 100  # a row that is kept as it is
+    found, decoded = [], []
+    for each in (kernels, NumpyKernels()):
+        monkeypatch.setattr(fit, "best_kernels", lambda each=each: each)
+        found.append(encoded(codec_of(rate), x, rows))
+        decoded.append(check_both(found[0]))
+        held = np.zeros((2, 4, tokens, 24), x.dtype)
+        buffers = [layer[..., 5:21] for layer in held]
+        codec_of(rate).array.decode_into(found[0].open(), rows, buffers)
+        assert kit.bits_of(np.stack(buffers)) == kit.bits_of(decoded[-1])
+        assert not held[..., :5].any()
+        assert not held[..., 21:].any()
+    assert found[0].data == found[1].data
+    one, two = (kit.to_float64(a, dtype) for a in decoded)
+    eps = {"F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}[dtype]
+    assert np.abs(one - two).max(initial=0) <= eps * np.abs(one).max(initial=1)
 
 
 @pytest.mark.parametrize("dtype", kit.FLOATS)
