@@ -256,7 +256,10 @@ class Store:
         without: Container[BlockHash] = (),
         reserve: Callable[[frozenset[BlockHash]], bool] | None = None,
     ) -> Snapshot:
-        """Copy what the store lacks of a prompt cache, for another thread to save.
+        """Take what the store lacks of a prompt cache, for another thread to save.
+
+        The prompt cache may grow when this returns: rows are encoded, or copied where
+        a codec takes longer than that.
 
         Unlike :meth:`save`, it believes the mark of a prompt cache: where a batch of
         mlx-lm's has lost it, lossy rows are taken for exact.
@@ -268,7 +271,7 @@ class Store:
             without: Blocks that are on their way into the store already.
             reserve: Called with the prompt's blocks before the store is asked which of
                 them it has. Where it says no, they may be evicted before the snapshot
-                is saved, so that all are copied.
+                is saved, so that all are taken.
 
         Returns:
             What :meth:`save_snapshot` takes, of this store or of another
@@ -278,11 +281,11 @@ class Store:
             UnsupportedCacheError: A layer is of a class that cannot be stored.
             ValueError: Tokens and rows disagree.
         """
-        from .ops.save import missing_blocks
+        from .ops.save import missing_blocks, take_rows
 
         live = self._snapshot(tokens, prompt_cache, fingerprint)
+        codec = self._codec_for(fingerprint)
         if reserve is None or reserve(live.chain.hashes):
-            codec = self._codec_for(fingerprint)
             missing = self._blocks.run(
                 lambda: missing_blocks(self._blocks, codec, live)
             )
@@ -292,7 +295,8 @@ class Store:
                 missing = [block for block in missing if block in better]
         else:
             missing = list(live.chain.blocks)
-        return live.take(block for block in missing if block.hash not in without)
+        wanted = [block for block in missing if block.hash not in without]
+        return take_rows(self._blocks, codec, live, wanted)
 
     def save_snapshot(
         self,

@@ -76,6 +76,9 @@ class Restoring(Protocol):
             stop: The token up to which its rows are wanted.
         """
 
+    def can_receive(self, pieces: Pieces) -> bool:
+        """Whether :meth:`receive` takes such a block, if nothing is wrong with it."""
+
     def receive(
         self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
     ) -> bool:
@@ -241,10 +244,14 @@ class HostRestoring:
                 found += [head.reshape(-1).view(np.uint8).data for head in view]
         return found if sum(map(len, found)) == end - stored.begin else ()
 
+    def can_receive(self, pieces: Pieces) -> bool:
+        """No: bytes that are no rows are decoded."""
+        return False
+
     def receive(
         self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
     ) -> bool:
-        """Refuse: bytes that are no rows are decoded."""
+        """Refuse, too."""
         return False
 
     def write(
@@ -344,6 +351,15 @@ class KernelRestoring(HostRestoring):
         self, layer: LayerLayout, name: str, spec: RowSpec
     ) -> tuple[int, int, int]:
         return spec.num_heads, self._target.num_rows(layer, name, spec), spec.head_dim
+
+    def can_receive(self, pieces: Pieces) -> bool:
+        """Whether the kernels know all of a block as it is stored."""
+        return all(
+            codec.compressor is None
+            and _has_kernel(piece.rows.side, piece.group.spec(piece.rows.side))
+            and bool(_runs_of(codec, piece.rows))
+            for codec, piece in pieces
+        )
 
     def receive(
         self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
@@ -531,10 +547,14 @@ class DeviceRestoring:
         """Return none: all is decoded on the device."""
         return ()
 
+    def can_receive(self, pieces: Pieces) -> bool:
+        """No: all is decoded on the device."""
+        return False
+
     def receive(
         self, pieces: Pieces, stored: StoredBlock, stop: int, read: Read
     ) -> bool:
-        """Refuse: all is decoded on the device."""
+        """Refuse, too."""
         return False
 
     def write(

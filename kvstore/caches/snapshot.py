@@ -1,19 +1,22 @@
 """What is to be saved: a chain of blocks, and the rows that a prompt cache has of them.
 
 MLX's arrays are evaluated on the thread that made them, so who writes on another
-thread takes the rows first, as NumPy arrays; else they are read block by block.
+thread takes the rows first (`TakenRows`); else they are read block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Codec, Layers, Parts, nbytes
+from ..codecs.base import Codec, Layers, Parts
+from ..codecs.parallel import NUM_THREADS, map_in_order
+from ..codecs.turbo import Turbo
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
     digest_fields,
@@ -31,6 +34,10 @@ from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .memory import is_shared
 from .provenance import Provenance
 from .stored import CODABLE, Piece
+from .taken import Share, Taken, TakenRows, copied
+
+# Blocks that a GPU is given at once: so many rows lie there twice for a moment.
+_MAX_RUN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +125,33 @@ def read_layers(held: Sequence[Held], piece: Piece) -> Layers:
     return list(np.asarray(_as_bits(_stack(found))))
 
 
-def encode_layers(
-    held: Sequence[Held], piece: Piece, codec: Codec | None
-) -> Parts | None:
-    """Return rows of some layers in a codec's parts, where a GPU can encode them."""
+def _encode_layers(
+    held: Sequence[Held], piece: Piece, codec: Codec | None, num_blocks: int = 1
+) -> dict[str, mx.array] | None:
+    """Return a codec's parts of rows of some blocks, where a GPU can encode them.
+
+    Args:
+        held: What the caches hold.
+        piece: What the first of the blocks has of an array.
+        codec: The codec, if any.
+        num_blocks: How many blocks like it there are, one behind the other.
+
+    Returns:
+        Arrays that are not evaluated, with an axis for the blocks before all others.
+    """
     encode = getattr(codec.array, "encode_on_device", None) if codec else None
     if encode is None or piece.rows.side not in CODABLE:
         return None
-    parts: Parts | None = encode(_stack(_find_rows(held, piece)), piece.rows)
+    x = _stack(_find_rows(held, piece, num_blocks))
+    parts: dict[str, mx.array] | None = encode(x, piece.rows, num_blocks)
     return parts
 
 
-def _find_rows(held: Sequence[Held], piece: Piece) -> list[tuple[mx.array, slice]]:
+def _find_rows(
+    held: Sequence[Held], piece: Piece, num_blocks: int = 1
+) -> list[tuple[mx.array, slice]]:
     """Return the array of each layer, and which of its rows are meant."""
-    found, num_rows = [], piece.rows.shape[2]
+    found, num_rows = [], piece.rows.shape[2] * num_blocks
     for layer in piece.group.layers:
         array, begin = held[layer][piece.rows.side]
         first = 0 if piece.kind in ("state", "mark") else piece.rows.start - begin
@@ -140,7 +160,10 @@ def _find_rows(held: Sequence[Held], piece: Piece) -> list[tuple[mx.array, slice
 
 
 def _stack(found: Sequence[tuple[mx.array, slice]]) -> mx.array:
-    return mx.stack([array[0, :, rows] for array, rows in found])
+    """Return the rows of all layers in memory of their own."""
+    # Of a single array, MLX would return that itself.
+    nothing = found[0][0][:0, :, found[0][1]]
+    return mx.concatenate([nothing, *(array[:1, :, rows] for array, rows in found)])
 
 
 def _as_bits(array: mx.array) -> mx.array:
@@ -148,12 +171,32 @@ def _as_bits(array: mx.array) -> mx.array:
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
 
-def _copied(x: Layers | Parts) -> Layers | Parts:
-    """Return rows or parts of codes in memory of their own."""
-    if isinstance(x, list):
-        # All at once: large arrays get large pages, each of which costs one fault.
-        return list(np.stack(x))
-    return {name: np.array(part) for name, part in x.items()}
+class _Wanted(NamedTuple):
+    """A block that is to be taken."""
+
+    block: Block
+    codec: Codec
+    pieces: list[Piece]
+
+
+def _likeness(item: tuple[int, _Wanted]) -> tuple[Any, ...]:
+    """Return what is equal for blocks that are alike and one behind the other."""
+    number, (block, codec, pieces) = item
+    size = len(block.tokens)
+    shapes = [(p.number, p.rows.shape, p.rows.start - block.start) for p in pieces]
+    sides = [piece.rows.side for piece in pieces]
+    # The first block of a sequence has rows that are coded otherwise.
+    where = block.start - number * size, block.start == 0, number // _MAX_RUN
+    return *where, size, codec.name, shapes, sides
+
+
+def _take(piece: Piece, x: Layers | Parts, codec: Codec) -> Layers | Parts:
+    """Return codes of rows where they are made as fast as a copy, else a copy."""
+    turbo, rows = codec.array, piece.rows
+    if not isinstance(turbo, Turbo) or isinstance(x, Mapping):
+        return copied(x)
+    is_codable = rows.side in CODABLE and turbo.is_quick(rows)
+    return cast("Parts", turbo.encode(x, rows)) if is_codable else copied(x)
 
 
 class LiveRows:
@@ -176,6 +219,8 @@ class LiveRows:
         self._groups = group_layers(layout)
         self._tip = tip
         self.provenance: Provenance = caches.read_provenance(prompt_cache)
+        # Of no block it is settled, unlike of `TakenRows`.
+        self.codecs: Mapping[BlockHash, Codec] = {}
 
     def pieces(self, block: Block) -> list[Piece]:
         """Return what there is of a block."""
@@ -203,66 +248,74 @@ class LiveRows:
             if rows.side in CODED:
                 members = [self._caches[layer] for layer in group.layers]
                 codes = read_codes(codec_of(group.layout), members, rows)
-            if codes is None:
-                codes = encode_layers(self._held, piece, codec)
+            if codes is None and (made := _encode_layers(self._held, piece, codec)):
+                mx.eval(made)
+                codes = {name: np.asarray(part)[0] for name, part in made.items()}
             yield piece, read_layers(self._held, piece) if codes is None else codes
 
-    def take(self, blocks: Iterable[Block]) -> TakenRows:
-        """Return the rows of some blocks, for another thread."""
-        # Copied, since MLX's buffers are to be freed by the thread that made them.
-        taken = {
-            block.hash: [(piece, _copied(x)) for piece, x in self.read(block)]
-            for block in blocks
-        }
-        return TakenRows(taken, self.provenance)
+    def take(
+        self, blocks: Iterable[Block], codec_of_block: Callable[[Block], Codec]
+    ) -> TakenRows:
+        """Return the rows of some blocks, for another thread; the caches may grow then.
 
+        Args:
+            blocks: The blocks, in order.
+            codec_of_block: Returns the codec that a block is stored in.
+        """
+        wanted = [_Wanted(b, codec_of_block(b), self.pieces(b)) for b in blocks]
+        has_codes = any(p.rows.side in CODED for one in wanted for p in one.pieces)
+        on_device = mx.default_device() == mx.gpu and not has_codes
+        found = self._take_there(wanted) if on_device else self._take_here(wanted)
+        taken = {one.block.hash: pieces for one, pieces in found}
+        codecs = {one.block.hash: one.codec for one in wanted}
+        return TakenRows(taken, codecs, self.provenance)
 
-class TakenRows:
-    """Rows of some blocks, independent of the prompt cache.
+    def _take_here(
+        self, wanted: Sequence[_Wanted]
+    ) -> Iterable[tuple[_Wanted, list[tuple[Piece, Taken]]]]:
+        """Encode or copy rows out of the caches' memory, some blocks at a time."""
 
-    Args:
-        taken: Per block its pieces, each with what :meth:`LiveRows.read` yields.
-        provenance: What the rows went through.
-    """
+        def take(
+            item: tuple[_Wanted, list[tuple[Piece, Layers | Parts]]],
+        ) -> tuple[_Wanted, list[tuple[Piece, Taken]]]:
+            one, read = item
+            return one, [(piece, _take(piece, x, one.codec)) for piece, x in read]
 
-    def __init__(
-        self,
-        taken: dict[BlockHash, list[tuple[Piece, Layers | Parts]]],
-        provenance: Provenance,
-    ) -> None:
-        self._taken = taken
-        self.provenance = provenance
+        read = ((one, list(self.read(one.block))) for one in wanted)
+        return map_in_order(take, read, NUM_THREADS, nbytes=lambda _: 0, max_bytes=0)
 
-    @property
-    def hashes(self) -> frozenset[BlockHash]:
-        """The blocks that were taken."""
-        return frozenset(self._taken)
+    def _take_there(
+        self, wanted: Sequence[_Wanted]
+    ) -> Iterable[tuple[_Wanted, list[tuple[Piece, Taken]]]]:
+        """Have a GPU encode or copy rows, of blocks that are alike at once.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(nbytes(x) for found in self._taken.values() for _, x in found)
+        It is waited for: until it is done the caches' arrays have two owners, and MLX
+        would copy whole arrays before it writes the next token's rows to them.
+        """
+        found: list[tuple[_Wanted, list[tuple[Piece, Taken]]]] = []
+        all_made: list[mx.array | dict[str, mx.array]] = []
+        for _, alike in groupby(enumerate(wanted), key=_likeness):
+            run = [one for _, one in alike]
+            made = [self._make(p, run[0].codec, len(run)) for p in run[0].pieces]
+            mx.async_eval(made)
+            all_made += made
+            for number, one in enumerate(run):
+                shares = [Share(arrays, number, len(run)) for arrays in made]
+                found.append((one, list(zip(one.pieces, shares, strict=True))))
+        mx.eval(all_made)
+        return found
 
-    def joined(self, other: TakenRows, hashes: Container[BlockHash]) -> TakenRows:
-        """Return these rows, and of others those of blocks that have these hashes."""
-        more = {block: rows for block, rows in other._taken.items() if block in hashes}
-        provenance = self.provenance.joined(other.provenance)
-        return TakenRows({**more, **self._taken}, provenance) if more else self
-
-    def pieces(self, block: Block) -> list[Piece]:
-        """Return what was taken of a block."""
-        return [piece for piece, _ in self._taken[block.hash]]
-
-    def read(
-        self, block: Block, codec: Codec | None = None
-    ) -> Iterator[tuple[Piece, Layers | Parts]]:
-        """Yield what was taken of a block, as :meth:`LiveRows.read` does."""
-        yield from self._taken[block.hash]
+    def _make(
+        self, piece: Piece, codec: Codec, num_blocks: int
+    ) -> mx.array | dict[str, mx.array]:
+        """Return what is taken of an array of some blocks, not evaluated yet."""
+        made = _encode_layers(self._held, piece, codec, num_blocks)
+        return made or _as_bits(_stack(_find_rows(self._held, piece, num_blocks)))
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The blocks one save will write, copied so that another thread can write them."""
+    """The blocks one save will write, taken so that another thread can write them."""
 
     chain: Chain
     # What it has of them, or of those that the store lacks.
@@ -277,10 +330,12 @@ class Snapshot:
             return self.chain.blocks
         return tuple(b for b in self.chain.blocks if b.hash in self.rows.hashes)
 
-    def take(self, blocks: Iterable[Block]) -> Snapshot:
-        """Return the same with copies of the rows of some blocks, and of no others."""
+    def take(
+        self, blocks: Iterable[Block], codec_of_block: Callable[[Block], Codec]
+    ) -> Snapshot:
+        """Return the same with rows of some blocks as :meth:`LiveRows.take` does."""
         assert isinstance(self.rows, LiveRows)  # what is taken needs no taking
-        return replace(self, rows=self.rows.take(blocks))
+        return replace(self, rows=self.rows.take(blocks, codec_of_block))
 
 
 def take_live(

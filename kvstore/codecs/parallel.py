@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,9 @@ from typing import TypeVar
 
 from ..errors import KVStoreError
 
+NUM_THREADS = min(8, os.cpu_count() or 1)
+"""How many blocks are encoded at a time."""
+_AHEAD = 4
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,7 +42,8 @@ def map_in_order(
         return
     waiting: deque[tuple[Future[Result], int]] = deque()
     source, error, under_way = iter(items), None, 0
-    with ThreadPoolExecutor(num_threads, "kvstore-block") as pool:
+    pool = ThreadPoolExecutor(num_threads, "kvstore-block")
+    try:
         while error is None:
             try:
                 item = next(source)
@@ -48,8 +53,9 @@ def map_in_order(
                 error = failed
                 break
             size = nbytes(item)
+            # Far ahead, since one item that takes long is not to keep all threads idle.
             while waiting and (
-                len(waiting) > num_threads or under_way + size > max_bytes
+                len(waiting) > _AHEAD * num_threads or under_way + size > max_bytes
             ):
                 future, done = waiting.popleft()
                 under_way -= done
@@ -58,5 +64,7 @@ def map_in_order(
             under_way += size
         while waiting:
             yield waiting.popleft()[0].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
     if error is not None:
         raise error

@@ -128,30 +128,51 @@ class Turbo:
             parts["sinks"] = np.stack([layer[:, :sinks] for layer in layers])
         return parts
 
-    def encode_on_device(self, x: mx.array, rows: Rows) -> dict[str, Array] | None:
-        """Encode rows ``(L, H, T, D)`` where they are; ``None`` where no GPU can.
+    def is_quick(self, rows: Rows) -> bool:
+        """Whether rows are encoded as fast as they would be copied."""
+        is_known = rows.dtype in ("F32", "F16", "BF16") and rows.shape[3] % 8 == 0
+        return is_known and kernels_name() != "numpy"
+
+    def encode_on_device(
+        self, x: mx.array, rows: Rows, num_blocks: int
+    ) -> dict[str, mx.array] | None:
+        """Encode rows where they are; ``None`` where no GPU can.
 
         They give the same parts everywhere.
+
+        Args:
+            x: Rows of blocks that are alike, ``(L, H, num_blocks * T, D)``.
+            rows: Those of the first.
+            num_blocks: How many there are; only one that has sinks.
+
+        Returns:
+            The parts, not evaluated, with an axis for the blocks before all others.
         """
+        layers, heads, tokens, dim = rows.shape
         sinks = _num_sinks(rows)
-        is_known = rows.shape[2] > sinks and rows.shape[3] <= gpu.MAX_DIM
+        is_known = tokens > sinks and dim <= gpu.MAX_DIM and dim % 8 == 0
         if not is_known or mx.default_device() != mx.gpu or not gpu.can("encode"):
             return None
+        # The blocks of a head are as many heads to the kernels.
+        coded = x[:, :, sinks:].reshape(layers, heads * num_blocks, -1, dim)
         planes, norms, mean = gpu.encode(
-            x[:, :, sinks:],
+            coded,
             self._bits(rows),
-            make_wh_rotation(rows.shape[3], SEED),
+            make_wh_rotation(dim, SEED),
             is_centred=rows.side == "k",
         )
         names = [name for name, _ in self._planes(rows)]
-        found = {**dict(zip(names, planes, strict=True)), "norms": norms}
+        parts = {**dict(zip(names, planes, strict=True)), "norms": norms}
         if mean is not None:
-            found["mean"] = mean
+            parts["mean"] = mean
+        found = {
+            name: _by_block(part, heads, num_blocks, axis=2 if name == "norms" else 1)
+            for name, part in parts.items()
+        }
         if sinks:
-            exact = x[:, :, :sinks]
+            exact = x[None, :, :, :sinks]
             found["sinks"] = exact.view(mx.uint16) if rows.dtype == "BF16" else exact
-        mx.eval(found)
-        return {name: np.asarray(array) for name, array in found.items()}
+        return found
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
@@ -243,6 +264,12 @@ def _join_norms(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     norms = np.empty(parts["norms"].shape[1:], np.float32)
     best_kernels().join_bytes(list(parts["norms"][:, None]), [norms])
     return norms
+
+
+def _by_block(part: mx.array, heads: int, num_blocks: int, *, axis: int) -> mx.array:
+    """Return a part whose heads of all blocks lie along an axis, blocks first."""
+    split = mx.unflatten(part, axis, (heads, num_blocks))
+    return mx.moveaxis(split, axis + 1, 0)
 
 
 def _num_sinks(rows: Rows) -> int:

@@ -277,7 +277,8 @@ class Loader:
                 with _about(stored):
                     pieces = tuple(stored_pieces(stored, groups, own))
                 buffers = restoring.buffers(pieces, stored, min(end, hit.num_tokens))
-                yield _Located(shard, header, stored, pieces, buffers)
+                is_received = restoring.can_receive(pieces)
+                yield _Located(shard, header, stored, pieces, buffers, is_received)
 
     def _follow(
         self, request: Request, root: BlockHash, layout_json: object
@@ -452,11 +453,13 @@ class _Located:
     pieces: tuple[tuple[Codec, Piece], ...]
     # What its bytes are read into where they are the rows; else none.
     buffers: Sequence[memoryview]
+    # Its bytes are sent on as they are, and decoded elsewhere.
+    is_received: bool
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory besides the rows, while it is decoded."""
-        if self.buffers:
+        if self.buffers or self.is_received:
             return 0
         raw = (spec.raw_nbytes or 0 for spec in self.stored.tensors.values())
         return self.stored.end - self.stored.begin + max(raw)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 
@@ -14,7 +13,7 @@ from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
 from ..codecs import Codec, lossless_twin
 from ..codecs.base import Layers, Parts, nbytes
-from ..codecs.parallel import map_in_order
+from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
 from ..format.block import (
@@ -35,7 +34,6 @@ from ..storage.shards import StagedShard, open_shard, staged_copy, staged_shard
 from .bases import read_named
 from .commit import commit, make_room, replaceable
 
-NUM_ENCODERS = min(8, os.cpu_count() or 1)
 # Of rows that are being encoded.
 _MAX_BYTES = 256 * 1024 * 1024
 # How often blocks that `prune` takes away meanwhile are written again.
@@ -173,6 +171,13 @@ def copy_blocks(
                 blocks.add_new([staged], token_bytes)
 
 
+def take_rows(
+    blocks: BlockStore, codec: Codec, snapshot: Snapshot, wanted: Iterable[Block]
+) -> Snapshot:
+    """Return a live snapshot with some blocks taken, for another thread to save."""
+    return snapshot.take(wanted, _Encoder(blocks, codec, snapshot).codec_of)
+
+
 def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list[Block]:
     """Return the blocks that the store lacks, or has no copy of as good as these."""
     return _missing(blocks, _Encoder(blocks, codec, snapshot))
@@ -274,10 +279,12 @@ class _Encoder:
 
     def bits(self, block: Block) -> int:
         """Return the fewest bits per number that rows of a block went through."""
-        return min(self._rows.provenance.bits, self._codec_of(block).bits)
+        return min(self._rows.provenance.bits, self.codec_of(block).bits)
 
-    def _codec_of(self, block: Block) -> Codec:
+    def codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
+        if (settled := self._rows.codecs.get(block.hash)) is not None:
+            return settled  # when its rows were taken
         is_tail = len(block.tokens) < self._block_size
         if is_tail or block.start < self._rows.provenance.coded_tokens:
             return lossless_twin(self._codec)
@@ -287,13 +294,13 @@ class _Encoder:
         """Encode blocks in order, some at a time where there are cores for it."""
         # Read, and let go of, here: MLX's arrays belong to this thread.
         read = (
-            (block, list(self._rows.read(block, self._codec_of(block))))
+            (block, list(self._rows.read(block, self.codec_of(block))))
             for block in blocks
         )
         yield from map_in_order(
             lambda item: self._encode_one(*item),
             read,
-            NUM_ENCODERS,
+            NUM_THREADS,
             nbytes=lambda item: sum(nbytes(x) for _, x in item[1]),
             max_bytes=_MAX_BYTES,
         )
@@ -301,7 +308,7 @@ class _Encoder:
     def _encode_one(
         self, block: Block, pieces: Iterable[tuple[Piece, Layers | Parts]]
     ) -> EncodedBlock:
-        codec, bits = self._codec_of(block), self.bits(block)
+        codec, bits = self.codec_of(block), self.bits(block)
         return encode_block(block, codec, pieces, bits, self.num_extras(block))
 
 

@@ -22,7 +22,8 @@ from ..format.block import BlockHash
 from ..format.entry import Entry
 
 if TYPE_CHECKING:
-    from ..caches.snapshot import Chain, Snapshot, TakenRows
+    from ..caches.snapshot import Chain, Snapshot
+    from ..caches.taken import TakenRows
     from ..store import Store
 
 log = logging.getLogger("kvstore")
@@ -225,8 +226,8 @@ class Writer:
                 return True
             tokens = sum(job.snapshot.chain.num_tokens for job in self._jobs)
             log.warning(
-                "kvstore: not kept: %d prompts of %d tokens in all, %.1f MB of rows:"
-                " the disk was too slow to write them before the end",
+                "kvstore: not kept: %d prompts of %d tokens in all, %.1f MB of rows and"
+                " codes: the disk was too slow to write them before the end",
                 len(self._jobs),
                 tokens,
                 self._queued_bytes / 1e6,
@@ -312,7 +313,8 @@ class Writer:
         begin = time.monotonic()
         entry = store.save_snapshot(job.snapshot, title=job.title, spared=self._spare)
         log.info(
-            "kvstore: kept %d tokens: %d blocks new, %.1f MB of rows, in %.3f s",
+            "kvstore: kept %d tokens: %d blocks new, %.1f MB of rows and codes, in"
+            " %.3f s",
             entry.num_tokens,
             len(job.rows.hashes),
             job.rows.nbytes / 1e6,

@@ -8,6 +8,7 @@ from standins import run_on_a_thread
 import kvstore
 from kvstore.caches import restore
 from kvstore.caches.snapshot import make_chain, take_live
+from kvstore.codecs import get_codec
 from turboquant.kv_cache import TurboQuantKVCache
 
 BLOCK = 256
@@ -97,7 +98,8 @@ def test_codes_can_be_taken_for_another_thread(tmp_path, caches):
     """A snapshot has copies of the codes, whatever becomes of the cache."""
     cache = grown(fresh(), 300, 1, caches)
     chain = make_chain(caches.MODEL.fields, cache, range(300), BLOCK)
-    taken = take_live(chain, cache, 300, "").take(chain.blocks)
+    live, codec = take_live(chain, cache, 300, ""), get_codec("turbo4")
+    taken = live.take(chain.blocks, lambda block: codec)
     keys, values = (x["codes"] for _, x in taken.rows.read(chain.blocks[0]))
     assert (keys.nbytes, values.nbytes) == (2 * 2 * 252 * 16, 2 * 2 * 252 * 8)
 

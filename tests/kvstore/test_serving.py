@@ -520,7 +520,7 @@ def test_the_log_says_what_became_of_each_request(servers, models, tmp_path):
         r" computed \(no need of the disk\); 8 generated, the first after \d",
         r"kvstore: not kept: 45 tokens are too few",
         r" 637 tokens: 24 from memory, .* \(0 on disk: nothing of this model is",
-        r"kvstore: kept 645 tokens: \d blocks? new, 0\.\d MB of rows, in \d\.\d+ s",
+        r"kvstore: kept 645 tokens: \d blocks? new, \d\.\d MB of rows and codes",
         r" 637 tokens: 636 from memory, .* \(no need of the disk\)",
         r" 445 tokens: 324 from memory, .* \(256 on disk: token 324 differs"
         r"; the block behind token 256 is lossy",

@@ -288,7 +288,7 @@ def test_an_end_with_a_time_limit_says_what_is_not_kept(
     assert not writer.close(0.1)
     assert time.monotonic() - begin < 5
     (line,) = [line for line in log() if "not kept" in line]
-    assert "not kept: 3 prompts of 96 tokens in all, 0.1 MB of rows" in line
+    assert "not kept: 3 prompts of 96 tokens in all, 0.1 MB of rows and codes" in line
     saves.go_on.set()
     writer._thread.join(30)
     assert len(store.entries()) == 1  # the one that was being written
