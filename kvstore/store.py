@@ -765,6 +765,16 @@ class Store:
         """
         self._notes.add_timing(fingerprint, None, num_tokens, seconds=seconds)
 
+    def note_reanchored(self, kl: float) -> None:
+        """Note how far re-anchored rows moved what a model says, for :meth:`stats`.
+
+        Any thread may call it.
+
+        Args:
+            kl: The KL divergence from exact rows, in nats.
+        """
+        self._notes.add_reanchored(kl)
+
     def note_load(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
     ) -> None:

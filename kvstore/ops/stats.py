@@ -61,6 +61,9 @@ class Stats:
     # (what was written, before any codec). And ``written_on_`` with the day, UTC, on
     # which shards were written last: bytes, of what was moved too.
     counters: dict[str, int]
+    # How far re-anchored rows moved what is said next: the mean KL divergence of
+    # ``reanchored_checks`` requests, or ``None``.
+    reanchored_kl: float | None
     # How fast each model's rows are computed and restored.
     speeds: tuple[ModelSpeeds, ...]
 
@@ -108,6 +111,7 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
         compression_ratio=_ratio(reach.raw_bytes, reach.coded_bytes),
         seconds_saved=None if saved_ms is None else saved_ms / 1000,
         counters=counters,
+        reanchored_kl=_mean_kl(counters),
         speeds=tuple(_speeds(index.timings(), now)),
     )
 
@@ -249,6 +253,11 @@ def _describe(speeds: Speeds, known: Sequence[Timing], now: float) -> ModelSpeed
         measured_at=min(timing.measured_at for timing in known),
         is_current=all(is_current(timing, now) for timing in known),
     )
+
+
+def _mean_kl(counters: Mapping[str, int]) -> float | None:
+    checks = counters.get("reanchored_checks", 0)
+    return counters.get("reanchored_kl_e9", 0) / 1e9 / checks if checks else None
 
 
 def _ratio(above: int, below: int) -> float:

@@ -79,6 +79,13 @@ class LoadNotes:
             with self._lock:
                 self._timings.append(timing)
 
+    def add_reanchored(self, kl: float) -> None:
+        """Note how far re-anchored rows moved what a model says, by KL divergence."""
+        with self._lock:
+            self._counts += Counter(
+                reanchored_checks=1, reanchored_kl_e9=round(kl * 1e9)
+            )
+
     def add_request(self, score: Score) -> None:
         """Note what one request has cost."""
         with self._lock:

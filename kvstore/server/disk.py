@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..caches.reanchor import Reanchoring
     from ..ops.load import Match
     from ..store import Store
+    from .receipts import Receipts
     from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")
@@ -62,6 +63,8 @@ class ServedModel:
     # The model, where rows may be re-anchored. Whoever merges caches into batches then
     # has to keep their marks, as `serve` does: nothing else tells what was.
     near: Reanchoring | None = None
+    # Measures what that costs.
+    receipts: Receipts | None = None
 
     @property
     def num_computed(self) -> int:

@@ -222,6 +222,8 @@ class DiskPromptCache(LRUPromptCache):
             with harmless("not kept"):
                 is_shared = cache_type == "system"
                 self._disk.keep(served, tokens, whole, is_shared=is_shared)
+                if served.receipts is not None and cache_type == "assistant":
+                    served.receipts.offer(tokens, whole)
         stall = time.perf_counter() - begin
         self.longest_stall_s = max(self.longest_stall_s, stall)
         log.debug("kvstore: copied for the disk in %.3f s", stall)
@@ -337,9 +339,12 @@ def _num_moved(
 def _key(model: Any, served: ServedModel | None) -> Any:
     """Return what memory knows a model by: its weights, which may change on disk.
 
+    And whether rows are re-anchored: once they are not any more, none are found.
     ``None`` where memory cannot know it: the key cannot be hashed.
     """
-    key = model if served is None else (model, served.fingerprint.digest)
+    key = model
+    if served is not None:
+        key = (model, served.fingerprint.digest, served.near is not None)
     try:
         hash(key)
     except TypeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -15,7 +16,7 @@ from mlx_lm.server import ModelProvider
 
 from ..caches.fit import expect_rows, feed, shapes_of
 from ..caches.layout import Shapes
-from ..caches.live import quantize
+from ..caches.live import is_cuttable, quantize
 from ..caches.reanchor import Reanchoring
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
@@ -24,6 +25,7 @@ from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
 from ..models.titles import title_maker
 from .disk import ServedModel
+from .receipts import Receipts
 
 log = logging.getLogger("kvstore")
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
@@ -44,26 +46,35 @@ class Provider(ModelProvider):
     Args:
         cli_args: As mlx-lm's.
         give_up: Called before the model goes.
-        reanchor: Measure whether its rows can be re-anchored.
+        reanchor: How far re-anchored rows may move what a model says, as a KL
+            divergence; infinity for any, ``None`` to re-anchor nothing.
+        note_kl: Called with each one that was measured.
     """
 
     loaded: Fingerprint | Exception | None = None
     model_key: Any
     context_length: int | None = None
     near: Reanchoring | None = None
+    receipts: Receipts | None = None
     find_shapes: Callable[[], list[Shapes]]
     make_title: Callable[[Sequence[int]], str]
 
     def __init__(
-        self, cli_args: Any, give_up: Callable[[], None], *, reanchor: bool = False
+        self,
+        cli_args: Any,
+        give_up: Callable[[], None],
+        *,
+        reanchor: float | None = None,
+        note_kl: Callable[[float], None] = lambda kl: None,
     ) -> None:
-        self._give_up, self._reanchor = give_up, reanchor
+        self._give_up, self._reanchor, self._note_kl = give_up, reanchor, note_kl
         super().__init__(cli_args)
 
     def reset(self) -> None:
         """Let the model go."""
         # mlx-lm calls this when it ends, and rows are kept by the model's key.
         self._give_up()
+        self.near = self.receipts = None
         super().reset()
 
     def _load(
@@ -89,7 +100,7 @@ class Provider(ModelProvider):
         self.find_shapes = cache(partial(_find_shapes, self.model, self.draft_model))
         if not _is_batched_right(self.model):
             self.is_batchable = False
-        self.near = _measure(self.model) if self._reanchor else None
+        self._measure()
         # By which it is asked for again.
         self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -103,7 +114,31 @@ class Provider(ModelProvider):
         has_codes = getattr(self.cli_args, "kv_bits", None) is not None
         is_plain = self.draft_model is None and not has_codes
         near = self.near if is_plain else None
-        return ServedModel(self.loaded, self._empty_caches(), self.make_title, near)
+        receipts = self.receipts if near else None
+        kinds, title = self._empty_caches(), self.make_title
+        return ServedModel(self.loaded, kinds, title, near, receipts)
+
+    def _measure(self) -> None:
+        """See whether rows can be re-anchored; why they cannot be is logged."""
+        self.near, self.receipts, most = None, None, self._reanchor
+        if most is None:
+            return
+        try:
+            near = Reanchoring(self.model)
+            if most < math.inf:
+                if not is_cuttable(near.make_cache()):
+                    raise KVStoreError(
+                        "what it costs cannot be measured: the model has windows"
+                    )
+                self.receipts = Receipts(
+                    self.model, most, self._note_kl, self._stop_reanchoring
+                )
+            self.near = near
+        except KVStoreError as error:
+            log.warning("kvstore: nothing is re-anchored: %s", error)
+
+    def _stop_reanchoring(self) -> None:
+        self.near = self.receipts = None
 
     def _check_codes(self) -> None:
         """Refuse, before any prompt, codes that the model cannot run with."""
@@ -131,15 +166,6 @@ class Provider(ModelProvider):
         for empty in kinds:
             expect_rows(empty, self.find_shapes)
         return tuple(kinds)
-
-
-def _measure(model: Any) -> Reanchoring | None:
-    """Return a model whose rows can be re-anchored; why they cannot be is logged."""
-    try:
-        return Reanchoring(model)
-    except KVStoreError as error:
-        log.warning("kvstore: nothing is re-anchored: %s", error)
-        return None
 
 
 def _is_batched_right(model: Any) -> bool:

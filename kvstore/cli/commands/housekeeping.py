@@ -243,8 +243,19 @@ def stats_fields(found: Stats) -> list[tuple[str, str]]:
         ("time saved", "not measured yet" if saved is None else _duration(saved)),
         ("written", format_bytes(counters.get("written_bytes", 0))),
         ("read", format_bytes(counters.get("read_bytes", 0))),
+        *_reanchored_fields(found),
         *(("speed", _describe_speeds(speeds)) for speeds in found.speeds),
     ]
+
+
+def _reanchored_fields(found: Stats) -> Iterator[tuple[str, str]]:
+    """Yield what re-anchoring was measured to cost."""
+    if found.reanchored_kl is not None:
+        checks = format_count(found.counters["reanchored_checks"], "request")
+        yield (
+            "re-anchored",
+            f"moved what is said by KL {found.reanchored_kl:.5f}, {checks}",
+        )
 
 
 def _describe_size(found: Stats) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ class RowOptions:
     min_bits: int
     # Those behind a change in a prompt too.
     reanchor: bool
+    # As long as what is said moves by no more than this KL divergence.
+    reanchor_max_kl: float | None
+
+    @property
+    def budget(self) -> float | None:
+        """The same, infinity where any is allowed, ``None`` where nothing is moved."""
+        if self.reanchor_max_kl is None:
+            return math.inf if self.reanchor else None
+        return self.reanchor_max_kl
 
 
 class ServeVerb(Verb):
@@ -204,6 +214,14 @@ class ServeVerb(Verb):
     " it is marked. A model whose rows cannot be moved is served without.",
 )
 @click.option(
+    "--reanchor-max-kl",
+    metavar="KL",
+    type=click.FloatRange(min=0),
+    help="As --reanchor, within a budget: of one request in eight, the exact rows are"
+    " computed too, while nothing is asked. Once what the model says is moved by more"
+    " than this on the mean, 0.005 say, nothing is re-anchored any more.",
+)
+@click.option(
     "--warm",
     metavar="FILE.json",
     type=click.File("rb"),
@@ -248,7 +266,11 @@ def serve(
     least = options.least_bits(rows.exact, rows.min_bits)
     chosen = options.codec_of(codec, least, "high")
     has_codes = any(word.partition("=")[0] == "--kv-bits" for word in args)
-    wanted = {"exact": rows.exact, "reanchor": rows.reanchor, "kv-bits": has_codes}
+    wanted = {
+        "exact": rows.exact,
+        "reanchor": rows.budget is not None,
+        "kv-bits": has_codes,
+    }
     both = [f"`--{word}`" for word, is_wanted in wanted.items() if is_wanted]
     if len(both) > 1:
         raise click.UsageError(f"{' and '.join(both[:2])} exclude each other")
@@ -306,7 +328,7 @@ def serve(
     )
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, header, shown, reanchor=rows.reanchor, warm=ahead)
+        run(args, make_cache, header, shown, reanchor=rows.budget, warm=ahead)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 
