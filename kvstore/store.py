@@ -949,7 +949,7 @@ class Store:
                 written is no bundle.
             OSError: The disk fails, or nobody reads any more.
         """
-        from .ops.export_bundle import export_entry
+        from .ops.transfer.export_bundle import export_entry
 
         return export_entry(
             *self._holder(ref),
@@ -978,9 +978,9 @@ class Store:
 
         Args:
             file: Opened for reading bytes, at the start of the bundle; need not be
-                seekable. It is read to its end. Or the reader that
-                :func:`~kvstore.ops.import_bundle.open_bundle` returns, which refuses
-                what it can before a store is made.
+                seekable. It is read to its end. Or the reader that ``open_bundle`` of
+                :mod:`~kvstore.ops.transfer.import_bundle` returns, which refuses what
+                it can before a store is made.
             fingerprint: The model's; ``None`` takes what any model made, which only
                 that model will find.
             like: The model's empty prompt cache, of :func:`make_empty_cache`: what has
@@ -1004,7 +1004,7 @@ class Store:
             ValueError: The name is not one.
             OSError: The disk is full or fails.
         """
-        from .ops.import_bundle import import_entry, open_bundle
+        from .ops.transfer.import_bundle import import_entry, open_bundle
 
         check_name(name)
         bundle = open_bundle(file, fingerprint)

@@ -223,6 +223,8 @@ class HostRestoring:
     ) -> Sequence[memoryview]:
         """Return the buffers' memory, head by head, where a block has all its rows."""
         found: list[memoryview] = []
+        # The parts must follow each other without a gap, since one read fills all
+        # buffers.
         end = stored.begin
         for codec, piece in pieces:
             rows, group = piece.rows, piece.group
@@ -271,6 +273,8 @@ class HostRestoring:
         if which.start == 0 and len(sides) == 1:
             codec.array.decode_into(parts, rows, [buffer for (buffer,) in buffers])
             return
+        # Keys and values in one piece, or rows from the middle of a block, are decoded
+        # aside and cut: a codec fills buffers from its first row on.
         whole = np.empty(rows.shape, buffers[0][0].dtype)
         codec.array.decode_into(parts, rows, list(whole))
         for several, decoded in zip(buffers, whole, strict=True):
@@ -283,6 +287,9 @@ class HostRestoring:
         for layer, views in zip(self._target.layers, self._views, strict=True):
             for name, spec in layer.rows:
                 if spec.kind == "rows" and name in views:
+                    # The buffers were never cleared, and a damaged block may have ended
+                    # the load early: without this, attention would read what other data
+                    # left in that memory.
                     views[name][:, max(0, num_tokens - spec.begin) :] = 0
         for arrays, views in zip(self._arrays, self._views, strict=True):
             arrays |= {n: mx.array(views[n][None]) for n in views.keys() - arrays}
@@ -404,6 +411,7 @@ class KernelRestoring(HostRestoring):
             for name, spec in group.layout.rows:
                 if _has_kernel(name, spec):
                     self._restore(data, group, name, spec, num_tokens)
+        # What was sent can go only when no kernel reads it any more.
         mx.eval(self._arrays)
         del self._upload
         return super().finish(num_tokens, provenance)
@@ -427,6 +435,7 @@ class KernelRestoring(HostRestoring):
             which[max(0, num_tokens - spec.begin) :] = 0
         inputs = mx.array(which), mx.array(np.array(table, np.int64))
         has_codes = dim % 8 == 0 and dim <= gpu.MAX_DIM
+        # One table serves all layers of a group, whose rows lie alike in each part.
         for number, layer in enumerate(group.layers):
             restored = gpu.restore(
                 data,
@@ -610,6 +619,8 @@ class _LiveBlocks:
     def write(self, codec: Codec, parts: Parts, group: Group, rows: Rows) -> None:
         """Keep what a block has of some layers, decoded unless it is their codes."""
         if isinstance(codec.array, Turbo):
+            # A live cache keeps codes by blocks of this size, each with a mean of its
+            # own.
             if rows.start % BLOCK_SIZE or rows.shape[2] > BLOCK_SIZE:
                 raise IntegrityError(f"codes from token {rows.start} are no block's")
             # Copied, since the memory that a block was read into is used again.

@@ -198,6 +198,8 @@ class _Plan:
         self._rows, self._layers, self._group = rows, layers, layers.group
         self._which = layers.indices(rows.layers)
         self._step = np.float32(2.0 ** (step / 4))
+        # The first rows of a prompt are unlike all others and attention rests on them:
+        # they are kept as they are.
         self._sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
         self._num_coded = rows.shape[2] - self._sinks
         # Integers alone, so that who reads and who wrote cannot disagree.
@@ -222,6 +224,8 @@ class _Plan:
 
     def check(self, parts: Mapping[str, Array]) -> None:
         """Raise an ``IntegrityError`` for parts that no encoding gives."""
+        # A digest says that these bytes were written so, not that our encoder wrote
+        # them.
         exponents = parts["exponents"]
         is_exact = exponents == _EXACT
         if (exponents[~is_exact] > 2 * MAX_EXPONENT).any():
@@ -236,10 +240,14 @@ class _Plan:
         """Return the parts of rows of shape ``(L, 2 H, T, D)``."""
         coded = np.ascontiguousarray(x[:, :, self._sinks :])
         wide = self._centred(widen(coded, self._rows.dtype))
+        # The scale is rounded to half octaves first and divided by as rounded, so that
+        # whoever decodes multiplies by the very same number.
         exponents = self._exponents(wide)
         wide /= np.exp2(exponents.astype(np.float32) / 2)[..., None]
         inverse = self._layers.inverse[self._which]
         q, is_exact = self._rounded(_product(wide, inverse) / self._step)
+        # Of the rows as they were given: what was rotated and rotated back is another
+        # number.
         exact = joined(coded, self._group)
         is_exact |= self._is_large(exact)
         q[is_exact] = 0
@@ -408,6 +416,8 @@ class _Plan:
         if not self._group.num_pairs:
             return x
         cos, sin = self._angles(which)
+        # Without their positions keys of one head vary along few directions, which is
+        # what the basis was fitted to.
         keys = x[:, : self._group.num_heads]
         keys[...] = rotate(
             keys,

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..blas import one_thread
 from ..errors import IntegrityError
-from ..format.basis import BasisFile, BasisGroup
-from .base import Array, Rows
-from .floats import Bools, Floats
+
+if TYPE_CHECKING:
+    from ..format.basis import BasisFile, BasisGroup
+    from .base import Array, Rows
+    from .floats import Bools, Floats
 
 Number = TypeVar("Number", bound=np.generic)
 _DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8}

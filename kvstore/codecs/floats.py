@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 
-from .base import Array
 from .dtypes import NUMPY_DTYPES
+
+if TYPE_CHECKING:
+    from .base import Array
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]

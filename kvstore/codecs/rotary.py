@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .floats import Floats
+if TYPE_CHECKING:
+    from .floats import Floats
 
 
 def angles(

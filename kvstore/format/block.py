@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
-from .documents import JSON, blake3_hex
+if TYPE_CHECKING:
+    from .documents import JSON
+
 
 BlockHash = NewType("BlockHash", bytes)
 """SHA-256 of a parent hash and the tokens of one block, 32 bytes."""
@@ -84,6 +86,8 @@ class EncodedBlock:
 
     def __post_init__(self) -> None:
         """Hash the parts."""
+        from .documents import blake3_hex
+
         object.__setattr__(self, "digest", blake3_hex(*self.buffers))
 
     @property

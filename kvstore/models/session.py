@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx_lm
@@ -42,10 +42,12 @@ from ..fingerprint import Fingerprint, refuse_other
 from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.entry import Entry, check_name
-from ..store import Store
 from .fits import check_codes
 from .load import LoadedModel, load_models
 from .titles import make_title
+
+if TYPE_CHECKING:
+    from ..store import Store
 
 PREFILL_STEP_SIZE = 2048
 """mlx-lm's own default."""
@@ -408,8 +410,10 @@ class Session:
         is_longer = num_rows < len(self._live.tokens)
         if not num_rows or (is_longer and not caches.is_cuttable(held)):
             return False
+        # Other options than the last run's ask for another kind of cache.
         if caches.signature(held) != caches.signature(empty):
             return False
+        # It may have been restored from worse rows than this run allows.
         if caches.read_provenance(held).bits < min_bits:
             return False
         if is_longer:
@@ -685,6 +689,8 @@ def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
         return
     with mx.stream(generation_stream):
         model(mx.array(list(tokens))[None], cache=prompt_cache)
+        # Step by step: a lazy graph of the whole prompt would keep the memory of all
+        # steps.
         mx.eval([cache.state for cache in prompt_cache])
     mx.clear_cache()
 

@@ -125,6 +125,7 @@ def receipts_of(
         stored: The blocks, as they are stored.
         others: Entries that know more, where this store has not measured itself.
     """
+    # What an entry says counts only for rows of its own model and layout.
     lossy = {block.codec for block in stored if not block.is_lossless}
     told = [
         one

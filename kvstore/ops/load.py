@@ -164,6 +164,7 @@ class Loader:
         return [hit for hit in self._all(request) if isinstance(hit, Hit)]
 
     def _all(self, request: Request) -> Iterator[Hit | str | None]:
+        # One root for each way that a prompt cache of this model was built.
         for root, layout in self._index.roots(request.fingerprint):
             yield self._follow(request, root, layout)
 
@@ -231,6 +232,8 @@ class Loader:
             nbytes=lambda item: item.nbytes,
             max_bytes=restoring.spare_bytes,
         )
+        # Until a header says otherwise: rows that nobody vouches for are not called
+        # exact.
         is_moved = True
         failed: Exception | None = None
         try:
@@ -239,6 +242,8 @@ class Loader:
             with closing(decoded):
                 for item, failed in decoded:
                     if failed is not None:
+                        # Here, on the thread that owns the index, so that what is
+                        # damaged leaves it.
                         with self._blocks.healing(item.shard):
                             raise failed
                     stored = item.stored
@@ -268,6 +273,8 @@ class Loader:
         for shard, places in groupby(hit.places, key=lambda place: place.shard):
             header, blocks = self._blocks.locate(shard, list(places), hit.root)
             for stored in blocks:
+                # A header may lie about where a block stands: the hash is of its parent
+                # and tokens.
                 if stored.block.start != end:
                     name = stored.block.hash.hex()
                     raise IntegrityError(
@@ -362,6 +369,8 @@ class Loader:
     def children(self, parent: BlockHash, rest: Sequence[int]) -> list[Child]:
         """Return the blocks behind ``parent`` that share tokens with ``rest``."""
         places = self._index.children(parent, rest[0]) if rest else []
+        # The list was cut, and the longest may be missing. A tail that the prompt has
+        # whole is found by its hash all the same.
         if len(places) == MAX_CHILDREN:
             places += self._whole_tails(parent, rest)
         return [
@@ -517,6 +526,7 @@ class _Decoding:
         whole = block.start + len(block.tokens)
         with _about(item.stored):
             for codec, piece in item.pieces:
+                # It is of the block's last position, and the hit ends at another.
                 if piece.kind in ("state", "mark") and whole != self._num_tokens:
                     continue
                 parts = open_piece(codec, piece, item.stored, data)

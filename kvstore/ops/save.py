@@ -86,6 +86,8 @@ def save_entry(
             title=title,
         )
 
+    # Asked before the work, so that a wrong name costs none of it, and again under the
+    # lock, where it counts.
     replaceable(catalog, name, snapshot.chain, replace)
     for _ in range(_TRIES):
         save_blocks(blocks, codec, snapshot, progress, spared)
@@ -145,6 +147,7 @@ def copy_blocks(
         snapshot: What is to be saved.
         spared: The same.
     """
+    # Of these the rows at hand are better: they are encoded, and the base's stay there.
     better = {block.hash for block in missing_blocks(base, codec, snapshot)}
     wanted: dict[str, list[StoredBlock]] = {}
     for block in snapshot.chain.blocks:
@@ -231,6 +234,7 @@ def _write_missing(
                 last = shard.header.blocks[-1].block
                 progress(last.start + len(last.tokens), chain.num_tokens)
     finally:
+        # Shards that were staged ahead of one that failed go too.
         for stack in opened:
             stack.close()
     blocks.add_root(chain.root, chain.origin)
@@ -285,6 +289,8 @@ class _Encoder:
         """Return the codec for one block; no row is ever encoded lossily twice."""
         if (settled := self._rows.codecs.get(block.hash)) is not None:
             return settled  # when its rows were taken
+        # A tail is cut or written again at the next turn, for which its rows must be
+        # exact.
         is_tail = len(block.tokens) < self._block_size
         if is_tail or block.start < self._rows.provenance.coded_tokens:
             return lossless_twin(self._codec)

@@ -12,12 +12,15 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, IntegrityError
 from ..fingerprint import Fingerprint
 from ..format.entry import Entry
-from ..storage.blocks import BlockStore
 from .speeds import Speeds, is_sound
+
+if TYPE_CHECKING:
+    from ..storage.blocks import BlockStore
 
 HALF_LIFE_S = 86_400.0
 """After so long, a use counts half as much."""

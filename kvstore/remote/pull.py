@@ -31,9 +31,9 @@ from ..format.block import BlockHash, Origin, Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, origin_root
 from ..format.entry import Entry
 from ..format.shard import parse_shard_header
-from ..ops.admit import Incoming, Inspector, admit, check_space
 from ..ops.bases import carried_codecs
 from ..ops.commit import replaceable
+from ..ops.transfer.admit import Incoming, Inspector, admit, check_space
 from ..storage import files
 from ..storage.bases import add_basis, read_basis
 from ..storage.blocks import BlockStore
@@ -137,6 +137,7 @@ def pull_entry(
                 f"the remote entry has rows of {worst} bits, and at least {min_bits}"
                 " are wanted"
             )
+        # A name that may not move is refused before gigabytes have come.
         replaceable(catalog, name, plan.chain, replace)
         _fetch(client, folder, plan.arriving, progress)
         kept = signer if _holds_no_others(blocks, remote, plan) else ""
@@ -146,6 +147,8 @@ def pull_entry(
             for basis in plan.bases.values():
                 add_basis(folder, basis)
             entry = admit(blocks, catalog, incoming, name, replace=replace)
+        # Whole shards have been renamed into the store; of the others a part was
+        # copied.
         for arriving in plan.arriving:
             arriving.path.unlink(missing_ok=True)
         return entry
@@ -171,6 +174,7 @@ def _plan(
     missing = [row for row in remote.blocks if _to_hash(row[0]) not in held]
     numbers = sorted({number for _, number in missing})
     shards = [remote.shards[number] for number in numbers]
+    # All headers before any rows: what they show to be wrong costs no download.
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
         headers = list(pool.map(lambda shard: _read_header(client, shard), shards))
     arriving = tuple(
@@ -264,6 +268,8 @@ def _read_header(client: Client, shard: RemoteShard) -> tuple[ShardHeader, memor
     """Read and check the header of a shard; return it with its bytes."""
     with _naming(shard):
         raw = client.read(shard_key(shard.name), 0, shard.header_nbytes)
+        # The entry's document has this digest and may be signed, so that a header can
+        # be trusted before the rest of its shard has come.
         if hashlib.sha256(raw).hexdigest() != shard.header_digest:
             raise _refused(shard, "its header is not the one that was pushed")
         try:
@@ -335,6 +341,7 @@ def _fetch(
                     touched_at = time.monotonic()
                     _touch(arriving)
         except BaseException:
+            # Or Ctrl-C would wait for every part that is queued.
             pool.shutdown(cancel_futures=True)
             raise
 
@@ -382,7 +389,7 @@ def _touch(arriving: Sequence[_Arriving]) -> None:
 def _checked(
     folder: StoreFolder, remote: RemoteEntry, plan: _Plan
 ) -> Iterator[Incoming]:
-    """Check every block that came, and yield the entry as `ops.admit` takes it."""
+    """Check every block that came, and yield the entry as `admit` takes it."""
     with ExitStack() as stack:
         shards = [_staged(folder, one, plan, stack) for one in plan.arriving]
         blocks = tuple(plan.inspector.blocks)
@@ -405,6 +412,7 @@ def _staged(
                 raise IntegrityError("it has other bytes than its name says")
             os.chmod(arriving.path, 0o400)
     except (IntegrityError, CodecError) as error:
+        # Or the next try would find the same bytes, and be refused again.
         arriving.path.unlink(missing_ok=True)
         why = str(error).replace(f": {arriving.path}", "")
         raise _refused(shard, why) from error

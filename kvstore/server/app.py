@@ -10,13 +10,11 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,20 +22,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.documents import JSON
-from ..models.context import past_context
 from ..models.load import find_model
 from .batch import Batch
 from .disk import ServedModel, harmless
 from .drift import Drift, find_drift
+from .generator import Generator
 from .pages import Pages, View
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
 from .provider import Provider
-from .replay import call_of, cut_again, replay
 from .requests import check_body
-from .tenants import find_tenant, own
+from .tenants import find_tenant
 from .warm import start_warming
-from .watch import Requests, Served, conversation_of, score, watch
+from .watch import Requests, Served, score, watch
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -45,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvstore")
 # Docker kills ten seconds after it asks; launchd and systemd wait longer.
 _WRITE_S = 7.0
-# After a second without requests, other work begins.
-_IDLE_POLLS = 10
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 """Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
 
@@ -86,7 +81,11 @@ def serve(
         batches.clear()
 
     requests = Requests()
-    generator_class = _generator_class(server, give_up, requests)
+    generator_class = type(
+        "Generator",
+        (Generator, server.ResponseGenerator),
+        {"text_machine": getattr(server, "TextStateMachine", None)},
+    )
     providers: list[Any] = []
     opened: list[DiskPromptCache] = []
     generators: list[Any] = []
@@ -111,12 +110,13 @@ def serve(
         return opened[-1]
 
     def make_generator(*parts: Any) -> Any:
-        generators.append(generator_class(*parts))
+        generators.append(generator_class(give_up, requests, *parts))
         if warm and pages is not None:
             options = providers[-1].cli_args
             start_warming(options.host, options.port, pages.token, warm)
         return generators[-1]
 
+    # mlx-lm's own parser would read the command line of this process.
     server.argparse = SimpleNamespace(  # type: ignore[attr-defined]
         **{**vars(argparse), "ArgumentParser": _parser_class(args)}
     )
@@ -133,6 +133,7 @@ def serve(
 
     stream_generate = server.stream_generate
 
+    # A request that is served alone goes past the batch; what it computes is kept too.
     def stream(**options: Any) -> Iterator[Any]:
         generator = generators[-1]
         return stream_alone(
@@ -344,207 +345,6 @@ def _check(cli_args: argparse.Namespace) -> None:
             "the store cannot be shared by the processes of a distributed model",
             hint="run `mlx_lm.server` without a store",
         )
-
-
-def _generator_class(
-    server: Any, give_up: Callable[[], None], requests: Requests
-) -> Any:
-    """Return mlx-lm's ``ResponseGenerator``, which also measures prefills.
-
-    Args:
-        server: The copy of mlx-lm's module.
-        give_up: Called when it ends, with what it has begun.
-        requests: Told of each request's prompt and tokens.
-    """
-
-    class Generator(server.ResponseGenerator):  # type: ignore[misc]
-        def __init__(self, model_provider: Any, prompt_cache: DiskPromptCache) -> None:
-            self._disk = prompt_cache
-            self._alone = _Alone()
-            self.failure: Exception | None = None
-            self._num_idle = 0
-            # What a prompt cache is known by, of the request that is served alone.
-            self.key_alone: list[int] = []
-            super().__init__(model_provider, prompt_cache)
-
-        def _generate(self) -> None:
-            try:
-                super()._generate()
-                give_up()  # for mlx-lm 0.31, which does not reset its model
-            except Exception as error:
-                self.failure = error
-                raise
-            finally:
-                # On this thread, whose arrays they are.
-                self._disk.trim_to(n_sequences=0)
-                if self.failure is not None:
-                    # The main thread serves on, and would answer nothing but errors.
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-        def _next_request(self, timeout: float | None = None) -> Any:
-            # mlx-lm waits a tenth of a second where nothing is being generated.
-            is_idle = timeout is not None and self.requests.empty()
-            self._num_idle = self._num_idle + 1 if is_idle else 0
-            receipts = self.model_provider.receipts
-            if self._num_idle > _IDLE_POLLS and receipts is not None:
-                with harmless("not compared with exact rows"):
-                    if receipts.step():
-                        timeout = 0.0  # who has come meanwhile has waited enough
-            return super()._next_request(timeout)
-
-        def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-            found = super()._tokenize(tokenizer, request, args)
-            # Raised in here, an error is the request's; later on it ends the thread.
-            if not all(isinstance(token, int) for token in found[0]):
-                raise ValueError("the prompt is no list of tokens")
-            warning = past_context(len(found[0]), self.model_provider.context_length)
-            if warning is not None:
-                log.warning("kvstore: %s", warning)
-            key = self.model_provider.model_key
-            self._make_state_machine(key, tokenizer, args.stop_words)
-            vision = found[4] if len(found) > 4 else None  # mlx-lm 0.31 has none
-            prompt, segments = found[0], found[1]
-            if vision is None and request.request_type == "chat":
-                with harmless("what was sampled is not put back"):
-                    prompt, segments = self._replay(tokenizer, request, args, found)
-            prompt = own(prompt, request.tenant)
-            if vision is not None:
-                vision.cache_key = own(vision.cache_key, request.tenant)
-            self.key_alone = (prompt if vision is None else vision.cache_key)[:]
-            return prompt, segments, *found[2:]
-
-        def _replay(
-            self, tokenizer: Any, request: Any, args: Any, found: Any
-        ) -> tuple[list[int], list[list[int]]]:
-            """Return a prompt and its parts with the sampled tokens of its replies."""
-            prompt, segments, _, initial, *_ = found
-            key = self.model_provider.model_key
-            known = self._disk.sampled(key, own(prompt, request.tenant))
-            messages = request.messages
-            if known is None or not any(m["role"] == "assistant" for m in messages):
-                return prompt, segments
-            read = None
-            # mlx-lm 0.31 reads tokens, not text.
-            machine = getattr(server, "TextStateMachine", None)
-            if tokenizer.has_tool_calling and machine is not None:
-                _, texts = self._make_state_machine(key, tokenizer, args.stop_words)
-                read = partial(
-                    _read_reply, machine, texts, initial, tokenizer, request.tools
-                )
-            latest = known.latest()
-            near = self.model_provider.near is not None
-            made, edits = replay(tokenizer, prompt, messages, latest, read, near=near)
-            parts = cut_again(segments, made, edits)
-            return (prompt, segments) if parts is None else (made, parts)
-
-        def generate(
-            self,
-            request: Any,
-            generation_args: Any,
-            progress_callback: Callable[[int, int], None] | None = None,
-        ) -> tuple[Any, Iterator[Any]]:
-            served = requests.current
-            request.tenant = served.tenant
-            served.conversation = conversation_of(request, served.tenant)
-            ticket = self._alone.enter()
-            begin = time.monotonic()
-
-            def progress(done: int, total: int) -> None:
-                loaded = self.model_provider.loaded
-                is_known = isinstance(loaded, Fingerprint)
-                if is_known and done == total and self._alone.was(ticket):
-                    seconds = time.monotonic() - begin
-                    self._disk.store.note_prefill(loaded, total, seconds)
-                if progress_callback is not None:
-                    progress_callback(done, total)
-
-            try:
-                found = super().generate(request, generation_args, progress)
-            except BaseException:
-                self._alone.leave()
-                raise
-            # What came before is loading a model, and reading the disk.
-            begin = time.monotonic()
-            requests.current.prompt = found[0].prompt[:]
-            return found[0], self._alone.until_end(requests.counted(found[1]))
-
-    return Generator
-
-
-def _read_reply(
-    machine: Any, texts: Any, initial: str, tokenizer: Any, tools: Any, text: str
-) -> tuple[str, list[Any], str]:
-    """Return content, tool calls and reasoning of a reply, as mlx-lm's server does.
-
-    Args:
-        machine: Its class that takes a text apart.
-        texts: The machine for the model.
-        initial: The state that replies begin in.
-        tokenizer: The model's.
-        tools: Those of the request.
-        text: The reply.
-    """
-    state, parts = machine.split(texts.make_state(initial), text)
-    _, rest, last = machine.flush(state)
-    found = {"normal": "", "reasoning": ""}
-    calls, before = [], initial
-    for kind, part in [*parts, (last, rest)]:
-        if kind == "tool":
-            # What stands between two calls may be nothing.
-            calls += [part] if before != "tool" else []
-            calls[-1] += part if before == "tool" else ""
-        else:
-            found[kind] = found.get(kind, "") + part
-        before = kind
-    read: list[Any] = []
-    try:
-        for call in calls:
-            made = tokenizer.tool_parser(call, tools)
-            read += map(call_of, made if isinstance(made, list) else [made])
-    except ValueError:
-        read = [None]  # which no message has
-    return found["normal"], read, found["reasoning"]
-
-
-class _Alone:
-    """Knows whether a request had the model to itself; for several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_entered = 0
-        self._num_active = 0
-
-    def enter(self) -> int | None:
-        """Begin a request; the ticket is ``None`` where another is served."""
-        with self._lock:
-            self._num_entered += 1
-            self._num_active += 1
-            return self._num_entered if self._num_active == 1 else None
-
-    def was(self, ticket: int | None) -> bool:
-        """Whether no request was served beside that one so far."""
-        with self._lock:
-            return ticket == self._num_entered
-
-    def until_end(self, responses: Iterator[Any]) -> Iterator[Any]:
-        """Return the responses of a request, which ends with them."""
-
-        def begun() -> Iterator[Any]:
-            try:
-                yield
-                yield from responses
-            finally:
-                self.leave()
-
-        found = begun()
-        # One that nobody has begun to read would never end.
-        next(found)
-        return found
-
-    def leave(self) -> None:
-        """End a request."""
-        with self._lock:
-            self._num_active -= 1
 
 
 @contextmanager

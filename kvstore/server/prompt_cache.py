@@ -8,7 +8,6 @@ goes wrong with the disk costs time and is logged: the server goes on from memor
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from .remote import RemoteTier
 
 log = logging.getLogger("kvstore")
-# Models, or tenants of one, whose conversations are in memory too; the disk has them.
-_MAX_KNOWN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +116,6 @@ class DiskPromptCache(LRUPromptCache):
         )
         self._end = end_with(self, self._disk)
         self._known: dict[str, Sampled] = {}
-        self._knowing = threading.Lock()
         self._lookups: deque[tuple[int, Lookup]] = deque(maxlen=64)
         self.longest_stall_s = 0.0
         """The longest that an insertion has kept the generating thread."""
@@ -244,19 +240,11 @@ class DiskPromptCache(LRUPromptCache):
         if served is None:
             return None
         digest = served.fingerprint.digest
-        with self._knowing:
-            known = self._known.pop(digest, None)
-            if known is not None:
-                self._known[digest] = known  # the last to be forgotten
-                return known
-        known = Sampled()
-        with harmless("what was said before is not known"):
-            known = Sampled(self._disk.latest_tokens(served))
-        with self._knowing:
-            known = self._known.setdefault(digest, known)
-            if len(self._known) > _MAX_KNOWN:
-                del self._known[next(iter(self._known))]
-        return known
+        if digest not in self._known:
+            self._known[digest] = Sampled()
+            with harmless("what was said before is not known"):
+                self._known[digest] = Sampled(self._disk.latest_tokens(served))
+        return self._known[digest]
 
     def keep_prefill(
         self, model: Any, tokens: list[int], prompt_cache: list[Any]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import CacheList, make_prompt_cache
@@ -25,7 +25,9 @@ from ..models.fits import refused, why_not
 from ..models.load import find_model, fingerprint_model
 from ..models.titles import title_maker
 from .disk import ServedModel
-from .receipts import Receipts
+
+if TYPE_CHECKING:
+    from .receipts import Receipts
 
 log = logging.getLogger("kvstore")
 # Architectures whose layers are a `CacheList` and that a test serves in batches: the
@@ -130,6 +132,8 @@ class Provider(ModelProvider):
                     raise KVStoreError(
                         "what it costs cannot be measured: the model has windows"
                     )
+                from .receipts import Receipts
+
                 self.receipts = Receipts(
                     self.model, most, self._note_kl, self._stop_reanchoring
                 )

@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import blake3
 from huggingface_hub.errors import CacheNotFound
 
 from ..fingerprint import Fingerprint
 from ..storage.index import Score
-from .prompt_cache import DiskPromptCache, Lookup
+
+if TYPE_CHECKING:
+    from .prompt_cache import DiskPromptCache, Lookup
 
 log = logging.getLogger("kvstore")
 # Of a prompt without messages, so many characters say which conversation it is of.

@@ -162,6 +162,8 @@ class Writer:
         """
         with self._changed:
             queued = self._queued_bytes + job.rows.nbytes
+            # Into an empty queue goes even what is larger than the limit: it would
+            # never fit.
             if self._is_closing or (self._jobs and queued > self._max_queued_bytes):
                 why = "it is closed" if self._is_closing else "too much is waiting"
                 log.warning("kvstore: not kept: %s for the disk", why)
@@ -258,6 +260,8 @@ class Writer:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._is_closing)
             self._has_begun = bool(self._jobs) and not self._is_given_up
+            # It stays in the queue while it is written, so that `pending` names its
+            # blocks.
             return self._jobs[0] if self._has_begun else None
 
     def _finish(self, job: Job, is_saved: bool) -> None:

@@ -91,6 +91,8 @@ def replace_index(folder: StoreFolder, seen: tuple[int, int] | None) -> None:
         seen: The identity of the damaged file; if another process has replaced it
             meanwhile, nothing is left to do.
     """
+    # Several processes meet the same damage at once; the first one to get the lock
+    # rebuilds, and the others find another file in place.
     with files.locked(folder.lock, exclusive=True):
         if index_identity(folder.index) in (seen, None):
             _build_index(folder)
@@ -103,6 +105,8 @@ def _beside(path: Path, suffix: str) -> Path:
 def _set_index_aside(folder: StoreFolder) -> None:
     """Move the index to quarantine."""
     aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
+    # The log first: were it left behind alone, SQLite would replay it over the next
+    # file.
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
             files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
@@ -122,6 +126,7 @@ def _build_index(folder: StoreFolder) -> None:
                 _copy_entries(index, folder)
             finally:
                 index.close()  # which folds the write-ahead log into the file
+            # Durable before the old one goes, or a power cut would leave neither.
             files.sync_file(path)
             _set_index_aside(folder)
             files.publish(path, folder.index)
@@ -284,6 +289,7 @@ class BlockStore:
             self._is_running = False
 
     def _run(self, work: Callable[[], T]) -> T:
+        # Another process may have rebuilt the index since the last run.
         if self._opened is not None and self._is_outdated(self._opened):
             self.close()
         try:
@@ -396,6 +402,8 @@ class BlockStore:
 
     def _contents(self, shard: str) -> Mapping[Place, str]:
         """Return the blocks of a shard with their codecs; none where nobody knows."""
+        # The stamp is asked each time: a cached word counts only for the file it was
+        # read of.
         stamp = stamp_of(shard_path(self.folder.shards, shard).stat())
         kept = self._compared.get(shard)
         if kept is not None and kept[0] == stamp:
@@ -404,6 +412,7 @@ class BlockStore:
         if noted is None or noted[0] != stamp:
             return {}
         rows = self.index.rows_in(shard)
+        # One name stands for all blocks where all have the same codec.
         codecs = noted[2] * len(rows) if len(noted[2]) == 1 else noted[2]
         if _digest(rows) != noted[1] or len(codecs) != len(rows):
             return {}
@@ -427,6 +436,8 @@ class BlockStore:
         self.refuse_memory()
         for basis in bases_named(staged.header.blocks):
             basis_size(self.folder, basis)  # one that `prune` has removed meanwhile
+        # The file first: rows must never point at a shard that a crash kept from
+        # existing. A file without rows is only waste, which `prune` finds.
         publish_shard(self.folder.shards, staged)
         index_shard(self.index, staged.name, staged.header, added_at)
         self.index.note_written(staged.header.nbytes)
@@ -445,6 +456,8 @@ class BlockStore:
         """
         num_tokens = 0
         for shard in staged:
+            # Shards are named by their bytes, so this may be one that was damaged
+            # before.
             self.index.trust_shard(shard.name)
             self.add(shard, time.time())
             num_tokens += sum(len(b.block.tokens) for b in shard.header.blocks)
@@ -473,6 +486,8 @@ class BlockStore:
                 for name, places in shards.items()
                 if set(self.index.places_in(name)) == set(places)
             ]
+            # Rows go first: whoever looks in between finds no block, not a missing
+            # file.
             for name in gone:
                 self.index.drop_shard(name)
         for name in gone:
@@ -587,6 +602,7 @@ class BlockStore:
             IntegrityError: One is missing or damaged.
         """
         found: list[tuple[Place, StoredBlock]] = []
+        # By counting down tokens, not by parents alone: the walk ends even in a circle.
         block, stop = entry.tip, entry.num_tokens
         while stop > 0:
             place = self._place(block)
@@ -733,6 +749,8 @@ class BlockStore:
                 hint="save the prompt again; `kvstore verify` finds more",
             ) from error
         except IntegrityError as error:
+            # One bad block leaves the others of its shard in use; a bad header condemns
+            # all.
             self._forget(shard, error.block)
             if error.block is None:
                 self._quarantine(shard)
@@ -781,6 +799,8 @@ def index_shard(index: Index, name: str, header: ShardHeader, added_at: float) -
     root = hash_root(fingerprint, origin.layout)
     index.add_root(root, fingerprint, origin.layout)
     index.add_shard(name, header.nbytes, added_at)
+    # A block whose hash is not that of its tokens would be found by a prompt it does
+    # not hold.
     for stored in filter(is_sound, header.blocks):
         index.add_block(stored.block, place_in(name, stored))
 
@@ -833,12 +853,16 @@ def confirm_folder(
     now = {name: (stamp, digests.get(name, b"")) for name, stamp in stamps.items()}
     before = {} if only is None else index.compared()
     same = {n for n, seen in before.items() if now.get(n) == seen}
+    # A block that hangs from nothing known is read again: its root may have been lost
+    # from the index alone, and only the header can say.
     same &= set(index.shards()) - _rootless(index, told) - set(only or ())
     compared = {}
     for name, header in _index_each(index, folder, told, same):
         if name in now and all(_is_told(told, name, b) for b in header.blocks):
             compared[name] = header
         for stored in filter(is_sound, header.blocks):
+            # A block may lie in several shards. The index has to name one of these
+            # copies, and may name any.
             copy = (place_in(name, stored), stored.block.parent)
             copies.setdefault(stored.block.hash, []).append(copy)
     for block, known in copies.items():

@@ -43,6 +43,8 @@ class Cipher:
     def __init__(self, key: bytes, store: str) -> None:
         aead = _aead()
         self._key, self._store = key, store
+        # SIV gives equal bytes for equal values, which a look-up needs, and tells no
+        # more of them than that they are equal.
         self._siv = aead.AESSIV(_derive(key, b"", "hidden values", 64))
         self._files = _derive(key, b"", "files", KEY_BYTES)
         self._salts = _derive(key, b"", "salts", KEY_BYTES)
@@ -68,6 +70,7 @@ class Cipher:
     def number(self, value: bytes) -> int:
         """Return a 63-bit number that stands for a value, and does not tell it."""
         digest = blake3.blake3(value, key=self._numbers).digest(8)
+        # SQLite's integers have a sign.
         return int.from_bytes(digest, "little") >> 1
 
     def salt_of(self, header: bytes) -> bytes:
@@ -81,6 +84,7 @@ class Cipher:
             data: Its bytes.
             about: What it is; it opens as nothing else.
         """
+        # A new key for each file, by its salt: a key may seal each number once.
         salt = secrets.token_bytes(SALT_BYTES)
         return salt + b"".join(self.parts(salt, self._files).seal(0, [data], *about))
 
@@ -161,6 +165,8 @@ class PartCipher:
     def _begin(self, number: int, about: tuple[str, ...]) -> Any:
         from cryptography.hazmat.primitives import ciphers
 
+        # No nonce comes twice with one key: each file has its own key, and each of its
+        # parts another number.
         nonce = number.to_bytes(_NONCE_BYTES, "little")
         aes, gcm = ciphers.algorithms.AES(self._key), ciphers.modes.GCM(nonce)
         return ciphers.Cipher(aes, gcm)

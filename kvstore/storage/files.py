@@ -54,6 +54,7 @@ def create(path: Path) -> int:
     Raises:
         FileExistsError: Something is there already, a dangling link included.
     """
+    # With both flags nobody can have put a link there that we would write through.
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o600)
 
@@ -130,6 +131,7 @@ def publish(path: Path, target: Path) -> None:
     """Rename a synced file to where it is seen, and make the new name last."""
     if not target.parent.is_dir():
         make_private_dir(target.parent)
+        # A new folder is a name in its parent, which has to last too.
         sync_dir(target.parent.parent)
     os.replace(path, target)
     sync_dir(target.parent)
@@ -158,6 +160,7 @@ def write_new(target: Path, data: bytes) -> None:
     with staged(target.parent) as (path, descriptor):
         write_all(descriptor, data)
         sync(descriptor)
+        # A link, since a rename would replace what is there.
         os.link(path, target)
         sync_dir(target.parent)
 
@@ -254,6 +257,7 @@ def remove_unused(path: Path) -> bool:
         remove_any(path)  # a folder or a pipe is no staged file
         return True
     try:
+        # Whoever writes it holds a shared lock, which goes with the process.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with suppress(FileNotFoundError):
             remove(path)
@@ -302,6 +306,7 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int) -> No
     """
     rest = [buffer for buffer in buffers if len(buffer)]
     while rest:
+        # One call fills as many buffers as it likes, and may end in the middle of one.
         count = os.preadv(descriptor, rest[:_MAX_BUFFERS], offset)
         if count == 0:
             raise EOFError(f"file ends at byte {offset}")
@@ -347,6 +352,8 @@ def locked(path: Path, *, exclusive: bool, timeout_s: float = 10.0) -> Iterator[
         StoreLockedError: Others held it for ``timeout_s``.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    # The file is never removed: who waits has it open, and would hold a lock on a file
+    # that nobody else opens any more.
     descriptor = os.open(path, flags, 0o600)
     try:
         _acquire(descriptor, path, exclusive, time.monotonic() + timeout_s)
@@ -359,6 +366,7 @@ def _acquire(descriptor: int, path: Path, exclusive: bool, deadline: float) -> N
     """Wait for the lock until ``deadline``."""
     mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     while True:
+        # Asked again and again, since a wait inside of the system knows no deadline.
         try:
             return fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -337,6 +337,8 @@ class Index:
                 only meet this at the start, since rebuilding takes that lock.
         """
         with self._translated():
+            # IMMEDIATE takes the write lock now. A lock that a read had to be raised to
+            # could meet another writer's and fail halfway.
             self._connection.execute("BEGIN IMMEDIATE")
         try:
             self._check_current()
@@ -354,6 +356,8 @@ class Index:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+        # Whoever replaced the file meanwhile may have read the shards before this
+        # COMMIT, so that what was written here is known to nobody.
         self._check_current()
 
     @contextmanager
@@ -412,6 +416,7 @@ class Index:
         The index's word only: whoever deletes by it checks where the chain ends.
         """
         query = _PLACE_AND_PARENT + "WHERE blocks.hash = ?"
+        # A damaged index may hold a circle of parents.
         seen: set[BlockHash] = set()
         kinds = (*_PLACE_KINDS, bytes)
         while tip not in seen and (rows := self._select(query, (tip,), kinds)):
@@ -453,6 +458,7 @@ class Index:
 
     def longest_prefix(self, chain: Sequence[BlockHash]) -> list[Place]:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
+        # One state for the whole walk: `prune` drops blocks in any order.
         with self._snapshot():
             return [place for place in takewhile(bool, self._look(chain)) if place]
 
@@ -605,6 +611,8 @@ class Index:
     @contextmanager
     def unsynced(self) -> Iterator[None]:
         """As :meth:`transaction`, for what a power cut may take."""
+        # With a write-ahead log NORMAL still keeps the file whole; a power cut takes
+        # the last transactions, which a use or a timing is not worth an fsync to keep.
         self._query("PRAGMA synchronous = NORMAL")
         try:
             with self.transaction():
@@ -680,6 +688,7 @@ class Index:
             self._query(f"DELETE FROM scores WHERE id NOT IN ({latest})", (keep,))
 
     def _has_table(self, name: str) -> bool:
+        # Asked, not made: a store that may only be read has no way to make it.
         query = f"SELECT 1 FROM sqlite_master WHERE name = '{name}'"
         return bool(self._query(query))
 
@@ -708,6 +717,7 @@ class Index:
                 " shard FROM blocks NOT INDEXED",
                 (HASH_PREFIX,),
             )
+            # A shard that came between the two queries has no size yet.
             known = (row for row in rows if row[4] in sizes)
             while part := list(islice(known, 1000)):
                 hashes, parents, num_tokens, nbytes, shards = zip(*part, strict=True)
@@ -904,10 +914,14 @@ class Index:
         Raises:
             StoreLockedError: Another process reads or writes it.
         """
+        # Both tables name blocks by their hashes, by which a purged prompt would be
+        # known.
         self._query("DELETE FROM uses WHERE hash NOT IN (SELECT hash FROM blocks)")
         shards = "SELECT name FROM shards"
         self._query(f"DELETE FROM damaged WHERE shard NOT IN ({shards})")
         self._query("VACUUM")
+        # VACUUM goes through the log: the file has the old pages until the log is
+        # folded into it.
         if self._query("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]:
             raise StoreLockedError(
                 f"the index is in use by another process: {self.path}",
@@ -936,6 +950,7 @@ class Index:
         """Return what stands in the file for a value: that itself, or it hidden."""
         if self._cipher is None or not isinstance(value, str | bytes):
             return value
+        # The letter tells text from bytes when it is read again.
         text = b"s" + value.encode() if isinstance(value, str) else b"b" + value
         return self._cipher.hide(text)
 
@@ -956,6 +971,8 @@ class Index:
         """Return what is written of the first token of a block."""
         if self._cipher is None:
             return token
+        # With its parent: alone, equal tokens would be equal numbers, which can be
+        # counted.
         return self._cipher.number(parent + token.to_bytes(8, "little", signed=True))
 
     def _select(
@@ -993,6 +1010,7 @@ class Index:
             self._connection.execute(f"PRAGMA {pragma}")
         if create and self._version() == 0:
             with self.transaction():
+                # Asked again under the lock: another process may have made the tables.
                 if self._version() == 0:
                     self._connection.execute(_SCHEMA)
                     self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -62,6 +62,7 @@ def _outer_header(salt: bytes, sizes: dict[str, int]) -> bytes:
         }
         position = end
     text = json.dumps(tensors, separators=(",", ":")).encode()
+    # The data of a safetensors file begin at a multiple of eight bytes.
     text += b" " * (-len(text) % 8)
     return pack("<Q", len(text)) + text
 

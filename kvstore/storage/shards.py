@@ -95,6 +95,7 @@ def staged_shard(
                 files.write_all(descriptor, data)
             for each in hashed:
                 each.result()
+        # Nobody is to write to it again: its name is the digest of its bytes.
         os.fchmod(descriptor, 0o400)
         files.sync(descriptor)
         # What we cannot read back must not be acknowledged.
@@ -102,6 +103,8 @@ def staged_shard(
         if folder.cipher is None:
             parsed = parse_shard_header(header[8:], size)
         else:
+            # Sealed, a file is larger than its header says: by tags and an outer
+            # header.
             parsed = replace(parse_shard_header(header[8:], None), nbytes=size)
         yield StagedShard(path, sha256.hexdigest(), parsed)
 

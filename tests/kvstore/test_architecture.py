@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import types
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,14 +37,14 @@ OPS = {  # and inside of ops
     "save": {"bases", "commit"},
     "commit": {"quality", "upkeep.prune"},
     "explain": {"load"},
-    "admit": {"commit"},
+    "transfer.admit": {"commit"},
     "adopt": {"commit", "save"},
     "recompress": {"bases", "commit", "save"},
-    "import_bundle": {"admit", "bases"},
+    "transfer.import_bundle": {"bases", "transfer.admit"},
     "load": {"bases"},
     "near": {"load"},
     "recognise": {"load"},
-    "export_bundle": {"bases"},
+    "transfer.export_bundle": {"bases"},
     "stats": {"speeds"},
     "usage": {"load", "scores", "speeds", "worth"},
     "worth": {"speeds"},
@@ -172,6 +173,24 @@ def test_there_are_no_cycles():
     del graph["__init__"]
     order = list(TopologicalSorter(graph).static_order())
     assert set(graph) <= set(order)
+
+
+def test_chains_of_imports_are_short():
+    """Below no module lie more than nine others, one on the other, when it is read."""
+    graph = {
+        f"{package}.{name}".removesuffix(".__init__"): set(
+            imports(name, tree, top=True, package=package)
+        )
+        for package, trees in (("kvstore", OURS), ("turboquant", THEIRS))
+        for name, tree in trees.items()
+    }
+
+    @cache
+    def level(name):
+        below = graph[name].intersection(graph) - {name}
+        return 1 + max(map(level, below), default=0)
+
+    assert max(map(level, graph)) <= 10
 
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))

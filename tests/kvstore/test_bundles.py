@@ -22,7 +22,7 @@ from kvstore.caches import restore
 from kvstore.format import bundle as bundles
 from kvstore.format.block import Origin, Part
 from kvstore.format.chain import hash_block_tokens, hash_root
-from kvstore.ops import admit as admitting
+from kvstore.ops.transfer import admit as admitting
 from kvstore.storage.entries import write_entry
 from kvstore.storage.folder import create_folder, open_folder
 

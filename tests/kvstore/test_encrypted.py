@@ -211,7 +211,7 @@ def test_a_bundle_goes_in_and_out(path, store_path, caches):
 
 def test_a_bundle_on_its_way_in_is_sealed(path, store_path, caches, monkeypatch):
     """What is staged of a bundle, before it is seen, is sealed already."""
-    from kvstore.ops import import_bundle as importing
+    from kvstore.ops.transfer import import_bundle as importing
 
     cache = fill(store_path, caches)
     seen = []

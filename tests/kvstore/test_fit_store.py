@@ -16,7 +16,7 @@ import kvstore
 from kvstore.codecs import fitting
 from kvstore.format.basis import basis_digest
 from kvstore.format.calibration import Calibration
-from kvstore.ops import export_bundle
+from kvstore.ops.transfer import export_bundle
 from kvstore.remote.client import Remote
 from kvstore.storage.bases import (
     add_basis,

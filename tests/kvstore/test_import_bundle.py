@@ -15,9 +15,9 @@ from kit import load_beside
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
-from kvstore.ops import admit as admitting
-from kvstore.ops import export_bundle as exporting
-from kvstore.ops import import_bundle as importing
+from kvstore.ops.transfer import admit as admitting
+from kvstore.ops.transfer import export_bundle as exporting
+from kvstore.ops.transfer import import_bundle as importing
 from kvstore.storage import blocks as reading
 from kvstore.storage.entries import write_entry
 from kvstore.storage.folder import open_folder
@@ -521,7 +521,8 @@ def test_a_limit_on_the_size_of_files_loses_nothing(
 KILLED = """
 import io, os, shutil, signal, sys
 import caches, kvstore, mlx_lm.models.cache
-from kvstore.ops import admit, commit, import_bundle
+from kvstore.ops import commit
+from kvstore.ops.transfer import admit, import_bundle
 from pathlib import Path
 
 template, bundle, folder, calls = sys.argv[1:]
@@ -659,7 +660,7 @@ def test_memory_does_not_grow_with_the_bundle(stores, caches, run_python, tmp_pa
     """A bundle is read a block at a time."""
     program = """
 import resource, sys, tracemalloc, io, kvstore, mlx_lm.models.cache
-from kvstore.ops import import_bundle
+from kvstore.ops.transfer import import_bundle
 with kvstore.Store(sys.argv[1]) as store, open(sys.argv[2], "rb") as file:
     tracemalloc.start()
     store.import_bundle(file)

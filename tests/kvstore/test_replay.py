@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from kit import load_beside
 
-from kvstore.server import app
+from kvstore.server import generator
 from kvstore.server.replay import Sampled, cut_again, replay
 
 beside = load_beside("servers")
@@ -78,7 +78,9 @@ def read():
     from mlx_lm.generate import TextStateMachine, make_text_state_machine
 
     texts = make_text_state_machine(TOKENIZER)
-    return partial(app._read_reply, TextStateMachine, texts, "normal", TOKENIZER, None)
+    return partial(
+        generator._read_reply, TextStateMachine, texts, "normal", TOKENIZER, None
+    )
 
 
 def spell(text):

@@ -17,7 +17,6 @@ from kvstore.caches.provenance import Provenance
 from kvstore.errors import StoreLockedError
 from kvstore.fingerprint import Fingerprint
 from kvstore.server import DiskPromptCache, ServedModel
-from kvstore.server.replay import Sampled
 from turboquant.kv_cache import TurboQuantKVCache
 
 KEY, OTHER_KEY = ("model", None, None), ("other", None, None)
@@ -495,20 +494,6 @@ def test_a_conversation_is_one_entry(open_tier, caches):
         tier.insert_cache(KEY, tokens, held)
         tier.flush()
     assert sorted(e.num_tokens for e in tier.store.entries()) == [32, 32 + 21]
-
-
-def test_of_many_tenants_few_conversations_are_in_memory(open_tier, caches, models):
-    """What was said by one that comes again is read from the disk."""
-    for number in range(40):
-        salted = caches.MODEL.with_salt(f"tenant {number}")
-        models[number] = ServedModel(salted, ([KVCache(), KVCache()],))
-    tier, tokens = open_tier(), list(range(32))
-    for number in range(40):
-        tier.insert_cache(number, [number, *tokens], caches.make_cache(33, number))
-    tier.flush()
-    gc.collect()
-    assert sum(isinstance(one, Sampled) for one in gc.get_objects()) < 20
-    assert [one.tolist() for one in tier.sampled(0, tokens).latest()] == [[0, *tokens]]
 
 
 def test_a_pinned_turn_stays(open_tier, caches):

@@ -162,6 +162,7 @@ def encode(x: NDArray[Any], bits: int, rotation: Rotation) -> tuple[Bytes, Float
     vectors = x.reshape(-1, rotation.dim)
     codes = np.empty((len(vectors), rotation.dim * bits // 8), np.uint8)
     norms = np.empty(len(vectors), np.float32)
+    # In pieces that stay in a core's cache: a transform passes over them log2(D) times.
     with np.errstate(over="ignore", invalid="ignore"):
         for piece in _pieces(len(vectors), _PIECE_FLOATS // rotation.dim):
             columns, scale = _scaled_columns(vectors[piece])
@@ -205,6 +206,7 @@ def decode_into(
     limit = _LARGEST[out.dtype]
     norms = finite_or_nan(norms)
     mean = None if mean is None else finite_or_nan(mean)
+    # Clipping takes a pass over all rows, and hardly any block has numbers that large.
     if _bound(norms, mean, bits) < limit:
         limit = math.inf
     with np.errstate(over="ignore", invalid="ignore"):
@@ -310,12 +312,14 @@ def _scaled_columns(vectors: NDArray[Any]) -> tuple[Floats, Floats]:
     columns = np.array(vectors.T, np.float32, order="C")
     peak = np.abs(columns).max(axis=0)
     scale = np.ones_like(peak)
+    # Powers of two change no bit of a mantissa, so that the codes stay the same.
     scale[peak < SMALL] = RESCALE
     scale[peak >= LARGE] = 1 / RESCALE
     is_finite = np.isfinite(peak)
     columns[:, ~is_finite | (peak < TINY)] = 0
     if (scale != 1).any():
         columns *= scale
+    # Its norm becomes NaN by this, and with it all of the vector that is decoded.
     scale[~is_finite] = np.nan
     return columns, scale
 
@@ -327,10 +331,13 @@ def _quantize_columns(
     root = np.float32(math.sqrt(rotation.dim))
     rotated = _rotate_columns(columns, rotation)
     length = np.sqrt(_sum_rows(rotated * rotated))
+    # A vector of zeros has no direction: the centroids nearest to zero get norm 0.
     length[length == 0] = 1
     stretch: Floats = np.divide(root, length)
     indices = _nearest_indices(rotated * stretch, bits)
     rounded = np.take(index_table(bits), indices, mode="wrap")
+    # Least squares: of all multiples of the rounded direction, the nearest to the
+    # vector.
     norms = _sum_rows(rotated * rounded)
     np.multiply(rounded, rounded, out=rounded)
     return indices, norms / _sum_rows(rounded) * root
@@ -353,6 +360,8 @@ def _hadamard_columns(columns: Floats) -> Floats:
     """Return the transform, not yet orthonormal; ``columns`` is overwritten."""
     source, target = columns, np.empty_like(columns)
     half = len(columns) // 2
+    # Two buffers in turn. The order of the sums is part of the format: another order
+    # rounds otherwise, and compiled kernels must give the same bytes.
     while half:
         pairs = source.reshape(-1, 2, half * columns.shape[1])
         sums = target.reshape(pairs.shape)
@@ -393,6 +402,7 @@ def _look_up_indices(spread: Floats, bits: int) -> Bytes:
     cells += np.float32(_NUM_CELLS // 2)
     np.clip(cells, 0, _NUM_CELLS - 1, out=cells)
     cell = cells.astype(np.intp)
+    # A cell holds at most one boundary, so one comparison puts the index right.
     indices = np.take(lowest, cell, mode="wrap")
     is_above = spread >= np.take(next_boundary, cell, mode="wrap")
     indices += is_above.view(np.uint8)
@@ -427,6 +437,7 @@ def _bound(norms: Floats, mean: Floats | None, bits: int) -> float:
     bound = _peak(norms) * lloyd_max_centroids(bits)[-1]
     if mean is not None:
         bound += _peak(mean)
+    # A little more, since sums are rounded on the way.
     return 1.001 * bound
 
 
@@ -449,6 +460,8 @@ def _decode_columns(
     symbols = np.zeros((rotation.dim, len(planes[0])), np.uint8)
     for plane, (width, shift) in zip(planes, plane_fields(bits), strict=True):
         columns = np.ascontiguousarray(plane.T)
+        # Coordinates ``D/n`` apart share a byte, so that each of its fields is a run of
+        # rows.
         runs = symbols.reshape(8 // width, *columns.shape)
         for place, run in enumerate(runs):
             field = (columns >> np.uint8(place * width)) & np.uint8(2**width - 1)

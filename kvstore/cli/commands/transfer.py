@@ -181,7 +181,7 @@ def _import_bundle(
     name: str | None,
     replace: bool,
 ) -> None:
-    from ...ops.import_bundle import open_bundle
+    from ...ops.transfer.import_bundle import open_bundle
 
     begin = time.monotonic()
     with _opened(path) as file:

@@ -162,6 +162,7 @@ class _Survey:
         self._references = Counter(
             block for chain in self._chains.values() for block in chain
         )
+        # Blocks that a save counts on have no entry yet.
         self._references.update(needed)
         # A broken chain hides the blocks before the gap, so nothing unreachable is
         # freed while one exists.
@@ -256,6 +257,8 @@ class _Survey:
 
     def release(self, entry: Entry) -> list[BlockHash]:
         """Take an entry away and return the blocks that nothing needs any more."""
+        # Counted, since entries of one conversation share most of their blocks: a block
+        # goes only with the last entry that needs it.
         chain = self._chains.pop(entry.id)
         self._references.subtract(chain)
         return [block for block in chain if not self.is_live(block)]
@@ -280,6 +283,8 @@ class Pruner:
 
     def plan(self) -> PrunePlan:
         """Return what would go."""
+        # What is read here may be old when the plan is executed, which is why
+        # `_execute` looks again under the lock before it removes a file.
         sizes = self._index.shards()
         survey = _Survey(self._blocks, self._policy.needed)
         put_aside = sum(files.sizes_in(self._folder.quarantine).values())
@@ -289,6 +294,8 @@ class Pruner:
         left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
         removed = {name: size for name, size in sizes.items() if not left[name]}
         dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
+        # Bytes can be dead without a hole: those of the header, and of copies
+        # elsewhere.
         holed = {name for name in dead if len(kept[name]) < len(survey.places_in(name))}
         rest = used - sum(removed.values())
         repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
@@ -322,11 +329,15 @@ class Pruner:
         return self._blocks.run(lambda: self._execute(plan))
 
     def _execute(self, plan: PrunePlan) -> int:
+        # Entries go before blocks. After a crash in between, blocks are unreachable,
+        # and the next prune takes them; the other way round an entry would lack its
+        # blocks.
         with files.locked(self._folder.lock, exclusive=True):
             removed = list(filter(self._is_unchanged, plan.entries))
             tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
             gone = {p.hash for tip in tips for p, _ in self._index.chain(tip)}
             remove_entries(self._blocks, [entry.id for entry in removed])
+        # Outside of the lock: what is called may take long, or open the store itself.
         if self._blocks.on_evict is not None:
             for entry in removed:
                 self._blocks.on_evict(entry)
@@ -334,6 +345,7 @@ class Pruner:
         # Without the index's file, nobody could be told where a block has moved to.
         repacked = () if self._index.is_temporary else tuple(plan.repacked)
         if repacked:
+            # Entries committed since the plan may need what it wanted to leave out.
             survey = _Survey(self._blocks, self._policy.needed)
         for name in repacked:
             kept = {place.hash for place in self._kept(name, survey, gone)}
@@ -436,6 +448,9 @@ class Pruner:
         """Return the blocks of a shard that stay."""
         added_at = survey.shards[shard][0] if shard in survey.shards else 0.0
         is_young = _age(added_at) < self._policy.grace_s
+        # Blocks that an evicted entry alone needed go at once, however young: nobody
+        # who saves now can count on them, for a commit looks again. Others wait for the
+        # grace period, as a save that has no entry yet may have written them.
         return [
             place
             for place in survey.places_in(shard)
@@ -448,6 +463,7 @@ class Pruner:
     ) -> Iterator[tuple[str, int]]:
         """Yield shards to rewrite and what that frees, the most wasteful first."""
         limit = self._policy.max_bytes
+        # The most wasteful first, so that a limit is met with the fewest rewrites.
         for name in sorted(dead, key=lambda name: -dead[name]):
             is_over = limit is not None and left > limit
             is_wanted = dead[name] * 2 > sizes[name]

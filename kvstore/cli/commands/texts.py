@@ -1,7 +1,8 @@
-"""The verb search: the entries that have a word in them."""
+"""The verbs show and search: an entry's text, and the entries that have a word."""
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,52 @@ import click
 
 from ...format.entry import Entry
 from .. import options
+from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
-from ..output import Column
+from ..output import Column, printable
 from .entries import entry_data
 
 if TYPE_CHECKING:
     from ...models.texts import Hit
+
+_TAIL = 400
+
+
+@click.command(cls=Verb)
+@click.argument("ref", metavar="NAME", shell_complete=complete_entries)
+@click.option(
+    "--tail",
+    "num_last",
+    metavar="[N]",
+    type=click.IntRange(min=1),
+    is_flag=False,
+    flag_value=_TAIL,
+    help=f"Only the last N tokens; {_TAIL} without a number.",
+)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    type=options.some_text,
+    help="Where the model lies now, for its tokenizer.  [default: what the entry says]",
+)
+@click.pass_context
+def show(
+    context: click.Context, ref: str, num_last: int | None, model: str | None
+) -> None:
+    """Print the text of an entry, as the model has read it.
+
+    The marks of the chat template are printed too. Of the model, only the tokenizer is
+    loaded.
+    """
+    output = output_of(context)
+    store = open_store(context)
+    entry = store.entry(ref)
+    load_fast_blas()
+    from ...models.texts import entry_text, tokenizer_of
+
+    text = entry_text(store, entry, tokenizer_of(entry, model), num_last)
+    data = {"entry": entry_data(entry), "text": text}
+    output.result(printable(text) if sys.stdout.isatty() else text, data, [entry.id])
 
 
 @click.command(cls=Verb)

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import IO
 
-from ..caches.kinds import known_layout
-from ..caches.stored import is_restorable
-from ..errors import IntegrityError
-from ..format.block import Origin, Progress, StoredBlock
-from ..format.bundle import bundled_entry, write_bundle
-from ..format.chain import origin_root
-from ..format.entry import Entry
-from ..format.shard import group_blocks, shard_header
-from ..storage.blocks import BlockStore
-from ..storage.index import Place
-from .bases import read_named
+from ...caches.kinds import known_layout
+from ...caches.stored import is_restorable
+from ...errors import IntegrityError
+from ...format.block import Origin, Progress, StoredBlock
+from ...format.bundle import bundled_entry, write_bundle
+from ...format.chain import origin_root
+from ...format.entry import Entry
+from ...format.shard import group_blocks, shard_header
+from ...storage.blocks import BlockStore
+from ...storage.index import Place
+from ..bases import read_named
 
 # How often blocks that `prune` moves meanwhile are looked for again.
 _TRIES = 3

@@ -16,29 +16,29 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
 
-from ..caches.fit import wanted_of, why_foreign
-from ..caches.kinds import known_layout
-from ..caches.layout import group_layers
-from ..caches.restore import check_layout
-from ..caches.snapshot import Chain
-from ..caches.stored import (
+from ...caches.fit import wanted_of, why_foreign
+from ...caches.kinds import known_layout
+from ...caches.layout import group_layers
+from ...caches.restore import check_layout
+from ...caches.snapshot import Chain
+from ...caches.stored import (
     Piece,
     count_extras,
     is_restorable,
     open_piece,
     stored_pieces,
 )
-from ..codecs import MLX_DTYPES, Codec, CodecFamily, find_codec
-from ..errors import IntegrityError, KVStoreError
-from ..format.block import Block, BlockHash, Origin, StoredBlock
-from ..format.chain import digest_fields
-from ..format.entry import Entry
-from ..storage import files
-from ..storage.blocks import BlockStore, is_sound
-from ..storage.entries import Catalog
-from ..storage.folder import StoreFolder
-from ..storage.shards import OpenShard, StagedShard, open_shard_at, staged_copy
-from .commit import commit, make_room, replaceable
+from ...codecs import MLX_DTYPES, Codec, CodecFamily, find_codec
+from ...errors import IntegrityError, KVStoreError
+from ...format.block import Block, BlockHash, Origin, StoredBlock
+from ...format.chain import digest_fields
+from ...format.entry import Entry
+from ...storage import files
+from ...storage.blocks import BlockStore, is_sound
+from ...storage.entries import Catalog
+from ...storage.folder import StoreFolder
+from ...storage.shards import OpenShard, StagedShard, open_shard_at, staged_copy
+from ..commit import commit, make_room, replaceable
 
 # Decoded, since a frame of a few bytes can stand for gigabytes. A block of 256 tokens
 # takes 1.3 GB with 61 layers of 128 heads of 192 and 128 coordinates in 16 bits, more
@@ -111,6 +111,7 @@ class Inspector:
         self._layout = known_layout(origin.layout)
         if like is not None and (why := why_foreign(self._layout, wanted_of(like))):
             raise IntegrityError(f"its rows are not of this model: {why}")
+        # Before anything is allocated or written for it.
         check_layout(self._layout, entry.num_tokens)
         find_codec(entry.codec, own)
         self._groups = group_layers(self._layout)
@@ -139,6 +140,7 @@ class Inspector:
     def check_rows(self, stored: StoredBlock, opened: OpenShard) -> None:
         """Check a block that has been followed, as :meth:`inspect` does."""
         pieces = list(stored_pieces(stored, self._groups, self._own))
+        # Counted before it is read: a frame of a few bytes may stand for gigabytes.
         self._decoded_bytes += _check_tensors(stored, pieces)
         if self._decoded_bytes > _MAX_ENTRY_BYTES:
             raise IntegrityError("the rows of all blocks are too large")
@@ -172,6 +174,7 @@ class Inspector:
         name = block.hash.hex()[:12]
         if (block.parent, block.start) != (self._tip, self.num_tokens):
             raise IntegrityError(f"block {name} does not follow the one before")
+        # After one that is short nothing may follow.
         if self.num_tokens % size or len(block.tokens) > size:
             raise IntegrityError(f"block {name} is not of {size} tokens")
         if not is_sound(stored):

@@ -1,7 +1,7 @@
 """A bundle into a store: all of it, checked to the last byte, or nothing.
 
-The shards of a bundle are staged and checked; then `ops.admit` takes in what the store
-lacks.
+The shards of a bundle are staged and checked; then `ops.transfer.admit` takes in what
+the store lacks.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import CodecError, IntegrityError, KVStoreError
-from ..fingerprint import Fingerprint, refuse_other
-from ..format.basis import bases_named
-from ..format.block import Progress
-from ..format.bundle import BundleReader, refused
-from ..format.entry import Entry
-from ..storage import files
-from ..storage.bases import add_basis
-from ..storage.blocks import BlockStore
-from ..storage.entries import Catalog
-from ..storage.folder import StoreFolder
-from ..storage.keys import check_signer
-from ..storage.shards import OpenShard, StagedShard, open_shard_at, receive_shard
+from ...errors import CodecError, IntegrityError, KVStoreError
+from ...fingerprint import Fingerprint, refuse_other
+from ...format.basis import bases_named
+from ...format.block import Progress
+from ...format.bundle import BundleReader, refused
+from ...format.entry import Entry
+from ...storage import files
+from ...storage.bases import add_basis
+from ...storage.blocks import BlockStore
+from ...storage.entries import Catalog
+from ...storage.folder import StoreFolder
+from ...storage.keys import check_signer
+from ...storage.shards import OpenShard, StagedShard, open_shard_at, receive_shard
+from ..bases import carried_codecs
 from .admit import Incoming, Inspector, admit, check_space
-from .bases import carried_codecs
 
 # `prune` takes staged files for forgotten after an hour.
 _TOUCH_EVERY_S = 600.0

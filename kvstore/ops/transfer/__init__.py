@@ -1,0 +1,1 @@
+"""Entries that leave for elsewhere, and those that come from there."""
