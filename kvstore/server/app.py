@@ -26,7 +26,7 @@ from ..models.load import find_model
 from .batch import Batch
 from .disk import ServedModel, harmless
 from .drift import Drift, find_drift
-from .generator import Generator
+from .generator import mixed_generator
 from .pages import Pages, View
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
@@ -81,11 +81,7 @@ def serve(
         batches.clear()
 
     requests = Requests()
-    generator_class = type(
-        "Generator",
-        (Generator, server.ResponseGenerator),
-        {"text_machine": getattr(server, "TextStateMachine", None)},
-    )
+    generator_class = mixed_generator(server)
     providers: list[Any] = []
     opened: list[DiskPromptCache] = []
     generators: list[Any] = []

@@ -160,6 +160,12 @@ class Generator(_ResponseGenerator):  # type: ignore[misc]
         return found[0], self._alone.until_end(self._requests.counted(found[1]))
 
 
+def mixed_generator(server: Any) -> Any:
+    """Return :class:`Generator` over the class of a copy of mlx-lm's module."""
+    names = {"text_machine": getattr(server, "TextStateMachine", None)}
+    return type("Generator", (Generator, server.ResponseGenerator), names)
+
+
 def _read_reply(
     machine: Any, texts: Any, initial: str, tokenizer: Any, tools: Any, text: str
 ) -> tuple[str, list[Any], str]:

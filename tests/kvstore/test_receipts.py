@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
 from kvstore.server import DiskPromptCache, ServedModel, app
+from kvstore.server.generator import mixed_generator
 from kvstore.server.receipts import Receipts
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
@@ -168,8 +169,7 @@ def test_a_model_that_it_does_not_suit_is_left_alone(store_path, caches, log):
 
 def test_it_works_only_while_nothing_is_asked():
     """After a second of that, and who comes is served before the next step."""
-    server = app._copy_module("mlx_lm.server")
-    kind = app._generator_class(server, lambda: None, None)
+    kind = mixed_generator(app._copy_module("mlx_lm.server"))
     generator, steps = kind.__new__(kind), []
     receipts = SimpleNamespace(step=lambda: steps.append(1) or True)
     vars(generator).update(
