@@ -5,6 +5,8 @@
 Rows are random, of the shape of a model of 8 billion parameters. Every figure is a
 median; a load is done when its rows are on the device. The store is open, as it is in
 a server; "first" is the first load of a process, which opens it, without the imports.
+"taken" is what a server's generating thread does with 2,048 tokens that were computed,
+and what memory that takes above the cache's. `fit2` has rows and a basis of noise.
 The last line says whether stores that the GPU encoded are those that the native kernels
 and NumPy write: a shard is named by its SHA-256.
 """
@@ -37,11 +39,25 @@ from mlx_lm.models.cache import (  # noqa: E402
 )
 
 import kvstore  # noqa: E402
+from kvstore.caches.snapshot import make_chain  # noqa: E402
+from kvstore.codecs.fitted import fitted_from_file  # noqa: E402
+from kvstore.codecs.rotary import angles, rotate_on_device  # noqa: E402
+from kvstore.format.basis import (  # noqa: E402
+    BasisFile,
+    BasisGroup,
+    basis_digest,
+    basis_to_bytes,
+    parse_basis,
+)
+from kvstore.storage.bases import add_basis  # noqa: E402
+from kvstore.storage.folder import open_folder  # noqa: E402
 from turboquant.kernels import best_kernels, gpu  # noqa: E402
 
 # Layers, KV heads and head dimension of a model of 8 billion parameters.
 SHAPE = (32, 8, 128)
 MODEL = kvstore.Fingerprint({"weights": "measured"}, "measured")
+BLOCK = 256
+TAKEN_BLOCKS = 8
 CODECS = ("turbo4", "turbo4+zstd", "turbo3", "raw", "planes+zstd")
 # Layers, KV heads, head dimension, tokens and dtype of stores to be compared.
 STORES = (
@@ -61,6 +77,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where stores are written")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-fit", action="store_true")
     parser.add_argument("--first", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--names", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -75,6 +92,8 @@ def main() -> None:
     found: dict[str, Any] = {"kernels": kernels, "device": mx.device_info()}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found["seconds"] = measure(Path(folder), options)
+        if not options.no_fit:
+            found["seconds"] |= measure_fit(Path(folder), options.tokens)
         if not options.no_prefill:
             prefill = make_prefill(options.tokens)
             each = [seconds(prefill) for _ in range(3)]
@@ -117,12 +136,96 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
             load()
             note(f"{codec} load", load, 9)
+        held = make_chain(MODEL.fields, prompt_cache, tokens, BLOCK).blocks
+        held = {block.hash for block in held[:-TAKEN_BLOCKS]}
+        with kvstore.Store(folder / f"{codec}-taken", codec=codec) as store:
+
+            def take(store: kvstore.Store = store, held: Any = held) -> None:
+                store.snapshot(tokens, prompt_cache, MODEL, without=held)
+
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            note(f"{codec} taken, {TAKEN_BLOCKS * BLOCK:,} tokens", take, 9)
+            peak = mx.get_peak_memory() - before
+            print(f"{'  memory above the cache':34} {peak / 1e6:8.1f} MB")
     command = [sys.executable, __file__, "--tokens", str(num_tokens), "--first"]
     for codec in options.codecs[:2]:
         first = float(run([*command, str(folder / f"{codec}-0")]))
         found[f"{codec} first load"] = first
         print(f"{codec + ' first load':34} {first:8.4f} s", flush=True)
     return found
+
+
+def measure_fit(folder: Path, num_tokens: int) -> dict[str, float]:
+    """Return medians of loads of `fit2`, beside mlx-lm's of the same rows."""
+    data = make_basis(*SHAPE)
+    prompt_cache = make_fitted_cache(data, num_tokens)
+    path, tokens = str(folder / "fitted.safetensors"), list(range(num_tokens))
+    save_prompt_cache(path, prompt_cache)
+    kvstore.Store(folder / "fit").close()
+    codec = f"fit2@{add_basis(open_folder(folder / 'fit'), data)}+zstd"
+    with kvstore.Store(folder / "fit", codec=codec) as store:
+        entry = store.save(tokens, prompt_cache, MODEL)
+        del prompt_cache
+        loads: dict[str, Callable[[], Any]] = {
+            "mlx-lm load of those rows": lambda: load_prompt_cache(path),
+            "fit2 load": lambda: store.load([*tokens, -1], MODEL)[0],
+        }
+        found = {}
+        for name, load in loads.items():
+            evaluated(load())
+            each = [seconds(lambda load=load: evaluated(load())) for _ in range(5)]
+            found[name] = statistics.median(each)
+            print(f"{name:34} {found[name]:8.4f} s", flush=True)
+    bits = 8 * entry.nbytes / (2 * num_tokens * SHAPE[0] * SHAPE[1] * SHAPE[2])
+    print(f"{'  bits of a number':34} {bits:8.2f}")
+    return found
+
+
+def make_basis(layers: int, heads: int, dim: int) -> bytes:
+    """Return a basis of noise, of two heads each."""
+    group = BasisGroup(tuple(range(layers)), heads, dim, 2, dim // 2, False)
+    random, width = np.random.default_rng(0), group.width
+    shape = (layers, group.num_parts)
+    turned = np.linalg.qr(random.standard_normal((width, width)))[0]
+    arrays = {
+        "frequencies": np.tile(1e4 ** (-np.arange(dim // 2) / (dim // 2)), (layers, 1)),
+        "matrix": np.broadcast_to(turned, (*shape, width, width)),
+        "scale": np.ones(shape),
+        "mean": random.standard_normal((*shape, width)),
+        "sigma": np.broadcast_to(np.linspace(14, -20, width), (*shape, width)),
+        "features": np.broadcast_to([[0.0] * 4, [1.0] * 4], (*shape, 2, 4)),
+        "importance": np.zeros((*shape, 12)),
+    }
+    held = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1"}
+    tensors = {
+        f"0.{name}": arrays[name].astype(held[dtype]).tobytes()
+        for name, (dtype, _) in group.tensors().items()
+    }
+    return basis_to_bytes(BasisFile((group,), {"2": 0}, {}, tensors))
+
+
+def make_fitted_cache(data: bytes, num_tokens: int) -> list[Any]:
+    """Return a prompt cache of rows as a basis of one group expects them."""
+    (layers,) = fitted_from_file(parse_basis(data, basis_digest(data))).layers
+    group, caches = layers.group, []
+    cos, sin = (
+        mx.array(x)[:, None] for x in angles(layers.frequencies[:1], 0, num_tokens)
+    )
+    for layer in range(len(group.layers)):
+        sizes = mx.array(2.0 ** (layers.sigma[layer].astype(np.float32) / 4))
+        shape = (group.num_parts, num_tokens, group.width)
+        q = mx.random.normal(shape, key=mx.random.key(layer)) * sizes[:, None]
+        wide = q @ mx.array(layers.matrix[layer]).swapaxes(-1, -2)
+        wide = wide + mx.array(layers.mean[layer])[:, None]
+        x = wide.reshape(*shape[:2], 2, group.num_joined, group.head_dim)
+        x = x.transpose(2, 0, 3, 1, 4).reshape(2, group.num_heads, num_tokens, -1)
+        keys = rotate_on_device(x[:1], cos, sin, is_traditional=False)
+        cache = KVCache()
+        cache.update_and_fetch(keys.astype(mx.bfloat16), x[1:].astype(mx.bfloat16))
+        mx.eval(cache.keys, cache.values)
+        caches.append(cache)
+    return caches
 
 
 def seconds_of_first_load(folder: Path, num_tokens: int) -> float:

@@ -16,10 +16,13 @@ from turboquant.kernels import gpu
 
 from ..codecs.base import Codec, Rows, Run, map_arrays
 from ..codecs.dtypes import MLX_DTYPES, NUMPY_DTYPES
+from ..codecs.fit import Fit
+from ..codecs.fit_device import is_known
 from ..codecs.turbo import SEED, Turbo
 from ..errors import IntegrityError
 from ..format.block import StoredBlock
 from ..format.chain import BLOCK_SIZE
+from .fitted_blocks import FittedBlocks
 from .kinds import kind_named
 from .kinds.base import capacity
 from .kinds.turboquant import CODED, live_blocks
@@ -334,6 +337,7 @@ class KernelRestoring(HostRestoring):
         self._coded = _LiveBlocks()
         self._upload = gpu.start_upload()
         self._sent: dict[tuple[int, str], list[tuple[Cut, Segments]]] = {}
+        self._fitted = FittedBlocks(self._upload)
         nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
         self.spare_bytes = _spare_bytes(nbytes)
         self._arrays = [{} for _ in self._target.layers]
@@ -390,6 +394,15 @@ class KernelRestoring(HostRestoring):
         if not _has_kernel(rows.side, group.spec(rows.side)):
             super().write(codec, parts, group, rows, stop)
             return
+        if isinstance(codec.array, Fit) and is_known(codec.array, rows):
+            where, which = self._target.cut(group, rows, stop)
+            if which == slice(0, rows.shape[2]):
+                sinks = self._fitted.send(codec.array, parts, rows, where)
+                for side, (num_rows, at) in zip(_sides(rows), sinks, strict=False):
+                    run = [Run(num_rows, 0, ("sinks",))]
+                    segments = _segments(run, rows, 0, {"sinks": at})
+                    self._note(group, rows, side, stop, segments)
+                return
         for side, runs, arrays in _exact_or_known(codec, parts, rows):
             names = [n for r in runs for n in (*r.planes, r.norms, r.mean) if n]
             sent = self._upload.send([arrays[name] for name in names])
@@ -411,9 +424,10 @@ class KernelRestoring(HostRestoring):
             for name, spec in group.layout.rows:
                 if _has_kernel(name, spec):
                     self._restore(data, group, name, spec, num_tokens)
+        self._fitted.restore(data, self._arrays, num_tokens)
         # What was sent can go only when no kernel reads it any more.
         mx.eval(self._arrays)
-        del self._upload
+        del self._upload, self._fitted
         return super().finish(num_tokens, provenance)
 
     def _restore(

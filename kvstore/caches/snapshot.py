@@ -36,8 +36,9 @@ from .provenance import Provenance
 from .stored import CODABLE, Piece
 from .taken import Share, Taken, TakenRows, copied
 
-# Blocks that a GPU is given at once: so many rows lie there twice for a moment.
-_MAX_RUN = 8
+# Blocks that a GPU is given at once. So many rows lie there twice for a moment, and
+# while MLX moves them to the host, it keeps the interpreter's lock.
+_MAX_RUN = 4
 
 
 @dataclass(frozen=True, slots=True)

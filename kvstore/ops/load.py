@@ -215,7 +215,14 @@ class Loader:
 
         Raises:
             IntegrityError: Damage, where ``strict``.
+            KVStoreError: There is no room for the rows.
         """
+        with _room_for(hit.num_tokens):
+            return self._restore(hit, progress, strict=strict)
+
+    def _restore(
+        self, hit: Hit, progress: Progress, *, strict: bool
+    ) -> tuple[caches.PromptCache, Hit]:
         try:
             check_layout(hit.layout, hit.num_tokens)  # before anything is allocated
         except IntegrityError as error:
@@ -227,7 +234,7 @@ class Loader:
         codecs: Counter[str] = Counter()
         decoded = map_in_order(
             _Decoding(self._folder.shards, hit.num_tokens, restoring),
-            self._located(hit, restoring),
+            _read_first(self._located(hit, restoring)),
             restoring.num_threads,
             nbytes=lambda item: item.nbytes,
             max_bytes=restoring.spare_bytes,
@@ -472,6 +479,40 @@ class _Located:
             return 0
         raw = (spec.raw_nbytes or 0 for spec in self.stored.tensors.values())
         return self.stored.end - self.stored.begin + max(raw)
+
+
+@contextmanager
+def _room_for(num_tokens: int) -> Iterator[None]:
+    """Say of rows that memory has no room for, MLX's or a driver's, what they are."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and not any(
+            word in text for word in ("memory", "allocate")
+        ):
+            raise
+        raise KVStoreError(
+            f"there is no room for the rows of {num_tokens:,} tokens: {error}",
+            hint="end other programs that use this memory, or load fewer tokens",
+        ) from error
+
+
+def _read_first(located: Iterator[_Located]) -> Iterator[_Located]:
+    """Return the same blocks, found before one of them is read.
+
+    Else threads that read wait for the interpreter's lock while others are found. What
+    goes wrong is raised behind the blocks before it.
+    """
+    found, failed = [], None
+    try:
+        for item in located:
+            found.append(item)
+    except (KVStoreError, OSError) as error:
+        failed = error
+    yield from found
+    if failed is not None:
+        raise failed
 
 
 class _Decoding:

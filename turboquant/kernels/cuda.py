@@ -10,7 +10,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -26,6 +26,7 @@ _MAX_SLOT_BYTES = 64 * 1024 * 1024
 _CHUNK_BYTES = 64 * 1024 * 1024
 # Of the driver: pinned for every context, and a stream that waits for no other.
 _PORTABLE, _NON_BLOCKING = 1, 1
+_OUT_OF_MEMORY = 2
 _QUICK = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2")
 
 
@@ -34,7 +35,8 @@ class Upload:
 
     Raises:
         OSError: There is no driver.
-        RuntimeError: It refuses.
+        MemoryError: The device, or what may be pinned of the host, has no room.
+        RuntimeError: The driver refuses otherwise.
     """
 
     def __init__(self) -> None:
@@ -74,16 +76,11 @@ class Upload:
         _make_current()
         with self._lock:
             if self._end - self._next < size:
-                chunk = ctypes.c_uint64()
                 # Each is twice the one before: few are had, and little is spare.
                 more = max(size, _CHUNK_BYTES << len(self._chunks))
-                try:
-                    _call("cuMemAlloc_v2", ctypes.byref(chunk), more)
-                except RuntimeError:
-                    mx.clear_cache()  # which MLX keeps of what it has freed
-                    _call("cuMemAlloc_v2", ctypes.byref(chunk), more)
-                self._chunks.append(chunk.value)
-                self._next, self._end = chunk.value, chunk.value + more
+                self._next, more = _reserve(more, size)
+                self._chunks.append(self._next)
+                self._end = self._next + more
             address, self._next = self._next, self._next + size
             return address
 
@@ -166,6 +163,21 @@ def _slots() -> queue.SimpleQueue[_Slot]:
     return slots
 
 
+def _reserve(nbytes: int, least: int) -> tuple[int, int]:
+    """Return memory of the device, and its size: less than wanted where room is short.
+
+    Raises:
+        MemoryError: There is not even the least.
+    """
+    chunk = ctypes.c_uint64()
+    for size in (nbytes, nbytes, least):
+        with suppress(MemoryError):
+            _call("cuMemAlloc_v2", ctypes.byref(chunk), size)
+            return chunk.value, size
+        mx.clear_cache()  # which MLX keeps of what it has freed
+    raise MemoryError(f"the GPU has no room for {least / 1e6:,.0f} MB more")
+
+
 def _free(chunks: Sequence[int]) -> None:
     if chunks:
         _make_current()
@@ -201,5 +213,7 @@ def _call(name: str, *arguments: Any) -> None:
     # Numbers are addresses and sizes, of 64 bits.
     wide = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]
     code = _function(name, name not in _QUICK)(*wide)
+    if code == _OUT_OF_MEMORY:
+        raise MemoryError(f"CUDA's driver: {name} finds no memory")
     if code:
         raise RuntimeError(f"CUDA's driver: {name} gives error {code}")
