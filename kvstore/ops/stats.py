@@ -127,16 +127,18 @@ class _Reach:
         import numpy as np
 
         self._np, self._index = np, index
-        hashes, parents, num_tokens, nbytes = index.columns()
+        hashes, parents, num_tokens, nbytes, shards = index.columns()
+        nbytes, kept = self._with_headers(nbytes, shards)
+        del shards
         self.num_blocks = len(nbytes)
         self.entry_bytes = self.nbytes = 0
         self.raw_bytes = self.coded_bytes = 0  # both of what has raw bytes
-        self._hashes = self._halves(hashes)
+        self._hashes = self._halves(hashes)[:, kept]
         del hashes
         # One more stands for what a first block hangs from.
-        self._parent = np.append(self._find(self._halves(parents)), -1)
-        self._num_tokens = np.frombuffer(num_tokens, np.int64)
-        self._nbytes = np.append(np.frombuffer(nbytes, np.int64), 0)
+        self._parent = np.append(self._find(self._halves(parents)[:, kept]), -1)
+        self._num_tokens = np.frombuffer(num_tokens, np.int64)[kept]
+        self._nbytes = np.append(nbytes, 0)
         self._seen = np.zeros(self.num_blocks + 1, np.bool_)
         self._totals = self._sum_up()
 
@@ -161,14 +163,32 @@ class _Reach:
         pairs = self._np.frombuffer(hashes, ">u8").reshape(-1, 2)
         return self._np.ascontiguousarray(pairs.T, self._np.uint64)
 
-    def _find(self, hashes: Any) -> Any:
-        """Return where blocks stand, -1 for others."""
+    def _with_headers(self, nbytes: Any, shards: Any) -> tuple[Any, Any]:
+        """Return bytes with a share of the header, where the shard is known.
+
+        And which those are, as an index of arrays.
+        """
         np = self._np
-        if not self.num_blocks:
-            return np.full(hashes.shape[1], -1)
-        at = np.searchsorted(self._hashes[0], hashes[0])
-        at[at == self.num_blocks] = 0
-        for mine, theirs in zip(self._hashes, hashes, strict=True):
+        rows = [(number, *sizes) for number, sizes in self._index.shard_sizes().items()]
+        known = np.array(sorted(rows), np.int64).reshape(-1, 3).T
+        at = self._find(np.frombuffer(shards, np.int64)[None], known[:1])
+        # A shard that went between the two queries has no size now. Where there is no
+        # such one, nothing is copied.
+        kept = slice(None) if (at >= 0).all() else at >= 0
+        shared = np.frombuffer(nbytes, np.int64)[kept] * known[1, at[kept]]
+        return -(-shared // known[2, at[kept]]), kept
+
+    def _find(self, wanted: Any, among: Any = None) -> Any:
+        """Return where columns of numbers stand, -1 for others; hashes by default."""
+        np, among = self._np, self._hashes if among is None else among
+        if not among.shape[1]:
+            return np.full(wanted.shape[1], -1)
+        # In their order, which looks at one place of memory after the other.
+        order = np.argsort(wanted[0])
+        at = np.empty_like(order)
+        at[order] = np.searchsorted(among[0], wanted[0][order])
+        at[at == among.shape[1]] = 0
+        for mine, theirs in zip(among, wanted, strict=True):
             at[mine[at] != theirs] = -1
         return at
 

@@ -87,3 +87,19 @@ def test_an_empty_index_has_no_sums(tmp_path):
     reach = _Reach(Index(tmp_path / "index.sqlite", create=True))
     reach.add([Tip("00" * 32, "11" * 32)], {})
     assert (reach.num_blocks, reach.nbytes, reach.entry_bytes) == (0, 0, 0)
+
+
+def test_blocks_of_a_lost_shard_do_not_count(forest):
+    """Whatever hangs from one hangs from a gap."""
+    index, blocks = forest
+    with index.transaction():
+        index._query("DELETE FROM shards WHERE id = 3")
+    links, seen = index.links(), set()
+    for _, block in blocks:
+        while block in links:
+            seen.add(block)
+            block = links[block].parent
+    reach = _Reach(index)
+    reach.add([Tip(root.hex(), tip.hex()) for root, tip in blocks], {})
+    assert 200 < len(links) == reach.num_blocks < 300
+    assert sum(links[block].nbytes for block in seen) == reach.nbytes
