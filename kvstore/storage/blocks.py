@@ -929,10 +929,10 @@ def _rootless(
 
 def _stamps(folder: StoreFolder) -> dict[str, str]:
     """Return what changes where the file of a shard does."""
-    found = {}
-    for name in list_shards(folder.shards):
+    found, shards = {}, folder.shards
+    for name in list_shards(shards):
         with suppress(FileNotFoundError):
-            found[name] = stamp_of(shard_path(folder.shards, name).lstat())
+            found[name] = stamp_of(os.lstat(shard_path(shards, name)))
     return found
 
 

@@ -43,7 +43,7 @@ def shard_path(folder: Path, name: str) -> Path:
     """
     if not _HEX.fullmatch(name):
         raise ValueError(f"not the name of a shard: {name!r}")
-    return folder / name[:2] / f"{name}{_SUFFIX}"
+    return folder / f"{name[:2]}/{name}{_SUFFIX}"
 
 
 def list_shards(folder: Path) -> list[str]:

@@ -477,10 +477,9 @@ class Pruner:
     def _leftovers(self, known: set[str]) -> Iterator[Path]:
         """Yield what crashed saves left: staged files, and shards without rows."""
         yield from forgotten(self._folder)
-        for name in list_shards(self._folder.shards):
+        for name in sorted(set(list_shards(self._folder.shards)) - known):
             path = shard_path(self._folder.shards, name)
-            is_old = _is_older(path, self._policy.grace_s)
-            if name not in known and is_old and self._is_readable(name):
+            if _is_older(path, self._policy.grace_s) and self._is_readable(name):
                 yield path
 
     def _remove_leftover(self, path: Path) -> None:
