@@ -3,14 +3,20 @@
 For each context, the model reads a prefix; the rows go through a codec, in a store,
 and come back; then the model reads the tokens that follow, on the exact rows and on
 the restored ones. Printed, and written as CSV: bytes per element, KL divergence of the
-next-token distributions (mean and 99th percentile, in nats), how often the first choice
-is the same, and the change in perplexity.
+next-token distributions (mean, its standard error, and 99th percentile, in
+nats), how often the first choice is the same, and the change in perplexity.
 
 With `--basis`, a file in `bases/` of a store, its `fit` codecs are measured beside the
-others. The texts are then licences, and modules of Python that `kvstore calibrate` does
-not learn from; else they are Python's language reference, which it does.
+others. The texts are then for reports: none that `kvstore calibrate` learns from, nor
+any by which something of the codecs was chosen (those were Vim's reference and Node's).
+`--kinds` names what to read: `english` (licences, the Perl manual), `code`, `chat`,
+`json`, or a language that Vim's tutor is in, such as `de`. Without a basis they are
+Python's language reference, which `calibrate` learns from.
 
-    python tools/quality.py MODEL [--basis F] [--texts F ...] [--codec NAME] [--csv F]
+With `--needles`, six digits lie somewhere in each prefix, and are asked for; it counts
+how often all of them are the first choice.
+
+    python tools/quality.py MODEL [--basis F] [--kinds K ...] [--bf16] [--needles N]
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ import argparse
 import csv
 import importlib
 import inspect
+import json
+import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -37,6 +45,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache  # noqa: E402
 
 import kvstore  # noqa: E402
 from kvstore.format.basis import basis_digest, parse_basis  # noqa: E402
+from kvstore.models.corpus import chat_of, tools_of  # noqa: E402
 from kvstore.storage.bases import add_basis  # noqa: E402
 from kvstore.storage.folder import create_folder  # noqa: E402
 
@@ -55,18 +64,24 @@ class Context:
     following: list[int]
     prompt_cache: list[Any]
     logprobs: np.ndarray
+    # How many of the last tokens that follow are the answer to a question.
+    num_answer: int = 0
 
 
 @dataclass(frozen=True)
 class Quality:
     """One line of the table."""
 
+    kind: str
     codec: str
     bits_per_element: float
     mean_kl: float
+    kl_error: float
     p99_kl: float
     same_choice: float
     perplexity_ratio: float
+    answered: int
+    num_contexts: int
 
 
 def main() -> None:
@@ -75,27 +90,70 @@ def main() -> None:
     from mlx_lm import load
 
     model, tokenizer = load(options.model)[:2]
-    is_usual = options.texts or not options.basis
-    texts = read_texts(options.texts) if is_usual else unlearned_texts()
-    tokens = [tokenizer.encode(text) for text in texts]
-    contexts = [
-        make_context(model, part[: options.prefix], part[options.prefix :])
-        for part in cut(tokens, options.contexts, options.prefix + options.following)
-    ]
-    rows = []
     basis = options.basis.read_bytes() if options.basis else None
-    for name in options.codec or [*fit_codecs(basis), *CODECS]:
-        restore = restore_from_store(name, basis)
-        rows.append(measure(model, contexts, name.partition("@")[0], restore))
-        print_row(rows[-1])
-    for bits in () if options.codec else AFFINE_BITS:
-        name = f"mlx affine {bits}"
-        rows.append(measure(model, contexts, name, restore_from_affine(bits)))
-        print_row(rows[-1])
+    rows = []
+    for kind, contexts in every_context(model, tokenizer, options):
+        found = []
+        for name in options.codec or [*fit_codecs(basis), *CODECS]:
+            restore = restore_from_store(name, basis, is_narrow=options.bf16)
+            found.append((name.partition("@")[0], restore))
+        for bits in () if options.codec else AFFINE_BITS:
+            found.append((f"mlx affine {bits}", restore_from_affine(bits)))
+        for name, restore in found:
+            rows.append(measure(model, contexts, kind, name, restore))
+            print_row(rows[-1])
     if options.csv:
         write_csv(options.csv, rows)
     if options.plot:
-        plot(options.plot, rows)
+        plot(options.plot, [row for row in rows if row.kind == rows[0].kind])
+
+
+def every_context(
+    model: Any, tokenizer: Any, options: argparse.Namespace
+) -> Iterator[tuple[str, list[Context]]]:
+    """Yield each kind of text, and its contexts."""
+    length = options.prefix + options.following
+    kinds = options.kinds or (["english"] if options.basis else ["python"])
+    for kind in ["given"] if options.texts else kinds:
+        texts = (
+            read_texts(options.texts) if options.texts else texts_of(kind, tokenizer)
+        )
+        tokens = [tokenizer.encode(text) for text in texts]
+        if options.needles:
+            filler = [token for text in tokens for token in text]
+            yield (
+                f"{kind}, needles",
+                list(needles(model, tokenizer, filler, options)),
+            )
+            continue
+        parts = cut(tokens, options.contexts, length)
+        yield (
+            kind,
+            [
+                make_context(model, part[: options.prefix], part[options.prefix :])
+                for part in parts
+            ],
+        )
+
+
+def needles(
+    model: Any, tokenizer: Any, filler: list[int], options: argparse.Namespace
+) -> Iterator[Context]:
+    """Yield contexts with six digits somewhere in them, and the question for them."""
+    chosen = random.Random(5)
+    ask = "\n\nWhat is the secret pass key? The secret pass key is "
+    for number in range(options.needles):
+        key = "".join(chosen.choices("0123456789", k=6))
+        told = f"\n\nThe secret pass key is {key}. Remember it: {key}.\n\n"
+        needle, question, answer = map(tokenizer.encode, (told, ask, key))
+        count = options.prefix - len(needle)
+        if len(filler) <= count:
+            sys.exit(f"error: the texts have {len(filler)} tokens, not {count}")
+        begin = chosen.randrange(len(filler) - count)
+        around = filler[begin : begin + count]
+        depth = int((number + 0.5) / options.needles * count)
+        prefix = [*around[:depth], *needle, *around[depth:]]
+        yield make_context(model, prefix, question + answer, len(answer))
 
 
 def parse_options() -> argparse.Namespace:
@@ -105,6 +163,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--texts", nargs="+", type=Path, help="texts to read")
     parser.add_argument("--basis", type=Path, help="measure its codecs too")
     parser.add_argument("--codec", action="append", help="only these codecs")
+    parser.add_argument("--kinds", nargs="+", help="which texts to read")
+    parser.add_argument("--bf16", action="store_true", help="store rows of 16 bits")
+    parser.add_argument("--needles", type=int, default=0, metavar="N")
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--following", type=int, default=256)
@@ -113,19 +174,35 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_texts(paths: Sequence[Path] | None) -> list[str]:
-    """Return the texts to read; Python's own language reference by default."""
-    if paths:
-        return [path.read_text() for path in paths]
-    from pydoc_data.topics import topics
-
-    return ["\n\n".join(topics[name] for name in sorted(topics))]
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """Return the texts of files."""
+    return [path.read_text() for path in paths]
 
 
-def unlearned_texts() -> list[str]:
-    """Return texts that no basis has learned from: licences, and other modules."""
-    code = [inspect.getsource(importlib.import_module(name)) for name in _MODULES]
-    return [text[:_MAX_LETTERS] for text in (*licences(), *code)]
+def texts_of(kind: str, tokenizer: Any) -> list[str]:
+    """Return texts of a kind."""
+    if kind == "python":
+        from pydoc_data.topics import topics
+
+        return ["\n\n".join(topics[name] for name in sorted(topics))]
+    if kind == "english":
+        manual = [
+            text[20_000:60_000] for text in system_texts("perl/*/pod/perldiag.pod")
+        ]
+        return [text[:_MAX_LETTERS] for text in (*licences(), *manual)]
+    if kind == "code":
+        return [inspect.getsource(importlib.import_module(name)) for name in _MODULES]
+    if kind == "chat":
+        return [chat_of(tokenizer, _MODULES)]
+    if kind == "json":
+        return [json.dumps(list(tools_of(_MODULES)), indent=1)]
+    return system_texts(f"vim/vim*/tutor/tutor.{kind}.utf-8")
+
+
+def system_texts(pattern: str) -> list[str]:
+    """Return what the system has of such files."""
+    found = sorted(Path("/usr/share").glob(pattern))
+    return [path.read_text(errors="replace") for path in found]
 
 
 def licences() -> list[str]:
@@ -158,20 +235,24 @@ def cut(texts: Sequence[list[int]], count: int, length: int) -> list[list[int]]:
     return [tokens[i * step : i * step + length] for i in range(count)]
 
 
-def make_context(model: Any, prefix: list[int], following: list[int]) -> Context:
+def make_context(
+    model: Any, prefix: list[int], following: list[int], num_answer: int = 0
+) -> Context:
     """Read a prefix and what follows without any codec."""
     prompt_cache = make_prompt_cache(model)
     mx.eval(model(mx.array([prefix]), cache=prompt_cache))
     logprobs = read_on(model, copy_cache(prompt_cache), following)
-    return Context(prefix, following, prompt_cache, logprobs)
+    return Context(prefix, following, prompt_cache, logprobs, num_answer)
 
 
-def copy_cache(prompt_cache: Sequence[Any]) -> list[Any]:
-    """Return caches of their own over the same rows."""
+def copy_cache(prompt_cache: Sequence[Any], dtype: Any = None) -> list[Any]:
+    """Return caches of their own over the same rows, as a dtype if one is given."""
     copies = []
     for cache in prompt_cache:
         copy = KVCache()
-        copy.update_and_fetch(*cache.keys_and_values())
+        copy.update_and_fetch(
+            *(rows.astype(dtype or rows.dtype) for rows in cache.keys_and_values())
+        )
         copies.append(copy)
     return copies
 
@@ -183,8 +264,10 @@ def read_on(model: Any, prompt_cache: list[Any], tokens: list[int]) -> np.ndarra
     return np.asarray(logprobs).astype(np.float64)
 
 
-def restore_from_store(codec: str, basis: bytes | None = None) -> Any:
-    """Return a function that takes a context through a store."""
+def restore_from_store(
+    codec: str, basis: bytes | None = None, *, is_narrow: bool = False
+) -> Any:
+    """Return a function that takes a context through a store, as 16 bits or not."""
 
     def restore(context: Context) -> tuple[list[Any], float]:
         model = kvstore.Fingerprint({"weights": "measured"}, "measured")
@@ -194,9 +277,12 @@ def restore_from_store(codec: str, basis: bytes | None = None) -> Any:
             if basis is not None:
                 add_basis(made, basis)
             with kvstore.Store(path, codec) as store:
-                entry = store.save(context.prefix, context.prompt_cache, model)
+                dtype = mx.bfloat16 if is_narrow else None
+                rows = copy_cache(context.prompt_cache, dtype)
+                entry = store.save(context.prefix, rows, model)
                 prompt_cache, _ = store.load_entry(entry.id, model)
-        return prompt_cache, entry.nbytes * 8
+        given = context.prompt_cache[0].keys_and_values()[0].dtype
+        return copy_cache(prompt_cache, given), entry.nbytes * 8
 
     return restore
 
@@ -222,10 +308,10 @@ def restore_from_affine(bits: int) -> Any:
 
 
 def measure(
-    model: Any, contexts: Sequence[Context], name: str, restore: Any
+    model: Any, contexts: Sequence[Context], kind: str, name: str, restore: Any
 ) -> Quality:
     """Return one line of the table, over all contexts."""
-    divergences, same, changes, bits = [], [], [], []
+    divergences, same, changes, bits, answered = [], [], [], [], 0
     for context in contexts:
         prompt_cache, stored_bits = restore(context)
         logprobs = read_on(model, prompt_cache, context.following)
@@ -234,15 +320,28 @@ def measure(
         same.append(exact.argmax(axis=-1) == logprobs.argmax(axis=-1))
         changes.append(np.mean(list(losses(context, logprobs))))
         bits.append(stored_bits / num_elements(context))
+        answered += is_answered(context, logprobs)
+    each = [found.mean() for found in divergences]
     everything = np.concatenate(divergences)
     return Quality(
+        kind,
         name,
         float(np.mean(bits)),
-        float(everything.mean()),
+        float(np.mean(each)),
+        float(np.std(each, ddof=1) / len(each) ** 0.5) if each[1:] else 0.0,
         float(np.percentile(everything, 99)),
         float(np.concatenate(same).mean()),
         float(np.exp(np.mean(changes))),
+        answered,
+        len(contexts),
     )
+
+
+def is_answered(context: Context, logprobs: np.ndarray) -> bool:
+    """Whether all of the answer is the first choice."""
+    answer = context.following[-context.num_answer :]
+    chosen = logprobs.argmax(axis=-1)[-context.num_answer - 1 : -1]
+    return bool(context.num_answer) and list(chosen) == answer
 
 
 def losses(context: Context, logprobs: np.ndarray) -> Iterator[float]:
@@ -260,10 +359,13 @@ def num_elements(context: Context) -> int:
 
 def print_row(row: Quality) -> None:
     """Print one line."""
+    answered = f"  answered {row.answered} of {row.num_contexts}"
     print(
-        f"{row.codec:16} {row.bits_per_element:6.2f} bits  KL {row.mean_kl:.5f}"
+        f"{row.kind:8} {row.codec:14} {row.bits_per_element:6.2f} bits"
+        f"  KL {row.mean_kl:.5f} ±{row.kl_error:.5f}"
         f"  p99 {row.p99_kl:.4f}  same {row.same_choice:6.1%}"
-        f"  perplexity x{row.perplexity_ratio:.4f}",
+        f"  perplexity x{row.perplexity_ratio:.4f}"
+        f"{answered if row.kind.endswith('needles') else ''}",
         flush=True,
     )
 

@@ -8,8 +8,10 @@ head is taken to matter alike.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ from ..format.documents import JSON
 from .base import Array, Codec, Rows
 from .fit import NUM_SINKS, Fit, exponents_of
 from .fitted import describe, fitted_from_file, joined, log_sizes
-from .floats import Floats, widen
+from .floats import Floats, narrow, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
@@ -29,8 +31,7 @@ MAX_WIDTH = 512
 """Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
 VALUE_RATIO = 2.4
 """How much coarser values are than keys where nothing tells; measured."""
-_MAX_HELD_BYTES = 2**30
-_MAX_HELD = 8
+_MAX_HELD_BYTES = 2**33
 _STEPS = range(-128, 33)
 _LEAST = 1e-12
 # Of the mean of a metric's diagonal: what few gradients leave open is not neglected.
@@ -49,14 +50,18 @@ class Sample:
     dtype: str
     # Keys, then values, ``(L, 2 H, T, D)``, held as NumPy holds the dtype.
     x: Array
-    # Of the log-probability of what the model says next, in float32: one for each time
-    # that it was drawn.
-    gradients: tuple[Floats, ...] = ()
+    # Of the log-probability of what the model says next, in float32 or as the bits of
+    # bfloat16: one for each time that it was drawn.
+    gradients: tuple[Array, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """What it takes in memory."""
         return self.x.nbytes + sum(each.nbytes for each in self.gradients)
+
+    def in_memory(self) -> Sample:
+        """Return it without its gradients, and in no file."""
+        return replace(self, x=np.array(self.x), gradients=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,8 @@ def make_group(
 class GroupFit:
     """Fits layers of equal shape, sample by sample.
 
-    The first samples are held, to learn from them how the scale of a row is told. Of
-    later ones only sums are kept, and what improves on that in the end.
+    Samples are held, in files, to learn from all of them how the scale of a row is
+    told. Of those for which there is no room only sums are kept.
 
     Args:
         group: The layers.
@@ -107,8 +112,7 @@ class GroupFit:
         self._held_bytes = 0
         self._is_begun = False
         self._num_rows = 0
-        self._sizes: list[Floats] = []
-        self._harm: list[Floats] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="kvstore-")
         parts = (len(group.layers), group.num_parts)
         self._covariance = np.zeros((*parts, group.width, group.width))
         heads = 2 * group.num_joined
@@ -117,22 +121,17 @@ class GroupFit:
     def add(self, sample: Sample) -> None:
         """Learn from a sample; all have gradients, or none has."""
         if self._is_begun:
-            if sample.gradients:
-                self._note(sample)
             self._sum(sample)
             return
-        self.samples.append(sample)
-        self._held_bytes += sample.nbytes
-        if len(self.samples) == _MAX_HELD or self._held_bytes > _MAX_HELD_BYTES:
+        self.samples.append(self._held(sample))
+        self._held_bytes += self.samples[-1].nbytes
+        if self._held_bytes > _MAX_HELD_BYTES:
             self._begin()
 
     def finish(self) -> None:
         """Learn from what is held; nothing can be added any more."""
         if not self._is_begun:
             self._begin()
-        if self._harm:
-            # What few texts told of scales was good enough for the sums.
-            self._importance = self._learned_importance()
         self._covariance /= self._num_rows
         self._metric /= self._num_rows
 
@@ -166,37 +165,44 @@ class GroupFit:
     def _begin(self) -> None:
         """Learn how scales are told, and sum up what was held."""
         self._is_begun = True
-        rows = np.concatenate([self._long(s, s.x) for s in self.samples], axis=-2)
-        self._mean = rows.mean(axis=-2)
+        means = [self._long(s, s.x).mean(axis=-2) for s in self.samples]
+        counts = [s.x.shape[2] - _num_sinks(s) for s in self.samples]
+        self._mean = np.average(means, axis=0, weights=counts).astype(np.float32)
         # Values are taken about zero: their size says how much they matter.
-        half = self.group.width // 2
-        self._mean[..., half:] = 0
-        rows -= self._mean[:, :, None]
-        sizes = log_sizes(rows, self.group)
-        deviation = np.maximum(sizes.std(axis=-2), 1e-3)
-        self._features = np.stack([sizes.mean(axis=-2), deviation], axis=-2)
-        if not self.samples[0].gradients:
-            self._importance = self._usual_importance()
-            self._spread = np.square(rows).mean(axis=-2)
+        self._mean[..., self.group.width // 2 :] = 0
+        sizes = [log_sizes(self._centred(s), self.group) for s in self.samples]
+        joined_sizes = np.concatenate(sizes, axis=-2)
+        deviation = np.maximum(joined_sizes.std(axis=-2), 1e-3)
+        self._features = np.stack([joined_sizes.mean(axis=-2), deviation], axis=-2)
+        self._has_gradients = bool(self.samples[0].gradients)
+        if self._has_gradients:
+            told = describe(joined_sizes, self._features)
+            self._importance = self._learned_importance(told)
         else:
-            self._whitening = self._first_whitening()
-            for sample in self.samples:
-                self._note(sample)
-            self._importance = self._learned_importance()
+            self._importance = self._usual_importance()
+            spread = [np.square(self._centred(s)).mean(axis=-2) for s in self.samples]
+            self._spread = np.average(spread, axis=0, weights=counts)
         for sample in self.samples:
             self._sum(sample)
         del self.samples[2:]  # the others are needed no more
+        self.samples = [s.in_memory() for s in self.samples]
+        self._folder.cleanup()
 
-    def _note(self, sample: Sample) -> None:
-        """Keep what tells how scales are told: a few numbers of each row."""
-        rows = self._long(sample, sample.x) - self._mean[:, :, None]
-        self._sizes.append(log_sizes(rows, self.group))
-        drawn = (self._long(sample, each) for each in sample.gradients)
-        harm = [np.square(g @ self._whitening).mean(axis=-1) for g in drawn]
-        self._harm.append(np.mean(harm, axis=0))
+    def _held(self, sample: Sample) -> Sample:
+        """Return a sample that lies in files, its gradients in 16 bits."""
+        drawn = [narrow(each.astype(np.float32), "BF16") for each in sample.gradients]
+        found = []
+        for number, array in enumerate([sample.x, *drawn]):
+            path = Path(self._folder.name, f"{len(self.samples)}-{number}.npy")
+            np.save(path, array)
+            found.append(np.load(path, mmap_mode="r"))
+        return replace(sample, x=found[0], gradients=tuple(found[1:]))
+
+    def _centred(self, sample: Sample) -> Floats:
+        return np.asarray(self._long(sample, sample.x) - self._mean[:, :, None])
 
     def _sum(self, sample: Sample) -> None:
-        rows = self._long(sample, sample.x) - self._mean[:, :, None]
+        rows = self._centred(sample)
         told = describe(log_sizes(rows, self.group), self._features)
         scale = np.exp2(exponents_of(told, self._importance) / 2)[..., None]
         rows /= scale
@@ -216,7 +222,7 @@ class GroupFit:
         """Return what an error does, ``(L, G, N, N)``."""
         group, dim = self.group, self.group.head_dim
         found = np.zeros(self._covariance.shape)
-        if not self.samples[0].gradients:
+        if not self._has_gradients:
             self._put_usual_metric(found)
             return found
         for head in range(2 * group.num_joined):
@@ -245,25 +251,28 @@ class GroupFit:
         found[..., values] = 2 * USUAL_SLOPE * deviation / joined_heads
         return found
 
-    def _first_whitening(self) -> Floats:
-        """Return what makes gradients of all numbers alike, as far as is known."""
+    def _learned_importance(self, told: Floats) -> Floats:
+        """Return how the scales of rows are told from what they do."""
         for sample in self.samples:
             for gradient in sample.gradients:
                 self._metric += self._products(self._long(sample, gradient))
         half = np.linalg.cholesky(np.linalg.inv(self._wide_metric()))
         self._metric[...] = 0
-        return np.asarray(half, np.float32)
-
-    def _learned_importance(self) -> Floats:
-        """Return how the scales of all rows so far are told from what they do."""
-        told = describe(np.concatenate(self._sizes, axis=-2), self._features)
-        harm = np.concatenate(self._harm, axis=-1)
+        harm = np.concatenate(
+            [self._harm(s, half.astype(np.float32)) for s in self.samples], axis=-1
+        )
         harm /= np.maximum(harm.mean(axis=-1, keepdims=True), _LEAST)
         weights = np.empty((*told.shape[:2], told.shape[-1]))
         for where in np.ndindex(*told.shape[:2]):
             weights[where] = regress(told[where], harm[where])
             weights[where][0] -= (told[where] @ weights[where]).mean()
         return np.asarray(-_POWER / np.log(2) * weights, np.float32)
+
+    def _harm(self, sample: Sample, half: Floats) -> Floats:
+        """Return what an error in each row does, ``(L, G, T)``."""
+        drawn = (self._long(sample, gradient) for gradient in sample.gradients)
+        found = [np.square(g @ half).mean(axis=-1) for g in drawn]
+        return np.asarray(np.mean(found, axis=0))
 
     def _long(self, sample: Sample, x: Array) -> Floats:
         """Return the rows behind the sinks, or their gradients, keys turned back."""
@@ -433,8 +442,9 @@ def unrotated(
         frequencies: ``(L, pairs)``.
         group: The layers.
     """
-    sinks = max(0, NUM_SINKS - sample.start)
-    dtype = sample.dtype if x is sample.x else "F32"
+    sinks = _num_sinks(sample)
+    gradients = "BF16" if x.dtype == np.uint16 else "F32"
+    dtype = sample.dtype if x is sample.x else gradients
     wide = widen(np.ascontiguousarray(x[:, :, sinks:]), dtype)
     if group.num_pairs:
         cos, sin = angles(frequencies, sample.start + sinks, wide.shape[2])
@@ -443,6 +453,10 @@ def unrotated(
             keys, cos[:, None], -sin[:, None], is_traditional=group.is_traditional
         )
     return wide
+
+
+def _num_sinks(sample: Sample) -> int:
+    return max(0, min(NUM_SINKS - sample.start, int(sample.x.shape[2])))
 
 
 def find_rotation(

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 _MODULES = ("statistics", "shutil", "textwrap", "random", "subprocess", "pathlib")
 _CODE = ("argparse", "tarfile", "typing", "_pydecimal", "turtle", "http.server")
 _MANUALS = Path("/usr/share/man")
+_DOCUMENTS = ("/usr/share/vim/vim*/doc/usr_*.txt", "/usr/share/doc/*/changelog*.gz")
 _LANGUAGES = ("de", "fr", "ja", "es", "ru", "zh_CN", "pt_BR", "it", "ko", "pl")
 _MAX_LETTERS = 60_000
 """Of one text; a kind has several."""
@@ -82,15 +83,19 @@ def _usual_texts(tokenizer: Any) -> Iterator[list[str]]:
     yield [manual[i : i + _MAX_LETTERS] for i in range(0, len(manual), _MAX_LETTERS)]
     yield [inspect.getsource(importlib.import_module(name)) for name in _CODE]
     yield list(_manual_pages(_MANUALS / "man1", 8))
-    yield [_chat(tokenizer)]
+    yield [chat_of(tokenizer, _MODULES)]
     yield [page for name in _LANGUAGES for page in _manual_pages(_MANUALS / name, 1)]
     yield ["\n\n".join(_read_mes())]
-    yield [json.dumps(list(_tools()), indent=1)]
+    yield [json.dumps(list(tools_of(_MODULES)), indent=1)]
+    for pattern in _DOCUMENTS:
+        texts = map(_read, _largest(Path("/").glob(pattern[1:]), 24))
+        # Packages of one source have one changelog.
+        yield list({text[len(text) // 2 :][:200]: text for text in texts}.values())[-6:]
 
 
-def _functions() -> Iterator[tuple[str, Any, str]]:
+def _functions(modules: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
     """Yield functions of the standard library: name, itself, what it says of itself."""
-    for module in _MODULES:
+    for module in modules:
         for name, value in inspect.getmembers(importlib.import_module(module)):
             said = inspect.getdoc(value)
             is_own = getattr(value, "__module__", "") == module
@@ -98,10 +103,10 @@ def _functions() -> Iterator[tuple[str, Any, str]]:
                 yield f"{module}.{name}", value, said
 
 
-def _chat(tokenizer: Any) -> str:
-    """Return a long conversation, as the model's template renders it."""
+def chat_of(tokenizer: Any, modules: Sequence[str]) -> str:
+    """Return a long conversation on modules, as the model's template renders it."""
     turns = []
-    for name, _, said in _functions():
+    for name, _, said in _functions(modules):
         turns.append({"role": "user", "content": f"What does `{name}` do in Python?"})
         turns.append({"role": "assistant", "content": textwrap.dedent(said)})
     if getattr(tokenizer, "chat_template", None):
@@ -109,9 +114,9 @@ def _chat(tokenizer: Any) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def _tools() -> Iterator[dict[str, Any]]:
-    """Yield functions of the standard library as agents are given tools."""
-    for name, value, said in _functions():
+def tools_of(modules: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield functions of modules as agents are given tools."""
+    for name, value, said in _functions(modules):
         try:
             parameters = list(inspect.signature(value).parameters)
         except (TypeError, ValueError):
@@ -132,14 +137,19 @@ def _read_mes() -> Iterator[str]:
 
 def _manual_pages(folder: Path, count: int) -> Iterator[str]:
     """Yield the largest manual pages under a folder, without their markup."""
-    paths = {
-        path.resolve()
-        for path in folder.glob("**/*.[1-8]*")
-        if path.is_file() and "perl" not in path.name
-    }
-    for path in sorted(paths, key=lambda path: path.stat().st_size)[-count:]:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-        text = data.decode(errors="replace")[:_MAX_LETTERS]
-        text = re.sub(r"^[.'].?\"?\w* ?", "", text, flags=re.MULTILINE)
+    named = (path for path in folder.glob("**/*.[1-8]*") if "perl" not in path.name)
+    for path in _largest(named, count):
+        text = re.sub(r"^[.'].?\"?\w* ?", "", _read(path), flags=re.MULTILINE)
         yield re.sub(r"\\f.|\\\(..|\\[-&,/]", "", text)
+
+
+def _largest(paths: Iterable[Path], count: int) -> list[Path]:
+    files = {path.resolve() for path in paths if path.is_file()}
+    return sorted(files, key=lambda path: path.stat().st_size)[-count:]
+
+
+def _read(path: Path) -> str:
+    """Return the first letters of a text, which may be compressed."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", errors="replace") as file:
+        return str(file.read(_MAX_LETTERS))
