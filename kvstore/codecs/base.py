@@ -65,7 +65,12 @@ PartSpecs = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class ArrayCodec(Protocol):
-    """Rows to named arrays; it may lose something."""
+    """Rows to named arrays; it may lose something.
+
+    It may have two methods more. ``check(parts, rows)`` raises ``IntegrityError`` for
+    parts that no encoding gives, though their shapes fit. ``runs(rows)``, where the
+    kernels of a GPU can read its parts, returns the :class:`Run` of a block's rows.
+    """
 
     @property
     def name(self) -> str:
@@ -103,17 +108,6 @@ class ArrayCodec(Protocol):
         """Return all layers' rows, ``(L, H, T, D)``, computed on MLX's device."""
 
 
-class Checking(Protocol):
-    """What an array codec has too whose parts may be wrong though their shapes fit."""
-
-    def check(self, parts: Mapping[str, Array], rows: Rows) -> None:
-        """Refuse parts that no encoding gives.
-
-        Raises:
-            IntegrityError: They are such.
-        """
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """Rows of all layers that lie alike in their parts, for a kernel of a GPU."""
@@ -129,13 +123,6 @@ class Run:
     norms: str | None = None
     # The part with what is added to the rows of each head.
     mean: str | None = None
-
-
-class OnDevice(Protocol):
-    """What an array codec has too where the kernels of a GPU can read its parts."""
-
-    def runs(self, rows: Rows) -> list[Run]:
-        """Return in which parts the rows of a block are, in order."""
 
 
 class BytesCodec(Protocol):

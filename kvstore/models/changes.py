@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from typing import Literal
 
 from ..format.chain import common_run
@@ -92,7 +93,7 @@ def find_changes(
         given: The prompt.
         decode: Tokens to text.
     """
-    spans = list(_spans(stored, given, _Splitter(decode)))
+    spans = list(_spans(stored, given, decode))
     ends = [span.c for span in spans[1:]]
     parts = [(decode(stored[s.a : s.b]), decode(given[s.c : s.d])) for s in spans]
     found = []
@@ -108,34 +109,30 @@ def find_changes(
     return found
 
 
-class _Splitter:
-    """Cuts tokens where sentences, lines or parts of JSON end."""
-
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
-        self._ends: dict[int, bool] = {}
-
-    def split(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        """Return the pieces."""
-        found, begin = [], 0
-        for position, token in enumerate(tokens, 1):
-            if self._is_end(token) or position == len(tokens):
-                found.append(tuple(tokens[begin:position]))
-                begin = position
-        return found
-
-    def _is_end(self, token: int) -> bool:
-        if token not in self._ends:
-            self._ends[token] = not _CUTS.isdisjoint(self._decode([token]))
-        return self._ends[token]
+def _split(
+    tokens: Sequence[int], is_end: Callable[[int], bool]
+) -> list[tuple[int, ...]]:
+    """Return tokens in pieces."""
+    found, begin = [], 0
+    for position, token in enumerate(tokens, 1):
+        if is_end(token) or position == len(tokens):
+            found.append(tuple(tokens[begin:position]))
+            begin = position
+    return found
 
 
 def _spans(
-    stored: Sequence[int], given: Sequence[int], splitter: _Splitter
+    stored: Sequence[int], given: Sequence[int], decode: Decode
 ) -> Iterator[_Span]:
     """Yield what differs; the last span ends both, and may be empty."""
+
+    @cache
+    def is_end(token: int) -> bool:
+        # Of a sentence, a line, or a part of JSON.
+        return not _CUTS.isdisjoint(decode([token]))
+
     begin = common_run(stored, given)
-    left, right = splitter.split(stored[begin:]), splitter.split(given[begin:])
+    left, right = _split(stored[begin:], is_end), _split(given[begin:], is_end)
     ours, theirs = _starts(left, begin), _starts(right, begin)
     matcher = SequenceMatcher(None, left, right, autojunk=False)
     a, c = begin, begin

@@ -52,14 +52,8 @@ class Pushed:
     sent_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Upload:
-    """A shard that is to be in the remote, and the file that has its bytes."""
-
-    shard: RemoteShard
-    path: Path
-
-
+Upload = tuple[RemoteShard, Path]
+"""A shard that is to be in the remote, and the file that has its bytes."""
 Chain = Sequence[tuple[Place, StoredBlock]]
 """The blocks of an entry, first to last, and where they lie."""
 
@@ -107,7 +101,7 @@ def _push(
         replace(entry, nbytes=sum(b.end - b.begin for _, b in chain)),
         fingerprint,
         blocks.folder.block_size,
-        tuple(upload.shard for upload in uploads.values()),
+        tuple(shard for shard, _ in uploads.values()),
         tuple((p.hash.hex(), numbers[p.shard]) for p, _ in chain),
     )
     if own_key():
@@ -121,7 +115,7 @@ def _push(
     return Pushed(entry, key, len(sent), num_there, sum(sent))
 
 
-def _prepare(blocks: BlockStore, chain: Chain, stack: ExitStack) -> dict[str, _Upload]:
+def _prepare(blocks: BlockStore, chain: Chain, stack: ExitStack) -> dict[str, Upload]:
     """Return what to send for each shard of a chain, by its name in the store."""
     tokens = [token for _, stored in chain for token in stored.block.tokens]
     wanted: dict[str, list[StoredBlock]] = {}
@@ -165,23 +159,23 @@ def _reveals_more(header: ShardHeader, tokens: Sequence[int]) -> bool:
     )
 
 
-def _upload(opened: OpenShard, name: str) -> _Upload:
+def _upload(opened: OpenShard, name: str) -> Upload:
     header = hashlib.sha256(opened.read_header()).hexdigest()
     size = opened.header
-    return _Upload(RemoteShard(name, size.nbytes, size.data_begin, header), opened.path)
+    return RemoteShard(name, size.nbytes, size.data_begin, header), opened.path
 
 
 def _send_all(
-    client: Client, uploads: Sequence[_Upload], progress: Progress
+    client: Client, uploads: Sequence[Upload], progress: Progress
 ) -> list[int]:
     """Send the shards that are not there, and return their sizes."""
-    total = sum(upload.shard.nbytes for upload in uploads)
+    total = sum(shard.nbytes for shard, _ in uploads)
     done, sent = 0, []
     with ThreadPoolExecutor(_UPLOADS) as pool:
         running = {pool.submit(_send, client, upload): upload for upload in uploads}
         try:
             for future in as_completed(running):
-                nbytes = running[future].shard.nbytes
+                nbytes = running[future][0].nbytes
                 sent += [nbytes] if future.result() else []
                 done += nbytes
                 progress(done, total)
@@ -191,13 +185,13 @@ def _send_all(
     return sent
 
 
-def _send(client: Client, upload: _Upload) -> bool:
+def _send(client: Client, upload: Upload) -> bool:
     """Send a shard unless it is there; its bytes are checked on the way."""
-    name = upload.shard.name
-    if client.seems_there(shard_key(name), upload.shard.nbytes):
+    shard, path = upload
+    key = shard_key(shard.name)
+    if client.seems_there(key, shard.nbytes):
         return False
-    read = partial(_checked_parts, upload.path, name)
-    client.put_parts(shard_key(name), upload.shard.nbytes, read)
+    client.put_parts(key, shard.nbytes, partial(_checked_parts, path, shard.name))
     return True
 
 

@@ -191,10 +191,6 @@ class Described(NamedTuple):
         return self.bits == EXACT_BITS
 
 
-Stamp = tuple[int, int, int, int]
-"""Device, inode, size and time of change of a file."""
-
-
 class BlockStore:
     """The blocks of one store: finds, reads, adds and drops them.
 
@@ -225,7 +221,7 @@ class BlockStore:
         self._refusal: int | None = None
         self._is_trusted = True
         self._is_running = False
-        self._headers: OrderedDict[str, tuple[Stamp, ShardHeader]] = OrderedDict()
+        self._headers: OrderedDict[str, tuple[str, ShardHeader]] = OrderedDict()
         self._compared: OrderedDict[str, tuple[str, dict[Place, str]]] = OrderedDict()
 
     @property
@@ -693,8 +689,7 @@ class BlockStore:
 
     def _header(self, shard: str) -> ShardHeader:
         """Return a shard's header, read once for as long as nobody touches the file."""
-        status = shard_path(self.folder.shards, shard).stat()
-        stamp = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        stamp = stamp_of(shard_path(self.folder.shards, shard).stat())
         kept = self._headers.get(shard)
         if kept is not None and kept[0] == stamp:
             return kept[1]

@@ -790,10 +790,6 @@ class Index:
         query = "SELECT coalesce(sum(evictable), 0) FROM seen"
         return int(self._select(query, (), (int,))[0][0])
 
-    def count_blocks(self) -> int:
-        """Return how many blocks there are."""
-        return int(self._query("SELECT count(*) FROM blocks")[0][0])
-
     def add_root(self, root: BlockHash, fingerprint: str, layout: Any) -> None:
         """Remember what a root hash stands for."""
         self._query(

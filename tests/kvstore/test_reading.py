@@ -134,7 +134,7 @@ def test_a_damaged_block_is_dropped_alone(folder, index, reader, flip_bit):
     with pytest.raises(IntegrityError, match="digest") as caught:
         read(folder, index, reader)
     assert index.place(bytes.fromhex(caught.value.block)) is None
-    assert 2 == index.count_blocks()
+    assert 2 == len(index.links())
     assert path.exists()
 
 
@@ -157,7 +157,7 @@ def test_an_index_that_says_otherwise_is_damaged_and_not_the_shard(
         reader.stored(place)
     assert folder.index == caught.value.path
     assert path_of(folder).exists()
-    assert 3 == index.count_blocks()
+    assert 3 == len(index.links())
 
 
 def test_a_name_that_is_no_shards_is_the_index_s_fault(folder, index, reader):

@@ -68,7 +68,7 @@ def lookup(
         output.result(_describe(match), asdict(match), [str(match.num_tokens)])
         return
     found = store.explain(tokens, fingerprint)
-    sides = _Sides.of(found.divergence, tokenizer) if found.divergence else None
+    sides = _sides(found.divergence, tokenizer) if found.divergence else None
     nearest = _Nearest.of(store, tokens, fingerprint, tokenizer)
     lines = [_describe(found.match), *_explain(found, sides), *_tell(nearest)]
     data = {
@@ -127,23 +127,15 @@ class _Text:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """Both sides of a divergence as text."""
+Sides = tuple[_Text, _Text]
+"""What is stored, and what is given in its place."""
 
-    stored: _Text
-    given: _Text
 
-    @classmethod
-    def of(cls, divergence: Divergence, tokenizer: Any) -> _Sides:
-        """Return the text of both sides."""
-
-        def decode(tokens: Sequence[int]) -> str:
-            return _decode(tokenizer, tokens)
-
-        at = divergence.position - divergence.start
-        stored = _Text.of(divergence.stored, at, decode)
-        return cls(stored, _Text.of(divergence.given, at, decode))
+def _sides(divergence: Divergence, tokenizer: Any) -> Sides:
+    """Return what is stored and what is given as text."""
+    at, decode = divergence.position - divergence.start, partial(_decode, tokenizer)
+    stored = _Text.of(divergence.stored, at, decode)
+    return stored, _Text.of(divergence.given, at, decode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +225,7 @@ def _describe(match: Match) -> str:
     return f"{match.num_tokens:,} of {total} held: {match.reason}: {match.detail}"
 
 
-def _explain(found: Explanation, sides: _Sides | None) -> list[str]:
+def _explain(found: Explanation, sides: Sides | None) -> list[str]:
     """Return what is to be told beside the match."""
     lines = []
     if found.damage is not None:
@@ -249,14 +241,16 @@ def _explain(found: Explanation, sides: _Sides | None) -> list[str]:
     return lines
 
 
-def _explain_divergence(divergence: Divergence, sides: _Sides) -> list[str]:
+def _explain_divergence(
+    divergence: Divergence, sides: tuple[_Text, _Text]
+) -> list[str]:
     at = divergence.position - divergence.start
     entry = f" in `{_visible(divergence.entry)}`" if divergence.entry else ""
     return [
         f"token {divergence.position:,}: stored {divergence.stored[at]}{entry},"
         f" given {divergence.given[at]}",
-        f"stored: {sides.stored}",
-        f"given:  {sides.given}",
+        f"stored: {sides[0]}",
+        f"given:  {sides[1]}",
     ]
 
 
@@ -269,12 +263,12 @@ def _explain_other(other: OtherModel) -> str:
     return f"not usable: {entry}{has} differs in {_visible(other.difference)}"
 
 
-def _data(found: Explanation, sides: _Sides | None) -> JSON:
+def _data(found: Explanation, sides: Sides | None) -> JSON:
     data = asdict(found)
     del data["match"]
     if sides is not None:
         data["divergence"] |= {
-            "stored_text": asdict(sides.stored),
-            "given_text": asdict(sides.given),
+            "stored_text": asdict(sides[0]),
+            "given_text": asdict(sides[1]),
         }
     return data
