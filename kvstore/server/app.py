@@ -235,7 +235,8 @@ def _check_requests(
     def do_post(handler: Any) -> None:
         try:
             post(handler)
-        except BadRequestError as error:  # which mlx-lm 0.31 does not answer
+        # mlx-lm 0.31 does not answer the first, and no release the others.
+        except (BadRequestError, UnicodeDecodeError, RecursionError) as error:
             handler._set_completion_headers(400)
             handler.end_headers()
             handler.wfile.write(json.dumps({"error": str(error)}).encode())

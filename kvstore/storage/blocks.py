@@ -231,16 +231,24 @@ class BlockStore:
             try:
                 self._opened, self._is_trusted = open_index(self.folder), True
             except OSError as error:
-                self._take_memory(error)
+                self.take_memory(error)
         assert self._opened is not None
         return self._opened
 
-    def _take_memory(self, error: OSError) -> None:
-        """Take an index in memory, for a store that may only be read or has no room."""
+    def take_memory(self, error: OSError, *, is_read: bool = False) -> None:
+        """Take an index in memory, for a store that may only be read or has no room.
+
+        Args:
+            error: What using the file has ended with; raised if it is another one.
+            is_read: Make it from the shards. A copy lacks what is in the write-ahead
+                log, and whoever frees blocks by it compares it with the shards first.
+        """
         if error.errno not in _NO_FILE:
             raise error
+        self.close()
         self._refusal = error.errno
-        self._opened = index_in_memory(self.folder, is_trusted=self._is_trusted)
+        is_trusted = self._is_trusted and not is_read
+        self._opened = index_in_memory(self.folder, is_trusted=is_trusted)
         self._is_trusted = False  # it is closed only where it was damaged
 
     def refuse_memory(self) -> None:
@@ -298,7 +306,7 @@ class BlockStore:
             try:
                 replace_index(self.folder, index.identity if index else None)
             except OSError as error:
-                self._take_memory(error)
+                self.take_memory(error)
         return work()
 
     def _is_outdated(self, index: Index) -> bool:

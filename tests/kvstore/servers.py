@@ -137,7 +137,8 @@ class Server:
             connection.sendall(head.encode() + data)
             received = b""
             while until not in received:
-                received += connection.recv(4096)
+                received += (piece := connection.recv(4096))
+                assert piece, f"the server has hung up after {received!r}"
             yield
 
     def ask(self, messages, **options):

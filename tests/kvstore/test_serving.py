@@ -802,6 +802,9 @@ def test_bad_requests_are_answered_and_nothing_else(servers, tiny_model, tmp_pat
         status, text = server.post(path, body)
         assert status == 400, (body, text)
         assert (b"prompt must be" if path == TEXT else b"stop must be") in text
+    for nothing in (b"\xff\xfe", b"[" * 100_000, b"{", b""):
+        assert server.post(CHAT, nothing)[0] == 400
+    assert "Traceback" not in server.text()
     assert server.post(CHAT, HELLO | {"stop": ["x"]})[0] == 200
     assert server.post(TEXT, {"prompt": "a", "max_tokens": 2})[0] == 200
 

@@ -454,6 +454,30 @@ def test_a_store_on_a_full_disk_can_be_read(saved, full_store, caches, tmp_path,
         assert store.verify() == []
 
 
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+def test_a_full_disk_can_be_pruned_while_others_have_it_open(full_store, caches):
+    """The index can be opened then, and only not be written to."""
+    path, filler = full_store
+    shutil.rmtree(filler)
+    with kvstore.Store(path, "raw") as store, kvstore.Store(path) as other:
+        tokens, cache = caches.make_conversation(4, 2)
+        store.save(tokens, cache, caches.MODEL, name="kept")
+        for seed in (3, 4):
+            store.save(*caches.make_conversation(4, seed), caches.MODEL)
+        assert other.stats().num_entries == 4
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        assert store.plan_prune(max_bytes=1, now=True).execute() > 0
+        assert {entry.name for entry in other.entries()} == {"chat", "kept"}
+        filler.unlink()
+        other.save(*caches.make_conversation(4, 5), caches.MODEL, name="more")
+        for one in (store, other):
+            assert one.load_entry("kept", caches.MODEL)[1] == tokens
+            assert one.verify() == []
+            assert one.stats().num_entries == 3
+
+
 # --- Clocks. ---
 
 

@@ -276,13 +276,12 @@ def requests(chance: random.Random, count: int, folder: Path, empty: Path) -> Ou
 
     servers = kit.load_beside("servers").Servers(folder)
     bad, found = kit.load_beside("test_serving").BAD, Outcome()
-    try:
-        with mounted(folder) as disk:
-            clients = Clients(servers, conftest.write_model(folder / "tiny"), bad)
-            for done in range(0, count, ASKED):
-                found.attempt(f"requests {done} on", clients.live, chance, disk)
-    finally:
-        servers.close()
+    with mounted(folder) as disk:
+        clients = Clients(servers, conftest.write_model(folder / "tiny"), bad)
+        for done in range(0, count, ASKED):
+            found.attempt(f"requests {done} on", clients.live, chance, disk)
+            servers.close()  # before its disk goes
+            disk.renew()
     found.count = clients.counts.total()
     told = sorted((clients.counts + clients.told).items())
     found.note = f"{len(servers.started) - 1} servers: " + ", ".join(

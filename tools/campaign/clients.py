@@ -20,8 +20,10 @@ from .power import Disk
 
 ROUND = 40
 _CHAT = "/v1/chat/completions"
-_NOT_JSON = (b"", b"{", b"[1,", b"\xff\xfe", b'{"messages": [}', b"null", b"[]")
-_TOLD = ("not kept", "made again")
+_NOT_JSON = (
+    b"", b"{", b"[1,", b"\xff\xfe", b"[" * 100_000, b'{"messages": [}', b"null", b"[]",
+)  # fmt: skip
+_TOLD = ("kvstore: kept", "No space left", "made again", "Input/output error")
 _WORDS = ("harbour", "lantern", "orchard", "glacier", "violin", "meadow")
 
 
@@ -51,7 +53,11 @@ class Clients:
     def live(self, chance: random.Random, disk: Disk) -> None:
         """Let a server live through all that can happen to its disk."""
         store = disk.path / "store"
-        options = ("--min-tokens", "1", "--prompt-cache-size", "2")
+        self._free(disk)
+        shutil.rmtree(store, ignore_errors=True)
+        # Without loss, so that the answers are the same; on a disk of a few MB.
+        options = ("--min-tokens", "1", "--prompt-cache-size", "2", "--codec", "raw")
+        options += ("--min-free", "0")
         server = self._servers.kvstore(store, self._model, *options)
         steps = [self._fill, self._free, self._delete, Disk.cut]
         for step in (None, *steps):
@@ -67,14 +73,13 @@ class Clients:
         log = server.text()
         assert "Traceback" not in log, log[-4000:]
         self.told.update(words for words in _TOLD if words in log)
-        disk.unmount()
-        disk.mount()
+        disk.renew()
         with (
             suppress(kvstore.StoreNotFoundError),
             kvstore.Store(store, create=False) as opened,
         ):
-            assert opened.verify() == []
-        shutil.rmtree(store, ignore_errors=True)
+            found = opened.verify()
+            assert found == [], found
 
     def _body(self, number: int, **more: Any) -> dict[str, Any]:
         said = [{"role": "user", "content": _prompt(number)}]
@@ -131,7 +136,7 @@ class Clients:
 
     @staticmethod
     def _free(disk: Disk) -> None:
-        (disk.path / "filler").unlink()
+        (disk.path / "filler").unlink(missing_ok=True)
 
     @staticmethod
     def _delete(disk: Disk) -> None:

@@ -44,6 +44,11 @@ class Disk:
         """Unmount it; without a power cut, all that was written is on it then."""
         _run("umount", self.path)
 
+    def renew(self) -> None:
+        """Mount it again, with its power back."""
+        self.unmount()
+        self.mount()
+
     def cut(self) -> None:
         """Cut its power, unless that has happened."""
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -117,8 +122,7 @@ def cut_in_turn(
                 disk.cut()
                 worker.kill()
             worker.wait()
-            disk.unmount()
-            disk.mount()
+            disk.renew()
             saves += len(worker.noted())
             problems = kill.find_problems(worker, caches)
             assert problems == [], (f"cut {turn} at call {when}", problems)

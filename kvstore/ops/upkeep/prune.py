@@ -326,16 +326,23 @@ class Pruner:
 
     def execute(self, plan: PrunePlan) -> int:
         """Carry a plan out; see :meth:`PrunePlan.execute`."""
-        return self._blocks.run(lambda: self._execute(plan))
+        gone: set[BlockHash] = set()
+        try:
+            return self._blocks.run(lambda: self._execute(plan, gone))
+        except OSError as error:
+            # Somebody has the index open, but it cannot be written to.
+            self._blocks.take_memory(error, is_read=True)
+        return self._blocks.run(lambda: self._execute(plan, gone))
 
-    def _execute(self, plan: PrunePlan) -> int:
+    def _execute(self, plan: PrunePlan, gone: set[BlockHash]) -> int:
+        """Carry a plan out; add the blocks of the entries that go to ``gone``."""
         # Entries go before blocks. After a crash in between, blocks are unreachable,
         # and the next prune takes them; the other way round an entry would lack its
         # blocks.
         with files.locked(self._folder.lock, exclusive=True):
             removed = list(filter(self._is_unchanged, plan.entries))
             tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
-            gone = {p.hash for tip in tips for p, _ in self._index.chain(tip)}
+            gone |= {p.hash for tip in tips for p, _ in self._index.chain(tip)}
             remove_entries(self._blocks, [entry.id for entry in removed])
         # Outside of the lock: what is called may take long, or open the store itself.
         if self._blocks.on_evict is not None:
