@@ -99,7 +99,7 @@ MUTANTS = {
         "            if False:\n", _test("signing", "something_else"),
     ),
     "rows of somebody else count as signed": Mutant(
-        "ops/admit.py",
+        "ops/transfer/admit.py",
         "    if all(rows(held[name]) == rows(signed[name]) for name in held):\n",
         "    if True:\n", _test("signing", "somebody_else"),
     ),
@@ -121,7 +121,7 @@ MUTANTS = {
         "    if freed := set():\n", _test("compared", "to_go"),
     ),
     "a tenant is no salt": Mutant(
-        "server/tenants.py", "served.fingerprint.with_salt(key[1])",
+        "server/prompt_cache.py", "served.fingerprint.with_salt(key[1])",
         "served.fingerprint", _test("tenants", "its_own_only"),
     ),
     "a remote's signature is not checked": Mutant(
