@@ -154,28 +154,48 @@ def serve(
     def note(served: Served, found: Lookup | None) -> None:
         if metrics:
             metrics.note(served, found)
-        provider = providers[-1]
-        # At the end the model is let go while a request still waits.
-        if found is None or served.prompt is None or provider.tokenizer is None:
-            return
-        with harmless("not compared with what came before"):
-            known = opened[-1].sampled(provider.model_key, served.prompt)
-            change = known and find_drift(
-                served.prompt,
-                found.num_computed,
-                known.latest(),
-                provider.tokenizer.decode,
-            )
-            if change and (words := drift.note(change)):
-                log.warning("kvstore: %s", words)
-            if isinstance(provider.loaded, Fingerprint):
-                why = change.cause if change else found.reason
-                asked = score(served, found, provider.loaded, why)
-                opened[-1].store.note_request(asked)
+        if found is not None:
+            _compare(providers[-1], opened[-1], drift, served, found)
 
     watch(server, requests, lambda: opened[-1], note)
     if pages is not None:
         pages.attach(server.APIHandler)
+    _run(server, generators, opened, requests)
+
+
+def _compare(
+    provider: Provider,
+    prompt_cache: DiskPromptCache,
+    drift: Drift,
+    served: Served,
+    found: Lookup,
+) -> None:
+    """Say where a prompt has left its conversation, and note what that has cost."""
+    # At the end the model is let go while a request still waits.
+    if served.prompt is None or provider.tokenizer is None:
+        return
+    with harmless("not compared with what came before"):
+        known = prompt_cache.sampled(provider.model_key, served.prompt)
+        change = known and find_drift(
+            served.prompt,
+            found.num_computed,
+            known.latest(),
+            provider.tokenizer.decode,
+        )
+        if change and (words := drift.note(change)):
+            log.warning("kvstore: %s", words)
+        if isinstance(provider.loaded, Fingerprint):
+            why = change.cause if change else found.reason
+            prompt_cache.store.note_request(score(served, found, provider.loaded, why))
+
+
+def _run(
+    server: Any,
+    generators: Sequence[Any],
+    opened: Sequence[DiskPromptCache],
+    requests: Requests,
+) -> None:
+    """Serve until the process is to end; what waits is written then."""
     with _terminated_like_interrupted():
         try:
             server.main()
