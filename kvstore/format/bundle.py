@@ -178,6 +178,7 @@ class BundleReader:
         self.bases: dict[str, bytes] = {}
         header = self._read_bases(header)
         self._described = _description(config, entry, [*self.bases])
+        # Its header is read now, so that the model is known before any rows have come.
         self._first = self._next_shard(header)
         if self._first is None:
             raise refused("it has no shard")
@@ -202,6 +203,8 @@ class BundleReader:
         """Return block size and the store's id, which is the entry's, and its bytes."""
         header = self._read(_RECORD, is_start=True)
         size = _member_size(header)
+        # Headers are compared with what we would write: no field is read that could
+        # mean two things.
         if not 0 < size <= MAX_CONFIG_BYTES or header != _header(CONFIG, size):
             raise refused("its first header is not one of a bundle")
         data = self._read(size)
@@ -227,6 +230,7 @@ class BundleReader:
             entry = parse_entry(Path(match[0]), data)
         except IntegrityError as error:
             raise refused(str(error)) from error
+        # A bundle is a store of one entry, and has the id of that.
         if entry.id != store:
             raise refused("its id is not its entry's")
         _check_entry(entry)
@@ -269,8 +273,10 @@ class BundleReader:
     def _next_shard(self, header: bytes) -> tuple[str, int] | None:
         """Return name and size of the shard of a header; ``None`` at the end."""
         if not any(header):
+            # An archive ends with two empty records, and nothing may hide behind them.
             if any(self._read(_RECORD)) or self._file.read(1):
                 raise refused("something follows its end")
+            # Only now has all been read that the signature is of.
             if self._signature is not None:
                 check_signature(self._signature, "bundle", self._described)
             return None

@@ -84,6 +84,7 @@ def group_blocks(blocks: Iterable[StoredBlock]) -> Iterator[list[StoredBlock]]:
 def _is_full(sizes: Sequence[tuple[int, int]]) -> bool:
     """Whether blocks of so many bytes and tensors fill a shard."""
     nbytes = sum(size for size, _ in sizes)
+    # One more like the last must still fit into a header.
     parts = sum(count for _, count in sizes) + sizes[-1][1]
     return len(sizes) >= MAX_BLOCKS or nbytes >= MAX_BYTES or parts > MAX_PARTS
 
@@ -228,6 +229,7 @@ def _parse_blocks(rows: list[Any], tensors: JSON) -> tuple[StoredBlock, ...]:
     if len(rows) > MAX_BLOCKS:
         raise ValueError(f"{len(rows)} blocks, more than {MAX_BLOCKS}")
     owned: dict[str, JSON] = {str(number): {} for number in range(len(rows))}
+    # A tensor that no row has would be covered by no digest.
     for name, spec in tensors.items():
         number, _, part = name.partition(".")
         if number not in owned:
@@ -252,6 +254,7 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
     }
     begin = min(spec.begin for spec in specs.values())
     end = max(spec.end for spec in specs.values())
+    # One read brings a block, and one digest covers it.
     if sum(spec.end - spec.begin for spec in specs.values()) != end - begin:
         raise ValueError("a block is scattered over the shard")
     extras = _field(row, "extras", int)

@@ -376,6 +376,7 @@ def _check_folders(path: Path, *, is_borrowed: bool) -> None:
         OSError: A folder of it is a link.
     """
     mode = path.stat().st_mode
+    # With the sticky bit nobody can replace what another user has made.
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise PermissionError(
             errno.EPERM, "everybody may write into this store (chmod 700)", str(path)
