@@ -220,12 +220,16 @@ class DiskPromptCache(LRUPromptCache):
                 self._disk.keep(served, tokens, whole, is_shared=is_shared)
                 if served.receipts is not None and cache_type == "assistant":
                     served.receipts.offer(tokens, whole)
-        stall = time.perf_counter() - begin
-        self.longest_stall_s = max(self.longest_stall_s, stall)
-        log.debug("kvstore: copied for the disk in %.3f s", stall)
+        self._note_stall(begin)
         if key is not None:
             with harmless("not kept in memory"):
                 super().insert_cache(key, tokens, whole, cache_type=cache_type)
+
+    def _note_stall(self, begin: float) -> None:
+        """Note that rows were taken on this thread, since a time that is past."""
+        stall = time.perf_counter() - begin
+        self.longest_stall_s = max(self.longest_stall_s, stall)
+        log.debug("kvstore: taken for the disk in %.3f s", stall)
 
     def sampled(self, model: Any, tokens: Sequence[int]) -> Sampled | None:
         """Return the latest conversations of a model, of this process and on disk.
@@ -254,8 +258,9 @@ class DiskPromptCache(LRUPromptCache):
         Args:
             model: The server's key for the model.
             tokens: Those whose rows it has.
-            prompt_cache: May grow when this has returned: what is written is copied.
+            prompt_cache: May grow when this has returned: what is written is taken.
         """
+        begin = time.perf_counter()
         served = self._served(model)
         if served is None:
             return
@@ -264,6 +269,7 @@ class DiskPromptCache(LRUPromptCache):
             whole = caches.cut_copy(prompt_cache, num_rows)
             if whole is not None and num_rows:
                 self._disk.keep(served, tokens[:num_rows], whole, is_shared=False)
+        self._note_stall(begin)
 
     @property
     def store(self) -> Store:

@@ -527,12 +527,14 @@ def test_damage_is_computed_anew(open_tier, caches, flip_bit, log):
 
 
 def test_a_stall_is_measured(open_tier, caches):
-    """How long an insertion has kept its thread is known afterwards."""
-    tier = open_tier()
-    assert tier.longest_stall_s == 0
-    begin = time.perf_counter()
-    tier.insert_cache(KEY, *caches.make_conversation(2, 1))
-    assert 0 < tier.longest_stall_s < time.perf_counter() - begin
+    """How long an insertion, or a step of a prefill, has kept its thread is known."""
+    for keep in (DiskPromptCache.insert_cache, DiskPromptCache.keep_prefill):
+        tier = open_tier()
+        assert tier.longest_stall_s == 0
+        begin = time.perf_counter()
+        keep(tier, KEY, *caches.make_conversation(2, 1))
+        assert 0 < tier.longest_stall_s < time.perf_counter() - begin
+        tier.close()
 
 
 def test_a_real_model_goes_on_with_the_same_bits(store_path, loaded):
