@@ -7,6 +7,7 @@ at once. Rows go before files, and a file only after a second look under the loc
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -326,13 +327,18 @@ class Pruner:
 
     def execute(self, plan: PrunePlan) -> int:
         """Carry a plan out; see :meth:`PrunePlan.execute`."""
+        return self._blocks.run(lambda: self._execute_anyhow(plan))
+
+    def _execute_anyhow(self, plan: PrunePlan) -> int:
+        """Carry a plan out where there is no room to note it, or to rewrite a shard."""
         gone: set[BlockHash] = set()
         try:
-            return self._blocks.run(lambda: self._execute(plan, gone))
+            return self._execute(plan, gone)
         except OSError as error:
-            # Somebody has the index open, but it cannot be written to.
+            if error.errno != errno.ENOSPC:
+                raise
             self._blocks.take_memory(error, is_read=True)
-        return self._blocks.run(lambda: self._execute(plan, gone))
+        return self._execute(plan, gone)
 
     def _execute(self, plan: PrunePlan, gone: set[BlockHash]) -> int:
         """Carry a plan out; add the blocks of the entries that go to ``gone``."""
