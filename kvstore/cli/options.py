@@ -513,7 +513,8 @@ min_bits = click.option(
     type=click.IntRange(0, 8),
     default=0,
     help="Go on from lossy rows only where they have N bits per number at least;"
-    " `fit2` counts as 4.",
+    " a `fit` counts as the widest `turbo` that was measured to lose no less, or as"
+    " 2 more than its rate.",
 )
 live_options = all_of(
     click.option(

@@ -19,7 +19,7 @@ from ..codecs.fitting import (
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import Progress, StoredBlock
-from ..format.chain import origin_root
+from ..format.chain import is_reanchored, origin_root
 from ..format.entry import Entry
 from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore
@@ -114,7 +114,8 @@ def _exact_blocks(
     models: dict[str, Fingerprint] = {}
     for entry in entries:
         model = Fingerprint(blocks.origin(entry).fingerprint, entry.model)
-        if fingerprint not in (None, model.digest):
+        is_other = fingerprint not in (None, model.digest)
+        if is_other or is_reanchored(model.fields):
             continue
         exact = {place: s for place, s in blocks.chain(entry) if place.is_exact}
         if exact:

@@ -240,6 +240,20 @@ def test_what_was_coded_is_not_learned_from(tmp_path):
     assert [] == list_bases(open_folder(tmp_path / "store"))
 
 
+def test_what_was_reanchored_is_not_learned_from(saved, tmp_path):
+    """Rows that were moved are of no model: they make no basis, nor add to one."""
+    moved = fitted.MODEL.reanchored
+    with kvstore.Store(tmp_path / "moved", "planes") as store:
+        for seed in range(5):
+            tokens = [seed * 1000 + i for i in range(512)]
+            store.save(tokens, fitted.fitted_cache(512, seed), moved)
+        with pytest.raises(kvstore.KVStoreError, match="without loss"):
+            store.calibrate()
+    before = saved.calibrate().basis
+    saved.save([9, *fitted.TOKENS], fitted.fitted_cache(601, 77), moved)
+    assert before == saved.calibrate().basis
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Make contexts short."""

@@ -355,7 +355,7 @@ def measure(model_dir, contexts, prefix, following, codecs, bits):
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(model_dir)[:2]
-    texts = [tokenizer.encode(text) for text in quality.read_texts(None)]
+    texts = [tokenizer.encode(text) for text in quality.texts_of("python", tokenizer)]
     length = int(prefix) + int(following)
     made = [
         quality.make_context(model, part[: int(prefix)], part[int(prefix) :])
@@ -364,7 +364,8 @@ def measure(model_dir, contexts, prefix, following, codecs, bits):
     ways = {name: quality.restore_from_store(name) for name in codecs.split(",")}
     ways |= {f"affine{b}": quality.restore_from_affine(int(b)) for b in bits.split(",")}
     return [
-        asdict(quality.measure(model, made, name, way)) for name, way in ways.items()
+        asdict(quality.measure(model, made, "python", name, way))
+        for name, way in ways.items()
     ]
 
 
