@@ -23,10 +23,9 @@ from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.documents import JSON
 from ..models.load import find_model
-from .batch import Batch
 from .disk import ServedModel, harmless
 from .drift import Drift, find_drift
-from .generator import mixed_generator
+from .generator import Batch, mixed_generator
 from .pages import Pages, View
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup

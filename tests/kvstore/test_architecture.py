@@ -73,7 +73,7 @@ ALLOWED_AT_TOP = {
         "models.calibrate",
         "models.session",
         "models.generate",
-        "server.batch",
+        "server.generator",
         "server.prompt_cache",
         "server.provider",
     },

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList
 import kvstore
 from kvstore.format.entry import Entry
 from kvstore.server import provider
-from kvstore.server.batch import Batch
+from kvstore.server.generator import Batch
 from kvstore.server.writer import dispensable
 
 architectures, beside = load_beside("architectures"), load_beside("servers")

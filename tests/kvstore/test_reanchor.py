@@ -19,7 +19,7 @@ from kvstore.caches.reanchor import NUM_FRESH, Run, Sketch, find_runs
 from kvstore.cli import cli
 from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel
-from kvstore.server.batch import Batch
+from kvstore.server.generator import Batch
 from kvstore.server.prompt_cache import TenantPromptCache
 from kvstore.server.provider import Provider
 from kvstore.server.tenants import Tenancy
