@@ -116,6 +116,8 @@ class Store:
             from .ops.bases import check_codec
 
             check_codec(codec)  # before a folder is made
+        if base is not None:
+            open_folder(Path(base), is_borrowed=True)  # this too
         chosen = default_path() if path is None else Path(path)
         self._folder = create_folder(chosen) if create else open_folder(chosen)
         if codec is not None:

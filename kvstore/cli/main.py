@@ -199,17 +199,19 @@ def open_store(
 
     Args:
         context: Of the verb.
-        create: Make it where there is none.
+        create: Make it where there is none, as where it has a base.
         codec: What full blocks are saved with.
 
     Raises:
-        StoreNotFoundError: There is none.
+        StoreNotFoundError: There is none, or no base.
         click.UsageError: Its path is not UTF-8, which the index needs.
     """
     from ..store import Store
     from .settings import limits
 
     path, base = chosen_path(context), context.meta.get("kvstore.base_store")
+    # One's own store may still be to come where there is another to read.
+    create = create or (base is not None and not context.resilient_parsing)
     open_it = partial(Store, path, codec, create=create, base=base, limits=limits())
     try:
         try:

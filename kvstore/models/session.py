@@ -589,23 +589,26 @@ class Session:
         if self._replace or self._live is not None:
             return
         with suppress(IntegrityError):  # then the store lets it be replaced
-            if not self._continues(self._name, like):
+            held = self._begun(self._name)
+            if held is None or held != self.tokens[: len(held)]:
                 raise EntryExistsError(
                     f"the name `{self._name}` is taken by an entry that this one does"
                     " not continue",
                     hint="choose another name, or replace it with `--replace`",
                 )
+            if held and not self._store.is_like(self._name, like):
+                raise EntryExistsError(
+                    f"the rows of `{self._name}` are kept otherwise than these",
+                    hint="give the `--kv-bits` or `--max-kv-size` that it was made"
+                    f" with, or none; `--from {self._name}` leaves it as it is",
+                )
 
-    def _continues(self, name: str, like: list[Any]) -> bool:
-        """Whether an entry, if there is one, is of what we start with."""
+    def _begun(self, name: str) -> list[int] | None:
+        """Return the tokens of an entry, if there is one; ``None`` of another model."""
         try:
-            held = entry_tokens(self._store, name, self.model.fingerprint)
+            return entry_tokens(self._store, name, self.model.fingerprint) or []
         except FingerprintError:
-            return False
-        if held is None:
-            return True
-        is_prefix = held == self.tokens[: len(held)]
-        return is_prefix and self._store.is_like(name, like)
+            return None
 
 
 def respond(

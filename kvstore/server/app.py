@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from .pages import Pages, View
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
 from .provider import Provider
-from .requests import check_body
+from .requests import BadRequestError, check_body
 from .tenants import find_tenant
 from .warm import start_warming
 from .watch import Requests, Served, score, watch
@@ -240,6 +241,7 @@ def _check_requests(
         tenant_header: Names who asks, where clients are told apart.
     """
     validate, post = handler_class.validate_model_parameters, handler_class.do_POST
+    set_completion_headers = handler_class._set_completion_headers
 
     def validate_all(handler: Any) -> None:
         try:
@@ -251,6 +253,12 @@ def _check_requests(
         except ValueError as error:
             raise BadRequestError(str(error)) from error
 
+    def set_headers(handler: Any, status_code: int = 200) -> None:
+        # mlx-lm says of all that is wrong only later that it is not found.
+        if isinstance(sys.exc_info()[1], BadRequestError):
+            status_code = 400
+        set_completion_headers(handler, status_code)
+
     def do_post(handler: Any) -> None:
         try:
             post(handler)
@@ -260,12 +268,9 @@ def _check_requests(
             handler.end_headers()
             handler.wfile.write(json.dumps({"error": str(error)}).encode())
 
+    handler_class._set_completion_headers = set_headers
     handler_class.validate_model_parameters = validate_all
     handler_class.do_POST = do_post
-
-
-class BadRequestError(ValueError):
-    """A request that cannot be served as it is."""
 
 
 def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> bool:

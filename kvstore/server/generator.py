@@ -20,6 +20,7 @@ from ..models.context import past_context
 from .disk import harmless
 from .prefill import KeepRows, Steps, view
 from .replay import call_of, cut_again, replay
+from .requests import BadRequestError, check_choice
 from .tenants import own, tenant_of
 from .watch import conversation_of
 
@@ -93,7 +94,10 @@ class Generator(_ResponseGenerator):  # type: ignore[misc]
         found = super()._tokenize(tokenizer, request, args)
         # Raised in here, an error is the request's; later on it ends the thread.
         if not all(isinstance(token, int) for token in found[0]):
-            raise ValueError("the prompt is no list of tokens")
+            raise BadRequestError("the prompt is no list of tokens")
+        if not found[0]:
+            raise BadRequestError("the prompt is empty")
+        check_choice(self.model_provider.model, args)
         warning = past_context(len(found[0]), self.model_provider.context_length)
         if warning is not None:
             log.warning("kvstore: %s", warning)

@@ -6,8 +6,14 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+
 from ..errors import KVStoreError
 from ..format.documents import JSON
+
+
+class BadRequestError(ValueError):
+    """A request that cannot be served as it is."""
 
 
 def check_body(path: str, body: JSON) -> None:
@@ -32,6 +38,35 @@ def check_body(path: str, body: JSON) -> None:
     words = stop if isinstance(stop, list) else [stop]
     if not all(isinstance(word, str) and word for word in words):
         raise ValueError("stop must be a string or a list of strings, none empty")
+    if not isinstance(body.get("stream_options") or {}, dict):
+        raise ValueError("stream_options must be an object")
+
+
+def check_choice(model: Any, args: Any) -> None:
+    """Refuse a request whose next token cannot be chosen as it asks.
+
+    MLX writes the bias of a token that is none to memory of something else, and ends.
+
+    Args:
+        model: mlx-lm's.
+        args: mlx-lm's, of the request.
+
+    Raises:
+        BadRequestError: It says what is wrong.
+    """
+    bias, sampling = args.logits.logit_bias or (), args.sampling
+    top_k = sampling.top_k if sampling.temperature else 0
+    if args.seed is not None and not 0 <= args.seed < 1 << 64:
+        raise BadRequestError("seed must be from 0 to 2^64 - 1")
+    if sampling.xtc_probability and sampling.xtc_threshold > 0.5:
+        raise BadRequestError("xtc_threshold must be at most 0.5")
+    if not bias and not top_k:
+        return
+    size = model(mx.array([[0]])).shape[-1]  # nothing is computed for it
+    if not all(0 <= token < size for token in bias):
+        raise BadRequestError(f"logit_bias must be of tokens from 0 to {size - 1}")
+    if top_k >= size:
+        raise BadRequestError(f"top_k must be less than {size}")
 
 
 def encode_request(

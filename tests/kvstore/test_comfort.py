@@ -131,6 +131,29 @@ def test_a_missing_entry_is_told_before_its_model(run_cli, tiny_model):
     assert "give 4 digits at least" in run_cli("show", found[:3])[2]
 
 
+def test_what_was_kept_otherwise_is_told(run_cli, tiny_model):
+    """Who leaves an option out is told which, and not that the name is taken."""
+    words = ("--name", "chat", "--max-tokens", 2)
+    codes = ("--kv-bits", "turbo3")
+    assert run_cli("generate", "Hello.", "--model", tiny_model, *codes, *words)[0] == 0
+    code, _, err = run_cli("generate", "More.", *words)
+    assert (code, "`chat` are kept otherwise" in err, "`--kv-bits`" in err) == (1, 1, 1)
+    assert run_cli("generate", "More.", *words, *codes)[0] == 0
+
+
+def test_a_base_needs_no_store_before_it(run_cli, tiny_model, tmp_path):
+    """Who has a share and nothing yet reads it at once; a wrong path makes nothing."""
+    share = tmp_path / "share"
+    words = ("save", "--model", tiny_model, "Some words.", "--name", "doc")
+    assert run_cli(*words, store=share)[0] == 0
+    code, _, err = run_cli("ls", "--base", tmp_path / "shar")
+    assert (code, f"no store at {tmp_path / 'shar'}" in err) == (10, True)
+    assert not (tmp_path / "store").exists()
+    assert run_cli("ls", "-q", "--base", share)[0] == 0
+    words = ("generate", "--from", "doc", "More.", "--max-tokens", 2)
+    assert run_cli(*words, "--base", share)[0] == 0
+
+
 def test_the_folder_of_a_user_has_a_short_name(
     run_cli, tiny_model, monkeypatch, no_settings, tmp_path
 ):
