@@ -13,7 +13,7 @@ STAMP_031 := $(VENV_031)/.installed
 TESTS_031 := $(addprefix tests/,$(addsuffix .py,turboquant/test_kv_cache \
 	$(addprefix kvstore/test_,store layers generate restoring model import cli \
 	chat turns interrupts server serving families bundles import_bundle bundle_verbs \
-	tenants pages recognise spans)))
+	tenants pages recognise spans replay)))
 MODEL := .cache/smollm2
 comma := ,
 # On Linux, mlx needs a back end; on a Mac it brings Metal with it.

@@ -3,6 +3,7 @@
 import json
 from array import array
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from kvstore.server import generator
 from kvstore.server.replay import Sampled, cut_again, replay
 
 beside = load_beside("servers")
+# In the package, a function has its name.
+mlx_generate = import_module("mlx_lm.generate")
 USER, ANSWER, END, LINE = 1, 2, 3, 4
 MARKS = {USER: "<user>", ANSWER: "<answer>", END: "<end>", LINE: "\n"}
 # All that begins a word is one token when a text is encoded; a model may sample parts.
@@ -74,13 +77,15 @@ def render(messages):
 
 @pytest.fixture
 def read():
-    """What reads tool calls: mlx-lm's own machine, as `serve` uses it."""
-    from mlx_lm.generate import TextStateMachine, make_text_state_machine
+    """What reads tool calls: mlx-lm's own machine, as `serve` uses it.
 
-    texts = make_text_state_machine(TOKENIZER)
-    return partial(
-        generator._read_reply, TextStateMachine, texts, "normal", TOKENIZER, None
-    )
+    That of mlx-lm 0.31 reads tokens, so there is none, and `serve` replays no calls.
+    """
+    machine = getattr(mlx_generate, "TextStateMachine", None)
+    if machine is None:
+        return None
+    texts = mlx_generate.make_text_state_machine(TOKENIZER)
+    return partial(generator._read_reply, machine, texts, "normal", TOKENIZER, None)
 
 
 def spell(text):
@@ -134,6 +139,8 @@ ASKED = {"name": "read", "arguments": {"path": "a.py"}}
 )
 def test_every_sampled_token_is_held(message, sampled, read):
     """Whatever the template renders of it, and in each of several turns."""
+    if read is None and "tool_calls" in message:
+        pytest.skip("mlx-lm 0.31 reads tool calls from tokens, not from text")
     stored, messages = talk((message, sampled), (message, sampled))
     prompt = render(messages)
     made, edits = replay(TOKENIZER, prompt, messages, Sampled([stored]).latest(), read)
