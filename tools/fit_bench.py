@@ -46,7 +46,8 @@ def main() -> None:
     ]
     begin = Watch()
     basis = fit_model(model, contexts, "random", lambda done, total: None)
-    print(f"fit to {options.contexts} texts: {begin}; basis {len(basis) / 1e6:.1f} MB")
+    size = len(basis) / 1e6
+    print(f"fit to {options.contexts} texts: {begin}; basis {size:.1f} MB", flush=True)
     prompt_cache = prefill(model, contexts[0][:PREFIX], caches(model))
     with tempfile.TemporaryDirectory() as folder:
         fitted = [f"fit{rate}@{basis_digest(basis)}" for rate in (1, 2, 3)]
