@@ -25,13 +25,10 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import kvstore  # noqa: E402
+from tools.bench import MODEL, SHAPE, random_cache  # noqa: E402
 from turboquant import make_wh_rotation  # noqa: E402
 from turboquant.kernels import best_kernels, native  # noqa: E402
 from turboquant.kernels.numpy import NumpyKernels  # noqa: E402
-
-# Layers, KV heads and head dimension of a model of 8 billion parameters.
-SHAPE = (32, 8, 128)
-MODEL = kvstore.Fingerprint({"weights": "measured"}, "measured")
 
 
 def main() -> None:
@@ -92,7 +89,7 @@ def seconds(work: Callable[[], object], times: int = 5) -> float:
 
 def measure_store(num_tokens: int, codecs: list[str]) -> None:
     """Print the processor's time of a save and of a load."""
-    prompt_cache = make_cache(num_tokens)
+    prompt_cache = random_cache(num_tokens, *SHAPE, mx.bfloat16)
     tokens = list(range(num_tokens))
     for codec in codecs:
         with (
@@ -102,26 +99,6 @@ def measure_store(num_tokens: int, codecs: list[str]) -> None:
             save = seconds(lambda: store.save(tokens, prompt_cache, MODEL), times=1)
             load = seconds(lambda: store.load(tokens, MODEL))
         print(f"{codec}, {num_tokens:,} tokens: save {save:.2f} s, load {load:.3f} s")
-
-
-def make_cache(num_tokens: int) -> list[Any]:
-    """Return a prompt cache in bfloat16 of a mean for each head, and noise."""
-    from mlx_lm.models.cache import KVCache
-
-    layers, heads, dim = SHAPE
-    caches = []
-    for number in range(layers):
-        mx.random.seed(number)
-        sides = [
-            mx.random.normal((1, heads, num_tokens, dim))
-            + mx.random.normal((1, heads, 1, dim))
-            for _ in range(2)
-        ]
-        cache = KVCache()
-        cache.update_and_fetch(*(side.astype(mx.bfloat16) for side in sides))
-        mx.eval(cache.state)
-        caches.append(cache)
-    return caches
 
 
 if __name__ == "__main__":
