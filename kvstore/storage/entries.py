@@ -177,22 +177,28 @@ class Catalog:
         """Write an entry, which makes a save count; the lock is held.
 
         What could not be read in its place goes to quarantine.
+
+        Raises:
+            IndexDamagedError: Somebody has deleted the store, and another lies in its
+                place: it has the entry perhaps, and none of its blocks.
         """
         folder = self._folder
         path = folder.entry_path(entry.id)
         self._blocks.refuse_memory()
         # First, so that the copy is never older than what was acknowledged.
-        self._blocks.run(
-            lambda: self._blocks.index.put_entry(entry.id, entry_to_bytes(entry))
-        )
+        self._blocks.run(lambda: self._put_copy(entry))
         try:
             read_entry(folder, entry.id)
         except IntegrityError:
             set_entry_aside(folder, path)
         write_entry(folder, entry)
-        with suppress(IndexDamagedError, OSError):
+        with suppress(OSError):
             see_entries(self._blocks.index, [(entry, stamp_of(path.lstat()))])
         return entry
+
+    def _put_copy(self, entry: Entry) -> None:
+        with self._blocks.index.transaction():
+            self._blocks.index.put_entry(entry.id, entry_to_bytes(entry))
 
     def remove(self, ref: str | Entry) -> Entry:
         """Remove an entry and return it."""

@@ -145,11 +145,11 @@ def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
     _check_path(path)
     config = _find_config(path)
     _check_folders(path, is_borrowed=is_borrowed)
-    if not is_borrowed and not (path / CONFIG_COPY).exists():
+    # A power cut may have come while the store was made.
+    lost = [name for name in (CONFIG_COPY, CONFIG) if not (path / name).exists()]
+    for name in [] if is_borrowed else lost:
         with suppress(OSError):  # on a read-only disk nothing is written anyway
-            files.write_atomic(
-                path / CONFIG_COPY, config_to_bytes(config), path / "tmp"
-            )
+            files.write_atomic(path / name, config_to_bytes(config), path / "tmp")
     device = path.stat().st_dev
     return StoreFolder(
         path,

@@ -1,8 +1,8 @@
 """Kill -9 during saves: what was acknowledged is there, nothing is wrong, all goes on.
 
 The oracle is a file in which the killed process had noted what `save` returned from.
-A power cut, which also takes what was not synced, is another matter: the order of syncs
-is held by `test_files.py`.
+A power cut, which also takes what was not synced, takes a disk of its own: the campaign
+has one (`--power-cuts`), and the order of syncs is held by `test_files.py`.
 """
 
 import functools

@@ -11,8 +11,11 @@ from contextlib import contextmanager, suppress
 import pytest
 
 import kvstore
+from kvstore.ops import commit
 from kvstore.storage import blocks as storage_blocks
+from kvstore.storage import entries as storage_entries
 from kvstore.storage import files
+from kvstore.storage.folder import create_folder
 
 ROOT = os.geteuid() == 0
 
@@ -183,9 +186,8 @@ def test_any_bit_of_a_configuration_may_flip(saved, caches, flip_bit, name):
         if damage is not None:
             (path / name).write_bytes(damage)
         with kvstore.Store(path) as store:
-            # A copy that is missing was left out of a bundle, and is made at once.
-            is_made = damage is None and name == "config.copy.json"
-            wrong = [] if is_made else ["damaged-config"]
+            # One that is missing, left out of a bundle say, is made at once.
+            wrong = [] if damage is None else ["damaged-config"]
             assert [f.kind for f in store.verify()] == wrong
             store.repair()
             assert store.verify() == []
@@ -632,6 +634,40 @@ def test_whatever_lies_in_tmp_is_cleared(saved):
     with kvstore.Store(path) as store:
         store.plan_prune().execute()
     assert os.listdir(path / "tmp") == []
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(commit, "make_entry"), (storage_entries, "write_entry")]
+)
+def test_a_save_into_a_store_that_is_deleted_meanwhile_counts(
+    store_path, caches, monkeypatch, place, name
+):
+    """Another one lies in its place when its entry is committed."""
+    real, done = getattr(place, name), []
+
+    def replaced(*arguments, **options):
+        if not done:
+            done.append(store_path.rename(store_path.with_name("deleted")))
+            create_folder(store_path, 16)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, name, replaced)
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, "raw") as store:
+        store.save(tokens, cache, caches.MODEL, name="chat")
+    with kvstore.Store(store_path) as store:
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.copy.json"])
+def test_a_store_whose_making_was_cut_off_is_whole_when_it_is_opened(store_path, name):
+    """One of the two configurations is missing."""
+    data = (store_path / name).read_bytes()
+    (store_path / name).unlink()
+    with kvstore.Store(store_path) as store:
+        assert store.verify() == []
+    assert (store_path / name).read_bytes() == data
 
 
 # --- A store that may only be read. ---

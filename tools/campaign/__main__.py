@@ -17,6 +17,7 @@ where anything was. The same seed gives the same choices.
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import random
 import re
@@ -180,13 +181,20 @@ def _use(broken: Any, chance: random.Random, is_removed: bool) -> None:
         # What is damaged frees nothing that can be loaded; a removed entry may.
         if chance.random() < 0.5 and not is_removed:
             store.plan_prune(now=True).execute()
-            assert [broken.load(name) for name in "ab"] == whole
+            # An index that hides blocks may have been built anew.
+            left = [broken.load(name) for name in "ab"]
+            assert all(map(operator.ge, map(_rank, left), map(_rank, whole))), left
         store.repair()
     for name in "ab":
         broken.save(name)
     asked = [ask(name) for name in "ab" for ask in (broken.load, broken.load_entry)]
     assert asked == ["right"] * 4, asked
     assert broken.verify() == "", broken.verify()
+
+
+def _rank(loaded: str) -> int:
+    """Return how good the outcome of a load is; an error is as bad as a miss."""
+    return {"right": 2, "part": 1}.get(loaded, 0)
 
 
 def fuzz(chance: random.Random, count: int, folder: Path, empty: Path) -> Outcome:
