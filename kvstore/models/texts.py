@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ..errors import IntegrityError, KVStoreError
@@ -52,7 +53,20 @@ def entry_text(
     """
     chain = store.chain(entry.id)
     tokens = [token for _, stored in chain for token in stored.block.tokens]
-    return str(tokenizer.decode(tokens if num_last is None else tokens[-num_last:]))
+    return decode(tokenizer, tokens if num_last is None else tokens[-num_last:])
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Return the text of tokens, in which an image, or other media, is one mark.
+
+    Args:
+        tokenizer: The model's, which knows no negative token.
+        tokens: Negative ones are media, as ``DiskPromptCache`` takes them.
+    """
+    runs = groupby(tokens, lambda token: token < 0)
+    return "".join(
+        "[media]" if media else str(tokenizer.decode(list(run))) for media, run in runs
+    )
 
 
 def tokenizer_of(entry: Entry, model: str | None = None) -> Any:

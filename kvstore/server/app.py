@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +25,7 @@ from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.documents import JSON
 from ..models.load import find_model
+from ..models.texts import decode
 from .disk import ServedModel, harmless
 from .drift import Drift, find_drift
 from .generator import Batch, mixed_generator
@@ -180,7 +182,7 @@ def _compare(
             served.prompt,
             found.num_computed,
             known.latest(),
-            provider.tokenizer.decode,
+            partial(decode, provider.tokenizer),
         )
         if change and (words := drift.note(change)):
             log.warning("kvstore: %s", words)

@@ -161,6 +161,8 @@ def _fitting(
     """Return sampled tokens, if they are the reply that was rendered."""
     if sampled == rendered:
         return rendered
+    if min(sampled, default=0) < 0:
+        return None  # media, which no reply has
     was, now = (tokenizer.decode(part.tolist()) for part in (sampled, rendered))
     if "\ufffd" in was:  # stands for any bytes that are no text
         return None

@@ -61,6 +61,19 @@ def test_a_model_has_a_limit_of_its_own(run_cli, tiny_model, no_settings):
         assert "limits" in err or "not a size" in err
 
 
+def test_a_server_takes_the_model_of_the_settings(run_cli, monkeypatch):
+    """Unless another is named; what comes later is what mlx-lm takes."""
+    seen = []
+    monkeypatch.setattr(
+        "kvstore.server.app.serve", lambda args, *_, **__: seen.append(args)
+    )
+    monkeypatch.setenv("KVSTORE_MODEL", "usual")
+    run_cli("serve", "--port", 1)
+    run_cli("serve", "--model", "other")
+    assert [list(args)[:2] for args in seen] == [["--model", "usual"]] * 2
+    assert list(seen[1])[-2:] == ["--model", "other"]
+
+
 def test_a_quality_chooses_the_codec(run_cli, tiny_model, monkeypatch):
     """A chat is kept in high quality, a prompt in balanced, where nobody says more."""
 

@@ -1,9 +1,15 @@
 """What is kept can be read and searched as text."""
 
 import json
+import random
 import shutil
+from array import array
+from functools import partial
 
 import pytest
+
+from kvstore.models.texts import decode
+from kvstore.server.drift import find_drift
 
 
 @pytest.fixture
@@ -92,3 +98,19 @@ def test_a_damaged_entry_hides_no_other(texts, run_cli):
     found = {h["entry"]["name"]: h["num_places"] for h in json.loads(out)}
     assert found == {"leave-it": 1, "signing": 0}  # whose title can still be read
     assert "warning: not searched: `signing`" in err
+
+
+def test_an_image_is_one_mark(loaded):
+    """The tokenizer knows no token of it, and the text around it is the same."""
+    _, tokenizer, _ = loaded
+    before, after = tokenizer.encode("look: "), tokenizer.encode(" what is it?")
+    tokens = [*before, *[-7] * 600, *[-9] * 20, *after]
+    assert decode(tokenizer, tokens) == "look: [media] what is it?"
+    assert decode(tokenizer, before + after) == "look:  what is it?"
+    seen = partial(decode, tokenizer)
+    rest = random.Random(0).choices(range(33, 90), k=2000)
+    other, known = (
+        [*tokenizer.encode(f"It is 10:0{n}. "), *[-7] * 600, *rest] for n in (1, 2)
+    )
+    change = find_drift(other, len(other) - 3, [array("q", known)], seen)
+    assert change.given == "It is 10:0⟦1⟧. [media]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,6 +286,8 @@ def serve(
     ahead = {file.name: options.read_request("--warm", file) for file in warm}
     if ahead and header is not None:
         raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
+    if (model := settings.setting("model")) is not None:
+        args = ("--model", os.path.expanduser(model), *args)  # what comes later wins
     from ...server.app import serve as run
     from ...server.pages import View
     from ...server.prompt_cache import DiskPromptCache, TenantPromptCache
