@@ -130,7 +130,9 @@ def tools_of(modules: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _read_mes() -> Iterator[str]:
     """Yield what installed packages say of themselves, in Markdown as a rule."""
     for distribution in metadata.distributions():
-        described: Any = distribution.metadata["Description"]
+        # Not every release of the library has `None` for what is not there.
+        about: Any = distribution.metadata
+        described = about.get("Description")
         if isinstance(described, str) and len(described) > 2000:
             yield described[: _MAX_LETTERS // 8]
 
