@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import os
 import time
 from collections.abc import (
     Callable,
@@ -67,6 +69,8 @@ T = TypeVar("T")
 log = logging.getLogger("kvstore")
 # How often what another process takes away meanwhile is looked for again.
 _TRIES = 3
+# How many entries a notebook shows.
+_SHOWN = 20
 
 
 class Store:
@@ -110,6 +114,8 @@ class Store:
         on_evict: Callable[[Entry], None] | None = None,
         limits: Mapping[str, int] | None = None,
     ) -> None:
+        for given in (path, base):
+            _check_path(given)
         self._on_load, self._on_evict = on_load, on_evict
         self._codec_name = codec or "balanced"
         if codec is not None:
@@ -178,6 +184,20 @@ class Store:
     def __repr__(self) -> str:
         state = "" if self._opened else ", closed"
         return f"<kvstore.Store {str(self.path)!r}{state}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the latest entries."""
+        if not self._opened:
+            return html.escape(repr(self))
+        latest = sorted(self.entries(), key=lambda e: -e.updated_at)[:_SHOWN]
+        lines = "".join(
+            f"<tr><td>{html.escape(e.name or e.id[:8])}</td><td>{e.num_tokens:,}</td>"
+            f"<td>{e.nbytes / 1e6:,.1f} MB</td><td>{html.escape(e.title)}</td></tr>"
+            for e in latest
+        )
+        head = "<tr><th>entry</th><th>tokens</th><th>size</th><th>title</th></tr>"
+        what = html.escape(f"{self!r}, {len(self):,} entries")
+        return f"{what}<table>{head}{lines}</table>"
 
     def __bool__(self) -> bool:
         return True  # also where there are no entries
@@ -1454,6 +1474,14 @@ def _check_fingerprint(
     _check_fingerprint_type(given)
     stored = Fingerprint(blocks.origin(entry).fingerprint)
     refuse_other(entry.name or entry.id, stored, given)
+
+
+def _check_path(path: object) -> None:
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ArgumentError(
+            f"a store is a folder, and no {type(path).__name__}: {path!r:.80}",
+            hint="pass its path, or nothing for the usual one",
+        )
 
 
 def _check_fingerprint_type(fingerprint: object) -> None:

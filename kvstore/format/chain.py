@@ -59,13 +59,15 @@ def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
         tokens: The block's token ids; negative ids mark media.
 
     Raises:
-        ValueError: A token does not fit into 64 bits.
+        ArgumentError: A token does not fit into 64 bits.
     """
     # Fixed-width integers: no two token lists share an encoding.
     try:
         data = parent + pack(f"<{len(tokens)}q", *tokens)
     except struct_error as exception:
-        raise ValueError("a token does not fit into 64 bits") from exception
+        raise ArgumentError(
+            "a token does not fit into 64 bits", hint="a media key is cut to 63 bits"
+        ) from exception
     return BlockHash(hashlib.sha256(data).digest())
 
 

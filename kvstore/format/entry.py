@@ -83,6 +83,19 @@ def normalize_name(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def check_ref(ref: object) -> None:
+    """Refuse what names no entry.
+
+    Raises:
+        ArgumentError: It is no text.
+    """
+    if not isinstance(ref, str):
+        raise ArgumentError(
+            f"a name is text, and no {type(ref).__name__}: {ref!r:.80}",
+            hint="`entry.name` or `entry.id`, or the start of that",
+        )
+
+
 def check_name(name: str | None) -> None:
     """Refuse names that could not be typed or printed.
 
@@ -91,6 +104,7 @@ def check_name(name: str | None) -> None:
     """
     if name is None:
         return
+    check_ref(name)
     if _ID.fullmatch(name):
         raise ArgumentError(
             f"a name is not like an id, 32 hex digits: {name!r}",

@@ -19,6 +19,7 @@ from ..caches import live as caches
 from ..caches.fit import expect_rows, feed, shapes_of
 from ..caches.layout import Shapes
 from ..caches.lookalike import Lookalikes
+from ..errors import ArgumentError
 from ..fingerprint import Fingerprint
 from ..format.block import EXACT_BITS
 from ..format.spans import Span
@@ -194,6 +195,7 @@ def tier(
         max_queued_bytes: Rows that may wait to be written; more are not kept.
 
     Raises:
+        ArgumentError: The live model is missing.
         KVStoreError: There is no such model, no such codec, or the store cannot be
             opened.
         UnsupportedCacheError: A layer is of a class that cannot be stored.
@@ -201,6 +203,11 @@ def tier(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    is_named = fingerprint is not None or model_path is not None
+    if model is None and not (is_named and make_cache):
+        raise ArgumentError(
+            "a tier needs the live model", hint="`mlx_lm.load(path)` returns it"
+        )
     if fingerprint is None and model_path is not None:
         fingerprint = fingerprint_model(str(model_path))
         package = type(model).__module__.partition(".")[0]

@@ -131,7 +131,9 @@ class Catalog:
         Raises:
             EntryNotFoundError: There is none, or the start is short or fits several.
             IntegrityError: Its file is damaged.
+            ArgumentError: It is no text.
         """
+        entries.check_ref(ref)
         folder = self._folder
         named = read_entry(folder, entries.entry_id(ref, ""))
         if named is not None:

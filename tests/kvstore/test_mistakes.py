@@ -25,6 +25,8 @@ def store(store_path, caches):
         ({"prompt_cache": None}, "a prompt cache is a list", "make_prompt_cache"),
         ({"prompt_cache": []}, "the prompt cache is empty", "was fed"),
         ({"fingerprint": "path/to/model"}, "a fingerprint is no str", "from_path"),
+        ({"tokens": [1 << 70] * 32}, "64 bits", "63 bits"),
+        ({"name": 5}, "a name is text, and no int", "entry.name"),
         ({"name": "-x"}, "a name has", "another name"),
         ({"name": "ab" * 16}, "a name is not like an id", "another name"),
     ],
@@ -55,6 +57,35 @@ def test_a_mistake_in_a_question_has_a_hint(
     with pytest.raises(ArgumentError, match=message) as caught:
         getattr(store, verb)(tokens, fingerprint or caches.MODEL)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda store: store.entry(5), "a name is text"),
+        (lambda store: store.load([1 << 70] * 300, 5), "no int"),
+        (lambda store: kvstore.Store(5), "a store is a folder"),
+        (lambda store: kvstore.Store(store.path, base=5), "a store is a folder"),
+        (lambda store: kvstore.tier(None), "needs the live model"),
+    ],
+)
+def test_a_thing_of_another_kind_has_a_hint(store, use, message):
+    """A number for a name or a folder, and nothing for a model."""
+    with pytest.raises(ArgumentError, match=message) as caught:
+        use(store)
+    assert caught.value.hint
+
+
+def test_a_notebook_shows_entries(store, caches):
+    """As text, whatever they are called; a closed store as what it is."""
+    tokens, cache = caches.make_conversation(2, 5)
+    store.save(tokens, cache, caches.MODEL, name="<b>bold", title="<script>")
+    shown = store._repr_html_()
+    assert "2 entries" in shown
+    assert "<td>&lt;b&gt;bold</td>" in shown
+    assert "<script>" not in shown
+    store.close()
+    assert store._repr_html_().endswith("closed&gt;")
 
 
 def test_a_closed_store_says_so(store, caches):
