@@ -318,6 +318,7 @@ def sizes(store):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_a_lossy_prefix_moves_the_next_tokens_little(model_dir):
     """On one context, turbo4 and turbo3 stay close, far closer than mlx's affine."""
     rows = start("measure", model_dir, 1, 512, 128, "turbo4+zstd,turbo3+zstd", "4")

@@ -113,7 +113,7 @@ def test_several_encoders_write_the_same_bytes(tmp_path, caches, monkeypatch, co
     tokens, held = caches.make_conversation(40, 1, extra=3)
     names = []
     for number in (1, 4):
-        monkeypatch.setattr("kvstore.ops.save.NUM_ENCODERS", number)
+        monkeypatch.setattr("kvstore.ops.save.NUM_THREADS", number)
         path = create_folder(tmp_path / str(number), caches.BLOCK).path
         with kvstore.Store(path, codec) as store:
             store.save(tokens, held, caches.MODEL)
