@@ -110,7 +110,7 @@ def load_model(
     # MLX raises a RuntimeError for weights that are cut off.
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise _cannot_load(model, error) from error
-    return loaded, tokenizer, fingerprint
+    return loaded, _quiet(tokenizer), fingerprint
 
 
 def load_models(
@@ -163,9 +163,18 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any:
 
     try:
         load: Any = utils.load_tokenizer
-        return load(path, {"trust_remote_code": trust_remote_code})
+        return _quiet(load(path, {"trust_remote_code": trust_remote_code}))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise _cannot_load(model, error) from error
+
+
+def _quiet(tokenizer: Any) -> Any:
+    """Return a tokenizer that does not speak of errors where a text is long."""
+    # So transformers notes that it has warned; `context` does, and says what it means.
+    noted = getattr(tokenizer, "deprecation_warnings", None)
+    if isinstance(noted, dict):
+        noted["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def fingerprint_model(

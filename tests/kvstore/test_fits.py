@@ -1,6 +1,8 @@
 """What does not fit a model is told before its prompt is read."""
 
 import io
+import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ from kit import load_beside
 import kvstore
 from kvstore.models.context import past_context
 from kvstore.models.fits import check_codes
+from kvstore.models.load import load_tokenizer
 from kvstore.server.provider import Provider
 
 architectures = load_beside("architectures")
@@ -75,6 +78,17 @@ def test_a_prompt_beyond_the_model_s_context_is_warned_of(run_cli, short_model):
     assert (code, warning in error) == (0, True)
     code, _, error = run_cli(*words, "short")
     assert (code, warning in error) == (0, False)
+
+
+def test_a_long_text_is_no_error_of_the_tokenizer(short_model, tmp_path, capfd):
+    """What is too long is said once, in words of this program."""
+    path = shutil.copytree(short_model, tmp_path / "model")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(config | {"model_max_length": 8})
+    )
+    assert len(load_tokenizer(str(path)).encode("too long " * 20)) > 8
+    assert "indexing errors" not in capfd.readouterr().err
 
 
 def test_a_chat_sees_the_end_of_the_context_coming(run_cli, short_model, monkeypatch):
