@@ -48,7 +48,7 @@ from .storage.folder import (
     remake_folder,
     restrict_folder,
 )
-from .storage.index import Place, Score
+from .storage.index import Place, Score, Timing
 
 if TYPE_CHECKING:
     from .caches.reanchor import Reanchoring
@@ -840,8 +840,11 @@ class Store:
         prefills are where :meth:`note_prefill` is called.
         """
         digest = fingerprint.bare.digest
-        known = self._blocks.run(lambda: self._blocks.index.timings(digest))
-        mine = [t for t in self._notes.timings(known) if t.fingerprint == digest]
+
+        def read() -> list[Timing]:
+            return self._blocks.run(lambda: self._blocks.index.timings(digest))
+
+        mine = [t for t in self._notes.timings(read) if t.fingerprint == digest]
         return Speeds.choose(mine, self._codec_for(fingerprint).name, time.time())
 
     def entries(self) -> list[Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -91,10 +91,18 @@ class LoadNotes:
         with self._lock:
             self._requests.append(score)
 
-    def timings(self, known: Iterable[Timing]) -> list[Timing]:
-        """Return what is known with what is noted and not written yet."""
+    def timings(self, read: Callable[[], Iterable[Timing]]) -> list[Timing]:
+        """Return what is written with what is noted and not written yet.
+
+        While another thread writes, a timing may be in both: it counts twice, which
+        changes a speed little. Nothing is in neither.
+
+        Args:
+            read: Reads what is written.
+        """
         with self._lock:
-            return list(_added(known, self._timings).values())
+            noted = list(self._timings)
+        return list(_added(read(), noted).values())
 
     def __bool__(self) -> bool:
         return bool(self._counts or self._timings or self._requests)
@@ -105,17 +113,25 @@ class LoadNotes:
             counts, self._counts = self._counts, Counter()
             uses, self._uses = self._uses, {}
             timings = list(self._timings)
-            self._timings.clear()
             requests = list(self._requests)
             self._requests.clear()
-        with suppress(StoreLockedError, IndexDamagedError, OSError), index.unsynced():
-            index.count(**counts)
-            for block, used_at in uses.items():
-                index.note_use(block, used_at, sum_uses)
-            if timings:
-                _write_timings(index, timings)
-            if requests:
-                scores.write(index, requests)
+        try:
+            with (
+                suppress(StoreLockedError, IndexDamagedError, OSError),
+                index.unsynced(),
+            ):
+                index.count(**counts)
+                for block, used_at in uses.items():
+                    index.note_use(block, used_at, sum_uses)
+                if timings:
+                    _write_timings(index, timings)
+                if requests:
+                    scores.write(index, requests)
+        finally:
+            with self._lock:
+                written = set(map(id, timings))
+                later = (t for t in self._timings if id(t) not in written)
+                self._timings = deque(later, maxlen=_MAX_TIMINGS)
 
 
 def _write_timings(index: Index, noted: list[Timing]) -> None:

@@ -374,13 +374,48 @@ def test_notes_of_many_threads_are_all_kept(index):
     assert index.timings()[0].num == pytest.approx(10, rel=0.01)
 
 
+def test_while_it_is_written_a_timing_is_known(index, monkeypatch):
+    """A server that asks for its speed meanwhile is not told that there is none."""
+    notes, seen = LoadNotes(), []
+
+    def asked():
+        seen.append([timing.num for timing in notes.timings(index.timings)])
+
+    def within(method):
+        def call(*args):
+            asked()
+            found = method(*args)
+            asked()
+            return found
+
+        return call
+
+    for name in ("put_timing", "drop_timings"):
+        monkeypatch.setattr(index, name, within(getattr(index, name)))
+    notes.add_timing(MODEL, None, 100, seconds=1.0)
+    notes.write(index)
+    asked()
+    assert len(seen) == 5
+    assert all(seen)
+    assert seen[-1] == [1]
+
+    def read():
+        """Return what was written before another thread wrote."""
+        known = []
+        notes.write(index)
+        return known
+
+    notes.add_timing(MODEL, None, 100, seconds=1.0)
+    assert notes.timings(read)
+
+
 def test_notes_that_nobody_writes_do_not_grow():
     """A store that never comes to write keeps what would count."""
     notes = LoadNotes()
     for _ in range(1000):
         notes.add_timing(MODEL, None, 100, seconds=1.0)
     assert len(notes._timings) == 256
-    assert notes.timings([])[0].num == pytest.approx(10)
+    assert notes.timings(list)[0].num == pytest.approx(10)
 
 
 def test_what_nobody_measured_for_long_is_forgotten(index):
