@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 import numpy as np
 
+from ..codecs.parallel import NUM_THREADS
+
 _SIZES = {"U8": 1, "U16": 2, "F16": 2, "F32": 4, "U32": 4, "I32": 4, "I64": 8}
 _LARGE_PAGE = 2 * 1024 * 1024
 # Of all arrays: less would not fill its last page well.
@@ -88,9 +90,9 @@ def _take_memory(arrays: Iterable[mx.array]) -> None:
     Page by page, that takes longer than decoding does. On Linux only.
     """
     spans = [(np.asarray(array).ctypes.data, array.nbytes) for array in arrays]
-    count = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(count, "kvstore-memory") as pool:
-        list(pool.map(_take_spans, (spans[i::count] for i in range(count))))
+    parts = (spans[i::NUM_THREADS] for i in range(NUM_THREADS))
+    with ThreadPoolExecutor(NUM_THREADS, "kvstore-memory") as pool:
+        list(pool.map(_take_spans, parts))
 
 
 def _take_spans(spans: Sequence[tuple[int, int]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +17,7 @@ from ..codecs.base import Codec, Rows, Run, map_arrays
 from ..codecs.dtypes import MLX_DTYPES, NUMPY_DTYPES
 from ..codecs.fit import Fit
 from ..codecs.fit_device import is_known
+from ..codecs.parallel import NUM_CORES, NUM_THREADS
 from ..codecs.turbo import SEED, Turbo
 from ..errors import IntegrityError
 from ..format.block import StoredBlock
@@ -206,7 +206,7 @@ class HostRestoring:
         num_tokens: How many tokens' rows there will be.
     """
 
-    num_threads = min(8, os.cpu_count() or 1)
+    num_threads = NUM_THREADS
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout
@@ -329,7 +329,7 @@ class KernelRestoring(HostRestoring):
         num_tokens: How many tokens' rows there will be.
     """
 
-    num_threads = min(16, os.cpu_count() or 1)
+    num_threads = min(16, NUM_CORES)
 
     def __init__(self, layout: Layout, num_tokens: int) -> None:
         self._layout = layout

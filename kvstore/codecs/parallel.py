@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,12 @@ from typing import TypeVar
 
 from ..errors import KVStoreError
 
-NUM_THREADS = min(8, os.cpu_count() or 1)
+# A container, or `taskset`, may give a process less than the machine has.
+NUM_CORES = (
+    len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+)
+"""On how many cores this process may run."""
+NUM_THREADS = min(8, NUM_CORES)
 """How many blocks are encoded at a time."""
 _AHEAD = 4
 Item = TypeVar("Item")

@@ -27,6 +27,7 @@ from ...blas import (
     load_openblas,
     openblas_in_process,
 )
+from ...codecs.parallel import NUM_CORES
 from ...errors import KVStoreError, StoreLockedError
 from ...format.config import CONFIG
 from ...format.documents import JSON
@@ -165,7 +166,7 @@ def _measure_flops(size: int = 1024) -> float:
 
 def _load() -> str:
     with suppress(OSError):
-        return f"the load is {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        return f"the load is {os.getloadavg()[0]:.1f} on {NUM_CORES} cores"
     return "the load is not known"
 
 
