@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .format.bundle import BundleReader
     from .format.calibration import Calibration
     from .ops.explain import Explanation
-    from .ops.load import Hit, Loader, Match, Request
+    from .ops.load import Hit, Match, Request
     from .ops.quality import Loss
     from .ops.tree import Tree
     from .ops.upkeep.check import Finding
@@ -492,6 +492,9 @@ class Store:
         Raises:
             OSError: The disk fails; that is no damage.
         """
+        # Imported here: listing a store needs no MLX.
+        from .ops.load import find_prefix, restore
+
         token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(
@@ -504,16 +507,15 @@ class Store:
                 return made, token_list[made[0].offset :]
 
         missed: list[Match] = []
+        tell = progress or ignore_progress
 
-        def restore(blocks: BlockStore) -> tuple[list[Any] | None, list[int]]:
+        def work(blocks: BlockStore) -> tuple[list[Any] | None, list[int]]:
             for tries in range(_TRIES):
                 begin = time.perf_counter()
-                hit = _loader(blocks).find(request)
+                hit = find_prefix(blocks, request)
                 if isinstance(hit, str) or not hit.num_tokens:
                     break
-                prompt_cache, hit = _loader(blocks).restore(
-                    hit, progress or ignore_progress
-                )
+                prompt_cache, hit = restore(blocks, hit, tell)
                 # What `prune` moved meanwhile is found at its new place.
                 is_last = tries == _TRIES - 1 and _is_usable(request, hit)
                 if hit.reason != "damaged" or is_last:
@@ -524,7 +526,7 @@ class Store:
 
         start = time.perf_counter()
         for blocks in self._layers(request):
-            found = blocks.run(partial(restore, blocks))
+            found = blocks.run(partial(work, blocks))
             if found[0] is not None:
                 return found
         self._notes.add(None, len(token_list))
@@ -537,8 +539,10 @@ class Store:
         if self._base is None:
             return [self._blocks]
 
+        from .ops.load import find_prefix
+
         def held(blocks: BlockStore) -> int:
-            hit = blocks.run(lambda: _loader(blocks).find(request))
+            hit = blocks.run(lambda: find_prefix(blocks, request))
             return 0 if isinstance(hit, str) else hit.num_tokens
 
         return sorted([self._blocks, self._base], key=held, reverse=True)
@@ -645,22 +649,23 @@ class Store:
             KVStoreError: Its rows are worse than was asked for.
             OSError: The disk fails; that is no damage.
         """
+        from .ops.load import entry_hit, restore
         from .ops.quality import refuse_loss
 
-        def restore(blocks: BlockStore, entry: Entry) -> tuple[list[Any], list[int]]:
+        def work(blocks: BlockStore, entry: Entry) -> tuple[list[Any], list[int]]:
             begin = time.perf_counter()
             _check_fingerprint(blocks, entry, fingerprint)
-            loader = _loader(blocks)
             bits = EXACT_BITS if exact else min_bits
-            hit, tokens = loader.entry_hit(entry, bits)
+            hit, tokens = entry_hit(blocks, entry, bits)
             if max_kl is not None:
                 stored = map(blocks.stored, hit.places)
                 refuse_loss(_loss(blocks, entry, stored), max_kl)
-            cache, hit = loader.restore(hit, progress or ignore_progress, strict=True)
+            tell = progress or ignore_progress
+            cache, hit = restore(blocks, hit, tell, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
             return cache, tokens
 
-        return self._with_entry(ref, restore)
+        return self._with_entry(ref, work)
 
     def prefetch(self, ref: str) -> Thread:
         """Start reading an entry's shards, while its prompt is tokenized say.
@@ -690,13 +695,13 @@ class Store:
         spans: Sequence[Span] = (),
     ) -> Match:
         """Return what :meth:`load` would restore, and why not more."""
-        from .ops.load import to_match
+        from .ops.load import find_prefix, to_match
 
         token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
         request = self._request(token_list, fingerprint, bits, like, spans)
         blocks = self._layers(request)[0]
-        hit = blocks.run(lambda: _loader(blocks).find(request))
+        hit = blocks.run(lambda: find_prefix(blocks, request))
         return to_match(hit, len(token_list))
 
     def explain(
@@ -712,8 +717,7 @@ class Store:
 
         Takes longer: it looks through all that any model has stored of the prompt.
         """
-        from .ops.explain import Explainer
-        from .ops.load import to_match
+        from .ops.explain import explain
 
         token_list = as_tokens(tokens)
         bits = EXACT_BITS if exact else min_bits
@@ -722,11 +726,7 @@ class Store:
         blocks = self._layers(request)[0]
 
         def work() -> Explanation:
-            loader, known = _loader(blocks), Catalog(blocks).all()
-            explainer = Explainer(blocks, loader, known)
-            damage = explainer.find_damage(request)
-            match = to_match(loader.find(request), len(token_list))
-            return explainer.explain(request, fingerprint, match, damage)
+            return explain(blocks, Catalog(blocks).all(), request, fingerprint)
 
         return blocks.run(work)
 
@@ -1437,13 +1437,6 @@ class Store:
     def _write_notes(self) -> None:
         if self._notes:
             self._notes.write(self._blocks.index)
-
-
-def _loader(blocks: BlockStore) -> Loader:
-    # Imported here: listing a store needs no MLX.
-    from .ops.load import Loader
-
-    return Loader(blocks)
 
 
 def _to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:

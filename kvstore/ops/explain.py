@@ -20,7 +20,16 @@ from ..format.chain import common_run, hash_block_tokens, hash_root, split_token
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
 from ..storage.index import Link, Place
-from .load import Child, Hit, Loader, Match, Request, why_unusable
+from .load import (
+    Child,
+    Hit,
+    Match,
+    Request,
+    children,
+    find_prefix,
+    to_match,
+    why_unusable,
+)
 
 # The latest; each costs its shards' headers.
 _MAX_ENTRIES = 64
@@ -111,217 +120,215 @@ class _Trace:
         return self.places[-1] if self.places else None
 
 
-class Explainer:
-    """Explains what one store holds of prompts.
+def _find_damage(blocks: BlockStore, request: Request) -> str | None:
+    """Return which of the blocks that would be restored is damaged, if one is.
+
+    Their headers are read; what is damaged is dropped from the index, as a load
+    would.
+    """
+    hit = find_prefix(blocks, request)
+    for place in hit.places if isinstance(hit, Hit) else ():
+        try:
+            blocks.stored(place)
+        except (IntegrityError, FormatError) as error:
+            return f"block {place.hash.hex()[:12]}: {error}"
+    return None
+
+
+def explain(
+    blocks: BlockStore,
+    entries: Sequence[Entry],
+    request: Request,
+    given: Fingerprint,
+) -> Explanation:
+    """Return what would be restored of a prompt, and what is stored beside it.
 
     Args:
         blocks: The store's blocks.
-        loader: Finds prefixes in it.
         entries: Its entries, latest first.
+        request: The prompt, and whose rows are wanted.
+        given: The fingerprint of that model.
     """
+    damage = _find_damage(blocks, request)
+    match = to_match(find_prefix(blocks, request), len(request.tokens))
+    traces = list(_traces(blocks, request))
+    holders = _Holders(entries, blocks.index.links())
+    mine = [trace for trace in traces if _is_usable(trace, request)]
+    best = max(mine, key=_num_common, default=None)
+    return Explanation(
+        match=match,
+        num_common=best.num_common if best else 0,
+        divergence=(
+            _divergence(blocks, best, request, match, holders) if best else None
+        ),
+        entry=_label(_holder(best, holders)) if best else None,
+        other=_other(blocks, traces, mine, request, given, holders),
+        damage=damage or _find_gap(blocks, mine, request, holders),
+    )
 
-    def __init__(
-        self,
-        blocks: BlockStore,
-        loader: Loader,
-        entries: Sequence[Entry],
-    ) -> None:
-        self._blocks = blocks
-        self._index = blocks.index
-        self._loader = loader
-        self._entries = entries
-        self._block_size = blocks.folder.block_size
 
-    def find_damage(self, request: Request) -> str | None:
-        """Return which of the blocks that would be restored is damaged, if one is.
+def _traces(blocks: BlockStore, request: Request) -> Iterator[_Trace]:
+    """Yield how far the prompt is stored under every root that there is."""
+    size = blocks.folder.block_size
+    for root, fingerprint, layout in blocks.index.all_roots():
+        if hash_root(fingerprint, layout) != root:
+            continue  # a damaged row of the index
+        full = {
+            block.hash: block
+            for block in split_tokens(root, request.tokens, size)
+            if len(block.tokens) == size
+        }
+        places = tuple(blocks.index.longest_prefix(list(full)))
+        tip = places[-1].hash if places else root
+        done = len(places) * size
+        behind = children(blocks, tip, request.tokens[done:])
+        # One that goes on says more than one that ends there.
+        child = max(behind, key=_run_and_length, default=None)
+        done += child[0] if child else 0
+        yield _Trace(root, fingerprint, layout, full, places, done, child)
 
-        Their headers are read; what is damaged is dropped from the index, as a load
-        would.
-        """
-        hit = self._loader.find(request)
-        for place in hit.places if isinstance(hit, Hit) else ():
-            try:
-                self._blocks.stored(place)
-            except (IntegrityError, FormatError) as error:
-                return f"block {place.hash.hex()[:12]}: {error}"
+
+def _is_usable(trace: _Trace, request: Request) -> bool:
+    is_of_model = trace.fingerprint == request.fingerprint
+    return is_of_model and _kind_difference(trace, request) is None
+
+
+def _other(
+    blocks: BlockStore,
+    traces: Sequence[_Trace],
+    mine: Sequence[_Trace],
+    request: Request,
+    given: Fingerprint,
+    holders: _Holders,
+) -> OtherModel | None:
+    """Return what has more of a prompt than what can be used, if anything has."""
+    others = [trace for trace in traces if trace not in mine]
+    latest = {trace.root: holders.latest(trace.root) for trace in others}
+
+    def rank(trace: _Trace) -> tuple[int, float]:
+        entry = latest[trace.root]
+        return trace.num_common, entry.updated_at if entry else 0.0
+
+    other = max(others, key=rank, default=None)
+    if other is None:
         return None
+    is_there = any(blocks.index.has_children(trace.root) for trace in mine)
+    if is_there and other.num_common <= max(map(_num_common, mine)):
+        return None
+    holder = _holder(other, holders) if other.place else latest[other.root]
+    if holder is None and other.place is None:
+        return None  # pruned: only the root is left
+    difference = (
+        _kind_difference(other, request)
+        if other.fingerprint == request.fingerprint
+        else _model_difference(blocks, other, given)
+    )
+    return OtherModel(
+        other.num_common,
+        difference or "",
+        holder.model if holder else "",
+        _label(holder),
+    )
 
-    def explain(
-        self, request: Request, given: Fingerprint, match: Match, damage: str | None
-    ) -> Explanation:
-        """Return a match with what is stored beside it.
 
-        Args:
-            request: The prompt, and whose rows are wanted.
-            given: The fingerprint of that model.
-            match: What would be restored.
-            damage: What :meth:`find_damage` returned.
-        """
-        traces = list(self._traces(request))
-        holders = _Holders(self._entries, self._index.links())
-        mine = [trace for trace in traces if self._is_usable(trace, request)]
-        best = max(mine, key=_num_common, default=None)
-        return Explanation(
-            match=match,
-            num_common=best.num_common if best else 0,
-            divergence=(
-                self._divergence(best, request, match, holders) if best else None
-            ),
-            entry=_label(_holder(best, holders)) if best else None,
-            other=self._other(traces, mine, request, given, holders),
-            damage=damage or self._find_gap(mine, request, holders),
-        )
+def _model_difference(blocks: BlockStore, trace: _Trace, given: Fingerprint) -> str:
+    """Return the first field in which two fingerprints differ, with both values."""
+    place = trace.place or next(iter(blocks.index.followers(trace.root)), None)
+    try:
+        fields = blocks.origin_at(place).fingerprint if place else None
+    except (IntegrityError, FormatError):
+        fields = None
+    found = Fingerprint(fields).difference(given) if fields else None
+    return found or (
+        f"fingerprint: stored {trace.fingerprint[:12]}…, given {given.digest[:12]}…"
+    )
 
-    def _traces(self, request: Request) -> Iterator[_Trace]:
-        """Yield how far the prompt is stored under every root that there is."""
-        size = self._block_size
-        for root, fingerprint, layout in self._index.all_roots():
-            if hash_root(fingerprint, layout) != root:
-                continue  # a damaged row of the index
-            blocks = {
-                block.hash: block
-                for block in split_tokens(root, request.tokens, size)
-                if len(block.tokens) == size
-            }
-            places = tuple(self._index.longest_prefix(list(blocks)))
-            tip = places[-1].hash if places else root
-            done = len(places) * size
-            children = self._loader.children(tip, request.tokens[done:])
-            # One that goes on says more than one that ends there.
-            child = max(children, key=_run_and_length, default=None)
-            done += child[0] if child else 0
-            yield _Trace(root, fingerprint, layout, blocks, places, done, child)
 
-    def _is_usable(self, trace: _Trace, request: Request) -> bool:
-        is_of_model = trace.fingerprint == request.fingerprint
-        return is_of_model and _kind_difference(trace, request) is None
+def _divergence(
+    blocks: BlockStore, trace: _Trace, request: Request, match: Match, holders: _Holders
+) -> Divergence | None:
+    """Return where a prompt leaves what is stored; ``None`` where that ends."""
+    at = trace.num_common
+    if match.reason == "whole" or at >= len(request.tokens):
+        return None
+    owners = holders.of(trace.root)
+    stored, run = _other_side(blocks, trace, owners)
+    if stored is None:
+        return None
+    owner = owners.get(stored.block.hash)
+    behind = _behind(blocks, holders.chain(owner), stored) if owner else iter(())
+    after = [*stored.block.tokens[run:], *islice(behind, WINDOW)]
+    start = max(0, at - WINDOW)
+    return Divergence(
+        position=at,
+        start=start,
+        stored=(*request.tokens[start:at], *after[:WINDOW]),
+        given=tuple(request.tokens[start : at + WINDOW]),
+        entry=_label(owner),
+    )
 
-    def _other(
-        self,
-        traces: Sequence[_Trace],
-        mine: Sequence[_Trace],
-        request: Request,
-        given: Fingerprint,
-        holders: _Holders,
-    ) -> OtherModel | None:
-        """Return what has more of a prompt than what can be used, if anything has."""
-        others = [trace for trace in traces if trace not in mine]
-        latest = {trace.root: holders.latest(trace.root) for trace in others}
 
-        def rank(trace: _Trace) -> tuple[int, float]:
-            entry = latest[trace.root]
-            return trace.num_common, entry.updated_at if entry else 0.0
-
-        other = max(others, key=rank, default=None)
-        if other is None:
-            return None
-        is_there = any(self._index.has_children(trace.root) for trace in mine)
-        if is_there and other.num_common <= max(map(_num_common, mine)):
-            return None
-        holder = _holder(other, holders) if other.place else latest[other.root]
-        if holder is None and other.place is None:
-            return None  # pruned: only the root is left
-        difference = (
-            _kind_difference(other, request)
-            if other.fingerprint == request.fingerprint
-            else self._model_difference(other, given)
-        )
-        return OtherModel(
-            other.num_common,
-            difference or "",
-            holder.model if holder else "",
-            _label(holder),
-        )
-
-    def _model_difference(self, trace: _Trace, given: Fingerprint) -> str:
-        """Return the first field in which two fingerprints differ, with both values."""
-        place = trace.place or next(iter(self._index.followers(trace.root)), None)
+def _other_side(
+    blocks: BlockStore, trace: _Trace, owners: Mapping[BlockHash, Entry]
+) -> tuple[StoredBlock | None, int]:
+    """Return a block that goes on otherwise than a prompt, and after how many."""
+    if trace.child is not None:
+        run, _, stored = trace.child
+        return (stored, run) if run < len(stored.block.tokens) else (None, run)
+    found = blocks.index.followers(trace.tip)
+    for place in sorted(found, key=lambda place: place.hash not in owners):
         try:
-            fields = self._blocks.origin_at(place).fingerprint if place else None
+            return blocks.stored(place), 0
         except (IntegrityError, FormatError):
-            fields = None
-        found = Fingerprint(fields).difference(given) if fields else None
-        return found or (
-            f"fingerprint: stored {trace.fingerprint[:12]}…, given {given.digest[:12]}…"
-        )
+            continue
+    return None, 0
 
-    def _divergence(
-        self, trace: _Trace, request: Request, match: Match, holders: _Holders
-    ) -> Divergence | None:
-        """Return where a prompt leaves what is stored; ``None`` where that ends."""
-        at = trace.num_common
-        if match.reason == "whole" or at >= len(request.tokens):
-            return None
-        owners = holders.of(trace.root)
-        stored, run = self._other_side(trace, owners)
-        if stored is None:
-            return None
-        owner = owners.get(stored.block.hash)
-        behind = self._behind(holders.chain(owner), stored) if owner else iter(())
-        after = [*stored.block.tokens[run:], *islice(behind, WINDOW)]
-        start = max(0, at - WINDOW)
-        return Divergence(
-            position=at,
-            start=start,
-            stored=(*request.tokens[start:at], *after[:WINDOW]),
-            given=tuple(request.tokens[start : at + WINDOW]),
-            entry=_label(owner),
-        )
 
-    def _other_side(
-        self, trace: _Trace, owners: Mapping[BlockHash, Entry]
-    ) -> tuple[StoredBlock | None, int]:
-        """Return a block that goes on otherwise than a prompt, and after how many."""
-        if trace.child is not None:
-            run, _, stored = trace.child
-            return (stored, run) if run < len(stored.block.tokens) else (None, run)
-        found = self._index.followers(trace.tip)
-        for place in sorted(found, key=lambda place: place.hash not in owners):
-            try:
-                return self._blocks.stored(place), 0
-            except (IntegrityError, FormatError):
-                continue
-        return None, 0
+def _behind(
+    blocks: BlockStore, chain: Sequence[BlockHash], stored: StoredBlock
+) -> Iterator[int]:
+    """Yield the tokens of a chain behind one of its blocks."""
+    for block in chain[chain.index(stored.block.hash) + 1 :]:
+        place = blocks.index.place(block)
+        if place is None:
+            return
+        try:
+            yield from blocks.stored(place).block.tokens
+        except (IntegrityError, FormatError):
+            return
 
-    def _behind(self, chain: Sequence[BlockHash], stored: StoredBlock) -> Iterator[int]:
-        """Yield the tokens of a chain behind one of its blocks."""
-        for block in chain[chain.index(stored.block.hash) + 1 :]:
-            place = self._index.place(block)
-            if place is None:
-                return
-            try:
-                yield from self._blocks.stored(place).block.tokens
-            except (IntegrityError, FormatError):
-                return
 
-    def _find_gap(
-        self, traces: Sequence[_Trace], request: Request, holders: _Holders
-    ) -> str | None:
-        """Return which block of the prompt an entry needs and the index lacks."""
-        for trace in traces:
-            for entry in holders.entries(trace.root):
-                block = self._lost(entry, trace, request, holders)
-                if block is not None:
-                    stop = block.start + len(block.tokens)
-                    return (
-                        f"block {block.hash.hex()[:12]} of `{_label(entry)}`, tokens"
-                        f" {block.start:,} to {stop - 1:,}, is damaged or missing"
-                    )
-        return None
+def _find_gap(
+    blocks: BlockStore, traces: Sequence[_Trace], request: Request, holders: _Holders
+) -> str | None:
+    """Return which block of the prompt an entry needs and the index lacks."""
+    for trace in traces:
+        for entry in holders.entries(trace.root):
+            block = _lost(blocks, entry, trace, request, holders)
+            if block is not None:
+                stop = block.start + len(block.tokens)
+                return (
+                    f"block {block.hash.hex()[:12]} of `{_label(entry)}`, tokens"
+                    f" {block.start:,} to {stop - 1:,}, is damaged or missing"
+                )
+    return None
 
-    def _lost(
-        self, entry: Entry, trace: _Trace, request: Request, holders: _Holders
-    ) -> Block | None:
-        """Return the last block of an entry that is lost, if the prompt has it too."""
-        lost = holders.lost(entry)
-        if lost is None or lost in trace.blocks:
-            return trace.blocks[lost] if lost else None
-        start = (entry.num_tokens - 1) // self._block_size * self._block_size
-        tokens = tuple(request.tokens[start : entry.num_tokens])
-        before = [b.hash for b in trace.blocks.values() if b.start < start]
-        parent = before[-1] if before else trace.root
-        is_tail = hash_block_tokens(parent, tokens) == lost
-        return Block(lost, parent, start, tokens) if is_tail else None
+
+def _lost(
+    blocks: BlockStore, entry: Entry, trace: _Trace, request: Request, holders: _Holders
+) -> Block | None:
+    """Return the last block of an entry that is lost, if the prompt has it too."""
+    lost = holders.lost(entry)
+    if lost is None or lost in trace.blocks:
+        return trace.blocks[lost] if lost else None
+    start = (
+        (entry.num_tokens - 1) // blocks.folder.block_size * blocks.folder.block_size
+    )
+    tokens = tuple(request.tokens[start : entry.num_tokens])
+    before = [b.hash for b in trace.blocks.values() if b.start < start]
+    parent = before[-1] if before else trace.root
+    is_tail = hash_block_tokens(parent, tokens) == lost
+    return Block(lost, parent, start, tokens) if is_tail else None
 
 
 class _Holders:

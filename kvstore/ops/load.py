@@ -134,307 +134,316 @@ def to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:
     return Match(hit.num_tokens, num_prompt_tokens, hit.reason, hit.detail)
 
 
-class Loader:
-    """Finds and restores prefixes in one store.
+def find_prefix(blocks: BlockStore, request: Request) -> Hit | str:
+    """Return the longest stored prefix, or why there is none of this model."""
+    return _end_outside_units(partial(_longest, blocks), request)
+
+
+def _longest(blocks: BlockStore, request: Request) -> Hit | str:
+    """Return the longest stored prefix, wherever it ends."""
+    found = list(_all(blocks, request))
+    hits = [hit for hit in found if isinstance(hit, Hit)]
+    if not hits:
+        unfit = [why for why in found if isinstance(why, str)]
+        return unfit[0] if unfit else _NOTHING
+    return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
+
+
+def find_prefixes(blocks: BlockStore, request: Request) -> list[Hit]:
+    """Return the longest prefix of each layout, wherever it ends."""
+    return [hit for hit in _all(blocks, request) if isinstance(hit, Hit)]
+
+
+def _all(blocks: BlockStore, request: Request) -> Iterator[Hit | str | None]:
+    # One root for each way that a prompt cache of this model was built.
+    for root, layout in blocks.index.roots(request.fingerprint):
+        yield _follow(blocks, request, root, layout)
+
+
+def entry_hit(
+    blocks: BlockStore, entry: Entry, min_bits: int = 0
+) -> tuple[Hit, list[int]]:
+    """Return all blocks of an entry as a hit, and its tokens.
+
+    Raises:
+        IntegrityError: One is missing or damaged.
+        KVStoreError: One has fewer bits per number than are wanted.
+    """
+    chain = blocks.chain(entry)
+    for _, stored in chain:
+        if stored.bits < min_bits:
+            why = _inexact(stored.block.start, stored.bits, min_bits)
+            raise KVStoreError(
+                f"worse rows than wanted: {why}",
+                hint="`kvstore save --exact` computes exact ones",
+            )
+    origin = blocks.origin(entry)
+    if min_bits == EXACT_BITS and is_reanchored(origin.fingerprint):
+        raise KVStoreError(
+            "worse rows than wanted: they were computed behind other words",
+            hint="`kvstore save --exact` computes exact ones",
+        )
+    layout = known_layout(origin.layout)
+    root = BlockHash(bytes.fromhex(entry.root))
+    places = tuple(place for place, _ in chain)
+    tokens = [token for _, stored in chain for token in stored.block.tokens]
+    held = [stored for _, stored in chain]
+    if not is_restorable(layout, held, entry.num_tokens):
+        raise IntegrityError(
+            f"block {entry.tip[:12]} cannot be rebuilt: a state or rows of a window"
+            " are missing",
+            block=entry.tip,
+            hint="save the prompt again",
+        )
+    return Hit(root, layout, places, entry.num_tokens, "whole", ""), tokens
+
+
+def restore(
+    blocks: BlockStore, hit: Hit, progress: Progress, *, strict: bool = False
+) -> tuple[caches.PromptCache, Hit]:
+    """Return the prompt cache of a hit, and the hit as far as it was good.
 
     Args:
         blocks: The store's blocks.
+        hit: What to restore.
+        progress: Called with (tokens restored, tokens in all).
+        strict: Raise on damage, instead of ending before it.
+
+    Raises:
+        IntegrityError: Damage, where ``strict``.
+        KVStoreError: There is no room for the rows.
     """
+    with _room_for(hit.num_tokens):
+        return _restore(blocks, hit, progress, strict=strict)
 
-    def __init__(self, blocks: BlockStore) -> None:
-        self._folder = blocks.folder
-        self._index = blocks.index
-        self._blocks = blocks
 
-    def find(self, request: Request) -> Hit | str:
-        """Return the longest stored prefix, or why there is none of this model."""
-        return _end_outside_units(self._longest, request)
+def _restore(
+    blocks: BlockStore, hit: Hit, progress: Progress, *, strict: bool
+) -> tuple[caches.PromptCache, Hit]:
+    try:
+        check_layout(hit.layout, hit.num_tokens)  # before anything is allocated
+    except IntegrityError as error:
+        if strict:
+            raise
+        return [], replace(hit, num_tokens=0, reason="damaged", detail=str(error))
+    restoring = start_restoring(hit.layout, hit.num_tokens)
+    done, provenance = 0, Provenance()
+    codecs: Counter[str] = Counter()
+    decoded = map_in_order(
+        _Decoding(blocks.folder.shards, hit.num_tokens, restoring),
+        _read_first(_located(blocks, hit, restoring)),
+        restoring.num_threads,
+        nbytes=lambda item: item.nbytes,
+        max_bytes=restoring.spare_bytes,
+    )
+    # Until a header says otherwise: rows that nobody vouches for are not called
+    # exact.
+    is_moved = True
+    failed: Exception | None = None
+    try:
+        origin = blocks.origin_at(hit.places[0])
+        is_moved = is_reanchored(origin.fingerprint)
+        with closing(decoded):
+            for item, failed in decoded:
+                if failed is not None:
+                    # Here, on the thread that owns the index, so that what is
+                    # damaged leaves it.
+                    with blocks.healing(item.shard):
+                        raise failed
+                stored = item.stored
+                codecs[stored.codec] += len(stored.block.tokens)
+                done = min(done + len(stored.block.tokens), hit.num_tokens)
+                provenance = _add(provenance, stored, done)
+                progress(done, hit.num_tokens)
+    except (IntegrityError, FormatError, OSError) as error:
+        failed = None  # which has this frame, and so the rows
+        if strict:
+            raise
+        # Windows and states were to be rebuilt where the hit ended.
+        done = done if has_only_rows(hit.layout) else 0
+        hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
+        if not done:
+            return [], hit
+    # Which of them were, nobody has written down.
+    provenance = replace(provenance, num_moved=done if is_moved else 0)
+    restored = restoring.finish(done, provenance)
+    hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
+    return caches.convert(restored, _classes(hit)), hit
 
-    def _longest(self, request: Request) -> Hit | str:
-        """Return the longest stored prefix, wherever it ends."""
-        found = list(self._all(request))
-        hits = [hit for hit in found if isinstance(hit, Hit)]
-        if not hits:
-            unfit = [why for why in found if isinstance(why, str)]
-            return unfit[0] if unfit else _NOTHING
-        return max(hits, key=lambda hit: (hit.num_tokens, _is_as_stored(hit)))
 
-    def hits(self, request: Request) -> list[Hit]:
-        """Return the longest prefix of each layout, wherever it ends."""
-        return [hit for hit in self._all(request) if isinstance(hit, Hit)]
+def _located(blocks: BlockStore, hit: Hit, restoring: Restoring) -> Iterator[_Located]:
+    """Yield the blocks of a hit, in order, with where their rows go."""
+    own, groups = own_codecs(blocks.folder), group_layers(hit.layout)
+    end = 0
+    for shard, places in groupby(hit.places, key=lambda place: place.shard):
+        header, located = blocks.locate(shard, list(places), hit.root)
+        for stored in located:
+            # A header may lie about where a block stands: the hash is of its parent
+            # and tokens.
+            if stored.block.start != end:
+                name = stored.block.hash.hex()
+                raise IntegrityError(f"block {name[:12]} is out of place", block=name)
+            end += len(stored.block.tokens)
+            with _about(stored):
+                pieces = tuple(stored_pieces(stored, groups, own))
+            buffers = restoring.buffers(pieces, stored, min(end, hit.num_tokens))
+            is_received = restoring.can_receive(pieces)
+            yield _Located(shard, header, stored, pieces, buffers, is_received)
 
-    def _all(self, request: Request) -> Iterator[Hit | str | None]:
-        # One root for each way that a prompt cache of this model was built.
-        for root, layout in self._index.roots(request.fingerprint):
-            yield self._follow(request, root, layout)
 
-    def entry_hit(self, entry: Entry, min_bits: int = 0) -> tuple[Hit, list[int]]:
-        """Return all blocks of an entry as a hit, and its tokens.
+def _follow(
+    blocks: BlockStore, request: Request, root: BlockHash, layout_json: object
+) -> Hit | str | None:
+    """Return the longest prefix under one root, or why its layout does not fit."""
+    if hash_root(request.fingerprint, layout_json) != root:
+        return None  # a damaged row of the index: it names no root of ours
+    try:
+        layout = known_layout(layout_json)
+    except IntegrityError:
+        return None  # of a class that only another release knows
+    if why := why_unusable(layout, request):
+        return f"what is stored of this model does not fit it: {why}"
+    size = blocks.folder.block_size
+    split: Iterable[Block] = request.blocks
+    if not request.blocks or request.blocks[0].parent != root:
+        split = split_tokens(root, request.tokens, size)
+    chain = [block for block in split if len(block.tokens) == size]
+    held = _held(blocks, request, chain)
+    start = Hit(root, layout, held, len(held) * size, "end", "", request.wanted)
+    if start.num_tokens == len(request.tokens):
+        return _fit(blocks, request, _leave_one(start, size))
+    parent = chain[len(held) - 1].hash if held else root
+    return _fit(blocks, request, _extend(blocks, request, start, parent))
 
-        Raises:
-            IntegrityError: One is missing or damaged.
-            KVStoreError: One has fewer bits per number than are wanted.
-        """
-        chain = self._blocks.chain(entry)
-        for _, stored in chain:
-            if stored.bits < min_bits:
-                why = _inexact(stored.block.start, stored.bits, min_bits)
-                raise KVStoreError(
-                    f"worse rows than wanted: {why}",
-                    hint="`kvstore save --exact` computes exact ones",
-                )
-        origin = self._blocks.origin(entry)
-        if min_bits == EXACT_BITS and is_reanchored(origin.fingerprint):
-            raise KVStoreError(
-                "worse rows than wanted: they were computed behind other words",
-                hint="`kvstore save --exact` computes exact ones",
-            )
-        layout = known_layout(origin.layout)
-        root = BlockHash(bytes.fromhex(entry.root))
-        places = tuple(place for place, _ in chain)
-        tokens = [token for _, stored in chain for token in stored.block.tokens]
-        blocks = [stored for _, stored in chain]
-        if not is_restorable(layout, blocks, entry.num_tokens):
-            raise IntegrityError(
-                f"block {entry.tip[:12]} cannot be rebuilt: a state or rows of a window"
-                " are missing",
-                block=entry.tip,
-                hint="save the prompt again",
-            )
-        return Hit(root, layout, places, entry.num_tokens, "whole", ""), tokens
 
-    def restore(
-        self, hit: Hit, progress: Progress, *, strict: bool = False
-    ) -> tuple[caches.PromptCache, Hit]:
-        """Return the prompt cache of a hit, and the hit as far as it was good.
+def _fit(blocks: BlockStore, request: Request, hit: Hit) -> Hit:
+    """Return a hit shortened to where every layer can be rebuilt."""
+    if has_only_rows(hit.layout) or not hit.places:
+        return hit
+    try:
+        stored = [blocks.stored(place) for place in hit.places]
+    except (IntegrityError, FormatError) as error:
+        return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
+    found = next(
+        replace(hit, places=places, num_tokens=stop)
+        for stop, places, held in _ends(blocks, request, hit, stored)
+        if not held or is_restorable(hit.layout, held, stop)
+    )
+    if found.num_tokens == hit.num_tokens:
+        return found
+    detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
+    detail += f"the last checkpoint before is at {found.num_tokens:,}"
+    return replace(found, reason="checkpoint", detail=detail)
 
-        Args:
-            hit: What to restore.
-            progress: Called with (tokens restored, tokens in all).
-            strict: Raise on damage, instead of ending before it.
 
-        Raises:
-            IntegrityError: Damage, where ``strict``.
-            KVStoreError: There is no room for the rows.
-        """
-        with _room_for(hit.num_tokens):
-            return self._restore(hit, progress, strict=strict)
+def _ends(
+    blocks: BlockStore, request: Request, hit: Hit, held: Sequence[StoredBlock]
+) -> Iterator[tuple[int, tuple[Place, ...], list[StoredBlock]]]:
+    """Yield where a hit may end and with which blocks, the whole of it first.
 
-    def _restore(
-        self, hit: Hit, progress: Progress, *, strict: bool
-    ) -> tuple[caches.PromptCache, Hit]:
-        try:
-            check_layout(hit.layout, hit.num_tokens)  # before anything is allocated
-        except IntegrityError as error:
-            if strict:
-                raise
-            return [], replace(hit, num_tokens=0, reason="damaged", detail=str(error))
-        restoring = start_restoring(hit.layout, hit.num_tokens)
-        done, provenance = 0, Provenance()
-        codecs: Counter[str] = Counter()
-        decoded = map_in_order(
-            _Decoding(self._folder.shards, hit.num_tokens, restoring),
-            _read_first(self._located(hit, restoring)),
-            restoring.num_threads,
-            nbytes=lambda item: item.nbytes,
-            max_bytes=restoring.spare_bytes,
-        )
-        # Until a header says otherwise: rows that nobody vouches for are not called
-        # exact.
-        is_moved = True
-        failed: Exception | None = None
-        try:
-            origin = self._blocks.origin_at(hit.places[0])
-            is_moved = is_reanchored(origin.fingerprint)
-            with closing(decoded):
-                for item, failed in decoded:
-                    if failed is not None:
-                        # Here, on the thread that owns the index, so that what is
-                        # damaged leaves it.
-                        with self._blocks.healing(item.shard):
-                            raise failed
-                    stored = item.stored
-                    codecs[stored.codec] += len(stored.block.tokens)
-                    done = min(done + len(stored.block.tokens), hit.num_tokens)
-                    provenance = _add(provenance, stored, done)
-                    progress(done, hit.num_tokens)
-        except (IntegrityError, FormatError, OSError) as error:
-            failed = None  # which has this frame, and so the rows
-            if strict:
-                raise
-            # Windows and states were to be rebuilt where the hit ended.
-            done = done if has_only_rows(hit.layout) else 0
-            hit = replace(hit, num_tokens=done, reason="damaged", detail=str(error))
-            if not done:
-                return [], hit
-        # Which of them were, nobody has written down.
-        provenance = replace(provenance, num_moved=done if is_moved else 0)
-        restored = restoring.finish(done, provenance)
-        hit = replace(hit, codec=max(codecs, key=codecs.__getitem__))
-        return caches.convert(restored, _classes(hit)), hit
+    Also try shorter sibling blocks: an older save may have left a checkpoint there.
+    """
+    yield hit.num_tokens, hit.places, list(held)
+    for number, stored in reversed(list(enumerate(held))):
+        start, places = stored.block.start, hit.places[:number]
+        rest = request.tokens[start:-1]
+        beside = children(blocks, stored.block.parent, rest)
+        for run, place, child in sorted(beside, key=_run_of, reverse=True):
+            if _can_cut(place, request):
+                yield start + run, (*places, place), [*held[:number], child]
+        yield start, places, list(held[:number])
 
-    def _located(self, hit: Hit, restoring: Restoring) -> Iterator[_Located]:
-        """Yield the blocks of a hit, in order, with where their rows go."""
-        own, groups = own_codecs(self._folder), group_layers(hit.layout)
-        end = 0
-        for shard, places in groupby(hit.places, key=lambda place: place.shard):
-            header, blocks = self._blocks.locate(shard, list(places), hit.root)
-            for stored in blocks:
-                # A header may lie about where a block stands: the hash is of its parent
-                # and tokens.
-                if stored.block.start != end:
-                    name = stored.block.hash.hex()
-                    raise IntegrityError(
-                        f"block {name[:12]} is out of place", block=name
-                    )
-                end += len(stored.block.tokens)
-                with _about(stored):
-                    pieces = tuple(stored_pieces(stored, groups, own))
-                buffers = restoring.buffers(pieces, stored, min(end, hit.num_tokens))
-                is_received = restoring.can_receive(pieces)
-                yield _Located(shard, header, stored, pieces, buffers, is_received)
 
-    def _follow(
-        self, request: Request, root: BlockHash, layout_json: object
-    ) -> Hit | str | None:
-        """Return the longest prefix under one root, or why its layout does not fit."""
-        if hash_root(request.fingerprint, layout_json) != root:
-            return None  # a damaged row of the index: it names no root of ours
-        try:
-            layout = known_layout(layout_json)
-        except IntegrityError:
-            return None  # of a class that only another release knows
-        if why := why_unusable(layout, request):
-            return f"what is stored of this model does not fit it: {why}"
-        size = self._folder.block_size
-        split: Iterable[Block] = request.blocks
-        if not request.blocks or request.blocks[0].parent != root:
-            split = split_tokens(root, request.tokens, size)
-        chain = [block for block in split if len(block.tokens) == size]
-        held = self._held(request, chain)
-        start = Hit(root, layout, held, len(held) * size, "end", "", request.wanted)
-        if start.num_tokens == len(request.tokens):
-            return self._fit(request, _leave_one(start, size))
-        parent = chain[len(held) - 1].hash if held else root
-        return self._fit(request, self._extend(request, start, parent))
+def _held(
+    blocks: BlockStore, request: Request, chain: Sequence[Block]
+) -> tuple[Place, ...]:
+    """Return the leading blocks of a chain that are held and may be used."""
+    places = blocks.index.longest_prefix([block.hash for block in chain])
+    return tuple(takewhile(lambda place: _is_usable(place, request), places))
 
-    def _fit(self, request: Request, hit: Hit) -> Hit:
-        """Return a hit shortened to where every layer can be rebuilt."""
-        if has_only_rows(hit.layout) or not hit.places:
-            return hit
-        try:
-            blocks = [self._blocks.stored(place) for place in hit.places]
-        except (IntegrityError, FormatError) as error:
-            return replace(hit, num_tokens=0, reason="damaged", detail=str(error))
-        found = next(
-            replace(hit, places=places, num_tokens=stop)
-            for stop, places, held in self._ends(request, hit, blocks)
-            if not held or is_restorable(hit.layout, held, stop)
-        )
-        if found.num_tokens == hit.num_tokens:
-            return found
-        detail = f"rows are held to token {hit.num_tokens:,}: {hit.detail}; "
-        detail += f"the last checkpoint before is at {found.num_tokens:,}"
-        return replace(found, reason="checkpoint", detail=detail)
 
-    def _ends(
-        self, request: Request, hit: Hit, blocks: Sequence[StoredBlock]
-    ) -> Iterator[tuple[int, tuple[Place, ...], list[StoredBlock]]]:
-        """Yield where a hit may end and with which blocks, the whole of it first.
+def _extend(blocks: BlockStore, request: Request, hit: Hit, parent: BlockHash) -> Hit:
+    """Go on into the block behind a hit that shares most tokens with the prompt."""
+    # One token is left over for the model to be fed.
+    rest = request.tokens[hit.num_tokens : -1]
+    if not rest:
+        return replace(hit, reason="whole", detail=_WHOLE)
+    found = children(blocks, parent, rest)
+    cut = [child for child in found if _can_cut(child[1], request)]
+    if cut:
+        run, place, _ = max(cut, key=_run_of)
+        places = (*hit.places, place)
+        hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
+    return _explain(blocks, request, hit, parent, found)
 
-        Also try shorter sibling blocks: an older save may have left a checkpoint there.
-        """
-        yield hit.num_tokens, hit.places, list(blocks)
-        for number, stored in reversed(list(enumerate(blocks))):
-            start, places = stored.block.start, hit.places[:number]
-            rest = request.tokens[start:-1]
-            beside = self.children(stored.block.parent, rest)
-            for run, place, child in sorted(beside, key=_run_of, reverse=True):
-                if _can_cut(place, request):
-                    yield start + run, (*places, place), [*blocks[:number], child]
-            yield start, places, list(blocks[:number])
 
-    def _held(self, request: Request, chain: Sequence[Block]) -> tuple[Place, ...]:
-        """Return the leading blocks of a chain that are held and may be used."""
-        places = self._index.longest_prefix([block.hash for block in chain])
-        return tuple(takewhile(lambda place: _is_usable(place, request), places))
+def children(blocks: BlockStore, parent: BlockHash, rest: Sequence[int]) -> list[Child]:
+    """Return the blocks behind ``parent`` that share tokens with ``rest``."""
+    places = blocks.index.children(parent, rest[0]) if rest else []
+    # The list was cut, and the longest may be missing. A tail that the prompt has
+    # whole is found by its hash all the same.
+    if len(places) == MAX_CHILDREN:
+        places += _whole_tails(blocks, parent, rest)
+    return [
+        (common_run(stored.block.tokens, rest), place, stored)
+        for place in places
+        if (stored := _stored(blocks, place)) is not None
+    ]
 
-    def _extend(self, request: Request, hit: Hit, parent: BlockHash) -> Hit:
-        """Go on into the block behind a hit that shares most tokens with the prompt."""
-        # One token is left over for the model to be fed.
-        rest = request.tokens[hit.num_tokens : -1]
-        if not rest:
-            return replace(hit, reason="whole", detail=_WHOLE)
-        children = self.children(parent, rest)
-        cut = [child for child in children if _can_cut(child[1], request)]
-        if cut:
-            run, place, _ = max(cut, key=_run_of)
-            places = (*hit.places, place)
-            hit = replace(hit, places=places, num_tokens=hit.num_tokens + run)
-        return self._explain(request, hit, parent, children)
 
-    def children(self, parent: BlockHash, rest: Sequence[int]) -> list[Child]:
-        """Return the blocks behind ``parent`` that share tokens with ``rest``."""
-        places = self._index.children(parent, rest[0]) if rest else []
-        # The list was cut, and the longest may be missing. A tail that the prompt has
-        # whole is found by its hash all the same.
-        if len(places) == MAX_CHILDREN:
-            places += self._whole_tails(parent, rest)
-        return [
-            (common_run(stored.block.tokens, rest), place, stored)
-            for place in places
-            if (stored := self._stored(place)) is not None
-        ]
+def _whole_tails(
+    blocks: BlockStore, parent: BlockHash, rest: Sequence[int]
+) -> list[Place]:
+    """Return the tails that are wholly a prefix of ``rest``: few are looked up."""
+    lengths = range(1, min(len(rest), blocks.folder.block_size - 1) + 1)
+    hashes = (hash_block_tokens(parent, rest[:length]) for length in lengths)
+    return [place for h in hashes if (place := blocks.index.place(h)) is not None]
 
-    def _whole_tails(self, parent: BlockHash, rest: Sequence[int]) -> list[Place]:
-        """Return the tails that are wholly a prefix of ``rest``: few are looked up."""
-        lengths = range(1, min(len(rest), self._folder.block_size - 1) + 1)
-        hashes = (hash_block_tokens(parent, rest[:length]) for length in lengths)
-        return [place for h in hashes if (place := self._index.place(h)) is not None]
 
-    def _stored(self, place: Place) -> StoredBlock | None:
-        """Return a block's row in its shard; ``None`` where that is damaged."""
-        try:
-            return self._blocks.stored(place)
-        except (IntegrityError, FormatError):
-            return None  # the reader has dropped it, or a later release wrote it
+def _stored(blocks: BlockStore, place: Place) -> StoredBlock | None:
+    """Return a block's row in its shard; ``None`` where that is damaged."""
+    try:
+        return blocks.stored(place)
+    except (IntegrityError, FormatError):
+        return None  # the reader has dropped it, or a later release wrote it
 
-    def _explain(
-        self,
-        request: Request,
-        hit: Hit,
-        parent: BlockHash,
-        children: Sequence[Child],
-    ) -> Hit:
-        """Return the hit with the reason why it ends where it does."""
-        at = hit.num_tokens
-        if at == len(request.tokens) - 1:
-            return replace(hit, reason="whole", detail=_WHOLE)
-        if not children:
-            if at == 0 and not self._index.has_children(parent):
-                return replace(hit, detail=_NOTHING)
-            if not self._index.has_children(parent):
-                return replace(hit, detail=f"what is stored ends at token {at:,}")
-            detail = f"what is stored goes on otherwise at token {at:,}"
-            return replace(hit, reason="divergence", detail=detail)
-        run, place, stored = max(children, key=_run_of)
-        further = stored.block.start + run
-        rest = stored.block.tokens[run:]
-        # Of a prompt that is stored to its last token, nothing differs.
-        is_other = bool(rest) and further < len(request.tokens) - 1
-        where = f"token {further:,} differs"
-        if is_other:
-            where += f": stored {rest[0]}, given {request.tokens[further]}"
-        if further > at:
-            if _is_usable(place, request):
-                why = f"the block behind token {at:,} is lossy and cannot be cut"
-            else:
-                why = _inexact(at, place.bits, request.min_bits)
-            detail = f"{where}; {why}" if is_other else why
-            return replace(hit, reason="inexact", detail=detail)
-        if not rest:
+
+def _explain(
+    blocks: BlockStore,
+    request: Request,
+    hit: Hit,
+    parent: BlockHash,
+    children: Sequence[Child],
+) -> Hit:
+    """Return the hit with the reason why it ends where it does."""
+    at = hit.num_tokens
+    if at == len(request.tokens) - 1:
+        return replace(hit, reason="whole", detail=_WHOLE)
+    if not children:
+        if at == 0 and not blocks.index.has_children(parent):
+            return replace(hit, detail=_NOTHING)
+        if not blocks.index.has_children(parent):
             return replace(hit, detail=f"what is stored ends at token {at:,}")
-        return replace(hit, reason="divergence", detail=where)
+        detail = f"what is stored goes on otherwise at token {at:,}"
+        return replace(hit, reason="divergence", detail=detail)
+    run, place, stored = max(children, key=_run_of)
+    further = stored.block.start + run
+    rest = stored.block.tokens[run:]
+    # Of a prompt that is stored to its last token, nothing differs.
+    is_other = bool(rest) and further < len(request.tokens) - 1
+    where = f"token {further:,} differs"
+    if is_other:
+        where += f": stored {rest[0]}, given {request.tokens[further]}"
+    if further > at:
+        if _is_usable(place, request):
+            why = f"the block behind token {at:,} is lossy and cannot be cut"
+        else:
+            why = _inexact(at, place.bits, request.min_bits)
+        detail = f"{where}; {why}" if is_other else why
+        return replace(hit, reason="inexact", detail=detail)
+    if not rest:
+        return replace(hit, detail=f"what is stored ends at token {at:,}")
+    return replace(hit, reason="divergence", detail=where)
 
 
 def _end_outside_units(

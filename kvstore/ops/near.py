@@ -13,7 +13,7 @@ from ..format.block import Progress
 from ..format.chain import common_run
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
-from .load import Hit, Loader, Request
+from .load import Hit, Request, find_prefix, restore
 
 # The latest; each costs its shards' headers once.
 _MAX_ENTRIES = 64
@@ -45,8 +45,8 @@ def load_near(
     # Images are fed whole, and the positions of their rows may have three axes.
     if request.spans or min(tokens) < 0:
         return None
-    loader, also = Loader(blocks), replace(request, fingerprint=moved)
-    exact, other = _find(loader, request, near), _find(loader, also, near)
+    also = replace(request, fingerprint=moved)
+    exact, other = _find(blocks, request, near), _find(blocks, also, near)
     held, num_other = max(held, _length(exact)), _length(other)
     is_moved = num_other >= held + MIN_MOVED
     base = other if is_moved else exact
@@ -56,7 +56,7 @@ def load_near(
             blocks, entries, (request, also), base, near, held, progress
         )
     if made is None and is_moved and base is not None:
-        made, base = loader.restore(base, progress)
+        made, base = restore(blocks, base, progress)
         made = made if base.num_tokens == num_other else None
     return made
 
@@ -81,7 +81,7 @@ def _behind_changes(
         held: How many leading tokens need not be computed anyway.
         progress: Called with (tokens restored, tokens held).
     """
-    tokens, begin, loader = requests[0].tokens, _length(base), Loader(blocks)
+    tokens, begin = requests[0].tokens, _length(base)
     given = Sketch.of(tokens[:-1])
     found = _nearest(blocks, entries, requests, given, near)
     if found is None:
@@ -99,13 +99,13 @@ def _behind_changes(
     end = longest.source + longest.size
     # Windows are there only where they were stored, which may be short of the end.
     whole = replace(request, tokens=[*own, _NONE], blocks=())
-    if (hit := _find(loader, whole, near)) is None:
+    if (hit := _find(blocks, whole, near)) is None:
         return None
     if not has_only_rows(hit.layout):
         whole, runs = replace(request, tokens=[*own[:end], _NONE], blocks=()), [longest]
-        if (hit := _find(loader, whole, near)) is None:
+        if (hit := _find(blocks, whole, near)) is None:
             return None
-    source, hit = loader.restore(hit, progress)
+    source, hit = restore(blocks, hit, progress)
     runs = [
         Run(run.source, run.target, size)
         for run in runs
@@ -116,7 +116,7 @@ def _behind_changes(
     if has_only_rows(hit.layout) and common >= begin:
         made = head(source, common)
     elif base is not None:
-        made, base = loader.restore(base, progress)
+        made, base = restore(blocks, base, progress)
         if base.num_tokens < begin:
             return None  # damaged
     else:
@@ -125,9 +125,9 @@ def _behind_changes(
     return made
 
 
-def _find(loader: Loader, request: Request, near: Reanchoring) -> Hit | None:
+def _find(blocks: BlockStore, request: Request, near: Reanchoring) -> Hit | None:
     """Return the longest prefix whose rows can be moved, if there is one."""
-    hit = loader.find(request)
+    hit = find_prefix(blocks, request)
     if isinstance(hit, str) or not hit.num_tokens or not near.takes(_classes(hit)):
         return None
     return hit

@@ -19,7 +19,7 @@ from ..codecs.turbo import NUM_SINKS
 from ..format.block import Block, ignore_progress
 from ..format.chain import digest_fields
 from ..storage.blocks import BlockStore
-from .load import Hit, Loader, Request
+from .load import Hit, Request, find_prefixes, restore
 
 
 def mark_restored(
@@ -35,7 +35,7 @@ def mark_restored(
         snapshot: The live rows.
         wanted: What their caches are.
     """
-    chain, rows, loader = snapshot.chain, snapshot.rows, Loader(blocks)
+    chain, rows = snapshot.chain, snapshot.rows
     assert isinstance(rows, LiveRows)
     tokens = [token for block in chain.blocks for token in block.tokens]
     model = digest_fields(chain.origin.fingerprint)
@@ -43,8 +43,8 @@ def mark_restored(
     request = Request(
         [*tokens, -1], model, wanted=wanted, from_codes=True, blocks=chain.blocks
     )
-    for hit in loader.hits(request):
-        if _is_of(loader, hit, chain, rows):
+    for hit in find_prefixes(blocks, request):
+        if _is_of(blocks, hit, chain, rows):
             has_codes = holds_codes(hit.layout)
             held = zip(_stops(hit), hit.places, strict=True)
             coded = [n for n, place in held if has_codes or not place.is_lossless]
@@ -55,7 +55,7 @@ def mark_restored(
             )
 
 
-def _is_of(loader: Loader, hit: Hit, chain: Chain, rows: LiveRows) -> bool:
+def _is_of(blocks: BlockStore, hit: Hit, chain: Chain, rows: LiveRows) -> bool:
     """Whether rows are those of a hit's first block that is worse than they say."""
     bits = rows.provenance.bits
     worse = [n for n, place in enumerate(hit.places) if place.bits < bits]
@@ -65,7 +65,7 @@ def _is_of(loader: Loader, hit: Hit, chain: Chain, rows: LiveRows) -> bool:
     if stop <= NUM_SINKS:
         return False  # codecs store these first rows unchanged: they prove nothing
     part = replace(hit, places=hit.places[: number + 1], num_tokens=stop)
-    restored, done = loader.restore(part, ignore_progress)
+    restored, done = restore(blocks, part, ignore_progress)
     if done.num_tokens < stop:
         return False  # damaged, and written anew
     whole = chain.blocks[number]

@@ -20,7 +20,7 @@ from ..format.block import Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields
 from ..format.entry import Entry
 from ..ops.bases import read_named
-from ..ops.load import Loader
+from ..ops.load import entry_hit
 from ..storage.blocks import BlockStore, is_sound
 from ..storage.index import Place
 from ..storage.keys import own_key, signing_key
@@ -85,7 +85,7 @@ def push_entry(
 def _push(
     blocks: BlockStore, entry: Entry, client: Client, progress: Progress
 ) -> Pushed:
-    Loader(blocks).entry_hit(entry)  # what cannot be restored is no use
+    entry_hit(blocks, entry)  # what cannot be restored is no use
     chain = blocks.chain(entry)
     bases = read_named(blocks.folder, (stored for _, stored in chain))
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 
 from kvstore import Store
 from kvstore.format.spans import last_end
-from kvstore.ops.load import Loader
+from kvstore.ops import load as loading
 from kvstore.server import DiskPromptCache, ServedModel
 
 BLOCK = 16
@@ -135,16 +135,16 @@ def test_damage_ends_a_hit_in_no_image(store_path, caches, monkeypatch):
     tokens[5:60] = [-9] * 55
     with Store(store_path, "raw") as store:
         store.save(tokens, held, caches.MODEL)
-        restore = Loader.restore
+        restore = loading.restore
 
-        def cut_short(self, hit, progress, **options):
+        def cut_short(blocks, hit, progress, **options):
             from dataclasses import replace
 
             cut = replace(hit, num_tokens=2 * BLOCK, places=hit.places[:2])
-            prompt_cache, done = restore(self, cut, progress, **options)
+            prompt_cache, done = restore(blocks, cut, progress, **options)
             return prompt_cache, replace(done, reason="damaged")
 
-        monkeypatch.setattr(Loader, "restore", cut_short)
+        monkeypatch.setattr(loading, "restore", cut_short)
         assert store.load([*tokens, 7], caches.MODEL) == (None, [*tokens, 7])
 
 
