@@ -135,10 +135,7 @@ class Fingerprint:
         """Return a fingerprint whose rows are shared with nobody of another salt.
 
         Who does not know the salt finds none of the blocks. It is stored in the clear,
-        so it keeps apart and does not protect.
-
-        Args:
-            salt: Any text; empty for none.
+        so it keeps apart and does not protect. An empty one is none.
         """
         fields = {name: field for name, field in self.fields.items() if name != "salt"}
         return replace(self, fields={**fields, "salt": salt} if salt else fields)
@@ -160,21 +157,12 @@ class Fingerprint:
         return replace(self, fields={**self.fields, "draft": parts})
 
     def difference(self, other: Fingerprint) -> str | None:
-        """Return the first field that differs, with both values, or ``None``.
-
-        Args:
-            other: The fingerprint given, where this is the stored one.
-        """
+        """Return the first field that differs, this one's as stored, or ``None``."""
         return _first_difference("", self.fields, other.fields)
 
 
 def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
     """Refuse what another model made.
-
-    Args:
-        label: What to call the entry.
-        stored: Of the model that made it.
-        given: Of the model that is wanted.
 
     Raises:
         FingerprintError: They differ; it names the first field.
@@ -194,7 +182,6 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
 
 
 def _read_model(folder: Path, memory: _Memory) -> JSON:
-    """Return what the numbers of a model in a folder depend on."""
     return {
         "weights": memory.digest_tensors(_weight_files(folder)),
         "config": _read_config(folder),
@@ -210,7 +197,6 @@ def _plain_config(config: Any) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that mlx-lm would load weights from."""
     found = sorted(folder.glob("model*.safetensors"))
     found = found or sorted(folder.glob("*.safetensors"))
     if not found:
@@ -234,7 +220,6 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_config(folder: Path) -> JSON:
-    """Return what numbers depend on in the configuration of a model."""
     path = folder / "config.json"
     config = _read_json(path)
     if not isinstance(config, dict):
@@ -257,9 +242,7 @@ def _read_config(folder: Path) -> JSON:
 def _meaning(config: Mapping[str, Any], known: frozenset[str] | None) -> JSON:
     """Return the fields that count, those of nested models included.
 
-    Args:
-        config: A configuration, or that of a part of a model.
-        known: The fields that the architecture knows; ``None`` for all.
+    ``known`` are those that the architecture knows; ``None`` for all.
     """
     found: JSON = {}
     for key, value in config.items():
@@ -314,7 +297,6 @@ def _plain(value: Any) -> Any:
 
 
 def _digest_adapter(path: str | Path | None, memory: _Memory) -> str | None:
-    """Return the digest of an adapter's weights and configuration."""
     if path is None:
         return None
     folder = Path(path)
@@ -372,7 +354,6 @@ def _first_difference(name: str, stored: Any, given: Any) -> str | None:
 
 
 def _show(value: Any) -> str:
-    """Return a value short enough for one line."""
     if value is _MISSING:
         return "nothing"
     text = json.dumps(value)
@@ -468,11 +449,7 @@ def _is_settled(path: Path) -> bool:
 
 
 def _digest_tensors(paths: Iterable[Path]) -> str:
-    """Return one digest over the tensors of some safetensors files, by their names.
-
-    Raises:
-        ValueError: A file is none, or two have a tensor of one name.
-    """
+    """Return one digest over the tensors of some safetensors files, by their names."""
     tensors: dict[str, list[Any]] = {}
     for path in paths:
         for name, parts in _read_tensors(path):
@@ -484,11 +461,7 @@ def _digest_tensors(paths: Iterable[Path]) -> str:
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Yield name, dtype, shape and digest of the tensors of a safetensors file.
-
-    Raises:
-        ValueError: The file is none.
-    """
+    """Yield name, dtype, shape and digest of the tensors of a safetensors file."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")

@@ -14,11 +14,7 @@ from .main import cli
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with its code.
-
-    Args:
-        args: Its arguments; those of the process by default.
-    """
+    """Run the command line, by default with the process's arguments, and exit."""
     sys.exit(run(cli, args))
 
 

@@ -136,10 +136,7 @@ def _lower_first(text: str) -> str:
 
 
 def _open_closed_streams() -> None:
-    """Put nothing in the place of standard streams that the process came without.
-
-    Files that are opened later must not get their numbers.
-    """
+    """Give files that are opened later no number of a standard stream."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # The system takes the lowest number, which is the stream's own.

@@ -99,7 +99,6 @@ class Interrupts:
             signal.set_wakeup_fd(former)
 
     def _watch(self) -> None:
-        """Wait for signals until the pipe is closed."""
         wanted = {signal.SIGINT, *_ENDING}
         while numbers := os.read(self._pipe[0], 64):
             if self._is_waiting and self._on_heard and wanted & set(numbers):

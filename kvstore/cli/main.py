@@ -40,7 +40,6 @@ class StoreParam(click.Path):
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
-    """Note a general option where every verb finds it."""
     if value:
         # Shared by the command and its verb; what comes later wins.
         context.meta[f"kvstore.{option.name}"] = value
@@ -49,7 +48,6 @@ def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
 
 
 def _general_options(*, hidden: bool) -> list[click.Option]:
-    """Return new options that hold for all verbs."""
     common: dict[str, Any] = {
         "callback": _keep,
         "expose_value": False,
@@ -175,11 +173,7 @@ def cli() -> None:
 
 
 def output_of(context: click.Context) -> Output:
-    """Return where a verb puts what it has to say.
-
-    Raises:
-        click.UsageError: Two modes were asked for.
-    """
+    """Return where a verb puts what it has to say, in the one mode asked for."""
     modes: dict[str, Mode] = {"json": "json", "quiet": "quiet"}
     asked = [mode for name, mode in modes.items() if f"kvstore.{name}" in context.meta]
     if len(asked) > 1:
@@ -195,15 +189,10 @@ def store_path(context: click.Context) -> Path | None:
 def open_store(
     context: click.Context, *, create: bool = False, codec: str | None = None
 ) -> Store:
-    """Open the store, which ends with the verb.
-
-    Args:
-        context: Of the verb.
-        create: Make it where there is none, as where it has a base.
-        codec: What full blocks are saved with.
+    """Open the store, which ends with the verb; ``codec`` is for full blocks.
 
     Raises:
-        StoreNotFoundError: There is none, or no base.
+        StoreNotFoundError: There is none, nor a base, and it is not to be made.
         click.UsageError: Its path is not UTF-8, which the index needs.
     """
     from ..store import Store
@@ -233,11 +222,7 @@ def open_store(
 
 
 def chosen_path(context: click.Context) -> Path:
-    """Return the folder of the store, whether there is one or not.
-
-    Raises:
-        click.UsageError: Its path is not UTF-8, which the index needs.
-    """
+    """Return the folder of the store, there or not; refuse one that is not UTF-8."""
     from ..storage.folder import default_path
 
     path = store_path(context) or default_path()

@@ -45,15 +45,7 @@ class ModelOptions:
     trust_remote_code: bool
 
     def chosen(self, context: click.Context, ref: str | None = None) -> ModelOptions:
-        """Return the same with a model; that of an entry where none is named.
-
-        Args:
-            context: Of the verb.
-            ref: The entry that is gone on with, or asked.
-
-        Raises:
-            click.UsageError: There is none.
-        """
+        """Return the same with a model; that of an entry where none is named."""
         from .main import open_store
 
         model: str | None = self.model
@@ -84,11 +76,7 @@ class PromptOptions:
     ignore_chat_template: bool
 
     def read(self) -> str:
-        """Return the text.
-
-        Raises:
-            click.UsageError: There is none.
-        """
+        """Return the text, and refuse one that is missing, empty or not UTF-8."""
         words = click.get_current_context().meta.get(_ARGUMENT)
         if words is not None and self.prompt is not None:
             raise click.UsageError("give the prompt once: as an argument or `--prompt`")
@@ -109,11 +97,7 @@ class PromptOptions:
 
 
 def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
-    """Return what a prompt is made of: a text, or a captured request in its place.
-
-    Raises:
-        click.UsageError: There are both, or neither, or it is no JSON object.
-    """
+    """Return what a prompt is made of: a text, or a captured request in its place."""
     if file is None:
         return prompt.read()
     if prompt.prompt is not None or _ARGUMENT in click.get_current_context().meta:
@@ -127,11 +111,7 @@ def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
 
 
 def read_request(option: str, file: BinaryIO) -> JSON:
-    """Return a captured request.
-
-    Raises:
-        click.UsageError: It is no JSON object.
-    """
+    """Return a captured request, and refuse what is no JSON object."""
     try:
         found = json.loads(file.read().decode())
     except (ValueError, RecursionError) as error:
@@ -217,9 +197,7 @@ class LiveOptions:
     def check(self) -> None:
         """Refuse what cannot be had together, before a model is loaded.
 
-        Raises:
-            click.UsageError: Rows that are dropped can neither be coded nor taken back,
-                and codes are not exact.
+        Dropped rows can neither be coded nor taken back, and codes are not exact.
         """
         if self.exact and self.kv_bits is not None:
             raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
@@ -249,12 +227,7 @@ class SamplingOptions:
     seed: int | None
 
     def make(self, max_tokens: int, num_draft_tokens: int) -> Sampling:
-        """Return how a reply is drawn, with the seed set.
-
-        Args:
-            max_tokens: Tokens to generate at most.
-            num_draft_tokens: How many a draft model guesses at a time.
-        """
+        """Return how a reply is drawn, with the seed set."""
         import mlx.core as mx
         from mlx_lm.sample_utils import make_sampler
 
@@ -375,11 +348,7 @@ base = click.option(
 
 
 def check_base(base: str | None, name: str | None) -> None:
-    """Refuse to leave an entry as it is and to go on with it at once.
-
-    Raises:
-        click.UsageError: The base is what the name means.
-    """
+    """Refuse to leave an entry as it is and to go on with it at once."""
     if base is not None and base == name:
         error = click.UsageError(f"`--from` and `--name` are both `{name}`")
         error.hint = (  # type: ignore[attr-defined]
@@ -583,12 +552,7 @@ prefill_step_size = click.option(
 
 
 def prefilling(step_size: int | None, checkpoint_every: int) -> PrefillOptions:
-    """Return how a prompt is computed.
-
-    Args:
-        step_size: Tokens at a time; by default as many as take about a second.
-        checkpoint_every: Tokens between two states of recurrent layers.
-    """
+    """Return how a prompt is computed; by default in steps of about a second."""
     from ..models.session import PREFILL_STEP_SIZE, PrefillOptions
 
     if step_size is not None:
@@ -613,16 +577,10 @@ def least_bits(exact: bool, min_bits: int) -> int:
 
 
 def codec_of(chosen: str | None, least_bits: int, usual: str = "balanced") -> str:
-    """Return the codec, or the quality, of a run.
+    """Return the codec, or the quality, of a run that goes on from rows of some bits.
 
-    Args:
-        chosen: What was asked for.
-        least_bits: The run goes on from no rows of fewer bits. Then a quality is what
-            it is for a model that nobody has measured.
-        usual: The quality where nothing is asked for.
-
-    Raises:
-        click.UsageError: It would store what it never goes on from.
+    It stores no fewer: a quality is then what it is for a model that nobody has
+    measured, and a codec of fewer bits is refused.
     """
     wanted = chosen or setting("codec") or usual
     if not least_bits:

@@ -55,11 +55,7 @@ class Column(Generic[T]):
 
 
 class NeedsFlagError(click.UsageError):
-    """A question could not be asked; a flag answers it.
-
-    Attributes:
-        hint: Which flag.
-    """
+    """A question could not be asked; the hint says which flag answers it."""
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message)
@@ -67,11 +63,7 @@ class NeedsFlagError(click.UsageError):
 
 
 class Bars:
-    """Progress bars on stderr where it is a terminal, nothing elsewhere.
-
-    Args:
-        is_shown: Whether to show them.
-    """
+    """Progress bars on stderr where it is a terminal, nothing elsewhere."""
 
     def __init__(self, is_shown: bool) -> None:
         self._is_shown = is_shown
@@ -159,13 +151,7 @@ class Output:
     mode: Mode = "human"
 
     def result(self, text: str, data: Any, ids: Sequence[str] = ()) -> None:
-        """Print what a verb found or did.
-
-        Args:
-            text: For people; may have several lines.
-            data: The same as a JSON value.
-            ids: The same as ids.
-        """
+        """Print what a verb found or did: for people, as JSON, or as ids."""
         if self.mode == "json":
             # In ASCII: what a bundle says of itself may hold what moves a cursor.
             _documents.append(data)
@@ -224,11 +210,7 @@ class Output:
             print_line("hint", message, "cyan")
 
     def confirm(self, question: str, *, is_answered: bool) -> bool:
-        """Ask before something is destroyed, and return the answer.
-
-        Args:
-            question: What will happen to what, and how many bytes.
-            is_answered: The flag ``-y`` was given.
+        """Ask before something is destroyed, unless ``-y`` has answered.
 
         Raises:
             NeedsFlagError: There is no terminal to ask on.
@@ -262,13 +244,9 @@ def print_line(label: str, message: str, colour: str) -> None:
 def print_failure(
     message: str, hint: str, exit_code: int = 1, *, as_json: bool = False
 ) -> None:
-    """Print an error, and what can be done about it.
+    """Print an error and what can be done about it, on stderr.
 
-    Args:
-        message: What is wrong.
-        hint: What can be done.
-        exit_code: What the process will exit with.
-        as_json: Print it on stdout too, unless there is a document already.
+    With ``as_json`` on stdout too, unless there is a document already.
     """
     print_line("error", message, "red")
     print_line("hint", hint, "cyan")
@@ -361,11 +339,7 @@ def format_table(
 ) -> list[str]:
     """Return a table as lines: headers, one line per item, and totals if any.
 
-    Args:
-        items: One per line.
-        columns: What to show of them.
-        width: Columns of the terminal; columns are left out and texts are shortened
-            to fit. ``None`` shortens nothing.
+    Columns are left out and texts shortened to fit ``width``; ``None`` does neither.
     """
     texts = [
         [column.header, *(one_line(column.cell(item)) for item in items)]

@@ -23,20 +23,12 @@ _TOO_MANY_BYTES = 2**63
 
 
 def setting(name: str) -> str | None:
-    """Return a default, or ``None`` where nobody has set it.
-
-    Raises:
-        click.UsageError: The file is not what it should be.
-    """
+    """Return a default, or ``None`` where nobody has set it."""
     return os.environ.get(f"KVSTORE_{name.upper()}") or _read()[0].get(name)
 
 
 def limits() -> dict[str, int]:
-    """Return how many bytes each of some models may take.
-
-    Raises:
-        click.UsageError: The file is not what it should be.
-    """
+    """Return how many bytes each of some models may take."""
     return {model: some_bytes(text) for model, text in _read()[1].items()}
 
 

@@ -233,7 +233,6 @@ def _sum_up(codec: str, tally: _Tally) -> Measured:
 
 
 def _read(model: Any, tokens: Sequence[int]) -> list[Any]:
-    """Return the prompt cache of some tokens."""
     prompt_cache: list[Any] = make_prompt_cache(model)
     step = usual_step_size()
     return prefill(model, tokens, prompt_cache, prefill_step_size=step)
@@ -245,7 +244,6 @@ def _count_numbers(prompt_cache: Sequence[Any]) -> int:
 
 
 def _groups(prompt_cache: Sequence[Any]) -> list[Group]:
-    """Return the layers that a basis can cover."""
     layout = caches.read_layout(prompt_cache, PREFIX)
     groups = coverable(group_layers(layout))
     if not groups or any(caches.is_list(cache) for cache in prompt_cache):
@@ -263,7 +261,6 @@ def _samples(
     following: Sequence[int],
     seeds: Sequence[int],
 ) -> list[Sample]:
-    """Return the rows of each group, and their gradients."""
     layers = [layer for group in groups for layer in group.layers]
     held = caches.hold(prompt_cache)
     drawn = [

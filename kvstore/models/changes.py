@@ -87,11 +87,6 @@ def find_changes(
     """Return where a prompt differs from a stored one, first to last.
 
     What differs at the end is left out: nothing stands behind it.
-
-    Args:
-        stored: Tokens of what is stored.
-        given: The prompt.
-        decode: Tokens to text.
     """
     spans = list(_spans(stored, given, decode))
     ends = [span.c for span in spans[1:]]
@@ -112,7 +107,6 @@ def find_changes(
 def _split(
     tokens: Sequence[int], is_end: Callable[[int], bool]
 ) -> list[tuple[int, ...]]:
-    """Return tokens in pieces."""
     found, begin = [], 0
     for position, token in enumerate(tokens, 1):
         if is_end(token) or position == len(tokens):
@@ -146,7 +140,6 @@ def _spans(
 
 
 def _tightened(span: _Span, stored: Sequence[int], given: Sequence[int]) -> _Span:
-    """Return a span without the tokens at its ends that are the same."""
     left, right = list(stored[span.a : span.b]), list(given[span.c : span.d])
     first = common_run(left, right)
     left, right = left[first:], right[first:]
@@ -175,12 +168,10 @@ def _show(tokens: Sequence[int], begin: int, end: int, decode: Decode) -> str:
 def _cause(
     number: int, parts: Sequence[tuple[str, str]], sides: tuple[str, str]
 ) -> Cause:
-    """Return why a change was made, as far as its text says.
+    """Return why one of some changes was made, as far as its text says.
 
-    Args:
-        number: Which of the changes.
-        parts: What is stored and what is given, of every change.
-        sides: The same of this one, with what stands around it.
+    ``parts`` has what is stored and given of every change, ``sides`` that of this one
+    with what stands around it.
     """
     was, now = parts[number]
     if was == now:
@@ -210,7 +201,6 @@ _PATTERNS: dict[Cause, re.Pattern[str]] = {
 
 
 def _is_moved(text: str, others: Sequence[str]) -> bool:
-    """Whether nearly all words of a text stand in other texts."""
     words = Counter(_WORD.findall(text))
     there = Counter(word for other in others for word in _WORD.findall(other))
     return (words & there).total() >= 0.9 * words.total()

@@ -378,7 +378,6 @@ class Chat:
         return len(self._tokens) + len(self._encode(text))
 
     def _resume(self, name: str) -> None:
-        """Take up the entry of this name, if there is one."""
         tokens = entry_tokens(self._store, name, self._fingerprint)
         if tokens is None:
             return
@@ -387,11 +386,6 @@ class Chat:
         self._num_saved = len(tokens)
 
     def _begin_with(self, base: str) -> None:
-        """Begin with the tokens of an entry that stays as it is.
-
-        Raises:
-            EntryExistsError: What the name holds was not begun with it.
-        """
         tokens = base_tokens(self._store, base, self._fingerprint)
         if self._entry is None:
             self._tokens = tokens
@@ -402,7 +396,6 @@ class Chat:
             )
 
     def _find_turns(self) -> None:
-        """Find the turns of a conversation that was begun in another session."""
         if not self._tokens:
             return
         try:
@@ -417,7 +410,6 @@ class Chat:
             self._why_unknown = error
 
     def _encode(self, text: str) -> list[int]:
-        """Return the tokens that a message adds to the conversation."""
         if not self._tokens:
             return self._template.encode_prompt(
                 text, self._system_prompt, is_literal=True
@@ -425,7 +417,6 @@ class Chat:
         return self._template.encode_next(text, self._tokens, is_literal=True)
 
     def _begin_of(self, prompt: Sequence[int]) -> int:
-        """Return where the turn begins that a prompt ends with."""
         if not self._tokens and not self._template.is_plain:
             with suppress(KVStoreError):
                 # What the system says first is no part of it.
@@ -449,7 +440,6 @@ class Chat:
         return self._entry if self._entry and self._entry.name else False
 
     def _keep(self, tokens: list[int]) -> None:
-        """Have the entry end here."""
         try:
             self._save_prompt(
                 tokens, self._name, may_lose=self._replaced(), on_saved=self._note_saved
@@ -491,7 +481,6 @@ class Chat:
             self._callbacks.on_load(done, total)
 
     def _note_saved(self, entry: Entry) -> None:
-        """Note the entry as it is now, and remove one that it supersedes."""
         if self._callbacks.on_saved is not None:
             self._callbacks.on_saved(entry)
         old, self._entry = self._entry, entry
@@ -509,7 +498,6 @@ class Chat:
             self._own.add(entry.id)
 
     def _remove_entry(self) -> None:
-        """Remove the entry: there is nothing left to keep."""
         old = self._entry
         is_ours = old is not None and (old.name is not None or old.id in self._own)
         if old is not None and is_ours:
@@ -523,18 +511,11 @@ class Chat:
         self._live.clear()
 
     def _lose_name(self, error: EntryExistsError) -> None:
-        """Go on without a name, since another conversation has it."""
         self._name = None
         if self._entry is not None and self._entry.name is not None:
             self._entry, self._num_saved = None, 0
 
     def _check_free(self, name: str) -> None:
-        """Refuse a name that any entry has.
-
-        Raises:
-            EntryExistsError: The name is taken.
-            ValueError: It is not one.
-        """
         check_name(name)
         if self._is_taken(name):
             raise _taken(name)

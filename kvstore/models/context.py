@@ -21,9 +21,7 @@ _FIELDS = (
 def context_length(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens a model was made for; ``None`` where it does not say.
 
-    Args:
-        config: Its ``config.json``. A model of several parts has one per part, of which
-            the text's counts.
+    A configuration of several parts has one per part, of which the text's counts.
     """
     for part in (config, config.get("text_config"), config.get("llm_config")):
         if not isinstance(part, Mapping):

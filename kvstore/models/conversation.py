@@ -17,15 +17,9 @@ def continue_entry(
 ) -> list[int]:
     """Return the tokens of an entry with one more message behind them.
 
-    The entry stays as it is. :func:`stream_generate` with ``keep=False`` answers
-    without keeping anything; with a ``name`` it keeps question and answer under that.
-
-    Args:
-        model: The model that made the entry.
-        store: Where it is kept.
-        ref: Its name, or its id or the start of it.
-        text: What the user says.
-        template: How it is rendered; as the model's tokenizer says by default.
+    The entry, which ``ref`` names by its name, id or the start of it, stays as it is.
+    :func:`stream_generate` with ``keep=False`` answers without keeping anything; with a
+    ``name`` it keeps question and answer under that.
 
     Raises:
         EntryNotFoundError: There is no such entry.

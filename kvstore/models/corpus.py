@@ -30,10 +30,7 @@ Stretches = list[list[int]]
 def usual_contexts(tokenizer: Any, count: int, length: int) -> Stretches:
     """Return stretches of the usual texts, of all kinds in turn.
 
-    Args:
-        tokenizer: The model's.
-        count: How many; fewer where there are not enough texts.
-        length: Tokens of each.
+    There are ``count``, or fewer, of ``length`` tokens each.
     """
     kinds = [
         cut([tokenizer.encode(text) for text in texts], length)
@@ -76,7 +73,6 @@ def _in_turn(kinds: list[Iterator[list[int]]], count: int) -> Stretches:
 
 
 def _usual_texts(tokenizer: Any) -> Iterator[list[str]]:
-    """Yield the texts of each kind."""
     from pydoc_data.topics import topics
 
     manual = "\n\n".join(topics[name] for name in sorted(topics))
@@ -94,7 +90,6 @@ def _usual_texts(tokenizer: Any) -> Iterator[list[str]]:
 
 
 def _functions(modules: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield functions of the standard library: name, itself, what it says of itself."""
     for module in modules:
         for name, value in inspect.getmembers(importlib.import_module(module)):
             said = inspect.getdoc(value)
@@ -128,7 +123,6 @@ def tools_of(modules: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _read_mes() -> Iterator[str]:
-    """Yield what installed packages say of themselves, in Markdown as a rule."""
     for distribution in metadata.distributions():
         # Not every release of the library has `None` for what is not there.
         about: Any = distribution.metadata

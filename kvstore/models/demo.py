@@ -221,13 +221,7 @@ def run_demo(
 
 
 class _Demo:
-    """The process that never stops.
-
-    Args:
-        source: The model.
-        bar: Returns the progress callback of what is named.
-        note: Called with a sentence on what happens.
-    """
+    """The process that never stops."""
 
     def __init__(self, source: Source, bar: Bar, note: Note) -> None:
         note(f"loading `{source.model}`")
@@ -271,7 +265,6 @@ class _Demo:
         return rows
 
     def _save_file(self, folder: Path) -> Saved:
-        """Save with mlx-lm, to compare with."""
         from mlx_lm.models.cache import save_prompt_cache
 
         path = folder / "prompt_cache.safetensors"
@@ -294,7 +287,6 @@ class _Demo:
     def _find_break_even(
         self, store: Store, document: list[int], prefill_s: float
     ) -> int | None:
-        """Return from how many tokens on loading is faster than computing."""
         from ..ops.speeds import Speeds, add, observe
 
         now, digest = time.time(), self._fingerprint.digest
@@ -312,7 +304,6 @@ class _Demo:
         return Speeds(computed, known).break_even_tokens
 
     def _make_row(self, way: str, saved: Saved, run: Run, without: Run) -> DemoRow:
-        """Return a line of the table, compared with the run without a store."""
         return DemoRow(
             way,
             saved.nbytes,
@@ -346,7 +337,6 @@ class _Demo:
         return time.perf_counter() - start
 
     def _cut(self, text: str, num_tokens: int) -> list[int]:
-        """Return the first tokens of a text."""
         # On average, no tokenizer makes one token of more letters.
         start = text[: 16 * num_tokens]
         tokens = self._tokenizer.encode(start, add_special_tokens=False)
@@ -401,15 +391,7 @@ def _read(
 def _answer(
     model: Any, tokenizer: Any, prompt_cache: list[Any], job: Job, before_s: float
 ) -> Run:
-    """Feed the question, its first token alone, and answer it greedily.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompt_cache: Holds the document.
-        job: The question, and how long the answer may be.
-        before_s: Seconds that it took to have the prompt cache.
-    """
+    """Feed the question, its first token alone, and answer it greedily."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
@@ -474,11 +456,6 @@ def _resume(job: Job) -> Run:
 
 
 def _restore(job: Job, store: Store, fingerprint: Fingerprint) -> list[Any]:
-    """Return the prompt cache of the document.
-
-    Raises:
-        KVStoreError: The store has lost a part of it.
-    """
     prompt = job.document + job.question
     found, rest = store.load(prompt, fingerprint)
     if found is None or len(rest) != len(job.question):

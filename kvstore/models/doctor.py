@@ -18,13 +18,7 @@ from .load import find_model, load_model
 def examine_model(
     model: str, adapter_path: str | None = None, *, trust_remote_code: bool = False
 ) -> Iterator[Diagnosis]:
-    """Yield what is found about a model; its weights are not read.
-
-    Args:
-        model: A folder, or a repository on the Hugging Face Hub.
-        adapter_path: Folder with an adapter's weights and configuration.
-        trust_remote_code: Let the model and its tokenizer bring code of their own.
-    """
+    """Yield what is found about a model; its weights are not read."""
     try:
         folder = find_model(model)
     except KVStoreError as error:
@@ -38,7 +32,6 @@ def examine_model(
 
 
 def _examine_weights(folder: Path) -> Diagnosis:
-    """Return whether the files of weights are whole, by what their headers say."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         return Diagnosis(
@@ -56,7 +49,6 @@ def _examine_weights(folder: Path) -> Diagnosis:
 
 
 def _describe_damage(path: Path) -> str | None:
-    """Return what is wrong with a file of weights, or ``None``."""
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -92,7 +84,6 @@ def _examine_context(folder: Path) -> Diagnosis:
 def _examine_caches(
     model: str, adapter_path: str | None, trust_remote_code: bool
 ) -> Diagnosis:
-    """Return whether mlx-lm loads the model, and its prompt cache can be kept."""
     from mlx_lm.models.cache import make_prompt_cache
 
     try:

@@ -51,9 +51,7 @@ def refused(bits: int | str, why: str, hint: str) -> UnsupportedCacheError:
 def why_not(model: Any, coded: Callable[[list[Any]], list[Any]]) -> str | None:
     """Return why a model fails with codes, or ``None`` where it does not.
 
-    Args:
-        model: From ``mlx_lm.load``.
-        coded: Returns a prompt cache of codes in the place of an empty one.
+    ``coded`` returns a prompt cache of codes in the place of an empty one.
     """
     from mlx_lm.models.cache import make_prompt_cache
 

@@ -118,20 +118,9 @@ def save_prompt(
 ) -> tuple[Entry, int]:
     """Compute what a store lacks of a prompt, and save it.
 
-    Ctrl-C is met as in :func:`stream_generate`.
-
-    Args:
-        model: The model, with its fingerprint; the rows of a draft model are computed
-            and saved too.
-        tokens: The prompt.
-        store: Where it is saved.
-        name: As in :func:`stream_generate`.
-        replace: As in :func:`stream_generate`.
-        cache: How the prompt cache is made.
-        prefilling: How the prompt is computed.
-        live: As in :func:`stream_generate`; nothing is computed where it, or the
-            store, holds all.
-        callbacks: What is told meanwhile. ``should_stop`` is not asked.
+    Ctrl-C is met as in :func:`stream_generate`, whose arguments these are. With
+    ``live``, nothing is computed where it, or the store, holds all. The rows of a draft
+    model are computed and saved too. ``callbacks.should_stop`` is not asked.
 
     Returns:
         The entry, and how many tokens were held instead of computed.

@@ -46,11 +46,8 @@ class LoadedModel:
 def find_model(model: str) -> Path:
     """Return the folder of a model, downloaded where mlx-lm would download it.
 
-    Args:
-        model: A folder, or a repository on the Hugging Face Hub.
-
     Raises:
-        KVStoreError: There is no such model.
+        KVStoreError: It is neither a folder nor a repository on the Hugging Face Hub.
     """
     path = Path(model)
     if path.is_dir():
@@ -79,16 +76,9 @@ def load_model(
     trust_remote_code: bool = False,
     lazy: bool = False,
 ) -> tuple[Any, Any, Fingerprint]:
-    """Load a model as mlx-lm does.
+    """Load a model as mlx-lm does, with its tokenizer, and return its fingerprint too.
 
-    Args:
-        model: A folder, or a repository on the Hugging Face Hub.
-        adapter_path: Folder with an adapter's weights and configuration.
-        trust_remote_code: Let the model and its tokenizer bring code of their own.
-        lazy: Read the weights when they are used.
-
-    Returns:
-        The model, its tokenizer, and its fingerprint.
+    The arguments are those of :func:`load_models`.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm cannot load it.
@@ -182,10 +172,7 @@ def fingerprint_model(
 ) -> Fingerprint:
     """Return a model's fingerprint, labelled with the name it was given by.
 
-    Args:
-        model: A folder, or a repository on the Hugging Face Hub.
-        adapter_path: Folder with an adapter's weights and configuration.
-        draft_model: The same of a draft model, whose caches follow the model's.
+    The arguments are those of :func:`load_models`.
 
     Raises:
         KVStoreError: There is no such model or adapter.
@@ -197,11 +184,7 @@ def fingerprint_model(
 
 
 def _trust(model: str, trust_remote_code: bool) -> dict[str, bool]:
-    """Return the argument that lets ``mlx_lm.load`` run a model's own code.
-
-    Raises:
-        ValueError: mlx-lm would run such code without being asked.
-    """
+    """Return the argument that lets ``mlx_lm.load`` run a model's own code."""
     from mlx_lm import load
 
     if "trust_remote_code" in inspect.signature(load).parameters:

@@ -75,12 +75,8 @@ def recompute(
     Whatever is stored was computed in other steps, on another machine perhaps, and may
     be coded, so it differs a little. Rows of other tokens, or of another model, differ
     by as much as they are large; smaller lies in coded rows are not told from the loss.
-
-    Args:
-        store: The store.
-        model: The model.
-        num_blocks: How many blocks are drawn, of those that the model has there.
-        progress: Called with (tokens computed, tokens to compute).
+    ``num_blocks`` are drawn, of those that the model has there; ``progress`` is called
+    with (tokens computed, tokens to compute).
 
     Raises:
         IntegrityError: A block that was drawn is missing or damaged.
@@ -125,7 +121,6 @@ def _entries(store: Store, model: LoadedModel) -> Iterator[tuple[Entry, bool]]:
 def _draw(
     store: Store, entries: Sequence[Entry], num_blocks: int
 ) -> list[tuple[Entry, list[Drawn]]]:
-    """Return entries with those of their blocks that were drawn, in order."""
     known: dict[BlockHash, tuple[Entry, Drawn]] = {}
     for entry in entries:
         for drawn in store.chain(entry.id):

@@ -91,12 +91,7 @@ class PrefillOptions:
     step_s: float | None = None
 
     def next_size(self, num_tokens: int = 0, seconds: float = 0.0) -> int:
-        """Return how many tokens the next step computes.
-
-        Args:
-            num_tokens: What the last step has computed; 0 before the first.
-            seconds: How long that took.
-        """
+        """Return how many tokens the next step computes, after one of some seconds."""
         if self.step_s is None:
             return self.step_size
         # A GPU needs many tokens to be busy.
@@ -159,10 +154,7 @@ class LiveCache:
 
 
 def usual_step_size() -> int:
-    """Return how many tokens to compute at a time where somebody waits.
-
-    A CPU takes a second or two for as many as this; a GPU needs many to be busy.
-    """
+    """Return how many tokens a CPU computes in a second or two; a GPU needs many."""
     is_cpu = mx.default_device().type == mx.cpu
     return _CPU_STEP_SIZE if is_cpu else PREFILL_STEP_SIZE
 
@@ -217,11 +209,9 @@ def load_empty_cache(
 ) -> tuple[list[Any], Fingerprint]:
     """Return a model's empty prompt cache, and its fingerprint; no weights are read.
 
-    The arguments are those of :func:`~kvstore.models.load.load_models`.
+    Arguments and errors are those of :func:`~kvstore.models.load.load_models`.
 
     Raises:
-        KVStoreError: There is no such model, mlx-lm cannot load it, or the draft model
-            has another vocabulary.
         UnsupportedCacheError: Its prompt cache cannot be stored.
     """
     loaded = load_models(
@@ -253,9 +243,6 @@ def prefill(
         prompt_cache: Goes on from here; a new one by default.
         prefill_step_size: Tokens computed at a time.
         progress: Called with (tokens computed, tokens to compute).
-
-    Returns:
-        The prompt cache.
     """
     if prompt_cache is None:
         prompt_cache = make_prompt_cache(model)
@@ -274,15 +261,10 @@ def prefill(
 def entry_tokens(
     store: Store, name: str, fingerprint: Fingerprint | None = None
 ) -> list[int] | None:
-    """Return the tokens of the entry with this name, or ``None``.
-
-    Args:
-        store: Where to look.
-        name: Its name; not its id.
-        fingerprint: The model's; ``None`` takes whatever made the entry.
+    """Return the tokens of the entry with this name, no id; ``None`` if there is none.
 
     Raises:
-        FingerprintError: Another model made it.
+        FingerprintError: Another model than the given one made it.
         IntegrityError: A part of it is missing or damaged.
     """
     try:
@@ -296,16 +278,11 @@ def entry_tokens(
 def base_tokens(
     store: Store, ref: str, fingerprint: Fingerprint | None = None
 ) -> list[int]:
-    """Return the tokens of an entry that is there.
-
-    Args:
-        store: Where to look.
-        ref: Its name, or its id or the start of it.
-        fingerprint: The model's; ``None`` takes whatever made the entry.
+    """Return the tokens of an entry, by its name, its id or the start of it.
 
     Raises:
         EntryNotFoundError: There is none.
-        FingerprintError: Another model made it.
+        FingerprintError: Another model than the given one made it.
         IntegrityError: A part of it is missing or damaged.
     """
     entry = store.entry(ref)
@@ -322,24 +299,13 @@ class Stopped(Exception):  # noqa: N818  (no error)
 class Session:
     """One run of a model: its tokens, their rows, and how many of these are whole.
 
-    Args:
-        model: The model.
-        tokens: The prompt.
-        store: Where rows are restored from and saved to.
-        name: A name for the entry. It moves from an entry that this continues.
-        replace: Take the name from an entry that this does not continue; from that
-            one only, as it was, where one is given.
-        is_kept: Save what is computed; else the store is only read.
-        prefill: How the prompt is computed.
-        live: Goes on from here as far as it holds the prompt's tokens.
-        callbacks: What is told, and asked, meanwhile.
+    The arguments are those of :func:`~kvstore.models.generate.stream_generate`.
 
     Attributes:
         prompt_cache: Grows while mlx-lm works.
         rest: The tokens to feed.
         tokens: The prompt, and what was generated.
         num_restored: Tokens that were held.
-        model: The model.
     """
 
     def __init__(
@@ -374,12 +340,7 @@ class Session:
         self._num_rows = self._num_draft_rows = 0
 
     def begin(self, options: CacheOptions, num_left: int = 1) -> None:
-        """Find what is held of the tokens.
-
-        Args:
-            options: What kind of prompt cache is wanted.
-            num_left: Tokens that are to be fed in any case, 0 or 1.
-        """
+        """Find what is held of the tokens, and leave at least `num_left` to be fed."""
         empty = make_empty_cache(self.model, options)
         if self._live is None:  # else whoever has it has asked
             check_kv_bits(self.model, options)
@@ -400,7 +361,6 @@ class Session:
             self._live.clear()
 
     def _take_live(self, empty: list[Any], num_left: int, min_bits: int) -> bool:
-        """Go on from the live cache, if it is good for anything."""
         if self._live is None or not self._live.tokens:
             return False
         held = self._live.prompt_cache
@@ -449,11 +409,8 @@ class Session:
     def feed(self, *, with_last: bool = False) -> None:
         """Have the models compute the rows of the rest, a step at a time.
 
-        All but the last token, which goes alone: so it has the same bits that mlx-lm
-        gives it when it begins a reply.
-
-        Args:
-            with_last: Feed the last token too.
+        The last token goes alone, if at all: so it has the same bits that mlx-lm gives
+        it when it begins a reply.
 
         Raises:
             Stopped: The run is to end, and no step is under way.
@@ -511,8 +468,7 @@ class Session:
     def finish(self, *, is_interrupted: bool = False) -> None:
         """Save what is whole; nothing where that is only what was held.
 
-        Args:
-            is_interrupted: mlx-lm may have stopped in the middle of a step.
+        Where it ``is_interrupted``, mlx-lm may have stopped in the middle of a step.
         """
         if self.model.draft_model is not None:
             self._catch_up()
@@ -544,7 +500,6 @@ class Session:
         self._num_rows = len(self.tokens)
 
     def _hold(self) -> None:
-        """Leave the prompt cache to the next run."""
         if self._live is not None:
             self._live.tokens = self.tokens[: self._num_rows]
             self._live.prompt_cache = self.prompt_cache
@@ -604,7 +559,6 @@ class Session:
                 )
 
     def _begun(self, name: str) -> list[int] | None:
-        """Return the tokens of an entry, if there is one; ``None`` of another model."""
         try:
             return entry_tokens(self._store, name, self.model.fingerprint) or []
         except FingerprintError:
@@ -687,7 +641,6 @@ def _process_all(
 
 
 def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
-    """Compute the rows of some tokens at once."""
     if not tokens:
         return
     with mx.stream(generation_stream):
@@ -699,11 +652,7 @@ def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
 
 
 def _check_draft(empty: list[Any], is_divided: bool) -> None:
-    """Refuse caches from which mlx-lm cannot take back wrong guesses, in its silence.
-
-    Raises:
-        UnsupportedCacheError: A layer's cache is of such a class.
-    """
+    """Refuse caches from which mlx-lm cannot, silently, take back wrong guesses."""
     hint = "leave out the draft model"
     for number, cache in enumerate(caches.flatten_caches(empty)):
         if not caches.is_cuttable([cache]):

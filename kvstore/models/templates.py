@@ -39,7 +39,6 @@ class Template:
         ignore: Take what is said as plain text.
 
     Attributes:
-        tokenizer: The same.
         is_plain: What is said is taken as plain text: the tokenizer has no chat
             template, or it is to be ignored.
     """
@@ -95,13 +94,7 @@ class Template:
         Where the conversation ends with a reply, that is closed first. Where it ends
         inside a message, the prompt goes on with that, as with
         ``mlx_lm.generate --prompt-cache-file``. Where nothing but the system's words is
-        left, a first message follows.
-
-        Args:
-            prompt: What the user says.
-            tokens: The conversation so far.
-            is_literal: What the user says makes no special tokens, whatever it
-                contains.
+        left, a first message follows. ``is_literal`` is that of :meth:`encode_prompt`.
 
         Raises:
             ValueError: The chat template leaves out parts of a conversation.
@@ -198,7 +191,6 @@ class Template:
         return None
 
     def _derive_marks(self) -> TurnMarks:
-        """Return what different conversations have in common."""
         firsts = [self.encode_prompt(words) for words in _SAMPLES]
         begun = [*firsts[0], *self._plain("b")]
         laters = [self._continue(words, begun) for words in _SAMPLES]
@@ -219,7 +211,6 @@ class Template:
         return bool(marks.header) and not special.isdisjoint(marks.boundary)
 
     def _finds_turns(self, marks: TurnMarks) -> bool:
-        """Try the marks on a conversation that is known."""
         for end in [[], *([token] for token in self._ends)]:
             tokens = self.encode_prompt("One?")
             expected = [len(marks.opening)]
@@ -250,7 +241,6 @@ class Template:
     def _encode(
         self, render: Callable[[str], str], words: str, is_literal: bool
     ) -> list[int]:
-        """Return the tokens of a rendered text with the user's words in it."""
         text = render(words)
         if is_literal and any(mark in words for mark in self._special_texts()):
             before, after = _around(_WORDS, render(_WORDS))
@@ -268,11 +258,7 @@ class Template:
         return [str(token) for token in added if token.special]
 
     def _render(self, messages: Sequence[JSON], *, is_open: bool = False) -> str:
-        """Return a conversation as text, the last message open or a reply to come.
-
-        Raises:
-            KVStoreError: The chat template refuses it.
-        """
+        """Return a conversation as text, the last message open or a reply to come."""
         from jinja2 import TemplateError
 
         options = {
@@ -291,11 +277,6 @@ class Template:
 
 
 def _around(marker: str, text: str) -> tuple[str, str]:
-    """Return what stands before and behind the marker.
-
-    Raises:
-        ValueError: The chat template has left it out.
-    """
     before, found, after = text.partition(marker)
     if not found:
         raise ValueError("the chat template leaves out parts of a conversation")

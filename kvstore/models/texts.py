@@ -39,13 +39,7 @@ class Unread:
 def entry_text(
     store: Store, entry: Entry, tokenizer: Any, num_last: int | None = None
 ) -> str:
-    """Return the text of an entry, with the marks of its chat template.
-
-    Args:
-        store: Where it is kept.
-        entry: The entry.
-        tokenizer: That of the model that made it.
-        num_last: Return so many of the last tokens; all by default.
+    """Return the text of an entry, or its last tokens', with its chat template's marks.
 
     Raises:
         EntryNotFoundError: It is gone.
@@ -59,9 +53,7 @@ def entry_text(
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     """Return the text of tokens, in which an image, or other media, is one mark.
 
-    Args:
-        tokenizer: The model's, which knows no negative token.
-        tokens: Negative ones are media, as ``DiskPromptCache`` takes them.
+    Negative tokens are media, as ``DiskPromptCache`` takes them.
     """
     runs = groupby(tokens, lambda token: token < 0)
     return "".join(
@@ -72,12 +64,8 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 def tokenizer_of(entry: Entry, model: str | None = None) -> Any:
     """Return the tokenizer of the model that made an entry.
 
-    Args:
-        entry: The entry.
-        model: Where the model lies now; where the entry says by default.
-
     Raises:
-        KVStoreError: There is no such model.
+        KVStoreError: There is no such model, where the entry says or where it is now.
     """
     try:
         return load_tokenizer(model or entry.model)
@@ -92,10 +80,8 @@ def search(
 ) -> Iterator[Hit | Unread]:
     """Yield the entries that have a word in their text, name or title, latest first.
 
-    Args:
-        store: Where to look.
-        word: Any text; upper and lower case are the same.
-        load: Returns the tokenizer of an entry; called once per model.
+    Upper and lower case are the same. ``load`` returns the tokenizer of an entry; it is
+    called once per model.
     """
     loaded: dict[str, Any] = {}
     for entry in store.entries():
@@ -121,7 +107,6 @@ def search(
 
 
 def _places(text: str, word: str) -> list[int]:
-    """Return where a word stands in a text."""
     text, word = text.lower(), word.lower()
     found, place = [], text.find(word)
     while place >= 0:

@@ -23,13 +23,9 @@ def make_title(tokenizer: Any, tokens: Sequence[int]) -> str:
 def title_maker(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """Return what makes titles: the first words of the first message of the user.
 
-    Args:
-        tokenizer: The model's, from mlx-lm; ``None`` gives no title.
-
-    Returns:
-        A function of a conversation's tokens, which any thread may call. A title has
-        at most 80 characters on one line. Where the chat template does not tell
-        messages apart, it has the first words of all.
+    It is a function of a conversation's tokens, which any thread may call. A title has
+    at most 80 characters on one line. Where the chat template does not tell messages
+    apart, it has the first words of all. Without a tokenizer it is empty.
     """
     if tokenizer is None:
         return lambda tokens: ""
@@ -49,7 +45,6 @@ def title_maker(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 
 def _first_message(marks: TurnMarks | None, tokens: Sequence[int]) -> list[int]:
-    """Return the first message of the user, or its beginning."""
     first = None if marks is None else marks.first(tokens)
     if marks is None or first is None:
         return list(tokens[:_NUM_TOKENS])

@@ -26,11 +26,7 @@ class TurnMarks:
         return next(places(self.header, tokens), None)
 
     def begins(self, tokens: Sequence[int]) -> list[int]:
-        """Return where each turn begins: where the conversation ended before it.
-
-        Args:
-            tokens: A conversation, with at least one reply.
-        """
+        """Return where each turn begins: where the conversation ended before it."""
         first = self.first(tokens)
         if first is None:
             return []
@@ -44,12 +40,7 @@ class TurnMarks:
     def exchange(
         self, tokens: Sequence[int], begin: int
     ) -> tuple[list[int], list[int]]:
-        """Return what was asked and what was replied in a turn.
-
-        Args:
-            tokens: A conversation that ends with the turn.
-            begin: Where the turn begins.
-        """
+        """Return what was asked and replied in the turn that tokens end with."""
         # A header may begin with the token that ended the reply before.
         turn = tokens[max(0, begin - 1) :]
         asked = next(places(self.header, turn), 0) + len(self.header)

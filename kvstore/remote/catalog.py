@@ -62,10 +62,6 @@ class Listing:
 def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
     """Return the entries of a remote; of each name and model the latest.
 
-    Args:
-        client: The remote.
-        fingerprint: Digest of the model wanted; ``None`` takes any.
-
     Raises:
         RemoteError: The remote fails, or cannot list.
     """
@@ -75,12 +71,7 @@ def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
 def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Listing:
     """Return the entry with this name, or whose document's digest starts so.
 
-    One that is named by its whole key needs no list.
-
-    Args:
-        client: The remote.
-        ref: The name, the start of the digest, or the key: `FINGERPRINT/ID`.
-        fingerprint: Digest of the model wanted; ``None`` takes any.
+    One that is named by its whole key, `FINGERPRINT/ID`, needs no list.
 
     Returns:
         One entry, and why others of the name were refused.
@@ -113,16 +104,10 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> List
 def read_new(
     client: Client, fingerprint: str, known: dict[EntryKey, RemoteEntry | None]
 ) -> tuple[KVStoreError, ...]:
-    """Learn of a model's entries: only documents that are not known yet are read.
+    """Learn of a model's entries, and return why some that are new were refused.
 
-    Args:
-        client: The remote.
-        fingerprint: Digest of the model.
-        known: What is known by now, and what was refused as ``None``; it is changed to
-            what the remote has.
-
-    Returns:
-        Why some of those that are new were refused.
+    Only documents that are not known yet are read; ``known`` is changed to what the
+    remote has, with ``None`` for what was refused.
 
     Raises:
         RemoteError: The remote fails, or cannot list.
@@ -204,7 +189,6 @@ def cut_to_prompt(remote: RemoteEntry, tokens: Sequence[int]) -> RemoteEntry | N
 def _find_keys(
     client: Client, ref: str, fingerprint: str | None
 ) -> tuple[list[EntryKey], list[EntryKey]]:
-    """Return the keys that a name may mean, and those that a digest may mean."""
     if (direct := parse_key(f"{ENTRIES}/{ref}.json")) is not None:
         return [], [direct]
     is_start = len(ref) >= MIN_ID and not set(ref) - set("0123456789abcdef")
@@ -269,7 +253,6 @@ def _read_all(
 
 
 def _latest(listing: Listing) -> Listing:
-    """Return the latest entry of each name and model."""
     chosen: dict[tuple[str, str], Listed] = {}
     for listed in sorted(listing.found, key=_saved_at, reverse=True):
         chosen.setdefault((listed.key.fingerprint, listed.key.entry_id), listed)

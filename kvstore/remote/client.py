@@ -76,9 +76,7 @@ class Limits:
 
 
 class Client:
-    """One object store.
-
-    Several threads may use it.
+    """One object store, which several threads may use.
 
     Args:
         remote: Where it is.
@@ -115,14 +113,9 @@ class Client:
     ) -> None:
         """Create an object that was not there just now.
 
-        Its key is named by its content: another client that creates it meanwhile
-        sends the same bytes.
-
-        Args:
-            key: The object's key.
-            nbytes: Its size.
-            read: Returns its parts, once for each try. What it raises is raised, and
-                then there is no such object.
+        Its key is named by its content: another client that creates it meanwhile sends
+        the same bytes. ``read`` returns its parts, once for each try; what that raises
+        is raised, and then there is no such object.
 
         Raises:
             RemoteError: The server fails, or has an object of another size by now.
@@ -155,10 +148,7 @@ class Client:
             raise self._failed(error, "there is no such bucket") from error
 
     def create(self, key: str, data: bytes) -> bool:
-        """Create an object by a conditional request.
-
-        Returns:
-            Whether the server says that there was none.
+        """Create an object by a conditional request; whether there was none.
 
         Raises:
             RemoteError: The server fails, or knows no such request.

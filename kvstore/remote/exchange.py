@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 
 
 class Remotes:
-    """The object stores that one store knows, by their names.
-
-    Args:
-        blocks: The store's blocks.
-        catalog: Its entries.
-    """
+    """The object stores that one store knows, by their names."""
 
     def __init__(self, blocks: BlockStore, catalog: Catalog) -> None:
         self._blocks = blocks
@@ -52,10 +47,7 @@ class Remotes:
         return read_remotes(self._blocks.folder)
 
     def add(self, remote: Remote) -> Probe:
-        """Note an object store under its name, having tried what it can do.
-
-        Args:
-            remote: From :func:`~kvstore.remote.remotes.make_remote`.
+        """Note an object store that ``make_remote`` made, having tried what it can do.
 
         Raises:
             RemoteError: It cannot be reached, or can do nothing that is needed.
@@ -77,10 +69,7 @@ class Remotes:
     def entries(self, remote: str | None = None) -> list[Listed]:
         """Return the entries of a remote, latest first; of each name the latest.
 
-        What is refused is named in the log.
-
-        Args:
-            remote: Its name; the only one by default.
+        The only remote is the default. What is refused is named in the log.
 
         Raises:
             RemoteError: The remote fails, or cannot list.
@@ -166,24 +155,11 @@ class Remotes:
     ) -> Entry:
         """Take what a remote has of a prompt into the store.
 
-        Of an entry that goes on otherwise, that is the full blocks that it shares.
-
-        Args:
-            tokens: The prompt.
-            fingerprint: The model's.
-            remote: The remote, or its name; the only one by default.
-            like: The model's empty prompt cache, as ``import_bundle`` takes it.
-            name: A name for the entry.
-            replace: Take the name from an entry that this does not continue.
-            progress: Called with (bytes that have come, bytes to come).
+        Of an entry that goes on otherwise, that is the full blocks that it shares. The
+        arguments and errors are those of :meth:`pull`.
 
         Raises:
             EntryNotFoundError: It has nothing of it.
-            IntegrityError: Nothing that it has is what its names say.
-            EntryExistsError: The name is taken.
-            RemoteError: The remote fails; pulling again goes on from there.
-            ValueError: The name is not one.
-            OSError: The disk is full or fails.
         """
         check_name(name)
         client = self.client(remote)
@@ -217,21 +193,8 @@ class Remotes:
     ) -> Entry:
         """Take an entry that was found in a remote, as :meth:`pull` does.
 
-        Args:
-            client: The remote.
-            found: The entry.
-            name: A name for it, in place of its own.
-            replace: Take the name from an entry that this does not continue.
-            like: The model's empty prompt cache, as ``import_bundle`` takes it.
-            min_bits: Refuse rows of fewer bits per number.
-            progress: Called with (bytes that have come, bytes to come).
-
         Raises:
-            IntegrityError: It is not what its names say.
-            EntryExistsError: The name is taken.
-            KVStoreError: Its rows are of fewer bits.
-            RemoteError: The remote fails; pulling again goes on from there.
-            OSError: The disk is full or fails.
+            KVStoreError: Its rows have fewer than ``min_bits`` bits per number.
         """
         from .pull import pull_entry
 
@@ -254,12 +217,9 @@ class Remotes:
         *,
         is_trusted: bool = False,
     ) -> Client:
-        """Return a remote, to be asked within these limits.
+        """Return a remote, by default the only one, to be asked within these limits.
 
-        Args:
-            remote: Its name, or the remote itself; the only one by default.
-            limits: How long requests may take.
-            is_trusted: Take its entries without a signature too, whatever was noted.
+        Where it ``is_trusted``, its entries need no signature, whatever was noted.
 
         Raises:
             KVStoreError: There is none of this name.

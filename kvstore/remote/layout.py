@@ -121,7 +121,6 @@ def document_of(remote: RemoteEntry) -> tuple[EntryKey, bytes]:
 
 
 def _body(remote: RemoteEntry) -> dict[str, JSON]:
-    """Return a document without its signature."""
     entry = replace(remote.entry, pinned=False, signer="")
     return {
         "format": FORMAT,
@@ -188,11 +187,6 @@ def parse_document(key: EntryKey, data: bytes) -> RemoteEntry:
 
 
 def _build(body: JSON) -> RemoteEntry:
-    """Return an entry, having checked every field.
-
-    Raises:
-        ValueError: One is not as it must be.
-    """
     entry = parse_entry(
         Path(f"{body['entry']['id']}.json"), canonical_json(body["entry"])
     )
@@ -211,11 +205,6 @@ def _build(body: JSON) -> RemoteEntry:
 
 
 def _check(remote: RemoteEntry) -> None:
-    """Compare what a document says at several places.
-
-    Raises:
-        ValueError: It contradicts itself.
-    """
     num_blocks = -(-remote.entry.num_tokens // remote.block_size)
     if len(remote.blocks) != num_blocks or remote.blocks[-1][0] != remote.entry.tip:
         raise ValueError("its blocks are not those of its entry")

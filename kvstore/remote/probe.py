@@ -71,7 +71,6 @@ def _write(client: Client, key: str) -> RemoteError | None:
 
 
 def _creates_once(client: Client, key: str) -> bool:
-    """Whether the server refuses to create what is there."""
     try:
         return not client.create(key, _DATA)
     except RemoteError:

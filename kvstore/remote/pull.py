@@ -94,18 +94,7 @@ def pull_entry(
     min_bits: int = 0,
     progress: Progress,
 ) -> Entry:
-    """Take an entry of a remote into a store, and return it.
-
-    Args:
-        blocks: The store's blocks.
-        catalog: Its entries.
-        client: The remote.
-        remote: The entry.
-        name: A name for it, or ``None`` for its own.
-        replace: Take the name from an entry that this one does not continue.
-        like: The empty prompt cache of the model that it must be of.
-        min_bits: Fewest bits per number that its rows must have.
-        progress: Called with (bytes that have come, bytes to come).
+    """Take an entry of a remote into a store, as :meth:`Remotes.pull_found` does.
 
     Raises:
         IntegrityError: An object is missing, or not what its name says. Nothing of the
@@ -165,11 +154,7 @@ def _plan(
     remote: RemoteEntry,
     like: Sequence[Any] | None,
 ) -> _Plan:
-    """Read the headers of what the store lacks, and check all that they tell.
-
-    Raises:
-        IntegrityError: It is not the entry that it should be.
-    """
+    """Read the headers of what the store lacks, and check all that they tell."""
     held = _held(blocks, remote)
     missing = [row for row in remote.blocks if _to_hash(row[0]) not in held]
     numbers = sorted({number for _, number in missing})
@@ -203,11 +188,7 @@ def _plan(
 def _read_bases(
     folder: StoreFolder, client: Client, digests: Iterable[str]
 ) -> dict[str, bytes]:
-    """Return those of some bases that the store lacks, checked.
-
-    Raises:
-        IntegrityError: One is missing, damaged, or larger than all may be.
-    """
+    """Return those of some bases that the store lacks, checked."""
     found: dict[str, bytes] = {}
     left = MAX_BYTES
     for digest in sorted(digests):
@@ -225,7 +206,6 @@ def _read_bases(
 
 
 def _finish(inspector: Inspector, has_held: bool) -> Chain:
-    """Return the chain of an entry that can be restored."""
     try:
         return inspector.finish()
     except IntegrityError as error:
@@ -253,7 +233,6 @@ def _holds_no_others(blocks: BlockStore, remote: RemoteEntry, plan: _Plan) -> bo
 
 
 def _held(blocks: BlockStore, remote: RemoteEntry) -> dict[BlockHash, StoredBlock]:
-    """Return the entry's blocks that the store has and can read."""
     held = {}
     for row in remote.blocks:
         place = blocks.index.place(_to_hash(row[0]))
@@ -265,7 +244,6 @@ def _held(blocks: BlockStore, remote: RemoteEntry) -> dict[BlockHash, StoredBloc
 
 
 def _read_header(client: Client, shard: RemoteShard) -> tuple[ShardHeader, memoryview]:
-    """Read and check the header of a shard; return it with its bytes."""
     with _naming(shard):
         raw = client.read(shard_key(shard.name), 0, shard.header_nbytes)
         # The entry's document has this digest and may be signed, so that a header can
@@ -282,7 +260,6 @@ def _read_header(client: Client, shard: RemoteShard) -> tuple[ShardHeader, memor
 
 
 def _find(shard: RemoteShard, header: ShardHeader, block: str) -> StoredBlock:
-    """Return a block of a shard."""
     for stored in header.blocks:
         if stored.block.hash.hex() == block:
             return stored
@@ -322,7 +299,6 @@ def _fetch(
     arriving: Sequence[_Arriving],
     progress: Progress,
 ) -> None:
-    """Bring the wanted blocks that an earlier try has not brought."""
     total = sum(b.end - b.begin for a in arriving for b in a.wanted)
     parts = [(a, *part) for a in arriving for part in _missing_parts(a)]
     left = sum(end - begin for _, begin, end in parts)
@@ -347,7 +323,6 @@ def _fetch(
 
 
 def _missing_parts(arriving: _Arriving) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a shard's file that have not come."""
     run: tuple[int, int] | None = None
     begin_of_data = arriving.header.data_begin
     with open_shard_at(arriving.path) as opened:
@@ -374,7 +349,6 @@ def _has_come(opened: OpenShard, stored: StoredBlock) -> bool:
 
 
 def _bring(client: Client, arriving: _Arriving, begin: int, end: int) -> None:
-    """Bring one range of a shard into its file."""
     with _naming(arriving.shard):
         data = client.read(shard_key(arriving.shard.name), begin, end)
     write_at(arriving.path, begin, data)

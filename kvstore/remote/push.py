@@ -63,12 +63,6 @@ def push_entry(
 ) -> Pushed:
     """Put an entry into a remote, signed where the user has a key.
 
-    Args:
-        blocks: The store's blocks.
-        entry: The entry.
-        client: The remote.
-        progress: Called with (bytes that are there, bytes in all).
-
     Raises:
         IntegrityError: A part of the entry is missing or damaged. The remote has no
             such entry then.
@@ -196,11 +190,7 @@ def _send(client: Client, upload: Upload) -> bool:
 
 
 def _checked_parts(path: Path, name: str) -> Iterator[bytes]:
-    """Yield the bytes of a shard while they are hashed: at the end they may be wrong.
-
-    Raises:
-        IntegrityError: They are not what its name says, or the file is missing.
-    """
+    """Yield the bytes of a shard, and fail at the end where their hash is wrong."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -115,7 +115,6 @@ def _run_model(
 def _contexts(
     loaded: LoadedModel, texts: tuple[Path, ...], count: int
 ) -> list[list[int]]:
-    """Return contexts, some of them to measure with."""
     from ...models.calibrate import CONTEXT, NUM_LEARNED
     from ...models.corpus import given_contexts, usual_contexts
 

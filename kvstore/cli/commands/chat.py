@@ -154,11 +154,7 @@ def chat(
 
 
 class _Session:
-    """A person, or a script, and a chat.
-
-    Attributes:
-        is_failed: A script asked for something that could not be done.
-    """
+    """A person, or a script, and a chat."""
 
     def __init__(
         self,
@@ -203,12 +199,7 @@ class _Session:
         return self._chat.is_saved
 
     def run(self) -> None:
-        """Say where the chat stands, and go on until it ends; then all is saved.
-
-        Raises:
-            KVStoreError: It cannot be saved.
-            OSError: The same.
-        """
+        """Say where the chat stands, and go on until it ends; then all is saved."""
         try:
             self._greet()
             self._take_lines()
@@ -235,7 +226,6 @@ class _Session:
             self._output.note(f"> {asked}\n{replied}")
 
     def _take_lines(self) -> None:
-        """Take what is said, and commands, until there is no more."""
         while (text := self._read()) is not None:
             quoted = unquote(text)
             # A command has one line; what is pasted may begin with a slash.
@@ -283,14 +273,12 @@ class _Session:
         return None
 
     def _words(self) -> Iterator[str]:
-        """Yield what a line that begins with a slash may become."""
         yield from (*self._commands, "/bye")
         for entry in self._store.entries():
             if entry.name is not None:
                 yield f"/switch {entry.name}"
 
     def _meter(self) -> str:
-        """Return how full the model's context is, and what comes with the message."""
         length, num_tokens = self._model.context_length, len(self._chat.tokens)
         of = f" of {length:,}" if length else ""
         files = f" + {format_count(len(self._files), 'file')}" if self._files else ""
@@ -299,7 +287,6 @@ class _Session:
         )
 
     def _say(self, text: str) -> None:
-        """Say something, and print the reply as it comes."""
         last: Any = None
         message = "\n\n".join([*self._files, text])
         warn_of_context(self._output, self._model, self._chat.count_tokens(message))
@@ -335,7 +322,6 @@ class _Session:
             self._interrupted(last)
 
     def _warn_of_limit(self) -> None:
-        """Say that the chat comes near to the end of the model's context."""
         length, num_tokens = self._model.context_length, len(self._chat.tokens)
         if length is not None and _NEAR * length <= num_tokens <= length:
             self._output.warning(
@@ -344,7 +330,6 @@ class _Session:
             )
 
     def _told(self, last: Any, num_before: int) -> str:
-        """Return a line on a turn: what was restored, read and written, how fast."""
         stats = self._chat.stats()
         num_restored = stats.num_restored_tokens - num_before
         told = f"restored {num_restored:,}, " if num_restored else ""
@@ -367,7 +352,6 @@ class _Session:
             raise KeyboardInterrupt  # it is the script that is to end
 
     def _command(self, line: str) -> None:
-        """Do what a line with a slash asks for."""
         word, *rest = line.split(maxsplit=1)
         try:
             if word not in self._commands:
@@ -462,7 +446,6 @@ class _Session:
         self._output.result(_HELP, None)
 
     def _extent(self) -> str:
-        """Return how long the chat is."""
         num_turns = self._chat.num_turns
         tokens = format_count(len(self._chat.tokens), "token")
         return (
@@ -472,7 +455,6 @@ class _Session:
         )
 
     def _fail(self, error: Exception) -> None:
-        """Tell what went wrong; the chat goes on."""
         self._bars.clear()
         self.is_failed = not self._is_person
         failure = explain(error)
@@ -484,14 +466,12 @@ class _Session:
         print_failure(failure.message, hint)
 
     def _note(self, text: str) -> None:
-        """Tell something that is not said in the chat."""
         text = one_line(text)
         is_dim = has_colour(sys.stderr)
         self._output.note(click.style(text, dim=True) if is_dim else text)
 
 
 def _describe_new(chat: Chat) -> str:
-    """Return what a chat begins with, and under which name it is kept."""
     begun = f" with what `{chat.base}` holds" if chat.base else ""
     if chat.name:
         return f"a new chat{begun}, `{chat.name}`"

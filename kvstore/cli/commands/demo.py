@@ -118,7 +118,6 @@ def _run(
     max_tokens: int,
     codecs: tuple[str, ...],
 ) -> tuple[ModelOptions, DemoResult]:
-    """Return the model, and what was measured with it."""
     output = output_of(context)
     model = model.chosen(context)
     load_fast_blas()
@@ -141,12 +140,7 @@ def _run(
 
 
 def format_report(result: DemoResult, machine: dict[str, str]) -> str:
-    """Return what was measured, in Markdown.
-
-    Args:
-        result: What was found.
-        machine: What it was found on: names and values.
-    """
+    """Return what was measured, and on what machine, in Markdown."""
     prefill_s = result.rows[0].load_s
     lines = [
         f"`{Path(result.model).name}`, {result.num_tokens:,} tokens, computed in"
@@ -166,12 +160,7 @@ def format_report(result: DemoResult, machine: dict[str, str]) -> str:
 
 
 def format_result(result: DemoResult, width: int | None = None) -> str:
-    """Return the result as people read it: what was asked, the table, the answers.
-
-    Args:
-        result: What the demo found.
-        width: Columns of the terminal.
-    """
+    """Return the result as people read it: what was asked, the table, the answers."""
     lines = [f"{result.num_tokens:,} tokens of a document, read by `{result.model}`"]
     lines += ["", *format_table(result.rows, _COLUMNS, width)]
     lines += ["", *_compare(result), "", f"question: {result.question}"]
@@ -184,7 +173,6 @@ def format_result(result: DemoResult, width: int | None = None) -> str:
 
 
 def _compare(result: DemoResult) -> list[str]:
-    """Return why a store is worth more than a file that loads sooner."""
     sizes = [row.nbytes for row in result.rows if row.nbytes]
     smaller = max(sizes) / min(sizes)
     return [

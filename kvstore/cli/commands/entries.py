@@ -376,7 +376,6 @@ class _ShardUse:
 
 
 def _by_shard(chain: Sequence[tuple[Place, StoredBlock]]) -> list[_ShardUse]:
-    """Return what lies in each shard, in the order of the tokens."""
     held: dict[str, list[tuple[Place, StoredBlock]]] = {}
     for place, stored in chain:
         held.setdefault(place.shard, []).append((place, stored))

@@ -232,15 +232,9 @@ def open_models(
     ref: str | None = None,
     usual: str = "balanced",
 ) -> tuple[Store, LoadedModel]:
-    """Open the store, and load the model, or the one that made the entry `ref`.
+    """Open the store, and load the model, or the one that made the entry ``ref``.
 
-    Args:
-        context: Of the verb.
-        chosen: Which model.
-        codec: What was asked for: a codec, or a quality.
-        live: How the live cache is filled.
-        ref: The entry that is gone on with.
-        usual: The quality where nothing was asked for.
+    ``codec`` may be a quality too; where it is ``None``, ``usual`` is.
     """
     chosen = chosen.chosen(context, ref)
     load_fast_blas()
@@ -307,13 +301,7 @@ def _conversation(
 ) -> list[int]:
     """Return the tokens of the conversation that a prompt begins or continues.
 
-    Args:
-        store: Where it is kept.
-        model: The model.
-        prompt: How the prompt is rendered.
-        text: What it says.
-        base: An entry that must be there, or ``None``.
-        name: The name of an entry that may be there, or ``None``.
+    A base must be there; an entry of the name may be.
     """
     from ...models.conversation import continue_entry
 
@@ -358,7 +346,6 @@ def _print_saved(
 def _print_said(
     output: Output, said: Sequence[Any], num_prompt: int, entry: Entry | None
 ) -> None:
-    """Print what is to be told after a reply, finished or not."""
     if output.mode == "json":
         output.result("", _said_data(said, num_prompt, entry))
         return

@@ -194,7 +194,6 @@ def _print_pruned(
 
 
 def _why_bytes_stay(plan: PrunePlan) -> Iterator[str]:
-    """Yield what keeps bytes from being freed, and what would free them."""
     if not plan.is_whole:
         yield (
             "an entry is damaged and nobody knows what it needs, so that only what"
@@ -249,7 +248,6 @@ def stats_fields(found: Stats) -> list[tuple[str, str]]:
 
 
 def _reanchored_fields(found: Stats) -> Iterator[tuple[str, str]]:
-    """Yield what re-anchoring was measured to cost."""
     if found.reanchored_kl is not None:
         checks = format_count(found.counters["reanchored_checks"], "request")
         yield (
@@ -280,7 +278,6 @@ def _aside_fields(found: Stats) -> Iterator[tuple[str, str]]:
 
 
 def _describe_speeds(speeds: ModelSpeeds) -> str:
-    """Return how fast a model's rows come, and from how many on loading is faster."""
     parts = []
     if speeds.prefill_tps is not None:
         parts.append(f"computes {_rate(speeds.prefill_tps)}")

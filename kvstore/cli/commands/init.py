@@ -91,7 +91,6 @@ _WAYS = {
 
 
 def _encryption(key_file: Path | None, keychain: bool, recipient: str | None) -> JSON:
-    """Make a key, and return where it is kept."""
     from ...storage import vault
 
     key = vault.new_key()

@@ -184,7 +184,6 @@ def tree_lines(tree: Tree) -> Iterator[Line]:
 
 
 def _below(branch: Branch, depth: int) -> list[tuple[Branch | tuple[Entry, int], int]]:
-    """Return what hangs from a branch, the last first."""
     found: list[Branch | tuple[Entry, int]] = [*branch.branches[::-1]]
     found += branch.entries[::-1]
     return [(one, depth) for one in found]
@@ -246,7 +245,6 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
 
 
 def _measured_kl(entry: Entry) -> str:
-    """Return what was measured of the worst codec of an entry when it was saved."""
     return f"{max(one.kl for one in entry.receipts):.2g}" if entry.receipts else ""
 
 

@@ -82,15 +82,9 @@ def lookup(
 def prompt_tokens(
     model: ModelOptions, prompt: PromptOptions, source: str | JSON
 ) -> tuple[list[int], Fingerprint, Any]:
-    """Return a prompt's tokens, as `generate` takes them, without loading weights.
+    """Return a prompt's tokens, its model's fingerprint, and the tokenizer.
 
-    Args:
-        model: The model.
-        prompt: How the prompt is rendered.
-        source: The prompt's text, or a captured request.
-
-    Returns:
-        The tokens, the model's fingerprint and its tokenizer.
+    They are those of `generate`; no weights are loaded.
     """
     from ...models.load import fingerprint_model, load_tokenizer
 
@@ -132,7 +126,6 @@ Sides = tuple[_Text, _Text]
 
 
 def _sides(divergence: Divergence, tokenizer: Any) -> Sides:
-    """Return what is stored and what is given as text."""
     at, decode = divergence.position - divergence.start, partial(_decode, tokenizer)
     stored = _Text.of(divergence.stored, at, decode)
     return stored, _Text.of(divergence.given, at, decode)
@@ -181,7 +174,6 @@ class _Nearest:
 
 
 def _tell(nearest: _Nearest | None) -> list[str]:
-    """Return where a prompt differs from the nearest, line by line."""
     if nearest is None or not nearest.changes:
         return []
     tokens = format_count(nearest.num_tokens, "token")
@@ -210,7 +202,6 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _common(left: str, right: str) -> str:
-    """Return how two texts begin alike."""
     pairs = zip(left, right, strict=False)
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -226,7 +217,6 @@ def _describe(match: Match) -> str:
 
 
 def _explain(found: Explanation, sides: Sides | None) -> list[str]:
-    """Return what is to be told beside the match."""
     lines = []
     if found.damage is not None:
         lines.append(f"damage: {_visible(found.damage)}")

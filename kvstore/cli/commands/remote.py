@@ -48,7 +48,6 @@ def remote() -> None:
 
 
 def _setting(text: str) -> tuple[str, str]:
-    """Return name and value of a provider's setting."""
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise click.BadParameter(f"`{text}` is not NAME=VALUE")
@@ -281,11 +280,7 @@ def _check_wanted(
     asked: str | None,
     name: str | None,
 ) -> None:
-    """Refuse what does not say which entries are meant.
-
-    Raises:
-        click.UsageError: It does not.
-    """
+    """Refuse what does not say which entries are meant."""
     if bool(refs) == (asked is not None):
         words = "give names, or `--model` and `--prompt` or `--request`"
         raise click.UsageError(words, context)

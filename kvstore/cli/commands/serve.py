@@ -53,11 +53,7 @@ class RemoteOptions:
     push: bool
 
     def open(self, store: Store) -> RemoteTier | None:
-        """Return the remote as the server uses it.
-
-        Raises:
-            KVStoreError: The store has no such remote.
-        """
+        """Return the remote as the server uses it, one that the store knows."""
         from ...server.remote import RemoteTier
 
         if self.remote is None:

@@ -131,11 +131,6 @@ def _is_bundle(path: Path) -> bool:
 
 
 def _refuse_given(context: click.Context, names: tuple[str, ...], what: str) -> None:
-    """Refuse options that say nothing of such a file.
-
-    Raises:
-        click.UsageError: One was given.
-    """
     for name in names:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
@@ -315,11 +310,6 @@ def export(
 
 
 def _check_path(path: Path, overwrite: bool) -> None:
-    """Refuse a path that a bundle could not be written to.
-
-    Raises:
-        KVStoreError: There is something, or no folder.
-    """
     if path.exists() and not path.is_file():
         raise KVStoreError(
             f"not a regular file: `{path}`", hint="choose another; `-o -` is stdout"
@@ -356,7 +346,6 @@ def _write(
     without_basis: bool,
     secret: str | None,
 ) -> int:
-    """Write a bundle to an open file and return its size in bytes."""
     with (
         os.fdopen(descriptor, "wb", closefd=False) as file,
         output.progress() as bars,
