@@ -20,12 +20,6 @@ from turboquant.kv_cache import TurboQuantKVCache
 CODECS = ("raw", "planes", "planes+zstd", "turbo4+zstd", "turbo3", "turbo5v3", "turbo8")
 
 
-@pytest.fixture(autouse=True)
-def no_kernels_are_wanted(monkeypatch):
-    """`make test-numpy` asks for NumPy, which keeps a GPU's kernels out too."""
-    monkeypatch.delenv("TURBOQUANT_KERNELS", raising=False)
-
-
 def restored_by(way, monkeypatch, store, prompt, model):
     """Return what `load` gives with one way of restoring."""
     monkeypatch.setattr(loading, "start_restoring", way)

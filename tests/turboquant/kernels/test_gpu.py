@@ -22,12 +22,6 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-@pytest.fixture(autouse=True)
-def no_kernels_are_wanted(monkeypatch):
-    """`make test-numpy` asks for NumPy, which keeps a GPU's kernels out too."""
-    monkeypatch.delenv("TURBOQUANT_KERNELS", raising=False)
-
-
 def bits_of(x):
     """Return an array as NumPy's, bfloat16 as its bits."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
