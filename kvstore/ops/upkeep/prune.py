@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from ...errors import FormatError, IntegrityError
@@ -83,7 +83,8 @@ class PrunePlan:
     young_bytes: int
     # and in shards of which too much is needed to be worth rewriting.
     scattered_bytes: int
-    _pruner: Pruner = field(repr=False, compare=False)
+    _blocks: BlockStore = field(repr=False, compare=False)
+    _policy: Policy = field(repr=False, compare=False)
     # Every entry can be read and has all of its blocks, so that what is left over is
     # known.
     is_whole: bool = True
@@ -106,7 +107,9 @@ class PrunePlan:
         Raises:
             StoreLockedError: Another process kept the store locked.
         """
-        return self._pruner.execute(self)
+        return self._blocks.run(
+            lambda: _execute_anyhow(self._blocks, self._policy, self)
+        )
 
 
 def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
@@ -115,7 +118,47 @@ def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
     Raises:
         FormatError: A later release wrote entries into the store.
     """
-    return Pruner(blocks, policy).plan()
+    # What is read here may be old when the plan is executed, which is why
+    # `_execute` looks again under the lock before it removes a file.
+    sizes = blocks.index.shards()
+    survey = _Survey(blocks, policy.needed)
+    put_aside = sum(files.sizes_in(blocks.folder.quarantine).values())
+    used = sum(sizes.values()) + put_aside
+    evicted, gone = _choose_entries(policy, survey, used)
+    kept = {name: survey.kept(name, gone, policy.grace_s) for name in sizes}
+    left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
+    removed = {name: size for name, size in sizes.items() if not left[name]}
+    dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
+    # Bytes can be dead without a hole: those of the header, and of copies
+    # elsewhere.
+    holed = {name for name in dead if len(kept[name]) < len(survey.places_in(name))}
+    rest = used - sum(removed.values())
+    repacked = dict(_choose_repacks(policy, sizes, dead, holed, rest))
+    rest -= sum(repacked.values())
+    limit = policy.max_bytes
+    # Who does not wait for an hour wants what was removed gone from there too.
+    is_emptied = policy.grace_s == 0 or (limit and rest > limit)
+    young = (
+        place.nbytes
+        for places in kept.values()
+        for place in places
+        if not survey.is_live(place.hash)
+    )
+    return PrunePlan(
+        evicted,
+        removed,
+        repacked,
+        tuple(_leftovers(blocks.folder, policy.grace_s, set(sizes))),
+        put_aside if survey.is_whole and is_emptied else 0,
+        sum(sizes.values()),
+        sum(young),
+        sum(dead[name] for name in holed - repacked.keys()),
+        blocks,
+        policy,
+        survey.is_whole,
+        tuple(survey.undated()),
+        _choose_bases(blocks, policy),
+    )
 
 
 def plan_confirmed(blocks: BlockStore, policy: Policy) -> PrunePlan:
@@ -202,6 +245,20 @@ class _Survey:
         """Whether an entry needs a block."""
         return self._references[block] > 0
 
+    def kept(self, shard: str, gone: set[BlockHash], grace_s: float) -> list[Place]:
+        """Return the blocks of a shard that stay."""
+        added_at = self.shards[shard][0] if shard in self.shards else 0.0
+        is_young = _age(added_at) < grace_s
+        # Blocks that an evicted entry alone needed go at once, however young: nobody
+        # who saves now can count on them, for a commit looks again. Others wait for the
+        # grace period, as a save that has no entry yet may have written them.
+        return [
+            place
+            for place in self.places_in(shard)
+            if self.is_live(place.hash)
+            or (place.hash not in gone and (is_young or not self.is_whole))
+        ]
+
     def used_at(self, entry: Entry) -> float:
         """Return when an entry was saved or last hit, the later of both."""
         chain = self._chains[entry.id]
@@ -265,257 +322,197 @@ class _Survey:
         return [block for block in chain if not self.is_live(block)]
 
 
-class Pruner:
-    """Makes and executes one plan.
+def _execute_anyhow(blocks: BlockStore, policy: Policy, plan: PrunePlan) -> int:
+    """Carry a plan out where there is no room to note it, or to rewrite a shard."""
+    gone: set[BlockHash] = set()
+    try:
+        return _execute(blocks, policy, plan, gone)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        blocks.take_memory(error, is_read=True)
+    return _execute(blocks, policy, plan, gone)
 
-    Args:
-        blocks: The store's blocks.
-        policy: What may go.
-    """
 
-    def __init__(self, blocks: BlockStore, policy: Policy) -> None:
-        self._blocks = blocks
-        self._folder = blocks.folder
-        self._policy = policy
-
-    @property
-    def _index(self) -> Index:
-        return self._blocks.index  # another one once it was rebuilt
-
-    def plan(self) -> PrunePlan:
-        """Return what would go."""
-        # What is read here may be old when the plan is executed, which is why
-        # `_execute` looks again under the lock before it removes a file.
-        sizes = self._index.shards()
-        survey = _Survey(self._blocks, self._policy.needed)
-        put_aside = sum(files.sizes_in(self._folder.quarantine).values())
-        used = sum(sizes.values()) + put_aside
-        evicted, gone = self._choose_entries(survey, used)
-        kept = {name: self._kept(name, survey, gone) for name in sizes}
-        left = {name: sum(p.nbytes for p in places) for name, places in kept.items()}
-        removed = {name: size for name, size in sizes.items() if not left[name]}
-        dead = {name: size - left[name] for name, size in sizes.items() if left[name]}
-        # Bytes can be dead without a hole: those of the header, and of copies
-        # elsewhere.
-        holed = {name for name in dead if len(kept[name]) < len(survey.places_in(name))}
-        rest = used - sum(removed.values())
-        repacked = dict(self._choose_repacks(sizes, dead, holed, rest))
-        rest -= sum(repacked.values())
-        limit = self._policy.max_bytes
-        # Who does not wait for an hour wants what was removed gone from there too.
-        is_emptied = self._policy.grace_s == 0 or (limit and rest > limit)
-        young = (
-            place.nbytes
-            for places in kept.values()
-            for place in places
-            if not survey.is_live(place.hash)
+def _execute(
+    blocks: BlockStore, policy: Policy, plan: PrunePlan, gone: set[BlockHash]
+) -> int:
+    """Carry a plan out; add the blocks of the entries that go to ``gone``."""
+    # Entries go before blocks. After a crash in between, blocks are unreachable,
+    # and the next prune takes them; the other way round an entry would lack its
+    # blocks.
+    with files.locked(blocks.folder.lock, exclusive=True):
+        removed = list(filter(partial(_is_unchanged, blocks.folder), plan.entries))
+        tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
+        gone |= {p.hash for tip in tips for p, _ in blocks.index.chain(tip)}
+        remove_entries(blocks, [entry.id for entry in removed])
+    # Outside of the lock: what is called may take long, or open the store itself.
+    if blocks.on_evict is not None:
+        for entry in removed:
+            blocks.on_evict(entry)
+    before = blocks.index.nbytes()
+    # Without the index's file, nobody could be told where a block has moved to.
+    repacked = () if blocks.index.is_temporary else tuple(plan.repacked)
+    if repacked:
+        # Entries committed since the plan may need what it wanted to leave out.
+        survey = _Survey(blocks, policy.needed)
+    for name in repacked:
+        kept = {place.hash for place in survey.kept(name, gone, policy.grace_s)}
+        blocks.repack(name, kept)
+    with files.locked(blocks.folder.lock, exclusive=True):
+        _remove_shards(blocks, policy, (*plan.removed, *repacked), gone)
+        # Of entries that were removed while the index was locked.
+        left = blocks.index.entry_ids() - set(list_ids(blocks.folder))
+        for entry_id in left:
+            blocks.index.drop_entry(entry_id)
+        put_aside = empty_quarantine(blocks.folder) if plan.quarantine_bytes else 0
+    if plan.quarantine_bytes:
+        blocks.confirm()  # which tells the index of what was taken back
+    for path in plan.leftovers:
+        _remove_leftover(blocks, path)
+    _date(plan.undated)
+    freed = before - blocks.index.nbytes() + put_aside
+    if plan.bases:
+        freed += blocks.remove_bases(
+            lambda: _old_bases(blocks, policy).intersection(plan.bases)
         )
-        return PrunePlan(
-            evicted,
-            removed,
-            repacked,
-            tuple(self._leftovers(set(sizes))),
-            put_aside if survey.is_whole and is_emptied else 0,
-            sum(sizes.values()),
-            sum(young),
-            sum(dead[name] for name in holed - repacked.keys()),
-            self,
-            survey.is_whole,
-            tuple(survey.undated()),
-            self._choose_bases(),
-        )
+    if blocks.index.is_temporary:
+        blocks.leave_memory()
+    return freed
 
-    def execute(self, plan: PrunePlan) -> int:
-        """Carry a plan out; see :meth:`PrunePlan.execute`."""
-        return self._blocks.run(lambda: self._execute_anyhow(plan))
 
-    def _execute_anyhow(self, plan: PrunePlan) -> int:
-        """Carry a plan out where there is no room to note it, or to rewrite a shard."""
-        gone: set[BlockHash] = set()
-        try:
-            return self._execute(plan, gone)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            self._blocks.take_memory(error, is_read=True)
-        return self._execute(plan, gone)
+def _date(paths: Iterable[Path]) -> None:
+    """Let entries grow old from now on, of which nobody knows how old they are."""
+    at = time.time() - GRACE_S
+    for path in paths:
+        with suppress(OSError):  # evicted just now, or of another user
+            os.utime(path, (at, at))
 
-    def _execute(self, plan: PrunePlan, gone: set[BlockHash]) -> int:
-        """Carry a plan out; add the blocks of the entries that go to ``gone``."""
-        # Entries go before blocks. After a crash in between, blocks are unreachable,
-        # and the next prune takes them; the other way round an entry would lack its
-        # blocks.
-        with files.locked(self._folder.lock, exclusive=True):
-            removed = list(filter(self._is_unchanged, plan.entries))
-            tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
-            gone |= {p.hash for tip in tips for p, _ in self._index.chain(tip)}
-            remove_entries(self._blocks, [entry.id for entry in removed])
-        # Outside of the lock: what is called may take long, or open the store itself.
-        if self._blocks.on_evict is not None:
-            for entry in removed:
-                self._blocks.on_evict(entry)
-        before = self._index.nbytes()
-        # Without the index's file, nobody could be told where a block has moved to.
-        repacked = () if self._index.is_temporary else tuple(plan.repacked)
-        if repacked:
-            # Entries committed since the plan may need what it wanted to leave out.
-            survey = _Survey(self._blocks, self._policy.needed)
-        for name in repacked:
-            kept = {place.hash for place in self._kept(name, survey, gone)}
-            self._blocks.repack(name, kept)
-        with files.locked(self._folder.lock, exclusive=True):
-            self._remove_shards((*plan.removed, *repacked), gone)
-            # Of entries that were removed while the index was locked.
-            left = self._index.entry_ids() - set(list_ids(self._folder))
-            for entry_id in left:
-                self._index.drop_entry(entry_id)
-            put_aside = empty_quarantine(self._folder) if plan.quarantine_bytes else 0
-        if plan.quarantine_bytes:
-            self._blocks.confirm()  # which tells the index of what was taken back
-        for path in plan.leftovers:
-            self._remove_leftover(path)
-        self._date(plan.undated)
-        freed = before - self._index.nbytes() + put_aside
-        if plan.bases:
-            freed += self._blocks.remove_bases(
-                lambda: self._old_bases().intersection(plan.bases)
-            )
-        if self._index.is_temporary:
-            self._blocks.leave_memory()
-        return freed
 
-    def _date(self, paths: Iterable[Path]) -> None:
-        """Let entries grow old from now on, of which nobody knows how old they are."""
-        at = time.time() - GRACE_S
-        for path in paths:
-            with suppress(OSError):  # evicted just now, or of another user
-                os.utime(path, (at, at))
+def _remove_shards(
+    blocks: BlockStore, policy: Policy, names: tuple[str, ...], gone: set[BlockHash]
+) -> None:
+    """Remove shards; the store's lock is held."""
+    if not names:
+        return
+    # The second look: entries committed since then keep their blocks.
+    survey = _Survey(blocks, policy.needed)
+    dead = [name for name in names if not survey.kept(name, gone, policy.grace_s)]
+    blocks.drop_shards({name: survey.places_in(name) for name in dead})
 
-    def _remove_shards(self, names: tuple[str, ...], gone: set[BlockHash]) -> None:
-        """Remove shards; the store's lock is held."""
-        if not names:
-            return
-        # The second look: entries committed since then keep their blocks.
-        survey = _Survey(self._blocks, self._policy.needed)
-        dead = [name for name in names if not self._kept(name, survey, gone)]
-        self._blocks.drop_shards({name: survey.places_in(name) for name in dead})
 
-    def _choose_bases(self) -> dict[str, int]:
-        """Return bases that nothing names, and their bytes."""
-        found = self._old_bases()
-        # Reading all shards is slow, and old bases are rare.
-        unnamed = self._blocks.unnamed_bases(found) if found else ()
-        return {basis: basis_size(self._folder, basis) for basis in sorted(unnamed)}
+def _choose_bases(blocks: BlockStore, policy: Policy) -> dict[str, int]:
+    """Return bases that nothing names, and their bytes."""
+    found = _old_bases(blocks, policy)
+    # Reading all shards is slow, and old bases are rare.
+    unnamed = blocks.unnamed_bases(found) if found else ()
+    return {basis: basis_size(blocks.folder, basis) for basis in sorted(unnamed)}
 
-    def _old_bases(self) -> set[str]:
-        """Return bases that are old enough and that no calibration names."""
-        # A save looks for room, not for these; what is set aside may come back.
-        if self._policy.needed or files.sizes_in(self._folder.quarantine):
-            return set()
-        try:
-            spared = calibrated_bases(self._folder)
-        except (IntegrityError, FormatError):
-            return set()
-        return {
-            basis
-            for basis in set(list_bases(self._folder)) - spared
-            if _is_older(basis_path(self._folder, basis), self._policy.grace_s)
-        }
 
-    def _choose_entries(
-        self, survey: _Survey, left: int
-    ) -> tuple[tuple[Entry, ...], set[BlockHash]]:
-        """Return the entries that go, and the blocks that only they needed."""
-        policy = self._policy
-        evicted: list[Entry] = []
-        gone: set[BlockHash] = set()
-        most = math.inf if policy.max_bytes is None else policy.max_bytes
-        held = survey.bytes_by_model() if policy.limits else {}
-        limits = {model: policy.limits.get(model, math.inf) for model in held}
-        is_any_over = any(held[model] > limits[model] for model in held)
-        if policy.older_than_s is None and left <= most and not is_any_over:
-            return (), gone  # without asking what each is worth
+def _old_bases(blocks: BlockStore, policy: Policy) -> set[str]:
+    """Return bases that are old enough and that no calibration names."""
+    # A save looks for room, not for these; what is set aside may come back.
+    if policy.needed or files.sizes_in(blocks.folder.quarantine):
+        return set()
+    try:
+        spared = calibrated_bases(blocks.folder)
+    except (IntegrityError, FormatError):
+        return set()
+    return {
+        basis
+        for basis in set(list_bases(blocks.folder)) - spared
+        if _is_older(basis_path(blocks.folder, basis), policy.grace_s)
+    }
 
-        def evict(entry: Entry) -> int:
-            released = survey.release(entry)
-            gone.update(released)
-            evicted.append(entry)
-            return sum(survey.links[block].nbytes for block in released)
 
-        others = []
-        for entry in survey.candidates(named=policy.named):
-            if held and held[entry.model] > limits[entry.model]:
-                freed = evict(entry)
-                held[entry.model] -= freed
-                left -= freed
-            else:
-                others.append(entry)
-        for entry in others:
-            age = _age(survey.used_at(entry))
-            is_old = policy.older_than_s is not None and age > policy.older_than_s
-            if is_old or left > most:
-                left -= evict(entry)
-        return tuple(evicted), gone
+def _choose_entries(
+    policy: Policy, survey: _Survey, left: int
+) -> tuple[tuple[Entry, ...], set[BlockHash]]:
+    """Return the entries that go, and the blocks that only they needed."""
+    evicted: list[Entry] = []
+    gone: set[BlockHash] = set()
+    most = math.inf if policy.max_bytes is None else policy.max_bytes
+    held = survey.bytes_by_model() if policy.limits else {}
+    limits = {model: policy.limits.get(model, math.inf) for model in held}
+    is_any_over = any(held[model] > limits[model] for model in held)
+    if policy.older_than_s is None and left <= most and not is_any_over:
+        return (), gone  # without asking what each is worth
 
-    def _kept(self, shard: str, survey: _Survey, gone: set[BlockHash]) -> list[Place]:
-        """Return the blocks of a shard that stay."""
-        added_at = survey.shards[shard][0] if shard in survey.shards else 0.0
-        is_young = _age(added_at) < self._policy.grace_s
-        # Blocks that an evicted entry alone needed go at once, however young: nobody
-        # who saves now can count on them, for a commit looks again. Others wait for the
-        # grace period, as a save that has no entry yet may have written them.
-        return [
-            place
-            for place in survey.places_in(shard)
-            if survey.is_live(place.hash)
-            or (place.hash not in gone and (is_young or not survey.is_whole))
-        ]
+    def evict(entry: Entry) -> int:
+        released = survey.release(entry)
+        gone.update(released)
+        evicted.append(entry)
+        return sum(survey.links[block].nbytes for block in released)
 
-    def _choose_repacks(
-        self, sizes: dict[str, int], dead: dict[str, int], holed: set[str], left: int
-    ) -> Iterator[tuple[str, int]]:
-        """Yield shards to rewrite and what that frees, the most wasteful first."""
-        limit = self._policy.max_bytes
-        # The most wasteful first, so that a limit is met with the fewest rewrites.
-        for name in sorted(dead, key=lambda name: -dead[name]):
-            is_over = limit is not None and left > limit
-            is_wanted = dead[name] * 2 > sizes[name]
-            # Who does not wait for an hour wants the bytes gone.
-            is_wanted |= self._policy.grace_s == 0 and name in holed
-            # A header of its own is no waste.
-            if is_wanted or (is_over and dead[name] > _SLACK_BYTES):
-                left -= dead[name]
-                yield name, dead[name]
-
-    def _leftovers(self, known: set[str]) -> Iterator[Path]:
-        """Yield what crashed saves left: staged files, and shards without rows."""
-        yield from forgotten(self._folder)
-        for name in sorted(set(list_shards(self._folder.shards)) - known):
-            path = shard_path(self._folder.shards, name)
-            if _is_older(path, self._policy.grace_s) and self._is_readable(name):
-                yield path
-
-    def _remove_leftover(self, path: Path) -> None:
-        if path.parent == self._folder.staging:
-            with suppress(FileNotFoundError):
-                files.remove_any(path)
+    others = []
+    for entry in survey.candidates(named=policy.named):
+        if held and held[entry.model] > limits[entry.model]:
+            freed = evict(entry)
+            held[entry.model] -= freed
+            left -= freed
         else:
-            self._blocks.remove_unknown(path.stem)
+            others.append(entry)
+    for entry in others:
+        age = _age(survey.used_at(entry))
+        is_old = policy.older_than_s is not None and age > policy.older_than_s
+        if is_old or left > most:
+            left -= evict(entry)
+    return tuple(evicted), gone
 
-    def _is_readable(self, name: str) -> bool:
-        """Whether a shard is one of this release; others are not ours to remove."""
-        try:
-            with open_shard(self._folder, name):
-                return True
-        except (IntegrityError, FormatError, OSError):
-            return False
 
-    def _is_unchanged(self, entry: Entry) -> bool:
-        """Whether an entry was not saved again since the plan was made."""
-        try:
-            return read_entry(self._folder, entry.id) == entry
-        except IntegrityError:
-            return True  # damaged since, and still the one that may go
+def _choose_repacks(
+    policy: Policy,
+    sizes: dict[str, int],
+    dead: dict[str, int],
+    holed: set[str],
+    left: int,
+) -> Iterator[tuple[str, int]]:
+    """Yield shards to rewrite and what that frees, the most wasteful first."""
+    limit = policy.max_bytes
+    # The most wasteful first, so that a limit is met with the fewest rewrites.
+    for name in sorted(dead, key=lambda name: -dead[name]):
+        is_over = limit is not None and left > limit
+        is_wanted = dead[name] * 2 > sizes[name]
+        # Who does not wait for an hour wants the bytes gone.
+        is_wanted |= policy.grace_s == 0 and name in holed
+        # A header of its own is no waste.
+        if is_wanted or (is_over and dead[name] > _SLACK_BYTES):
+            left -= dead[name]
+            yield name, dead[name]
+
+
+def _leftovers(folder: StoreFolder, grace_s: float, known: set[str]) -> Iterator[Path]:
+    """Yield what crashed saves left: staged files, and shards without rows."""
+    yield from forgotten(folder)
+    for name in sorted(set(list_shards(folder.shards)) - known):
+        path = shard_path(folder.shards, name)
+        if _is_older(path, grace_s) and _is_readable(folder, name):
+            yield path
+
+
+def _remove_leftover(blocks: BlockStore, path: Path) -> None:
+    if path.parent == blocks.folder.staging:
+        with suppress(FileNotFoundError):
+            files.remove_any(path)
+    else:
+        blocks.remove_unknown(path.stem)
+
+
+def _is_readable(folder: StoreFolder, name: str) -> bool:
+    """Whether a shard is one of this release; others are not ours to remove."""
+    try:
+        with open_shard(folder, name):
+            return True
+    except (IntegrityError, FormatError, OSError):
+        return False
+
+
+def _is_unchanged(folder: StoreFolder, entry: Entry) -> bool:
+    """Whether an entry was not saved again since the plan was made."""
+    try:
+        return read_entry(folder, entry.id) == entry
+    except IntegrityError:
+        return True  # damaged since, and still the one that may go
 
 
 def _past(stamp: float) -> float:
