@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,8 @@ _BEGIN = 256
 _ID_BYTES = 8
 # What mlx-lm says of each request in several lines.
 _CHATTER = ("Prompt Cache: ", "- ", "Prompt processing progress: ")
+# Behind the first of these, mlx-lm quotes a request or an answer.
+_QUOTED = re.compile(r"\s*[:(].*", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -129,6 +132,9 @@ def watch(
 ) -> None:
     """Have the server's handler tell of each request, in its answer and in the log.
 
+    What mlx-lm logs of a request that is wrong, or of an answer that it cannot read,
+    is cut before it quotes either, unless debugging was asked for.
+
     Args:
         server: The copy of mlx-lm's module.
         requests: Where requests are noted.
@@ -212,6 +218,8 @@ def watch(
             log.debug("kvstore: no models of the Hugging Face Hub: %s", error)
             return SimpleNamespace(repos=())
 
+    quiet = {say.__name__: _unquoted(say) for say in (logging.warning, logging.error)}
+    server.logging = SimpleNamespace(**vars(logging) | quiet)
     handler_class.do_POST = do_post
     handler_class.send_response = send_response
     handler_class.log_request = log_request
@@ -221,6 +229,15 @@ def watch(
     handler_class.generate_response = with_source(one)
     handler_class.completion_usage_response = with_source(usage)
     server.scan_cache_dir = scan_cache_dir
+
+
+def _unquoted(say: Callable[..., None]) -> Callable[..., None]:
+    def said(message: str, *args: Any, **options: Any) -> None:
+        if not logging.getLogger().isEnabledFor(logging.DEBUG):
+            message = _QUOTED.sub(" (`--log-level DEBUG` says more)", message)
+        say(message, *args, **options)
+
+    return said
 
 
 def _name(handler: Any) -> str:

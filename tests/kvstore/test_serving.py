@@ -24,6 +24,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
+from kvstore.server.app import _copy_module
+from kvstore.server.watch import watch
 from kvstore.server.writer import NICE, Writer
 
 beside = load_beside("servers")
@@ -816,6 +818,35 @@ def test_bad_requests_are_answered_and_nothing_else(servers, tiny_model, tmp_pat
     assert server.post(CHAT, HELLO | {"model": "not/there"})[0] == 404
     assert "Traceback" not in server.text()
     assert server.post(TEXT, {"prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_the_log_quotes_no_request_that_is_wrong(servers, tiny_model, tmp_path):
+    """Neither what is no JSON, nor what is no object, nor a wrong field or path."""
+    server = servers.kvstore(tmp_path / "store", tiny_model)
+    prompt = {"prompt": "hunter2", "max_tokens": 2}
+    wrong = (b"{'hunter2", b'["hunter2", "(hunter2)"]', b'"hunter2"', b"\xffhunter2")
+    for body in (*wrong, prompt | {"stop": "hunter2", "seed": "hunter2"}):
+        assert server.post(TEXT, body)[0] == 400, body
+    server.post(f"{TEXT}?hunter2", prompt)
+    server.stop()
+    assert "JSONDecodeError" in server.text()
+    assert "Invalid Request Body" in server.text()
+    assert "hunter2" not in server.text()
+
+
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
+def test_the_log_quotes_no_call_that_cannot_be_read(caplog, level):
+    """A call of a tool that is cut off is quoted to who debugs, and to nobody else."""
+
+    def parse(text, tools):
+        raise ValueError(f"Could not parse tool call from: {text}")
+
+    server = _copy_module("mlx_lm.server")
+    watch(server, None, None)
+    with caplog.at_level(level):
+        assert server.ToolCallFormatter(parse, None)(["hunter2"]) == []
+    assert "Failed to parse tool call" in caplog.text
+    assert ("hunter2" in caplog.text) == (level == "DEBUG")
 
 
 def test_a_server_that_cannot_generate_any_more_ends(servers, tiny_model, tmp_path):
