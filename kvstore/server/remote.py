@@ -65,7 +65,9 @@ class RemoteTier:
         self._open_store = store.reopen
         self._timeout_s = timeout_s
         self._asked_again_at = 0.0
-        self._pulling: threading.Thread | None = None
+        # No thread pulls: it may live on for a moment.
+        self._is_idle = threading.Event()
+        self._is_idle.set()
         # By the model's digest: its entries there, and since when they are known.
         self._known: dict[str, dict[EntryKey, RemoteEntry | None]] = {}
         self._known_at: dict[str, float] = {}
@@ -107,13 +109,13 @@ class RemoteTier:
             What was done, in words; ``None`` where nothing was.
         """
         now = time.monotonic()
-        is_busy = self._pulling is not None and self._pulling.is_alive()
+        is_busy = not self._is_idle.is_set()
         if now < self._asked_again_at or is_busy or self._is_closing:
             return None
         for wanted in wanted_of(like):
             if wanted.find_shapes:
                 wanted.find_shapes()  # here, since it may ask the model
-        done, said = threading.Event(), []
+        said: list[str] = []
 
         def pull() -> None:
             try:
@@ -129,11 +131,11 @@ class RemoteTier:
             except Exception:
                 log.exception("kvstore: not pulled")
             finally:
-                done.set()
+                self._is_idle.set()
 
-        self._pulling = threading.Thread(target=pull, name="kvstore-pull", daemon=True)
-        self._pulling.start()
-        if done.wait(self._timeout_s):
+        self._is_idle.clear()
+        threading.Thread(target=pull, name="kvstore-pull", daemon=True).start()
+        if self._is_idle.wait(self._timeout_s):
             return said[0] if said else None
         self._asked_again_at = time.monotonic() + _PAUSE_S
         words = f"takes longer than {self._timeout_s:g} s"

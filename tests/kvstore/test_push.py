@@ -41,7 +41,7 @@ def store(store_path, caches):
 
 def push(path, remote, ref="doc", progress=lambda done, total: None):
     folder = open_folder(path)
-    client = Client(remote, Limits(retries=0, timeout_s=0.5), create=True)
+    client = Client(remote, Limits(retries=0), create=True)
     blocks = BlockStore(folder)
     entry = Catalog(blocks).find(ref)
     try:

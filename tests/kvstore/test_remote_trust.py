@@ -142,7 +142,7 @@ def test_a_server_takes_what_was_signed(opened, alice, caches):
     left.remotes.push("doc")
     tokens, _ = caches.make_conversation(2, 1, extra=3)
     model, like = caches.MODEL.digest, [KVCache(), KVCache()]
-    tier = RemoteTier(right, timeout_s=10)
+    tier = RemoteTier(right, timeout_s=60)
     tier.bring(model, [*tokens, 7], 1, like=like, min_bits=0, prefill=None)
     assert [(None, alice)] == [(e.name, e.signer) for e in right.entries()]
 
@@ -156,7 +156,7 @@ def test_a_server_finds_what_is_trusted_or_there_later(
     push(left, monkeypatch, tmp_path)
     tokens, _ = caches.make_conversation(2, 1, extra=3)
     model, like = caches.MODEL.digest, [KVCache(), KVCache()]
-    tier = RemoteTier(right, timeout_s=10)
+    tier = RemoteTier(right, timeout_s=60)
 
     def bring():
         tier._known_at.clear()

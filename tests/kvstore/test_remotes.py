@@ -46,7 +46,7 @@ def opened(stores, remote):
 
 
 def quick(remote):
-    return Client(remote, Limits(retries=0, timeout_s=0.5))
+    return Client(remote, Limits(retries=0))
 
 
 # --- What a server can do. ---
