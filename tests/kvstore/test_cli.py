@@ -328,8 +328,9 @@ def test_rm_does_what_is_answered(two_entries, answer, num_left, run_cli):
         words, stdin=inner, stdout=inner, stderr=inner, cwd=ROOT, close_fds=True
     )
     os.close(inner)
-    asked = os.read(outer, 4096)
-    assert b"remove 1 entry: `one`: 1,000 tokens, 2.0 MB" in asked
+    asked = b""
+    while b"remove 1 entry: `one`: 1,000 tokens, 2.0 MB" not in asked:
+        asked += os.read(outer, 4096)
     os.write(outer, answer)
     assert running.wait(timeout=60) == (0 if num_left == 1 else 1)
     os.close(outer)

@@ -92,7 +92,7 @@ def test_bash_quotes_a_name(complete, typed, line):
         env=os.environ
         | {"KVSTORE_DIR": str(complete.store), "PS1": "> ", "TERM": "dumb"}
         | {"PYTHONPATH": str(ROOT)},
-        timeout=30,
+        timeout=300,
     )
     shell.sendline(f'kvstore() {{ {sys.executable} -m kvstore "$@"; }}; . {path}')
     shell.sendline("echo re''ady")

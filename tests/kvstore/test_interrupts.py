@@ -71,8 +71,8 @@ import sys
 from kvstore.cli.interrupts import Interrupts
 
 with Interrupts() as interrupts:
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         sys.stdin.readline()
     except KeyboardInterrupt:
         print("ending", interrupts.ending)
