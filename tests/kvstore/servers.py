@@ -6,6 +6,7 @@ Their logs go to files, of which the tests that fail show the end.
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,9 +97,21 @@ class Server:
 
     def wait_for(self, words, timeout_s=60):
         """Wait until it has logged some words."""
+        self._wait_until(lambda text: words in text, words, timeout_s)
+
+    def wait_for_kept(self, num_tokens, timeout_s=60):
+        """Wait until so many tokens of one conversation are on disk."""
+
+        def is_kept(text):
+            found = re.findall(r"kvstore: kept (\d+) tokens", text)
+            return any(int(number) >= num_tokens for number in found)
+
+        self._wait_until(is_kept, f"kept {num_tokens} tokens", timeout_s)
+
+    def _wait_until(self, is_said, what, timeout_s):
         deadline = time.monotonic() + timeout_s
-        while words not in self.text():
-            assert time.monotonic() < deadline, f"it does not say: {words}"
+        while not is_said(self.text()):
+            assert time.monotonic() < deadline, f"it does not say: {what}"
             time.sleep(0.01)
 
     def stop(self, number=signal.SIGTERM):
@@ -223,11 +236,22 @@ class Servers:
                 print(f"--- log of the server on port {server.port}\n{new[-6000:]}")
 
 
+# One for each port of a server.
+_bound: list[socket.socket] = []
+
+
 def free_port():
     """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+    if sys.platform == "linux":
+        # As long as it is bound, nobody is given it; a server that asks for it is.
+        _bound.append(probe)
+    else:
+        probe.close()
+    return port
 
 
 def cached(answer):
