@@ -207,9 +207,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Return what a file of JSON in a model's folder says.
+
+    Raises:
+        KVStoreError: There is none, it is not valid JSON, or larger than any is.
+    """
     try:
-        return json.loads(path.read_bytes()[:_MAX_JSON_BYTES])
+        return _parse_small(path)
     except FileNotFoundError as error:
         raise KVStoreError(
             f"no such file: {path}",
@@ -219,15 +224,21 @@ def _read_json(path: Path) -> Any:
         raise KVStoreError(f"not valid JSON: {path}: {error}") from error
 
 
+def _parse_small(path: Path) -> Any:
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{size} bytes are too many")
+    return json.loads(path.read_bytes())
+
+
 def _read_config(folder: Path) -> JSON:
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise KVStoreError(f"not a JSON object: {path}")
     # mlx-lm reads these settings from a file of their own where they are not in there.
     apart = folder / "hf_quant_config.json"
     if "quantization_config" not in config and apart.is_file():
-        config = {**config, "quantization_config": _read_json(apart)}
+        config = {**config, "quantization_config": read_json(apart)}
     if "model_file" in config:
         # Code that the model brings may use any field.
         plain = {key: _plain(value) for key, value in config.items()}
@@ -406,7 +417,7 @@ class _Memory:
 
     def _read(self) -> dict[str, str]:
         try:
-            known = json.loads(self._path.read_bytes()[:_MAX_JSON_BYTES])
+            known = _parse_small(self._path)
         except (OSError, ValueError, RecursionError):
             return {}  # hashing again is always right
         if not isinstance(known, dict):

@@ -25,6 +25,8 @@ from kvstore.models import (
     chat,
     generate,
 )
+from kvstore.storage.entries import read_entry
+from kvstore.storage.files import read_small
 
 __all__ = [
     "FLOATS",
@@ -40,6 +42,8 @@ __all__ = [
     "normal_rows",
     "open_chat",
     "random_bits",
+    "read_entry",
+    "read_small",
     "save_prompt",
     "stream_generate",
     "to_float64",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..errors import KVStoreError
+from ..fingerprint import read_json
 
 # As the families of models spell it.
 _FIELDS = (
@@ -36,8 +38,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def read_context_length(folder: Path) -> int | None:
     """Return the same of a model's folder."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(folder / "config.json")
+    except (OSError, KVStoreError):
         return None
     return context_length(config) if isinstance(config, dict) else None
 

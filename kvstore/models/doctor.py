@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..caches import live as caches
 from ..errors import KVStoreError
+from ..fingerprint import read_json
 from ..format.documents import JSON
+from ..format.safetensors import MAX_HEADER_BYTES
 from ..ops.upkeep.doctor import Diagnosis
 from .context import context_length
 from .load import find_model, load_model
@@ -53,7 +55,7 @@ def _describe_damage(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
         ends = [value["data_offsets"][1] for value in header.values()]
         expected = 8 + length + max(ends, default=0)
@@ -68,9 +70,8 @@ def _describe_damage(path: Path) -> str | None:
 
 def _examine_context(folder: Path) -> Diagnosis:
     try:
-        config = json.loads((folder / "config.json").read_text())
-        length = context_length(config)
-    except (OSError, ValueError, AttributeError) as error:
+        length = context_length(read_json(folder / "config.json"))
+    except (OSError, KVStoreError, AttributeError) as error:
         return Diagnosis(
             "context", "bad", f"config.json cannot be read: {error}",
             "download the model again",

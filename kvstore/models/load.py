@@ -6,14 +6,13 @@ mlx-lm takes a second to import, so each function imports what it needs of it.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import FingerprintError, KVStoreError
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, read_json
 from .context import read_context_length
 
 
@@ -190,7 +189,7 @@ def _trust(model: str, trust_remote_code: bool) -> dict[str, bool]:
     if "trust_remote_code" in inspect.signature(load).parameters:
         return {"trust_remote_code": trust_remote_code}
     # mlx-lm 0.31 has no such argument and runs whatever the configuration names.
-    config = json.loads((find_model(model) / "config.json").read_text())
+    config = read_json(find_model(model) / "config.json")
     if "model_file" in config and not trust_remote_code:
         raise ValueError(f"it brings code of its own: {config['model_file']!r}")
     return {}
