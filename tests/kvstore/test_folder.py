@@ -44,6 +44,12 @@ def test_a_store_is_made_and_opened_again(tmp_path):
     assert 32 == made.block_size
 
 
+def test_backups_leave_a_store_out(store_path):
+    """It has the mark of a cache folder, as the specification of that spells it."""
+    mark = b"Signature: 8a477f597d28d172789f06886806bc55"
+    assert (store_path / "CACHEDIR.TAG").read_bytes().startswith(mark)
+
+
 def test_creating_twice_gives_the_same_store(tmp_path):
     """A store that is there stays as it is, whatever block size is asked for."""
     made = create_folder(tmp_path / "store", 32)
