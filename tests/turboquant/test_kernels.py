@@ -3,9 +3,11 @@
 Each instruction set of this processor is tested; none where nothing is compiled.
 """
 
+import ctypes
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -363,3 +365,74 @@ def test_bytes_are_split_and_joined_as_by_numpy(kernels, dtype, shape):
         # By their bytes: some are NaN.
         assert out[:, :, :-3].tobytes() == np.stack(layers)[:, :, :-1].tobytes()
         assert (out[:, :, -3:] == 7).all()
+
+
+@every_set
+@pytest.mark.parametrize("verb", ["decode", "multiply", "restore"])
+def test_one_wrong_kernel_is_enough(kernels, verb) -> None:
+    """Kernels of which one gives a wrong number do not agree."""
+    right = getattr(kernels, f"_{verb}")
+
+    def wrong(job, *rest):
+        status = right(job, *rest)
+        made = job._obj.out if verb == "multiply" else job._obj.heads
+        if verb != "multiply":
+            made = ctypes.c_void_p.from_address(made).value
+        ctypes.memset(made, 0x55, 4)
+        return status
+
+    assert not native.agrees(replace(kernels, **{f"_{verb}": wrong}))
+
+
+def integers(num_rows: int = 5):
+    """Return coefficients of so many rows, and a basis of five rows of 16."""
+    found = native.Coefficients((1, 1, 32))
+    packed = np.full((32, num_rows), 127, np.uint8)
+    found.add(np.ones((1, 1, 32), np.bool_), packed, None, 127, 1)
+    turns = np.zeros((8, 5), np.float32)
+    matrix, mean, scales = (
+        np.ones(shape, np.float32) for shape in ((1, 32, 32), (1, 32), (1, 5))
+    )
+    return found, native.Basis(1, False, matrix, mean, scales, turns, turns)
+
+
+@every_set
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("matrix", (1, 32, 16)),
+        ("mean", (1, 16)),
+        ("scales", (1, 4)),
+        ("cos", (9, 5)),
+        ("sin", (7, 5)),
+    ],
+)
+def test_a_basis_of_another_shape_is_refused(kernels, name, shape) -> None:
+    """What a kernel would read beyond its end never gets there."""
+    coefficients, basis = integers()
+    out = np.empty((2, 5, 16), np.float32)
+    kernels.restore_long(coefficients, 0, basis, out)
+    assert (out == 1).sum() == out[1].size  # the mean; keys are turned to nothing
+    other = replace(basis, **{name: np.zeros(shape, np.float32)})
+    with pytest.raises(ValueError, match="of other rows"):
+        kernels.restore_long(coefficients, 0, other, out)
+
+
+@every_set
+@pytest.mark.parametrize("shape", [(2, 6, 16), (2, 5, 8), (4, 5, 16)])
+def test_rows_of_another_shape_are_not_restored(kernels, shape) -> None:
+    """Nothing is written beyond a buffer, and no coefficient read that is not there."""
+    with pytest.raises(ValueError, match="of other rows"):
+        kernels.restore_long(*integers()[:1], 0, integers()[1], np.empty(shape, "f4"))
+    short, basis = integers(4)
+    with pytest.raises(ValueError, match="of other rows"):
+        kernels.restore_long(short, 0, basis, np.empty((2, 5, 16), np.float32))
+
+
+@every_set
+@pytest.mark.parametrize("shapes", [((3, 16), (32, 32)), ((3, 24), (24, 24))])
+def test_products_of_other_shapes_are_refused(kernels, shapes) -> None:
+    """A matrix has as many rows and columns as what it is multiplied with."""
+    rows, matrix = (np.zeros(shape, np.float32) for shape in shapes)
+    with pytest.raises(ValueError, match="times a matrix"):
+        kernels.multiply(rows, matrix)

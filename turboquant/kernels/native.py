@@ -7,6 +7,7 @@ Codes and norms are the bytes of `turboquant.kernels.numpy`.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -145,6 +146,8 @@ class Coefficients:
         self.packed = np.zeros(shape, np.uintp)
         self.low = np.zeros(shape, np.uintp)
         self.streams: list[_Stream] = []
+        # Of how many rows there is a coefficient in every stream.
+        self.num_rows = sys.maxsize
         self._held: list[NDArray[Any]] = []
 
     def add(
@@ -166,11 +169,13 @@ class Coefficients:
         """
         arrays = [np.ascontiguousarray(packed)]
         self.packed[holds] = _row_addresses(arrays[0])
+        self.num_rows = min(self.num_rows, packed.shape[1] * per_byte)
         bits, stride = 0, 0
         if low is not None:
             arrays.append(np.ascontiguousarray(low))
             bits, stride = len(low), low[0].nbytes
             self.low[holds] = _row_addresses(arrays[1][0])
+            self.num_rows = min(self.num_rows, low.shape[2] * 8)
         self.kinds[holds] = len(self.streams)
         self.streams.append(_Stream(limit, per_byte, bits, stride))
         self._held += arrays  # alive for as long as their addresses are
@@ -275,7 +280,9 @@ class NativeKernels:
 
         Raises:
             MemoryError: The kernels find no memory to work in.
+            ValueError: A shape does not fit.
         """
+        _check_long(coefficients, basis, out)
         if not out.shape[1]:
             return
         target = _with_one_stride([_writable(out)])[0]
@@ -316,7 +323,10 @@ class NativeKernels:
 
         Raises:
             MemoryError: The kernels find no memory to work in.
+            ValueError: A shape does not fit.
         """
+        if rows.shape[1] % 16 or matrix.shape != (rows.shape[1],) * 2:
+            raise ValueError(f"rows {rows.shape} times a matrix {matrix.shape}")
         rows, matrix = (np.ascontiguousarray(x, np.float32) for x in (rows, matrix))
         out = np.empty_like(rows)
         addresses = (x.ctypes.data for x in (rows, matrix, out))
@@ -407,6 +417,24 @@ class _Call:
             raise MemoryError("the kernels found no memory to work in")
 
 
+def _check_long(coefficients: Coefficients, basis: Basis, out: NDArray[Any]) -> None:
+    """Refuse what the kernels would read or write beyond its end."""
+    _, parts, width = coefficients.kinds.shape
+    heads, num_rows, dim = out.shape
+    joined, pairs = basis.num_joined, len(basis.cos)
+    tables = (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
+    shapes = (
+        (parts, width, width), (parts, width), (parts, num_rows),
+        (pairs, num_rows), (pairs, num_rows),
+    )  # fmt: skip
+    if (
+        tuple(table.shape for table in tables) != shapes
+        or (heads, width) != (2 * joined * parts, 2 * joined * dim)
+        or (dim % 8 or 2 * pairs > dim or num_rows > coefficients.num_rows)
+    ):
+        raise ValueError(f"coefficients and a basis of other rows than {out.shape}")
+
+
 def _can_move(layers: Sequence[NDArray[Any]]) -> bool:
     """Whether the kernels move the bytes of such numbers, head by head."""
     first = layers[0]
@@ -456,25 +484,52 @@ def load_all(library: Path = LIBRARY) -> list[NativeKernels]:
 
 
 def agrees(kernels: NativeKernels) -> bool:
-    """Whether a few rows get the codes, and decode to the rows, that NumPy gives."""
-    rotation = make_wh_rotation(80)
+    """Whether some rows get the codes, and decode to the rows, that they should.
+
+    Of every type of numbers, and of integers in a basis.
+    """
     numbers = np.arange(17 * 80, dtype=np.float32).reshape(1, 1, 17, 80)
-    rows = list((numbers * 7919) % 251 - 120)
-    ours, theirs = (_trial(each, rows, rotation) for each in (kernels, NumpyKernels()))
-    return ours == theirs
+    floats = (numbers * 7919) % 251 - 120
+    bits = (floats.view(np.uint32) >> 16).astype(np.uint16)
+    ways = kernels, NumpyKernels()
+    return all(
+        _trial(ways[0], list(rows)) == _trial(ways[1], list(rows))
+        for rows in (floats, floats.astype(np.float16), bits)
+    ) and _has_products(kernels)
 
 
 def _trial(
-    kernels: NativeKernels | NumpyKernels,
-    rows: Sequence[NDArray[Any]],
-    rotation: Rotation,
+    kernels: NativeKernels | NumpyKernels, rows: Sequence[NDArray[Any]]
 ) -> list[bytes]:
     """Return all that kernels make of rows, there and back, as bytes."""
+    rotation = make_wh_rotation(80)
     codes = kernels.encode_block(rows, 3, rotation, is_centred=True)
     out = [np.empty_like(layer) for layer in rows]
     kernels.decode_block(codes.planes, codes.norms, out, 3, rotation, mean=codes.mean)
     made: list[NDArray[Any]] = [*codes.planes, codes.norms, *out]
     return [array.tobytes() for array in made]
+
+
+def _has_products(kernels: NativeKernels) -> bool:
+    """Whether products are right: of integers, so that no order of sums matters."""
+    width, num_rows = 32, 17
+    q = np.arange(num_rows * width, dtype=np.float32).reshape(num_rows, width) % 7 - 3
+    matrix = np.arange(width * width, dtype=np.float32).reshape(1, width, width) % 5 - 2
+    mean = np.arange(width, dtype=np.float32)[None]
+    wide = q @ matrix[0].T
+    coefficients = Coefficients((1, 1, width))
+    holds = np.ones((1, 1, width), np.bool_)
+    coefficients.add(holds, (q.T + 127).astype(np.uint8), None, 127, 1)
+    # A quarter of a turn: of each pair the second is taken off, and the two swapped.
+    zero, one = (np.full((8, num_rows), x, np.float32) for x in (0, 1))
+    basis = Basis(1, False, matrix, mean, np.ones((1, num_rows), np.float32), zero, one)
+    out = np.empty((2, num_rows, width // 2), np.float32)
+    kernels.restore_long(coefficients, 0, basis, out)
+    first, second, values = np.split(wide + mean, [8, 16], axis=1)
+    expected = np.concatenate([-second, first, values], axis=1)
+    return np.array_equal(np.concatenate(out, axis=1), expected) and np.array_equal(
+        kernels.multiply(q, matrix[0]), wide
+    )
 
 
 def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:
