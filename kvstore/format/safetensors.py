@@ -61,7 +61,7 @@ def _is_text_map(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     # JSON can spell half a character, which is no text.
-    return isinstance(value, str) and not _SURROGATE.search(value)
+    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
 def _check_tensor(name: str, spec: Any) -> tuple[str, tuple[int, ...], int, int]:

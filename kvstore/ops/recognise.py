@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
+from itertools import chain as joined
 
 from ..caches.fit import Wanted
 from ..caches.kinds import holds_codes
@@ -37,7 +38,7 @@ def mark_restored(
     """
     chain, rows = snapshot.chain, snapshot.rows
     assert isinstance(rows, LiveRows)
-    tokens = [token for block in chain.blocks for token in block.tokens]
+    tokens = joined.from_iterable(block.tokens for block in chain.blocks)
     model = digest_fields(chain.origin.fingerprint)
     # A hit leaves one token to be fed, so there is one more.
     request = Request(
