@@ -469,11 +469,19 @@ class Index:
         known: dict[BlockHash, Place] = {}
         for block in hashes:
             place = known.get(block)
-            if place is None and (place := self.place(block)):
-                # A save put the next ones there too. They lie side by side in the index
-                # of shards, where a block costs a tenth of a look.
-                known = {other[0]: other for other in self.places_in(place.shard)}
+            if place is None and (beside := self._beside(block)):
+                # A save put the next ones there too.
+                known = {other[0]: other for other in beside}
+                place = known.get(block) or self.place(block)
             yield place
+
+    def _beside(self, block: BlockHash) -> list[Place]:
+        """Return the places of all blocks of the shard that a block lies in."""
+        query = (
+            "SELECT id, name FROM shards"
+            " WHERE id = (SELECT shard FROM blocks WHERE hash = ?)"
+        )
+        return self._places_in(query, block)
 
     def children(self, parent: BlockHash, first_token: int) -> list[Place]:
         """Return the places of blocks that follow ``parent`` with this token."""
@@ -483,13 +491,13 @@ class Index:
         )
         values = (parent, self._first_of(parent, first_token))
         rows = self._select(_PLACE + query, values, _PLACE_KINDS)
-        return _to_places(rows)
+        return list(map(_to_place, rows))
 
     def followers(self, parent: BlockHash) -> list[Place]:
         """Return the places of blocks that follow ``parent``, whatever they hold."""
         query = f"WHERE blocks.parent = ? ORDER BY blocks.hash LIMIT {MAX_CHILDREN}"
         rows = self._select(_PLACE + query, (parent,), _PLACE_KINDS)
-        return _to_places(rows)
+        return list(map(_to_place, rows))
 
     def has_children(self, parent: BlockHash) -> bool:
         """Whether any block follows ``parent``."""
@@ -498,12 +506,23 @@ class Index:
 
     def places_in(self, shard: str) -> list[Place]:
         """Return the places of all blocks that the index puts into a shard."""
+        return self._places_in("SELECT id, name FROM shards WHERE name = ?", shard)
+
+    def _places_in(self, query: str, value: bytes | str) -> list[Place]:
+        """Return the places of all blocks of the shard that a query finds."""
+        # They lie side by side in the index of shards, where one costs a tenth of a
+        # look. Their shard is asked once.
+        found = self._select(query, (value,), (int, str))
         query = (
-            "SELECT hash, ?1, num_tokens, nbytes, quality, extras FROM blocks"
-            " INDEXED BY blocks_by_shard"
-            " WHERE shard = (SELECT id FROM shards WHERE name = ?1) ORDER BY hash"
+            "SELECT hash, num_tokens, nbytes, quality, extras FROM blocks"
+            " INDEXED BY blocks_by_shard WHERE shard = ? ORDER BY hash"
         )
-        return _to_places(self._select(query, (shard,), _PLACE_KINDS))
+        kinds = (bytes, *(int,) * 4)
+        return [
+            place
+            for number, name in found
+            for place in _to_places(self._select(query, (number,), kinds), name)
+        ]
 
     def rows_in(self, shard: str) -> list[tuple[Place, BlockHash]]:
         """Return the places of the blocks of a shard with their parents.
@@ -1154,14 +1173,15 @@ def _quality_of(place: Place) -> int:
     return 2 * place.bits + place.is_lossless
 
 
-def _to_places(rows: Iterable[Sequence[Any]]) -> list[Place]:
+def _to_places(rows: Iterable[Sequence[Any]], shard: str) -> list[Place]:
     # A look makes hundreds: this takes half as long as calling the class.
     new = tuple.__new__
     return [
         new(Place, (block, shard, tokens, size, quality % 2 == 1, quality // 2, extras))
-        for block, shard, tokens, size, quality, extras in rows
+        for block, tokens, size, quality, extras in rows
     ]
 
 
 def _to_place(row: Sequence[Any]) -> Place:
-    return _to_places([row])[0]
+    block, shard, *numbers = row
+    return _to_places([(block, *numbers)], shard)[0]

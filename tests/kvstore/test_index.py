@@ -448,17 +448,17 @@ def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
 def test_a_block_that_another_drops_between_two_queries_is_no_damage(index, path):
     """Both queries see one state; the next look finds nothing."""
     fill(index)
-    other, place = Index(path), index.place
+    other, select = Index(path), index._select
 
-    def drop_after(block):
-        found = place(block)
+    def drop_after(*query):
+        found = select(*query)
         with other.transaction():
             other.drop_shard(SHARD)
         return found
 
-    index.place = drop_after
+    index._select = drop_after
     assert index.place_of(CHAIN[0]) == place_of(CHAIN[0])
-    del index.place
+    del index._select
     assert index.place_of(CHAIN[0]) is None
     other.close()
 
