@@ -185,8 +185,10 @@ class _Reach:
             return np.full(wanted.shape[1], -1)
         # In their order, which looks at one place of memory after the other.
         order = np.argsort(wanted[0])
-        at = np.empty_like(order)
-        at[order] = np.searchsorted(among[0], wanted[0][order])
+        found = np.searchsorted(among[0], wanted[0][order])
+        at = np.empty_like(found)
+        at[order] = found
+        del order, found
         at[at == among.shape[1]] = 0
         for mine, theirs in zip(among, wanted, strict=True):
             at[mine[at] != theirs] = -1
