@@ -13,6 +13,9 @@ any by which something of the codecs was chosen (those were Vim's reference and 
 `json`, or a language that Vim's tutor is in, such as `de`. Without a basis they are
 Python's language reference, which `calibrate` learns from.
 
+Of a model with sliding windows, bits are those of the layers that attend to everything:
+the others are stored without loss.
+
 With `--needles`, six digits lie somewhere in each prefix, and are asked for; it counts
 how often all of them are the first choice.
 
@@ -22,6 +25,7 @@ how often all of them are the first choice.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import importlib
 import inspect
@@ -29,8 +33,8 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +49,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache  # noqa: E402
 
 import kvstore  # noqa: E402
 from kvstore.format.basis import basis_digest, parse_basis  # noqa: E402
-from kvstore.models.corpus import chat_of, tools_of  # noqa: E402
+from kvstore.models.calibrate import compare, log_probabilities  # noqa: E402
+from kvstore.models.corpus import chat_of, text_start, tools_of  # noqa: E402
 from kvstore.storage.bases import add_basis  # noqa: E402
 from kvstore.storage.folder import create_folder  # noqa: E402
 
@@ -63,7 +68,7 @@ class Context:
     prefix: list[int]
     following: list[int]
     prompt_cache: list[Any]
-    logprobs: np.ndarray
+    logprobs: mx.array
     # How many of the last tokens that follow are the answer to a question.
     num_answer: int = 0
 
@@ -92,16 +97,16 @@ def main() -> None:
     model, tokenizer = load(options.model)[:2]
     basis = options.basis.read_bytes() if options.basis else None
     rows = []
+    ways = {
+        name.partition("@")[0]: restore_from_store(name, basis, is_narrow=options.bf16)
+        for name in options.codec or [*fit_codecs(basis), *CODECS]
+    }
+    for bits in () if options.codec else AFFINE_BITS:
+        ways[f"mlx affine {bits}"] = restore_from_affine(bits)
     for kind, contexts in every_context(model, tokenizer, options):
-        found = []
-        for name in options.codec or [*fit_codecs(basis), *CODECS]:
-            restore = restore_from_store(name, basis, is_narrow=options.bf16)
-            found.append((name.partition("@")[0], restore))
-        for bits in () if options.codec else AFFINE_BITS:
-            found.append((f"mlx affine {bits}", restore_from_affine(bits)))
-        for name, restore in found:
-            rows.append(measure(model, contexts, kind, name, restore))
-            print_row(rows[-1])
+        for row in measure(model, contexts, kind, ways):
+            rows.append(row)
+            print_row(row)
     if options.csv:
         write_csv(options.csv, rows)
     if options.plot:
@@ -110,49 +115,47 @@ def main() -> None:
 
 def every_context(
     model: Any, tokenizer: Any, options: argparse.Namespace
-) -> Iterator[tuple[str, list[Context]]]:
+) -> Iterator[tuple[str, Iterator[Context]]]:
     """Yield each kind of text, and its contexts."""
-    length = options.prefix + options.following
+    start = text_start(tokenizer)
+    length = options.prefix + options.following - len(start)
     kinds = options.kinds or (["english"] if options.basis else ["python"])
     for kind in ["given"] if options.texts else kinds:
         texts = (
             read_texts(options.texts) if options.texts else texts_of(kind, tokenizer)
         )
-        tokens = [tokenizer.encode(text) for text in texts]
+        tokens = [tokenizer.encode(text)[len(start) :] for text in texts]
         if options.needles:
             filler = [token for text in tokens for token in text]
-            yield (
-                f"{kind}, needles",
-                list(needles(model, tokenizer, filler, options)),
-            )
+            yield f"{kind}, needles", needles(model, tokenizer, filler, options)
             continue
-        parts = cut(tokens, options.contexts, length)
-        yield (
-            kind,
-            [
-                make_context(model, part[: options.prefix], part[options.prefix :])
-                for part in parts
-            ],
+        parts = [start + part for part in cut(tokens, options.contexts, length)]
+        made = (
+            make_context(model, part[: options.prefix], part[options.prefix :])
+            for part in parts
         )
+        yield kind, made
 
 
 def needles(
     model: Any, tokenizer: Any, filler: list[int], options: argparse.Namespace
 ) -> Iterator[Context]:
     """Yield contexts with six digits somewhere in them, and the question for them."""
-    chosen = random.Random(5)
+    chosen, start = random.Random(5), text_start(tokenizer)
     ask = "\n\nWhat is the secret pass key? The secret pass key is "
     for number in range(options.needles):
         key = "".join(chosen.choices("0123456789", k=6))
         told = f"\n\nThe secret pass key is {key}. Remember it: {key}.\n\n"
-        needle, question, answer = map(tokenizer.encode, (told, ask, key))
-        count = options.prefix - len(needle)
+        needle, question, answer = (
+            tokenizer.encode(text)[len(start) :] for text in (told, ask, key)
+        )
+        count = options.prefix - len(needle) - len(start)
         if len(filler) <= count:
             sys.exit(f"error: the texts have {len(filler)} tokens, not {count}")
         begin = chosen.randrange(len(filler) - count)
         around = filler[begin : begin + count]
         depth = int((number + 0.5) / options.needles * count)
-        prefix = [*around[:depth], *needle, *around[depth:]]
+        prefix = [*start, *around[:depth], *needle, *around[depth:]]
         yield make_context(model, prefix, question + answer, len(answer))
 
 
@@ -240,28 +243,23 @@ def make_context(
 ) -> Context:
     """Read a prefix and what follows without any codec."""
     prompt_cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([prefix]), cache=prompt_cache))
-    logprobs = read_on(model, copy_cache(prompt_cache), following)
+    model(mx.array([prefix]), cache=prompt_cache)
+    mx.eval([cache.state for cache in prompt_cache])
+    logprobs = log_probabilities(model, copy_cache(prompt_cache), following)
     return Context(prefix, following, prompt_cache, logprobs, num_answer)
 
 
 def copy_cache(prompt_cache: Sequence[Any], dtype: Any = None) -> list[Any]:
     """Return caches of their own over the same rows, as a dtype if one is given."""
-    copies = []
-    for cache in prompt_cache:
-        copy = KVCache()
-        copy.update_and_fetch(
-            *(rows.astype(dtype or rows.dtype) for rows in cache.keys_and_values())
-        )
-        copies.append(copy)
+    copies = copy.deepcopy(list(prompt_cache))
+    for cache in copies if dtype else ():
+        cache.keys, cache.values = (x.astype(dtype) for x in (cache.keys, cache.values))
     return copies
 
 
-def read_on(model: Any, prompt_cache: list[Any], tokens: list[int]) -> np.ndarray:
-    """Return log-probabilities of what comes after each of ``tokens``."""
-    logits = model(mx.array([tokens]), cache=prompt_cache)[0].astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return np.asarray(logprobs).astype(np.float64)
+def is_coded(cache: Any) -> bool:
+    """Whether a codec may lose something of a layer: it attends to everything."""
+    return type(cache) is KVCache
 
 
 def restore_from_store(
@@ -271,18 +269,21 @@ def restore_from_store(
 
     def restore(context: Context) -> tuple[list[Any], float]:
         model = kvstore.Fingerprint({"weights": "measured"}, "measured")
+        rows = copy_cache(context.prompt_cache, mx.bfloat16 if is_narrow else None)
+        windows = [cache for cache in rows if not is_coded(cache)]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "store"
             made = create_folder(path)
             if basis is not None:
                 add_basis(made, basis)
             with kvstore.Store(path, codec) as store:
-                dtype = mx.bfloat16 if is_narrow else None
-                rows = copy_cache(context.prompt_cache, dtype)
                 entry = store.save(context.prefix, rows, model)
                 prompt_cache, _ = store.load_entry(entry.id, model)
-        given = context.prompt_cache[0].keys_and_values()[0].dtype
-        return copy_cache(prompt_cache, given), entry.nbytes * 8
+                nbytes = entry.nbytes
+                if windows:
+                    nbytes -= store.save(context.prefix, windows, model).nbytes
+        given = context.prompt_cache[0].keys.dtype
+        return copy_cache(prompt_cache, given), nbytes * 8
 
     return restore
 
@@ -292,69 +293,91 @@ def restore_from_affine(bits: int) -> Any:
 
     def restore(context: Context) -> tuple[list[Any], float]:
         restored, stored_bits = [], 0.0
-        for cache in context.prompt_cache:
-            copy = KVCache()
-            sides = []
-            for rows in cache.keys_and_values():
+        for cache in copy_cache(context.prompt_cache):
+            sides = cache.keys_and_values() if is_coded(cache) else ()
+            decoded = []
+            for rows in sides:
                 parts = mx.quantize(rows, group_size=64, bits=bits)
                 # With float16 scales and biases, as a 16-bit model has them.
                 stored_bits += rows.size * (bits + 2 * 16 / 64)
-                sides.append(mx.dequantize(*parts, group_size=64, bits=bits))
-            copy.update_and_fetch(*sides)
-            restored.append(copy)
+                decoded.append(mx.dequantize(*parts, group_size=64, bits=bits))
+            if decoded:
+                cache = KVCache()
+                cache.update_and_fetch(*decoded)
+            restored.append(cache)
         return restored, stored_bits
 
     return restore
 
 
+@dataclass
+class Tally:
+    """What one codec did, context by context."""
+
+    bits: list[float] = field(default_factory=list)
+    divergences: list[np.ndarray] = field(default_factory=list)
+    same: list[np.ndarray] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    answered: int = 0
+
+    def add(self, context: Context, logprobs: mx.array, bits: float) -> None:
+        """Count what a model says on restored rows."""
+        divergences, same = compare(context.logprobs, logprobs)
+        self.divergences.append(divergences)
+        self.same.append(same)
+        self.losses.append(mean_loss(context, logprobs))
+        self.bits.append(bits / num_elements(context))
+        self.answered += is_answered(context, logprobs)
+
+    def summed_up(self, kind: str, name: str) -> Quality:
+        """Return one line of the table."""
+        each = [found.mean() for found in self.divergences]
+        return Quality(
+            kind,
+            name,
+            float(np.mean(self.bits)),
+            float(np.mean(each)),
+            float(np.std(each, ddof=1) / len(each) ** 0.5) if each[1:] else 0.0,
+            float(np.percentile(np.concatenate(self.divergences), 99)),
+            float(np.concatenate(self.same).mean()),
+            float(np.exp(np.mean(self.losses))),
+            self.answered,
+            len(each),
+        )
+
+
 def measure(
-    model: Any, contexts: Sequence[Context], kind: str, name: str, restore: Any
-) -> Quality:
-    """Return one line of the table, over all contexts."""
-    divergences, same, changes, bits, answered = [], [], [], [], 0
-    for context in contexts:
-        prompt_cache, stored_bits = restore(context)
-        logprobs = read_on(model, prompt_cache, context.following)
-        exact = context.logprobs
-        divergences.append((np.exp(exact) * (exact - logprobs)).sum(axis=-1))
-        same.append(exact.argmax(axis=-1) == logprobs.argmax(axis=-1))
-        changes.append(np.mean(list(losses(context, logprobs))))
-        bits.append(stored_bits / num_elements(context))
-        answered += is_answered(context, logprobs)
-    each = [found.mean() for found in divergences]
-    everything = np.concatenate(divergences)
-    return Quality(
-        kind,
-        name,
-        float(np.mean(bits)),
-        float(np.mean(each)),
-        float(np.std(each, ddof=1) / len(each) ** 0.5) if each[1:] else 0.0,
-        float(np.percentile(everything, 99)),
-        float(np.concatenate(same).mean()),
-        float(np.exp(np.mean(changes))),
-        answered,
-        len(contexts),
-    )
+    model: Any, contexts: Iterable[Context], kind: str, ways: Mapping[str, Any]
+) -> list[Quality]:
+    """Return the lines of the table, over all contexts, of what restores them."""
+    tallies = {name: Tally() for name in ways}
+    for number, context in enumerate(contexts, 1):
+        for name, restore in ways.items():
+            prompt_cache, bits = restore(context)
+            logprobs = log_probabilities(model, prompt_cache, context.following)
+            tallies[name].add(context, logprobs, bits)
+        print(f"{kind}: {number} read", file=sys.stderr, flush=True)
+    return [tally.summed_up(kind, name) for name, tally in tallies.items()]
 
 
-def is_answered(context: Context, logprobs: np.ndarray) -> bool:
+def is_answered(context: Context, logprobs: mx.array) -> bool:
     """Whether all of the answer is the first choice."""
     answer = context.following[-context.num_answer :]
     chosen = logprobs.argmax(axis=-1)[-context.num_answer - 1 : -1]
-    return bool(context.num_answer) and list(chosen) == answer
+    return bool(context.num_answer) and chosen.tolist() == answer
 
 
-def losses(context: Context, logprobs: np.ndarray) -> Iterator[float]:
-    """Yield by how much each following token became less likely, in nats."""
-    for i, token in enumerate(context.following[1:]):
-        yield context.logprobs[i, token] - logprobs[i, token]
+def mean_loss(context: Context, logprobs: mx.array) -> float:
+    """Return by how much the following tokens became less likely, in nats."""
+    tokens = mx.array(context.following[1:])[:, None]
+    lost = (context.logprobs - logprobs)[:-1]
+    return float(mx.take_along_axis(lost, tokens, axis=-1).mean().item())
 
 
 def num_elements(context: Context) -> int:
-    """Return how many numbers the prefix's rows have."""
-    return sum(
-        rows.size for cache in context.prompt_cache for rows in cache.keys_and_values()
-    )
+    """Return how many numbers the prefix's rows have, of layers that are coded."""
+    coded = filter(is_coded, context.prompt_cache)
+    return sum(rows.size for cache in coded for rows in cache.keys_and_values())
 
 
 def print_row(row: Quality) -> None:

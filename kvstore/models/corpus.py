@@ -14,6 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,7 @@ def usual_contexts(tokenizer: Any, count: int, length: int) -> Stretches:
 
     There are ``count``, or fewer, of ``length`` tokens each.
     """
-    kinds = [
-        cut([tokenizer.encode(text) for text in texts], length)
-        for texts in _usual_texts(tokenizer)
-    ]
+    kinds = [_stretches(tokenizer, each, length) for each in _usual_texts(tokenizer)]
     return _in_turn(kinds, count)
 
 
@@ -43,8 +41,26 @@ def given_contexts(
     tokenizer: Any, texts: Sequence[str], count: int, length: int
 ) -> Stretches:
     """Return stretches of texts, of all in turn."""
-    kinds = [cut([tokenizer.encode(text)], length) for text in texts]
+    kinds = [_stretches(tokenizer, [text], length) for text in texts]
     return _in_turn(kinds, count)
+
+
+def _stretches(
+    tokenizer: Any, texts: Sequence[str], length: int
+) -> Iterator[list[int]]:
+    """Yield stretches, each begun as the tokenizer begins a text."""
+    start = text_start(tokenizer)
+    encoded = [tokenizer.encode(text)[len(start) :] for text in texts]
+    yield from (start + found for found in cut(encoded, length - len(start)))
+
+
+def text_start(tokenizer: Any) -> list[int]:
+    """Return the tokens with which every text begins.
+
+    Some models say nothing sensible without them.
+    """
+    begun = zip(tokenizer.encode(""), tokenizer.encode("a"), strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], begun)]
 
 
 def cut(texts: Sequence[list[int]], length: int) -> Iterator[list[int]]:

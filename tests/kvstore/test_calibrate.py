@@ -345,6 +345,19 @@ def test_usual_texts_are_of_many_kinds():
     assert 40 == len(set(map(tuple, found)))
 
 
+def test_every_stretch_begins_as_a_text_does():
+    """With the token that begins every prompt, and as long as the others."""
+
+    class Begun(Words):
+        def encode(self, text):
+            return [999, *super().encode(text), 998]
+
+    given = ["first " * 20, "second " * 20]
+    expected = corpus.given_contexts(Words(), given, 8, 20)
+    found = corpus.given_contexts(Begun(), given, 8, 21)
+    assert [[999, *stretch] for stretch in expected[:4]] == found[:4]
+
+
 # --- Receipts. ---
 
 

@@ -364,10 +364,7 @@ def measure(model_dir, contexts, prefix, following, codecs, bits):
     ]
     ways = {name: quality.restore_from_store(name) for name in codecs.split(",")}
     ways |= {f"affine{b}": quality.restore_from_affine(int(b)) for b in bits.split(",")}
-    return [
-        asdict(quality.measure(model, made, "python", name, way))
-        for name, way in ways.items()
-    ]
+    return list(map(asdict, quality.measure(model, made, "python", ways)))
 
 
 def load_quality():
