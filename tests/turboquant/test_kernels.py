@@ -313,6 +313,32 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, recwarn) -> None:
     assert "the wrong kernels" in str(recwarn[0].message)
 
 
+@every_set
+@pytest.mark.parametrize("most", [3, 127, 4095])
+@pytest.mark.parametrize("count", [1, 129, 256])
+def test_integers_of_any_size_become_rows(kernels, most, count) -> None:
+    """Sums that 32 bits would not hold are right too, of rows of 16 bits."""
+    random, width, rows = np.random.default_rng(most), 256, 33
+    q = random.integers(-most, most, (count, rows), endpoint=True)
+    q[:, 5] = most
+    low = [(q >> n) & 1 != 0 for n in range(5)] if most > 127 else []
+    planes = np.stack([np.packbits(x, axis=1) for x in low]) if low else None
+    found = native.Coefficients((1, 1, width))
+    holds = (np.arange(width) < count)[None, None]
+    packed = ((q >> len(low)) + 128).astype(np.uint8)
+    found.add(holds, packed, planes, 128, 1)
+    matrix, mean = random.uniform(0.5, 1, (width, width)), random.random(width)
+    scales, none = np.full(rows, 2.0**-3), np.zeros((0, rows), np.float32)
+    tables = [x[None].astype(np.float32) for x in (matrix, mean, scales)]
+    out = np.zeros((2, rows, 128), np.uint16)
+    kernels.restore_long(found, 0, native.Basis(1, False, *tables, none, none), out)
+    expected = q.T @ matrix.T[:count] / 8 + mean
+    made = (out.astype(np.uint32) << 16).view(np.float32)
+    made = made.transpose(1, 0, 2).reshape(rows, width)
+    near = 2.0**-8 * np.abs(expected) + 2.0**-13 * np.abs(expected).max()
+    assert (np.abs(made - expected) <= near).all()
+
+
 def test_numpy_can_be_wanted(monkeypatch) -> None:
     """TURBOQUANT_KERNELS=numpy keeps to NumPy; another value is refused."""
     from turboquant.kernels import best_kernels

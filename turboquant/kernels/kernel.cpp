@@ -835,39 +835,51 @@ template <int SIZE, bool IS_SPLIT> void move_bytes(const Bytes& job) {
 struct LongBuffers {
   char* memory;
   float* panels;   // (groups of 16 rows, coefficients, 16)
-  float* columns;  // (width, 16)
+  float* columns;  // (2, width, 16)
   char* typed;     // (width, 16) of up to 4 bytes
-  float* row;      // one coefficient of all rows
+  float* row;      // one coefficient of all rows, or two as integers
+  float* factors;  // what the integers of each row of the matrix count
+  int16_t* whole;  // (width, width), the matrix as integers
   char* spare;     // a row that nobody wants
 
   LongBuffers(int width, int64_t num_rows, int dim) {
-    const int64_t padded = (num_rows + LANES - 1) / LANES * LANES;
-    const int64_t floats = padded * width + 2 * LANES * width + padded + LANES;
-    memory = (char*)aligned_alloc(64, (floats * 4 + dim * 4 + 63) / 64 * 64);
+    const int64_t padded = (num_rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    const int64_t floats = padded * width + (3 * LANES + 1) * width + 2 * (padded + LANES);
+    const int64_t nbytes = floats * 4 + (int64_t)width * width * 2 + dim * 4;
+    memory = (char*)aligned_alloc(64, (nbytes + 63) / 64 * 64);
     panels = (float*)memory;
     columns = panels + padded * width;
-    typed = (char*)(columns + LANES * width);
+    typed = (char*)(columns + 2 * LANES * width);
     row = (float*)(typed + LANES * width * 4);
-    spare = (char*)(row + padded + LANES);
+    factors = row + 2 * (padded + LANES);
+    whole = (int16_t*)(factors + width);
+    spare = (char*)(whole + (int64_t)width * width);
   }
   ~LongBuffers() { free(memory); }
 };
 
-typedef float Digits[256][4];
+struct Digits {
+  float numbers[256][4];
+  int16_t integers[256][4];
 
-void make_digits(const Stream& stream, Digits digits) {
+  void of(float (&row)[4], int byte) const { memcpy(row, numbers[byte], sizeof row); }
+  void of(int16_t (&row)[4], int byte) const { memcpy(row, integers[byte], sizeof row); }
+};
+
+void make_digits(const Stream& stream, Digits& digits) {
   const int levels = 2 * stream.limit + 1;
   for (int i = 0; i < 256; i++)
     for (int k = 0, left = i; k < 4; k++, left /= levels)
-      digits[i][k] = left % levels - stream.limit;
+      digits.numbers[i][k] = digits.integers[i][k] = left % levels - stream.limit;
 }
 
 // One coefficient of all rows; beyond them some numbers may be written.
-void unpack_row(const Stream& stream, const Digits* digits, const uint8_t* packed,
-                const uint8_t* low, int64_t num_rows, float* row) {
+template <class N>
+void unpack_row(const Stream& stream, const Digits& digits, const uint8_t* packed,
+                const uint8_t* low, int64_t num_rows, N* row) {
   if (stream.per_byte > 1) {
     for (int64_t t = 0; t < num_rows; t += stream.per_byte)
-      memcpy(row + t, (*digits)[*packed++], 16);
+      digits.of(*(N(*)[4])(row + t), *packed++);
     return;
   }
   if (!stream.low_bits) {
@@ -882,19 +894,23 @@ void unpack_row(const Stream& stream, const Digits* digits, const uint8_t* packe
   }
 }
 
-// Returns how many coefficients there are up to the last that is not zero.
-int unpack_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+int count_coded(const Long& job, int part) {
   const int width = 2 * job.num_joined * job.dim;
-  const int64_t groups = (job.num_rows + LANES - 1) / LANES;
-  const int64_t first = (int64_t)part * width;
   int count = width;
-  while (count && !job.packed[first + count - 1]) count--;
+  while (count && !job.packed[(int64_t)part * width + count - 1]) count--;
+  return count;
+}
+
+void unpack_part(const Long& job, int part, int count, const Digits* digits,
+                 LongBuffers& use) {
+  const int64_t groups = (job.num_rows + LANES - 1) / LANES;
+  const int64_t first = (int64_t)part * 2 * job.num_joined * job.dim;
   for (int c = 0; c < count; c++) {
     const uint8_t* packed = job.packed[first + c];
     float* to = use.panels + c * LANES;
     if (packed) {
       const int kind = job.kinds[first + c];
-      unpack_row(job.streams[kind], digits + kind, packed, job.low[first + c],
+      unpack_row(job.streams[kind], digits[kind], packed, job.low[first + c],
                  job.num_rows, use.row);
       memset(use.row + job.num_rows, 0, (groups * LANES - job.num_rows) * 4);
     }
@@ -904,7 +920,6 @@ int unpack_part(const Long& job, int part, const Digits* digits, LongBuffers& us
       else
         memset(to, 0, LANES * 4);
   }
-  return count;
 }
 
 // Sums over coefficients in their order, of R numbers of 16 rows.
@@ -924,6 +939,128 @@ INLINE void multiply(const float* matrix, int width, const float* panel, int cou
 #pragma GCC unroll 16
     for (int i = 0; i < LANES / VW; i++)
       store(columns + r * LANES + i * VW, sums[r][i] * scale[i] + splat(mean[r]));
+}
+
+// --- The same with integers, where rows have 16 bits ---
+
+// As integers of 16 bits, the numbers of a row of the matrix are as exact as its largest
+// one is to 1 in 65,534: rows of 16 bits are rounded hundreds of times coarser. Sums are
+// exact, and so the same on any machine.
+
+constexpr int NUM_GROUPS = VW == 16 ? 2 : 1;  // of 16 rows that are multiplied at once
+
+// Coefficients two by two; returns the sum of the largest of each.
+int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
+                     LongBuffers& use) {
+  constexpr int AT_ONCE = NUM_GROUPS * LANES;
+  const int64_t padded = (job.num_rows + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+  const int64_t first = (int64_t)part * 2 * job.num_joined * job.dim;
+  int16_t* const rows = (int16_t*)use.row;
+  const int64_t stride = padded + LANES;
+  int64_t sum = 0;
+  for (int c = 0; c < count; c += 2) {
+    for (int k = 0; k < 2; k++) {
+      int16_t* row = rows + k * stride;
+      const uint8_t* packed = c + k < count ? job.packed[first + c + k] : nullptr;
+      int16_t most = 0, least = 0;
+      if (packed) {
+        const int kind = job.kinds[first + c + k];
+        unpack_row(job.streams[kind], digits[kind], packed, job.low[first + c + k],
+                   job.num_rows, row);
+        memset(row + job.num_rows, 0, (padded - job.num_rows) * 2);
+        for (int64_t t = 0; t < padded; t++) {
+          most = row[t] > most ? row[t] : most;
+          least = row[t] < least ? row[t] : least;
+        }
+      } else {
+        memset(row, 0, padded * 2);
+      }
+      sum += most > -least ? most : -least;
+    }
+    int16_t* to = (int16_t*)use.panels + c * LANES;
+    for (int64_t t = 0; t < padded; t += LANES, to += (count + count % 2) * LANES)
+      for (int i = 0; i < LANES; i++) {
+        to[2 * i] = rows[t + i];
+        to[2 * i + 1] = rows[stride + t + i];
+      }
+  }
+  return sum;
+}
+
+// The matrix as integers up to a limit, which is below 2**15.
+void round_matrix(const float* matrix, int width, int count, int limit,
+                  LongBuffers& use) {
+  const int even = count + count % 2, whole = count / VW * VW;
+  // Behind the point of a number of this size no bits are left.
+  const float round = 0x1.8p23f;
+  for (int n = 0; n < width; n++) {
+    const float* row = matrix + (int64_t)n * width;
+    vf largest = splat(0x1p-100f);
+    for (int c = 0; c < whole; c += VW) {
+      const vf size = (vf)(load<vi>(row + c) & 0x7fffffff);
+      largest = choose(size > largest, size, largest);
+    }
+    float most = 0;
+    for (int i = 0; i < VW; i++) most = largest[i] > most ? largest[i] : most;
+    for (int c = whole; c < count; c++) {
+      const float size = row[c] < 0 ? -row[c] : row[c];
+      most = size > most ? size : most;
+    }
+    const float factor = limit / most;
+    use.factors[n] = most / limit;
+    int16_t* to = use.whole + (int64_t)n * even;
+    for (int c = 0; c < count; c++) {
+      const float rounded = row[c] * factor + round;
+      uint32_t bits;
+      memcpy(&bits, &rounded, 4);
+      to[c] = bits;  // its last bits are those of the integer
+    }
+    if (count < even) to[count] = 0;
+  }
+}
+
+// Of each lane two products of 16 bits, added.
+INLINE vi add_products(vi a, vi b) {
+#if defined(__AVX512BW__) && VW == 16
+  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && VW == 8
+  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && VW == 4
+  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Sums of R numbers of G groups of 16 rows.
+template <int R, int G>
+INLINE void multiply_pairs(const int16_t* matrix, int width, int count,
+                           const int16_t* panels, const vf* scale, const float* factors,
+                           const float* mean, float* columns) {
+  constexpr int K = LANES / VW * G;  // vectors of rows
+  vi sums[R][K] = {};
+  for (int c = 0; c < count; c += 2) {
+    vi x[K];
+#pragma GCC unroll 16
+    for (int i = 0; i < K; i++)
+      x[i] = load<vi>(panels + (i * VW / LANES * count + c) * LANES + i * VW % LANES * 2);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      int32_t pair;
+      memcpy(&pair, matrix + (int64_t)r * count + c, 4);
+#pragma GCC unroll 16
+      for (int i = 0; i < K; i++) sums[r][i] += add_products(x[i], pair - (vi){});
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
+    for (int i = 0; i < K; i++) {
+      const vf sum = __builtin_convertvector(sums[r][i], vf);
+      const int column = i * VW / LANES * width + r;
+      store(columns + column * LANES + i * VW % LANES,
+            sum * (scale[i] * splat(factors[r])) + splat(mean[r]));
+    }
 }
 
 // Turns the keys among columns to their positions.
@@ -948,12 +1085,12 @@ void turn(const Long& job, int64_t first, int count, float* columns) {
 
 template <int TYPE>
 void write_columns(const Long& job, int part, int64_t first, int count,
-                   LongBuffers& use) {
+                   const float* columns, LongBuffers& use) {
   typedef typename Element<TYPE>::E E;
   const vf most = splat(largest<TYPE>());
   const int heads = job.num_joined;
   for (int i = 0; i < 2 * heads * job.dim * LANES; i += VW)
-    narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(use.columns + i), most));
+    narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(columns + i), most));
   for (int head = 0; head < 2 * heads; head++) {
     const int side = head / heads;
     const int number = (side * job.num_parts + part) * heads + head % heads;
@@ -978,19 +1115,43 @@ template <int TYPE>
 void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
   const int width = 2 * job.num_joined * job.dim;
   const float* matrix = job.matrix + (int64_t)part * width * width;
-  const int count = unpack_part(job, part, digits, use);
-  for (int64_t first = 0; first < job.num_rows; first += LANES) {
+  const float* mean = job.mean + (int64_t)part * width;
+  const int count = count_coded(job, part), even = count + count % 2;
+  int64_t limit = 0;
+  if (TYPE != F32) {
+    const int64_t sum = unpack_pairs(job, part, count, digits, use);
+    limit = INT32_MAX / (sum ? sum : 1);
+    limit = limit < INT16_MAX ? limit : INT16_MAX;
+  }
+  // With fewer bits the matrix would be too coarse.
+  const bool is_whole = limit > INT16_MAX / 4;
+  if (is_whole)
+    round_matrix(matrix, width, count, limit, use);
+  else
+    unpack_part(job, part, count, digits, use);
+  const int groups = is_whole ? NUM_GROUPS : 1;
+  for (int64_t first = 0; first < job.num_rows; first += groups * LANES) {
     const int64_t left = job.num_rows - first;
-    const int rows = left < LANES ? left : LANES;
-    alignas(64) float scales[LANES] = {};
-    memcpy(scales, job.scales + part * job.num_rows + first, rows * 4);
-    vf scale[LANES / VW];
+    alignas(64) float scales[NUM_GROUPS * LANES] = {};
+    memcpy(scales, job.scales + part * job.num_rows + first,
+           (left < groups * LANES ? left : groups * LANES) * 4);
+    vf scale[NUM_GROUPS * LANES / VW];
     memcpy(scale, scales, sizeof scale);
-    const float* panel = use.panels + first * count;
-    multiply_panel(matrix, width, panel, count, scale, job.mean + part * width,
-                   use.columns);
-    turn(job, first, rows, use.columns);
-    write_columns<TYPE>(job, part, first, rows, use);
+    if (is_whole)
+      for (int n = 0; n < width; n += NUM_SUMS)
+        multiply_pairs<NUM_SUMS, NUM_GROUPS>(
+            use.whole + (int64_t)n * even, width, even,
+            (int16_t*)use.panels + first * even, scale, use.factors + n, mean + n,
+            use.columns + n * LANES);
+    else
+      multiply_panel(matrix, width, use.panels + first * count, count, scale, mean,
+                     use.columns);
+    for (int g = 0; g < groups && g * LANES < left; g++) {
+      float* columns = use.columns + (int64_t)g * width * LANES;
+      const int rows = left - g * LANES < LANES ? left - g * LANES : LANES;
+      turn(job, first + g * LANES, rows, columns);
+      write_columns<TYPE>(job, part, first + g * LANES, rows, columns, use);
+    }
   }
 }
 

@@ -527,8 +527,14 @@ def _has_products(kernels: NativeKernels) -> bool:
     kernels.restore_long(coefficients, 0, basis, out)
     first, second, values = np.split(wide + mean, [8, 16], axis=1)
     expected = np.concatenate([-second, first, values], axis=1)
-    return np.array_equal(np.concatenate(out, axis=1), expected) and np.array_equal(
-        kernels.multiply(q, matrix[0]), wide
+    # Of rows of 16 bits the matrix is rounded, to integers.
+    halves = np.zeros(out.shape, np.uint16)
+    kernels.restore_long(coefficients, 0, basis, halves)
+    rows = np.concatenate((halves.astype(np.uint32) << 16).view(np.float32), axis=1)
+    return (
+        np.array_equal(np.concatenate(out, axis=1), expected)
+        and np.allclose(rows, expected, rtol=2.0**-8, atol=0.01)
+        and np.array_equal(kernels.multiply(q, matrix[0]), wide)
     )
 
 

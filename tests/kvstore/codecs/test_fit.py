@@ -270,6 +270,19 @@ def test_kernels_give_what_numpy_gives(
 
 
 @pytest.mark.parametrize("dtype", kit.FLOATS)
+def test_every_instruction_set_decodes_the_same_bits(codec_of, monkeypatch, dtype):
+    """A block is the same rows on any machine that has kernels."""
+    rows = some_rows(dtype, start=2, shape=(2, 4, 61, 16))
+    x = model_rows(rows, 3)
+    found = encoded(codec_of("4"), x, rows)
+    decoded = set()
+    for kernels in native.load_all():
+        monkeypatch.setattr(fit, "best_kernels", lambda each=kernels: each)
+        decoded.add(kit.bits_of(found.decode_into(found.open())))
+    assert len(decoded) == bool(native.load_all())
+
+
+@pytest.mark.parametrize("dtype", kit.FLOATS)
 def test_rows_that_do_not_fit_are_kept_as_they_are(codec_of, dtype):
     """NaNs, infinities, the largest numbers and other directions keep every bit."""
     rows = some_rows(dtype)
