@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvstore")
 # Docker kills ten seconds after it asks; launchd and systemd wait longer.
-_WRITE_S = 7.0
+_WRITE_S, _REPLY_S = 7.0, 2.0
 MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 """Makes the prompt cache, given ``describe`` and how many it may hold in memory."""
 
@@ -205,7 +205,7 @@ def _run(
             if not _failures(generators):
                 raise
         finally:
-            is_written = _end(generators, opened)
+            is_written = _end(generators, opened, requests)
             if opened:
                 what = "all is written" if is_written else "not all is written"
                 log.info("kvstore: stopped after %s; %s", requests.sum(), what)
@@ -275,7 +275,11 @@ def _check_requests(
     handler_class.do_POST = do_post
 
 
-def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> bool:
+def _end(
+    generators: Sequence[Any],
+    opened: Sequence[DiskPromptCache],
+    requests: Requests,
+) -> bool:
     """Stop what generates, and write what waits, even where Ctrl-C comes again.
 
     Returns:
@@ -287,6 +291,8 @@ def _end(generators: Sequence[Any], opened: Sequence[DiskPromptCache]) -> bool:
             generator.stop_and_join()  # or it would live on where no port is free
             _wait_for_end(generator._generation_thread)
     finally:
+        # Its thread ends with the process, whatever it was about to log or note.
+        requests.wait_for_end(_REPLY_S)
         for prompt_cache in opened:
             is_written = prompt_cache.close(_WRITE_S) and is_written
     return is_written
@@ -298,7 +304,7 @@ def _wait_for_end(thread: threading.Thread) -> None:
     # takes the interpreter's lock: the process aborts where the interpreter has begun
     # to end by then.
     tasks = Path("/proc/self/task")  # where there is none, a moment has to do
-    deadline = time.monotonic() + (1 if tasks.exists() else 0.1)
+    deadline = time.monotonic() + (10 if tasks.exists() else 0.1)
     while time.monotonic() < deadline:
         if tasks.exists() and not (tasks / str(thread.native_id)).exists():
             return

@@ -60,15 +60,27 @@ class Requests:
 
     def __init__(self) -> None:
         self._local = threading.local()
-        self._lock = threading.Lock()
-        self._num_begun = 0
+        self._changed = threading.Condition()
+        self._num_begun = self._num_served = 0
 
     def begin(self, path: str) -> Served:
         """Note a request that this thread has begun to serve."""
         self._local.served = Served(path, time.monotonic())
-        with self._lock:
+        with self._changed:
             self._num_begun += 1
+            self._num_served += 1
         return self.current
+
+    def end(self) -> None:
+        """Note that all is said of the request that this thread served."""
+        with self._changed:
+            self._num_served -= 1
+            self._changed.notify_all()
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Wait until all is said of those that are being served, or so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_served, timeout_s)
 
     def sum(self) -> str:
         """Return how many there were."""
@@ -169,10 +181,13 @@ def watch(
             served.given_up = "the server stops"
             handler.close_connection = True
         finally:
-            found = lookup()
-            _log_request(served, found)
-            if note is not None:
-                note(served, found)
+            try:
+                found = lookup()
+                _log_request(served, found)
+                if note is not None:
+                    note(served, found)
+            finally:
+                requests.end()
 
     def send_response(handler: Any, code: int, message: str | None = None) -> None:
         if handler.command == "POST":

@@ -851,7 +851,7 @@ def test_a_server_that_cannot_generate_any_more_ends(servers, tiny_model, tmp_pa
     words = ("--store", tmp_path / "store", "serve", "--model", tiny_model)
     server = servers._start("-c", FAILING, *words)
     assert server.post(CHAT, HELLO)[0] != 200
-    assert server.process.wait(60) == 1
+    assert server.process.wait(300) == 1
     assert "has ended: RuntimeError: out of everything" in server.text()
 
 
@@ -970,6 +970,28 @@ def test_a_stop_ends_what_is_served(servers, models, tmp_path, options):
     with server.begin(CHAT, body, until=b"data:"):
         assert server.stop() == 0
     assert "Traceback" not in server.text()
+
+
+SLOW_LOG = """
+import threading, time
+from kvstore.server import app, watch
+log, end, stopping = watch._log_request, app._wait_for_end, threading.Event()
+app._REPLY_S = 60
+watch._log_request = lambda *given: (stopping.wait(), time.sleep(0.5), log(*given))
+app._wait_for_end = lambda thread: (end(thread), stopping.set())
+from kvstore.cli import main
+main()
+"""
+
+
+def test_a_stop_waits_for_what_is_to_be_logged(servers, models, tmp_path):
+    """A request was answered, and its thread stood still before it could say so."""
+    words = ("--store", tmp_path / "store", "serve", "--model", models["tiny"])
+    server = servers._start("-c", SLOW_LOG, *words)
+    server.ask("hello")
+    assert server.stop() == 0
+    assert "POST /v1/chat/completions: 200: " in server.text()
+    assert "stopped after 1 request; " in server.text()
 
 
 SLOW_DISK = """
