@@ -51,7 +51,7 @@ def fetch(server, path, method="GET", token="", data=None, login=None):
     headers = {"Authorization": login} if login else {}
     request = urllib.request.Request(server.url + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers["Content-Type"], error.read()
@@ -59,7 +59,7 @@ def fetch(server, path, method="GET", token="", data=None, login=None):
 
 def send_line(server, line):
     """Send a request's first line as it is; return the first line of the answer."""
-    with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), 300) as connection:
         connection.sendall(f"{line}\r\n\r\n".encode())
         return connection.makefile("rb").readline()
 
@@ -221,7 +221,10 @@ def test_counters_are_for_prometheus(shown):
     server, _, token = shown
     wait_for_entry(server, token)
     server.post("/v1/chat/completions", {"stop": 5})
-    status, kind, body = fetch(server, "/metrics")
+    body = b""
+    while not all(b'{status="%d"}' % code in body for code in (200, 400)):
+        # They are counted when the answer has been sent.
+        status, kind, body = fetch(server, "/metrics")
     assert status == 200
     assert kind.startswith("text/plain; version=0.0.4")
     found = dict(line.rsplit(" ", 1) for line in body.decode().splitlines())
@@ -253,7 +256,7 @@ def test_a_browser_shows_what_can_be_changed(shown):
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     url = f"{server.url}/kvstore?token={token}"
     shown = subprocess.run(
-        [*words, url], capture_output=True, text=True, timeout=60, check=True
+        [*words, url], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     assert ">1 entry</span>" in shown
     assert shown.count("<button>") == 2
