@@ -75,7 +75,7 @@ def test_a_small_server_reads_what_it_has_read(tiny_model):
             thread = threading.Thread(target=server.handle_request)
             thread.start()
             url = f"http://127.0.0.1:{server.server_port}"
-            with urllib.request.urlopen(url, TEXT.encode(), timeout=60) as answer:
+            with urllib.request.urlopen(url, TEXT.encode(), timeout=300) as answer:
                 held.append(int(answer.headers["X-From-Disk"]))
             thread.join()
     assert held[0] == 0

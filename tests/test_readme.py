@@ -47,7 +47,7 @@ def home(tmp_path, monkeypatch):
 def run(command, **options):
     """Run a command in a shell; return what it prints."""
     done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, timeout=120, **options
+        command, shell=True, capture_output=True, text=True, timeout=300, **options
     )
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
@@ -59,10 +59,10 @@ def serve(command):
     command = re.sub(r"--port \d+", f"--port {port}", command)
     with subprocess.Popen(f"exec {command}", shell=True) as server:
         url = f"http://127.0.0.1:{port}/health"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while server.poll() is None and time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(url, timeout=5).close()
+                urllib.request.urlopen(url, timeout=60).close()
             except OSError:
                 time.sleep(0.05)
             else:

@@ -77,7 +77,7 @@ def run_python():
             check=check,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.getcwd()}"},
             **options,
         )

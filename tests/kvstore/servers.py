@@ -78,12 +78,12 @@ class Server:
             )
         return self._client
 
-    def wait(self, timeout_s=120):
+    def wait(self, timeout_s=300):
         """Wait until it answers; return itself."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                with urllib.request.urlopen(f"{self.url}/health", timeout=60):
                     return self
             except urllib.error.HTTPError:
                 break  # it cannot load its model
@@ -95,11 +95,11 @@ class Server:
         """Return what it has logged so far."""
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, words, timeout_s=60):
+    def wait_for(self, words, timeout_s=300):
         """Wait until it has logged some words."""
         self._wait_until(lambda text: words in text, words, timeout_s)
 
-    def wait_for_kept(self, num_tokens, timeout_s=60):
+    def wait_for_kept(self, num_tokens, timeout_s=300):
         """Wait until so many tokens of one conversation are on disk."""
 
         def is_kept(text):
@@ -120,7 +120,7 @@ class Server:
             self._client.close()
             self._client = None
         self.process.send_signal(number)
-        return self.process.wait(timeout=60)
+        return self.process.wait(timeout=300)
 
     def post(self, path, body):
         """Send bytes, or JSON; return status and body, 0 where it just hangs up."""

@@ -251,7 +251,7 @@ def test_no_bundle_is_awaited_from_a_terminal(tmp_path):
     leader, follower = pty.openpty()
     done = subprocess.run(
         words(tmp_path / "store", "import", "-"), stdin=follower,
-        capture_output=True, text=True, check=False, cwd=ROOT, timeout=60,
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
     )  # fmt: skip
     os.close(follower)
     os.close(leader)

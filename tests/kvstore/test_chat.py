@@ -1000,7 +1000,7 @@ class Terminal:
 
     def wait_for(self, text, *, more=0):
         """Wait until something is shown, and some bytes behind it; forget it all."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while True:
             _, found, behind = self.shown.partition(text.encode())
             if found and len(behind) >= more:
@@ -1015,7 +1015,7 @@ class Terminal:
 
     def wait(self):
         """Wait for its end, and return its exit code."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while self.process.poll() is None and time.monotonic() < limit:
             if select.select([self._master], [], [], 0.1)[0]:
                 with suppress(OSError):  # its end is a read that fails
@@ -1132,7 +1132,7 @@ def test_a_terminal_may_hang_up(tiny_model, store_path):
     chat.type("hello\r")
     chat.wait_for("hello", more=600)
     os.close(chat._master)
-    assert chat.process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert chat.process.wait(timeout=300) == 128 + signal.SIGHUP
     assert len(kept_tokens(store_path, "daily")) > 100
 
 
@@ -1184,7 +1184,7 @@ def test_generate_ends_as_asked(tiny_model, store_path):
         )  # fmt: skip
         assert process.stdout.read(100)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == code
         assert b"kept " in err
         assert len(kept_tokens(store_path, number.name)) > 60

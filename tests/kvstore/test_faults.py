@@ -797,7 +797,7 @@ def test_ctrl_c_during_a_save_loses_nothing(broken, tmp_path, delay):
     assert "ready\n" == process.stdout.readline()
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
-    said, trace = process.communicate(timeout=60)
+    said, trace = process.communicate(timeout=300)
     assert "saved" in said or "KeyboardInterrupt" in trace
     assert ["right"] * 2 == [broken.load_entry(name) for name in "ab"]
     with kvstore.Store(broken.path) as store:

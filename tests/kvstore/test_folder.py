@@ -101,7 +101,7 @@ def test_processes_that_create_at_once_get_the_same_store(tmp_path):
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    ids = {process.communicate(timeout=60)[0] for process in processes}
+    ids = {process.communicate(timeout=300)[0] for process in processes}
     assert {open_folder(tmp_path / "store").id + "\n"} == ids
 
 

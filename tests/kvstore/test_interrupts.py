@@ -90,5 +90,5 @@ def test_a_signal_ends_waiting_for_a_line():
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)  # until it waits
     process.terminate()
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert output == f"ending {int(signal.SIGTERM)}\n"

@@ -215,7 +215,7 @@ def test_a_server_keeps_to_its_budget(tiny_model, tmp_path, run_cli):
             roles = [("system", head), ("user", text)]
             answer = server.ask([{"role": r, "content": c} for r, c in roles])
             moved.append(answer.usage.kvstore["reanchored_tokens"] > 0)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while turn == 1 and "moved what is said next by KL" not in server.text():
                 assert time.monotonic() < deadline
                 time.sleep(0.1)

@@ -626,7 +626,7 @@ def test_what_comes_after_the_end_is_not_kept(open_tier, caches, log):
     tier.close()
     tier.insert_cache(KEY, *caches.make_conversation(2, 1))
     assert any("it is closed" in line for line in log())
-    assert tier.flush(timeout_s=5)
+    assert tier.flush(timeout_s=60)
 
 
 def test_an_insertion_does_not_wait_for_a_read(open_tier, caches):
@@ -638,7 +638,7 @@ def test_an_insertion_does_not_wait_for_a_read(open_tier, caches):
         mx.eval([cache.state for cache in work[1]])
         other = threading.Thread(target=tier.insert_cache, args=(KEY, *work))
         other.start()
-        other.join(10)
+        other.join(60)
         assert not other.is_alive()
     tier.flush()
     assert len(tier.store.entries()) == 2

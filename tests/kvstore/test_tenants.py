@@ -127,7 +127,7 @@ def counters(server, token):
     request = urllib.request.Request(f"{server.url}/metrics")
     request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, b"kvstore_" in answer.read()
     except urllib.error.HTTPError as error:
         return error.code, b"kvstore_" in error.read()

@@ -84,7 +84,7 @@ def test_a_browser_shows_names_as_text(page):
     """In Chromium itself."""
     words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     shown = subprocess.run(
-        [*words, page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [*words, page.as_uri()], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     assert "<title>kvstore</title>" in shown
     assert "4 entries" in shown
