@@ -60,6 +60,8 @@ _MAX_TOKENS = 1e9
 _MAX_SECONDS = 1e6
 _MAX_TIME = 1e11
 _MAX_NUM = 1 / (1 - _DECAY) + 1
+# No machine is slower or faster, but a flipped bit is, and sums overflow by it.
+_MIN_TPS, _MAX_TPS = 1e-3, 1e12
 
 
 def observe(
@@ -115,7 +117,8 @@ def is_sound(timing: Timing) -> bool:
         (timing.measured_at, _MAX_TIME),
     )
     # Written so that NaN fails.
-    return all(0 < value <= most for value, most in limits)
+    is_possible = all(0 < value <= most for value, most in limits)
+    return is_possible and _MIN_TPS <= _rate(timing) <= _MAX_TPS
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -352,6 +353,28 @@ def test_a_load_that_was_slower_saves_nothing(store, caches):
     store.note_prefill(MODEL, 10**6, 1e-3)
     store.load(tokens, MODEL)
     assert store.stats().seconds_saved == 0
+
+
+def test_a_flipped_bit_of_a_timing_ends_no_save(index):
+    """Whichever bit of whichever sum: what follows from it is a number, or nothing."""
+    now = time.time()
+    sizes = [1003, 517, 2211, 130]
+    prefill = observed([(n, n / 300) for n in sizes], None, at=now)
+    load = observed(loads(0.03, 1e-4, sizes), at=now)
+    for name in ("num", "tokens", "seconds", "squares", "products", "measured_at"):
+        for bit in range(64):
+            (number,) = struct.unpack("<Q", struct.pack("<d", getattr(prefill, name)))
+            (other,) = struct.unpack("<d", struct.pack("<Q", number ^ 1 << bit))
+            with index.transaction():
+                index.put_timing(load)
+                index.put_timing(replace(prefill, **{name: other}))
+            known = Speeds.choose(index.timings("f"), "raw", now)
+            # What waits for a part of that time takes no more than the system does.
+            assert (known.prefill_s(10**6) or 0.0) < threading.TIMEOUT_MAX
+            notes = LoadNotes()
+            notes._timings.append(observed([(1000, 0.2)], at=now))
+            notes.write(index)
+            assert not notes
 
 
 def test_notes_of_many_threads_are_all_kept(index):
