@@ -1,11 +1,13 @@
 """A program is told of hits and evictions, and may have an entry read ahead."""
 
+import errno
 import sys
 from pathlib import Path
 
 import pytest
 
 import kvstore
+from kvstore.errors import IndexDamagedError
 
 
 def test_each_load_is_a_record(store_path, caches):
@@ -45,6 +47,33 @@ def test_what_is_evicted_is_told(store_path, caches):
         store.plan_prune(max_bytes=0).execute()
         assert {entry.id for entry in gone[before:]} == left
         assert len({entry.id for entry in gone}) == len(gone)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "of another disk"),
+        IndexDamagedError("of another store", Path("index.sqlite")),
+        KeyError("of no store"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_callback_raises_is_no_error_of_the_store(store_path, caches, error):
+    """It reaches the caller, once all is freed, and the index stays in use."""
+
+    def fail(entry):
+        raise error
+
+    with kvstore.Store(store_path, "raw", on_evict=fail) as store:
+        tokens, cache = caches.make_conversation(2, 1)
+        store.save(tokens, cache, caches.MODEL)
+        before = store.path.joinpath("index.sqlite").stat().st_ino
+        with pytest.raises(type(error)) as raised:
+            store.plan_prune(max_bytes=0).execute()
+        assert raised.value is error
+        assert store.path.joinpath("index.sqlite").stat().st_ino == before
+        assert not store.entries()
+        assert store.stats().nbytes == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts what is read")

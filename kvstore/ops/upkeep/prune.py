@@ -107,9 +107,17 @@ class PrunePlan:
         Raises:
             StoreLockedError: Another process kept the store locked.
         """
-        return self._blocks.run(
-            lambda: _execute_anyhow(self._blocks, self._policy, self)
-        )
+        evicted: list[Entry] = []
+        try:
+            return self._blocks.run(
+                lambda: _execute_anyhow(self._blocks, self._policy, self, evicted)
+            )
+        finally:
+            # At the end: what is called may take long, or open the store itself, and
+            # what it raises is no error of this store's.
+            if self._blocks.on_evict is not None:
+                for entry in evicted:
+                    self._blocks.on_evict(entry)
 
 
 def plan_prune(blocks: BlockStore, policy: Policy) -> PrunePlan:
@@ -322,22 +330,28 @@ class _Survey:
         return [block for block in chain if not self.is_live(block)]
 
 
-def _execute_anyhow(blocks: BlockStore, policy: Policy, plan: PrunePlan) -> int:
+def _execute_anyhow(
+    blocks: BlockStore, policy: Policy, plan: PrunePlan, evicted: list[Entry]
+) -> int:
     """Carry a plan out where there is no room to note it, or to rewrite a shard."""
     gone: set[BlockHash] = set()
     try:
-        return _execute(blocks, policy, plan, gone)
+        return _execute(blocks, policy, plan, gone, evicted)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         blocks.take_memory(error, is_read=True)
-    return _execute(blocks, policy, plan, gone)
+    return _execute(blocks, policy, plan, gone, evicted)
 
 
 def _execute(
-    blocks: BlockStore, policy: Policy, plan: PrunePlan, gone: set[BlockHash]
+    blocks: BlockStore,
+    policy: Policy,
+    plan: PrunePlan,
+    gone: set[BlockHash],
+    evicted: list[Entry],
 ) -> int:
-    """Carry a plan out; add the blocks of the entries that go to ``gone``."""
+    """Carry a plan out; add to what goes: the entries, and their blocks."""
     # Entries go before blocks. After a crash in between, blocks are unreachable,
     # and the next prune takes them; the other way round an entry would lack its
     # blocks.
@@ -346,10 +360,7 @@ def _execute(
         tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
         gone |= {p.hash for tip in tips for p, _ in blocks.index.chain(tip)}
         remove_entries(blocks, [entry.id for entry in removed])
-    # Outside of the lock: what is called may take long, or open the store itself.
-    if blocks.on_evict is not None:
-        for entry in removed:
-            blocks.on_evict(entry)
+        evicted += removed
     before = blocks.index.nbytes()
     # Without the index's file, nobody could be told where a block has moved to.
     repacked = () if blocks.index.is_temporary else tuple(plan.repacked)
