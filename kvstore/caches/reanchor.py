@@ -42,6 +42,12 @@ class Run:
     target: int
     size: int
 
+    def behind(self, begin: int) -> Run:
+        """Return the part of it that begins there in the prompt, or later."""
+        skipped = max(0, begin - self.target)
+        places = self.source + skipped, self.target + skipped
+        return Run(*places, max(0, self.size - skipped))
+
 
 class Reanchoring:
     """A model whose stored rows may be reused behind other words.
@@ -228,8 +234,9 @@ def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Run
     right = np.searchsorted(known, given.grams, "right")
     places = np.flatnonzero(left < right)
     found: list[Run] = []
-    source, target = _common(stored.tokens, given.tokens), begin
-    done = target
+    # From where both part, though more may be had of another prompt: what stands there
+    # tells which places are the same ones.
+    source = target = done = _common(stored.tokens, given.tokens)
     while (number := int(np.searchsorted(places, target))) < len(places):
         target = int(places[number])
         if target - done > MAX_CHANGED:
@@ -248,7 +255,7 @@ def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Run
             done = target
         else:
             target += max(1, size - _GRAM + 1)
-    return found
+    return [part for run in found if (part := run.behind(begin)).size >= least]
 
 
 def _common(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> int:

@@ -83,14 +83,15 @@ def _behind_changes(
     """
     tokens, begin = requests[0].tokens, _length(base)
     given = Sketch.of(tokens[:-1])
-    found = _nearest(blocks, entries, requests, given, near)
+    rest = Sketch.of(tokens[begin:-1]).marks if begin else given.marks
+    found = _nearest(blocks, entries, requests, given.marks, rest, near)
     if found is None:
         return None
     request, stored = found
     own = stored.tokens.tolist()
     common = common_run(own, tokens[:-1])
     least = near.num_fresh + MIN_MOVED
-    runs = find_runs(stored, given, max(begin, common), least)
+    runs = find_runs(stored, given, begin, least)
     # What is held and not in the prefix would be computed for it.
     least_gain = max(0, held - begin) + MIN_MOVED
     if near.gain(runs) < least_gain:
@@ -148,23 +149,37 @@ def _nearest(
     blocks: BlockStore,
     entries: Sequence[Entry],
     requests: tuple[Request, Request],
-    given: Sketch,
+    given: frozenset[int],
+    rest: frozenset[int],
     near: Reanchoring,
 ) -> tuple[Request, Sketch] | None:
-    """Return what is stored that has most in common with a prompt, anywhere."""
+    """Return what is stored that has most in common with a prompt, anywhere.
+
+    Args:
+        blocks: The store's blocks.
+        entries: Its entries, latest first.
+        requests: What is wanted, of computed rows and of re-anchored ones.
+        given: The marks of the prompt.
+        rest: Those of what stands behind the prefix that is stored.
+        near: The model.
+    """
     computed, moved = (
         {root.hex() for root, _ in blocks.index.roots(request.fingerprint)}
         for request in requests
     )
     mine = [e for e in entries if e.root in computed | moved][:_MAX_ENTRIES]
     near.forget({entry.tip for entry in mine})
-    best, most = None, 0
+    best, most = None, (0, 0, True)
     for entry in mine:
         stored = _sketch(blocks, entry, near)
         # Of two that have as much, what was computed is better.
-        number = 2 * len(given.marks & stored.marks) + (entry.root in computed)
-        if number > max(most, 1):
-            best, most = (requests[entry.root in moved], stored), number
+        likeness = (
+            len(rest & stored.marks),
+            len(given & stored.marks),
+            entry.root in computed,
+        )
+        if likeness > most:
+            best, most = (requests[entry.root in moved], stored), likeness
     return best
 
 
@@ -174,7 +189,8 @@ def _sketch(blocks: BlockStore, entry: Entry, near: Reanchoring) -> Sketch:
         try:
             chain = blocks.chain(entry)
         except (IntegrityError, FormatError):
-            chain = []  # which `verify` reports
+            # `verify` reports it. It may be whole again by the next time.
+            return Sketch.of([])
         tokens = [token for _, stored in chain for token in stored.block.tokens]
         near.sketches[entry.tip] = Sketch.of(tokens)
     return near.sketches[entry.tip]

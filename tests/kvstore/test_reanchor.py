@@ -128,6 +128,28 @@ def test_a_longer_prefix_of_another_prompt_is_the_base(saved, model, near, cache
     assert error(found, exact, slice(0, len(begun))) < 1e-4
 
 
+def test_a_head_that_comes_back_costs_only_what_is_new(saved, model, near, caches):
+    """What was said behind another head meanwhile goes on from the exact rows."""
+    said = [(5 * i * i + i // 7) % 83 + 10 for i in range(120)]
+    saved.save(PROMPT + said, compute(model, PROMPT + said), caches.MODEL)
+    prompt = [*TOKENS, 5, 6, *said, 7]
+    found, rest = saved.load(prompt, caches.MODEL, near=near)
+    assert (rest, near.count(found)) == ([7], len(said) + 2 - NUM_FRESH)
+    exact = compute(model, prompt[:-1])
+    assert error(found, exact, slice(0, len(TOKENS) + NUM_FRESH)) < 1e-4
+    assert error(found[:1], exact[:1]) < 1e-4
+
+
+def test_what_was_damaged_is_found_once_it_is_saved_again(saved, model, caches):
+    """By the model that has looked for it in vain."""
+    near = kvstore.Reanchoring(model)
+    for shard in saved.path.glob("shards/**/*.safetensors"):
+        shard.unlink()
+    assert saved.load(PROMPT, caches.MODEL, near=near) == (None, PROMPT)
+    saved.save(TOKENS, compute(model, TOKENS), caches.MODEL)
+    assert saved.load(PROMPT, caches.MODEL, near=near)[1] == [5, 6]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [TOKENS, [*TOKENS, 5], TOKENS[:50], HEAD + NEW + TAIL[:40], NEW, NEW * 50, [-1, 5]],
@@ -439,6 +461,19 @@ def test_runs_are_found_in_order_and_at_their_full_length():
     assert runs(a, a[:39] + c) == []
     assert runs([5] * 100, [7] + [5] * 80) == [Run(0, 1, 80)]
     assert runs(a, []) == runs([], a) == []
+
+
+def test_runs_of_what_is_had_already_are_cut():
+    """Where they begin in front of it; of less than is worth moving none is left."""
+    rng = random.Random(3)
+    a, b = ([rng.randrange(50) for _ in range(200)] for _ in range(2))
+    stored, given = Sketch.of([1, *a, *b]), Sketch.of([2, 3, *a, 4, *b])
+    whole = [Run(1, 2, 200), Run(201, 203, 200)]
+    assert find_runs(stored, given, 0, 40) == whole
+    assert find_runs(stored, given, 102, 40) == [Run(101, 102, 100), whole[1]]
+    assert find_runs(stored, given, 170, 40) == whole[1:]
+    assert find_runs(stored, given, 300, 40) == [Run(298, 300, 103)]
+    assert find_runs(stored, given, 390, 40) == []
 
 
 def test_behind_a_large_change_nothing_is_reused():
