@@ -100,7 +100,9 @@ def cut_again(
     prompt: list[int],
     edits: Sequence[tuple[int, int]],
 ) -> list[list[int]] | None:
-    """Return a prompt cut where it was before; ``None`` where that was in a reply.
+    """Return a prompt cut where it was before; ``None`` where that leaves a part empty.
+
+    In a reply that has changed, it is cut behind as many tokens as before.
 
     Args:
         segments: The prompt as it was, in parts.
@@ -139,8 +141,11 @@ def _behind(
     """Return where some tokens end in known conversations, once in each."""
     wanted, found = context.tobytes(), []
     for one in known:
-        place = one.tobytes().rfind(wanted)
-        if place >= 0 and place % one.itemsize == 0:
+        data = one.tobytes()
+        place = data.rfind(wanted)
+        while place >= 0 and place % one.itemsize:  # across tokens
+            place = data.rfind(wanted, 0, place + len(wanted) - 1)
+        if place >= 0:
             found.append((one, place // one.itemsize + len(context)))
     return found
 

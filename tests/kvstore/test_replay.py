@@ -10,7 +10,7 @@ import pytest
 from kit import load_beside
 
 from kvstore.server import generator
-from kvstore.server.replay import Sampled, cut_again, replay
+from kvstore.server.replay import Sampled, _behind, cut_again, replay
 
 beside = load_beside("servers")
 # In the package, a function has its name.
@@ -237,6 +237,15 @@ def test_behind_another_head_the_sampled_tokens_are_held_too(read):
     assert replay(TOKENIZER, prompt, asked, other, read, near=True)[0] == prompt
 
 
+def test_tokens_are_looked_for_as_tokens_not_as_bytes():
+    """A later place where the bytes are the same, but across tokens, hides no reply."""
+    context, shift = array("q", [1, 7, 2]), 256
+    known = array("q", [5, *context, 102, 103, END, *(shift * t for t in context), 0])
+    assert known.tobytes().rfind(context.tobytes()) % known.itemsize
+    assert _behind(context, [known]) == [(known, 4)]
+    assert _behind(array("q", [2, 7]), [known]) == []
+
+
 def test_what_goes_on_takes_the_place_of_what_it_continues():
     """So that a long conversation does not crowd out the others."""
     known = Sampled([[1, 2], [7]])
@@ -249,8 +258,8 @@ def test_what_goes_on_takes_the_place_of_what_it_continues():
     assert len(known.latest()) == 64
 
 
-def test_a_cut_inside_of_a_reply_is_refused():
-    """Then the prompt stays as it was."""
+def test_a_prompt_is_cut_where_it_was():
+    """Where the parts do not make it up, it stays as it was."""
     assert cut_again([[1, 2], [3, 4]], [1, 2, 9, 9, 3, 4], [(2, 2)]) == [
         [1, 2, 9, 9],
         [3, 4],
