@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -80,7 +81,12 @@ class LoadNotes:
                 self._timings.append(timing)
 
     def add_reanchored(self, kl: float) -> None:
-        """Note how far re-anchored rows moved what a model says, by KL divergence."""
+        """Note how far re-anchored rows moved what a model says, by KL divergence.
+
+        What is no number, as where logits overflow, is left out.
+        """
+        if not math.isfinite(kl):
+            return
         with self._lock:
             self._counts += Counter(
                 reanchored_checks=1, reanchored_kl_e9=round(kl * 1e9)

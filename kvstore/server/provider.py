@@ -70,6 +70,8 @@ class Provider(ModelProvider):
         note_kl: Callable[[float], None] = lambda kl: None,
     ) -> None:
         self._give_up, self._reanchor, self._note_kl = give_up, reanchor, note_kl
+        # Models that re-anchoring does not suit, for as long as the server runs.
+        self._stopped: set[Fingerprint | Exception | None] = set()
         super().__init__(cli_args)
 
     def reset(self) -> None:
@@ -123,7 +125,7 @@ class Provider(ModelProvider):
     def _measure(self) -> None:
         """See whether rows can be re-anchored; why they cannot be is logged."""
         self.near, self.receipts, most = None, None, self._reanchor
-        if most is None:
+        if most is None or self.loaded in self._stopped:
             return
         try:
             near = Reanchoring(self.model)
@@ -142,6 +144,7 @@ class Provider(ModelProvider):
             log.warning("kvstore: nothing is re-anchored: %s", error)
 
     def _stop_reanchoring(self) -> None:
+        self._stopped.add(self.loaded)
         self.near = self.receipts = None
 
     def _check_codes(self) -> None:

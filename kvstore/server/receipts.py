@@ -44,7 +44,7 @@ class Receipts:
         self._model, self._max_kl = model, max_kl
         self._note, self._stop = note, stop
         self._num_offered = 0
-        self._found: list[float] = []
+        self._num_found, self._sum = 0, 0.0
         self._work: Iterator[float | None] | None = None
 
     def offer(self, tokens: Sequence[int], prompt_cache: PromptCache) -> None:
@@ -54,7 +54,7 @@ class Receipts:
             tokens: Those whose rows the cache has.
             prompt_cache: Of rows that can be cut; nobody may change it.
         """
-        if not read_provenance(prompt_cache).num_moved:
+        if not read_provenance(prompt_cache).num_moved or len(tokens) < 2:
             return
         self._num_offered += 1
         if self._work is None and self._num_offered % _ONE_IN == 1:
@@ -72,16 +72,17 @@ class Receipts:
         return True
 
     def _judge(self, kl: float) -> None:
-        self._found.append(kl)
+        self._num_found += 1
+        self._sum += kl
         self._note(kl)
-        mean = sum(self._found) / len(self._found)
+        mean = self._sum / self._num_found
         log.info("kvstore: re-anchored rows moved what is said next by KL %.5f", kl)
         if not mean <= self._max_kl:
             log.warning(
                 "kvstore: nothing is re-anchored any more: it moved what this model"
                 " says next by KL %.5f, on the mean of %d requests, and %g is allowed",
                 mean,
-                len(self._found),
+                self._num_found,
                 self._max_kl,
             )
             self._stop()
@@ -93,20 +94,27 @@ class Receipts:
         from mlx_lm.models.cache import make_prompt_cache
 
         begin = max(1, len(tokens) - _NUM_NEXT)
-        near: PromptCache = []
-        for cache in prompt_cache:
-            near += head([cache], begin)
-            mx.eval(near[-1].state)
-            yield None
+        parts = [tokens[i : i + _STEP] for i in range(begin, len(tokens), _STEP)]
+        # One after the other, so that there is one more cache of all tokens at a time.
         exact = make_prompt_cache(self._model)
         for start in range(0, begin, _STEP):
             self._feed(tokens[start : min(begin, start + _STEP)], exact)
             mx.eval([cache.state for cache in exact])
             yield None
+        right = []
+        for part in parts:
+            right.append(self._feed(part, exact))
+            mx.eval(right)
+            yield None
+        del exact
+        near: PromptCache = []
+        for cache in prompt_cache:
+            near += head([cache], begin)
+            mx.eval(near[-1].state)
+            yield None
         total = 0.0
-        for start in range(begin, len(tokens), _STEP):
-            part = tokens[start : start + _STEP]
-            p, q = (self._feed(part, cache) for cache in (exact, near))
+        for part, p in zip(parts, right, strict=True):
+            q = self._feed(part, near)
             total += float((mx.exp(p) * (p - q)).sum())
             yield None
         yield total / (len(tokens) - begin)

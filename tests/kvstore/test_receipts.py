@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import queue
 import time
+import weakref
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -13,8 +15,10 @@ from kit import load_beside
 from mlx_lm.models.cache import make_prompt_cache
 
 import kvstore
+from kvstore.caches.reanchor import head
 from kvstore.server import DiskPromptCache, ServedModel, app
 from kvstore.server.generator import mixed_generator
+from kvstore.server.provider import Provider
 from kvstore.server.receipts import Receipts
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
@@ -165,6 +169,54 @@ def test_a_model_that_it_does_not_suit_is_left_alone(store_path, caches, log):
     assert found["blunt"] == ([True, True, True], True)
     assert found["sharp"] == ([True, False, False], False)
     assert len(log("nothing is re-anchored any more")) == 1
+
+
+def test_one_more_cache_is_held_at_a_time(store_path, caches, monkeypatch):
+    """The exact rows are gone before those that are compared with them are copied."""
+    made, alive = [], []
+
+    def make(model):
+        found = make_prompt_cache(model)
+        made.extend(map(weakref.ref, found))
+        return found
+
+    def copy(prompt_cache, num_tokens):
+        alive.append(sum(one() is not None for one in made))
+        return head(prompt_cache, num_tokens)
+
+    model = make_model()
+    with closing(Server(store_path, model, caches.MODEL, 1.0)) as server:
+        server.ask(prompt(1))
+        server.ask(prompt(2))
+        monkeypatch.setattr("mlx_lm.models.cache.make_prompt_cache", make)
+        monkeypatch.setattr("kvstore.server.receipts.head", copy)
+        server.work()
+    assert len(server.measured) == 1
+    assert (len(made), alive) == (4, [0] * 4)
+
+
+def test_what_is_no_number_is_beyond_every_budget(store_path):
+    """As where logits overflow: it is not counted, and nothing is re-anchored."""
+    stopped = []
+    with kvstore.Store(store_path) as store:
+        receipts = Receipts(None, 1.0, store.note_reanchored, lambda: stopped.append(1))
+        receipts._judge(math.nan)
+        assert stopped == [1]
+        assert store.stats().reanchored_kl is None
+
+
+def test_a_model_that_is_loaded_again_stays_stopped(caches):
+    """Where a server goes from one model to another, and back."""
+    provider = Provider.__new__(Provider)
+    vars(provider).update(
+        model=make_model(), _reanchor=1.0, _note_kl=[].append, _stopped=set()
+    )
+    for loaded, is_near in (("a", True), ("b", True), ("a", False), ("b", True)):
+        provider.loaded = caches.MODEL.with_salt(loaded)
+        provider._measure()
+        assert (provider.near is not None) == is_near
+        if loaded == "a" and is_near:
+            provider._stop_reanchoring()
 
 
 def test_it_works_only_while_nothing_is_asked():
