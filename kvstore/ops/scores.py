@@ -5,13 +5,18 @@ Counts, and a reason in a word: of what was said, neither text nor tokens are ke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+import blake3
+
+from ..errors import IndexDamagedError
 from ..storage.index import Index, Score
 
 MAX_SCORES = 256
 """Conversations that are known, the latest."""
+_ID_BYTES = 8
 # Fewer tokens are no loss that anybody would ask about.
 _LEAST = 64
 
@@ -38,11 +43,24 @@ def add(known: Score | None, new: Score) -> Score:
 
 
 def write(index: Index, noted: Iterable[Score]) -> None:
-    """Add requests, in their order, to what an index knows."""
-    known = {score.id: score for score in index.scores()}
+    """Add requests, in their order, to what an index knows.
+
+    What was noted before a purge is left out: it may be of what was purged.
+    """
+    try:
+        (key, since), scores = index.score_key(), index.scores()
+    except IndexDamagedError:
+        # Or nothing would be noted any more, of hits and speeds neither.
+        index.forget_scores(since=time.time())
+        return
+    known = {score.id: score for score in scores}
     changed = {}
     for score in noted:
-        changed[score.id] = known[score.id] = add(known.get(score.id), score)
+        if score.used_at >= since:
+            model = score.fingerprint.encode()
+            name = blake3.blake3(score.id + model, key=key).digest(_ID_BYTES)
+            named = replace(score, id=name)
+            changed[name] = known[name] = add(known.get(name), named)
     for score in changed.values():
         index.put_score(score)
     index.drop_scores(keep=MAX_SCORES)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvstore")
 # Of a prompt without messages, so many characters say which conversation it is of.
 _BEGIN = 256
-_ID_BYTES = 8
 # What mlx-lm says of each request in several lines.
 _CHATTER = ("Prompt Cache: ", "- ", "Prompt processing progress: ")
 # Behind the first of these, mlx-lm quotes a request or an answer.
@@ -112,7 +111,7 @@ def conversation_of(request: Any, tenant: str | None) -> bytes:
     """
     said = [m.get("content") for m in request.messages if m.get("role") == "user"]
     begin = said[0] if said else request.prompt[:_BEGIN]
-    return blake3.blake3(json.dumps([tenant, begin]).encode()).digest(_ID_BYTES)
+    return blake3.blake3(json.dumps([tenant, begin]).encode()).digest()
 
 
 def score(served: Served, found: Lookup, model: Fingerprint, why: str) -> Score:

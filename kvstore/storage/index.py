@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,7 +112,8 @@ class Timing:
 class Score:
     """What the requests of one conversation with a server took, in tokens."""
 
-    # A hash of how it begins, which tells it from others.
+    # Tells it from others: as it is noted, a hash of how it begins; as it is written,
+    # one of that, of the model and of a key of the store's.
     id: bytes
     # Digest of the model's fingerprint, and what the model was called last.
     fingerprint: str
@@ -220,6 +222,11 @@ CREATE TABLE IF NOT EXISTS scores (  -- may be lost
     used_at REAL NOT NULL
 ) WITHOUT ROWID
 """
+# With the key, ids of conversations are hashed: who has only these can try no guess at
+# what was said. A purge makes another one, and nothing noted before it is written.
+_SCORE_KEY = """
+CREATE TABLE IF NOT EXISTS score_key (key BLOB NOT NULL, since REAL NOT NULL)
+"""
 # What the entries' files are known to hold, for as long as nobody touches them; made
 # where an index of an earlier release lacks it.
 _SEEN = """
@@ -263,6 +270,7 @@ OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
 """
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
+_SCORE_KEY_BYTES = 32
 _BATCH = 1000
 # How SQLite says that the file system maps no file shared; a full disk is another code.
 _UNSHARED = (apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_SHMLOCK)
@@ -704,9 +712,26 @@ class Index:
 
     def drop_scores(self, *, keep: int) -> None:
         """Forget what all but the latest conversations have cost."""
-        if self._has_table("scores"):
-            latest = "SELECT id FROM scores ORDER BY used_at DESC LIMIT ?"
-            self._query(f"DELETE FROM scores WHERE id NOT IN ({latest})", (keep,))
+        latest = "SELECT id FROM scores ORDER BY used_at DESC LIMIT ?"
+        self._query(f"DELETE FROM scores WHERE id NOT IN ({latest})", (keep,))
+
+    def score_key(self) -> tuple[bytes, float]:
+        """Return what ids of conversations are hashed with, and since when it is."""
+        self._query(_SCORE_KEY)
+        query = "SELECT key, since FROM score_key"
+        if not self._query(query):
+            self.forget_scores(since=0.0)
+        key, since = self._select(query, (), (bytes, float))[0]
+        return key, since
+
+    def forget_scores(self, *, since: float) -> None:
+        """Forget all that conversations have cost until a time, Unix seconds."""
+        for table in (_SCORES, _SCORE_KEY):
+            self._query(table)
+        for table in ("scores", "score_key"):
+            self._query(f"DELETE FROM {table}")
+        key = secrets.token_bytes(_SCORE_KEY_BYTES)
+        self._query("INSERT INTO score_key VALUES (?, ?)", (key, since))
 
     def _has_table(self, name: str) -> bool:
         # Asked, not made: a store that may only be read has no way to make it.

@@ -3,6 +3,7 @@
 import json
 import signal
 import sqlite3
+import time
 from dataclasses import replace
 
 import pytest
@@ -48,6 +49,7 @@ def test_the_latest_are_kept(store_path):
         assert len(found) == MAX_SCORES
         assert found[0] == replace(
             request(100, computed=105, memory=110, why=""),
+            id=found[0].id,
             num_requests=2,
             num_tokens=125,
             began_at=100.0,
@@ -64,6 +66,59 @@ def test_purging_forgets_them(store_path, caches, run_cli):
     assert run_cli("rm", "it", "--purge", "--yes", store=store_path)[0] == 0
     with kvstore.Store(store_path) as store:
         assert store.scores() == []
+
+
+def test_who_guesses_how_a_conversation_begins_cannot_tell(tmp_path):
+    """What is written is hashed with a key of the store, which a restart keeps."""
+    ids = []
+    for folder in ("one", "one", "other"):
+        with kvstore.Store(tmp_path / folder) as store:
+            store.note_request(request(1))
+            ids += [score.id for score in store.scores()]
+    assert request(1).id not in ids
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_models_that_are_asked_the_same_are_kept_apart(store_path):
+    """A helper that is shown how the conversation begins makes no prompt shorter."""
+    with kvstore.Store(store_path) as store:
+        store.note_request(request(1, computed=5000))
+        store.note_request(replace(request(1, computed=300), fingerprint="helper"))
+        store.note_request(request(1, memory=5010, computed=40))
+        found = {score.fingerprint: score for score in store.scores()}
+        assert found["model"].num_requests == 2
+        assert [score.num_again for score in found.values()] == [0, 0]
+
+
+def test_a_purge_reaches_what_a_server_has_not_written_yet(store_path):
+    """What it notes from then on is kept, under another key."""
+    with kvstore.Store(store_path) as server, kvstore.Store(store_path) as other:
+        server.note_request(request(2, at=time.time()))
+        server.scores()
+        before = server.scores()[0].id
+        server.note_request(request(1, at=time.time()))
+        other.purge()
+        server.note_request(request(2, at=time.time()))
+        (left,) = server.scores()
+        assert left.num_computed == request(2).num_computed
+        assert left.id != before
+
+
+@pytest.mark.parametrize(
+    "change", ["scores SET num_tokens = 'x'", "score_key SET key = 1"]
+)
+def test_a_damaged_score_takes_nothing_else_with_it(store_path, change):
+    """What is noted beside it is written, and scores are kept from then on."""
+    with kvstore.Store(store_path) as store:
+        store.note_request(request(1))
+        store.scores()
+        with sqlite3.connect(store_path / "index.sqlite") as index:
+            index.execute(f"UPDATE {change}")
+        store.note_reanchored(0.5)
+        store.note_request(request(1))
+        assert store.stats().counters["reanchored_checks"] == 1
+        store.note_request(request(1, at=time.time()))
+        assert len(store.scores()) == 1
 
 
 def test_an_index_of_an_earlier_release_has_none(store_path):

@@ -9,6 +9,7 @@ search: every byte of them belongs to a block that its header names, which
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def purge(blocks: BlockStore, removed: Traces) -> list[str]:
     _empty(blocks)
     plan_prune(blocks, Policy(grace_s=0.0)).execute()  # bases wait for quarantine
     with blocks.index.transaction():
-        blocks.index.drop_scores(keep=0)  # the hash of how a conversation began
+        # Of how a conversation began, a server may be about to note a hash again.
+        blocks.index.forget_scores(since=time.time())
     blocks.index.compact()
     if (path := find_traces(blocks, removed)) is not None:
         raise KVStoreError(
