@@ -288,17 +288,15 @@ class Writer:
     def _may_write(self, store: Store, nbytes: int) -> bool:
         """Whether so many more bytes are allowed today; the first time not, log it."""
         most, today = self._max_daily_bytes, int(time.time() // 86_400)
-        if most is None or self._full_on == today:
-            return most is None
-        written = store.written_today
-        if written + nbytes <= most:
+        if most is None or (written := store.written_today) + nbytes <= most:
             return True
-        self._full_on = today
-        log.warning(
-            "kvstore: nothing more is written today: %.1f of %.1f GB are, and what"
-            " comes next has %.1f GB of rows",
-            *(size / 1e9 for size in (written, most, nbytes)),
-        )
+        if self._full_on != today:
+            self._full_on = today
+            log.warning(
+                "kvstore: not kept: %.1f of %.1f GB are written today, and what comes"
+                " next has %.1f GB of rows; there is no more such line today",
+                *(size / 1e9 for size in (written, most, nbytes)),
+            )
         return False
 
     def _save(self, store: Store, job: Job) -> bool:

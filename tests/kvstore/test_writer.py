@@ -136,12 +136,31 @@ def test_so_much_is_written_in_a_day(store, store_path, caches, log, monkeypatch
     assert size == store.stats().nbytes
     assert written(*others) == 2
     assert written(*others) == 2
-    assert len([line for line in log() if "nothing more is written today" in line]) == 2
+    assert len([line for line in log() if "GB are written today" in line]) == 2
     assert store.lookup([*first[0], 1], caches.MODEL).num_tokens == len(first[0])
     now[0] += 86_400
     assert store.written_today == 0
     assert written(*others) == 4
     assert len([n for n in store.stats().counters if n.startswith("written_on")]) == 1
+
+
+def test_what_is_too_much_for_a_day_costs_no_smaller_conversation(
+    store, store_path, caches, log
+):
+    """A large one that does not fit is left out, and what fits is written."""
+    large, small = caches.make_conversation(9, 1), caches.make_conversation(2, 2)
+    writer = Writer(
+        lambda: Store(store_path, "raw"),
+        min_free_bytes=0,
+        max_queued_bytes=1 << 40,
+        max_daily_bytes=sum(cache.nbytes for cache in large[1]) // 2,
+    )
+    for tokens, held in (large, small):
+        put(writer, store, caches, tokens, held)
+        assert writer.flush(30)
+    writer.close()
+    assert [entry.num_tokens for entry in store.entries()] == [len(small[0])]
+    assert len([line for line in log() if "GB are written today" in line]) == 1
 
 
 @pytest.mark.parametrize("error", [StoreLockedError("locked"), OSError(5, "I/O")])
