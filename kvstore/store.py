@@ -9,7 +9,6 @@ import time
 from collections.abc import (
     Callable,
     Container,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -31,7 +30,7 @@ from .format.block import (
     StoredBlock,
     ignore_progress,
 )
-from .format.chain import as_tokens, is_reanchored
+from .format.chain import as_tokens
 from .format.entry import Entry, check_name
 from .format.spans import Span, last_end
 from .ops.speeds import Speeds
@@ -78,6 +77,10 @@ class Store:
 
     Use it from one thread, as a context manager or with :meth:`close`. Several
     processes may have the same store open.
+
+    A ``ref`` is the name of an entry, its id or the start of that. Where there is no
+    such entry, the error is an :class:`EntryNotFoundError`; where a part of it is
+    missing or damaged, an :class:`IntegrityError`.
 
     Args:
         path: The folder; ``$KVSTORE_DIR`` or ``~/.cache/kvstore`` by default.
@@ -186,7 +189,6 @@ class Store:
         return f"<kvstore.Store {str(self.path)!r}{state}>"
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows: the latest entries."""
         if not self._opened:
             return html.escape(repr(self))
         latest = sorted(self.entries(), key=lambda e: -e.updated_at)[:_SHOWN]
@@ -643,14 +645,12 @@ class Store:
             The prompt cache and the tokens whose rows it holds.
 
         Raises:
-            EntryNotFoundError: There is none.
             FingerprintError: Another model made it.
-            IntegrityError: A part of it is missing or damaged.
             KVStoreError: Its rows are worse than was asked for.
             OSError: The disk fails; that is no damage.
         """
         from .ops.load import entry_hit, restore
-        from .ops.quality import refuse_loss
+        from .ops.quality import loss_of, refuse_loss
 
         def work(blocks: BlockStore, entry: Entry) -> tuple[list[Any], list[int]]:
             begin = time.perf_counter()
@@ -659,7 +659,7 @@ class Store:
             hit, tokens = entry_hit(blocks, entry, bits)
             if max_kl is not None:
                 stored = map(blocks.stored, hit.places)
-                refuse_loss(_loss(blocks, entry, stored), max_kl)
+                refuse_loss(loss_of(blocks, entry, stored), max_kl)
             tell = progress or ignore_progress
             cache, hit = restore(blocks, hit, tell, strict=True)
             self._note_load(hit, len(tokens), fingerprint, begin)
@@ -675,9 +675,6 @@ class Store:
 
         Returns:
             The thread, which nobody needs to wait for.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
         """
         from .ops.load import read_ahead
 
@@ -894,12 +891,7 @@ class Store:
         return self._blocks.run(lambda: eviction_order(self._blocks))
 
     def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
-        """Return the blocks of an entry, first to last, and where they lie.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: A part of it is missing or damaged.
-        """
+        """Return the blocks of an entry, first to last, and where they lie."""
         return self._with_entry(ref, lambda blocks, entry: blocks.chain(entry))
 
     def loss(self, ref: str) -> Loss:
@@ -907,33 +899,20 @@ class Store:
 
         By the codecs of its blocks as they are now, and what was measured of them: in
         this store, or where the entry was saved.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: A part of it is missing or damaged.
         """
+        from .ops.quality import loss_of
 
         def look(blocks: BlockStore, entry: Entry) -> Loss:
-            return _loss(blocks, entry, (b for _, b in blocks.chain(entry)))
+            return loss_of(blocks, entry, (b for _, b in blocks.chain(entry)))
 
         return self._with_entry(ref, look)
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
-        """Return the fingerprint of what made an entry.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: Its last block is missing or damaged.
-        """
+        """Return the fingerprint of what made an entry."""
         return Fingerprint(self._origin(ref).fingerprint)
 
     def is_like(self, ref: str, prompt_cache: Sequence[Any]) -> bool:
-        """Whether an entry is of such caches, empty or not.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: Its last block is missing or damaged.
-        """
+        """Whether an entry is of such caches, empty or not."""
         from .caches.fit import wanted_of, why_unfit
         from .caches.kinds import known_layout
 
@@ -968,7 +947,6 @@ class Store:
             The bundle's size in bytes.
 
         Raises:
-            EntryNotFoundError: There is no such entry.
             IntegrityError: A part of it is missing or damaged. Nothing has been
                 written, unless that happened while it was being written: then what was
                 written is no bundle.
@@ -1063,27 +1041,13 @@ class Store:
             KVStoreError: There are too few such rows, or several models' of them.
             IntegrityError: A block is missing or damaged.
         """
-        from .format.calibration import Calibration
-        from .ops.calibrate import fit_stored
-        from .storage.bases import add_basis, find_calibration, write_calibration
+        from .ops.calibrate import calibrate_stored
 
         digest = fingerprint.digest if fingerprint else None
-        data, model = self._blocks.run(
-            lambda: fit_stored(
-                self._blocks, self._catalog.all(), digest, progress or ignore_progress
-            )
+        tell = progress or ignore_progress
+        return self._blocks.run(
+            lambda: calibrate_stored(self._blocks, self._catalog.all(), digest, tell)
         )
-        model = model.bare
-        old = find_calibration(self._folder, model.digest)
-        found = Calibration(
-            model.digest,
-            model.label,
-            add_basis(self._folder, data),
-            old.num_contexts if old else 0,
-            old.measured if old else (),
-        )
-        write_calibration(self._folder, found)
-        return found
 
     def can_be_calibrated(self, fingerprint: Fingerprint) -> bool:
         """Whether a basis would cover stored layers of a model, and none is measured.
@@ -1107,18 +1071,11 @@ class Store:
 
         Args:
             ref: Its name or id, or the entry: then only where it has not moved on.
-
-        Raises:
-            EntryNotFoundError: There is none.
         """
         return self._blocks.run(lambda: self._catalog.remove(ref))
 
     def traces_of(self, ref: str) -> Traces:
-        """Return by what an entry would be known in any file, for :meth:`purge`.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-        """
+        """Return by what an entry would be known in any file, for :meth:`purge`."""
         from .ops.upkeep.purge import traces_of
 
         entry = self._catalog.find(ref)
@@ -1158,7 +1115,6 @@ class Store:
             name: The new name.
 
         Raises:
-            EntryNotFoundError: There is none.
             EntryExistsError: The name is taken.
             ValueError: The name could not be typed.
         """
@@ -1174,9 +1130,7 @@ class Store:
             fingerprint: Of the model that computes the very same rows, label included.
 
         Raises:
-            EntryNotFoundError: There is none.
             FingerprintError: It is of this model already.
-            IntegrityError: A part of it is missing or damaged.
             OSError: The disk is full or fails; the entry stays as it is.
         """
         from .ops.adopt import adopt_entry
@@ -1204,9 +1158,7 @@ class Store:
             progress: Called with (tokens done, tokens in all).
 
         Raises:
-            EntryNotFoundError: There is none.
             CodecError: There is no such codec.
-            IntegrityError: A part of it is missing or damaged.
             OSError: The disk is full or fails; it can be loaded as before.
         """
         from .ops.bases import check_codec, codec_for
@@ -1216,18 +1168,15 @@ class Store:
 
         def work() -> Entry:
             entry = self._catalog.find(ref)
-            chosen = codec_for(self._folder, codec, _model_of(self._blocks, entry))
+            model = Fingerprint(self._blocks.origin(entry).fingerprint).bare
+            chosen = codec_for(self._folder, codec, model.digest)
             tell = progress or ignore_progress
             return recompress_entry(self._blocks, self._catalog, entry, chosen, tell)
 
         return self._blocks.run(work)
 
     def pin(self, ref: str, *, pinned: bool = True) -> Entry:
-        """Keep an entry from ever being evicted, or no longer, and return it.
-
-        Raises:
-            EntryNotFoundError: There is none.
-        """
+        """Keep an entry from ever being evicted, or no longer, and return it."""
         return self._blocks.run(lambda: self._catalog.pin(ref, pinned=pinned))
 
     def plan_prune(
@@ -1364,7 +1313,6 @@ class Store:
         return verify(self._folder, read_data, progress or ignore_progress)
 
     def _origin(self, ref: str) -> Origin:
-        """Return what made an entry."""
         return self._with_entry(ref, lambda blocks, entry: blocks.origin(entry))
 
     def _request(
@@ -1445,26 +1393,9 @@ def _to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:
     return to_match(hit, num_prompt_tokens)
 
 
-def _loss(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
-    from .ops.quality import Loss, find_loss
-    from .storage.bases import find_calibration
-
-    if is_reanchored(blocks.origin(entry).fingerprint):
-        return Loss(unknown="its rows were computed behind other words")
-    found = find_calibration(blocks.folder, _model_of(blocks, entry))
-    return find_loss(list(stored), found.told if found else (), entry.receipts)
-
-
-def _model_of(blocks: BlockStore, entry: Entry) -> str:
-    """Return the digest that what was measured of an entry's model is kept by."""
-    fields = blocks.origin(entry).fingerprint
-    return Fingerprint(fields).bare.digest  # the same for all tenants
-
-
 def _check_fingerprint(
     blocks: BlockStore, entry: Entry, given: Fingerprint | None
 ) -> None:
-    """Refuse an entry that another model made."""
     if given is None:
         return
     _check_fingerprint_type(given)

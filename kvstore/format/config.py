@@ -88,7 +88,6 @@ def parse_config(path: Path, data: bytes) -> StoreConfig:
 
 
 def _is_valid(config: StoreConfig) -> bool:
-    """Whether all fields have the right types and ranges."""
     limit = config.max_bytes
     return (
         isinstance(config.id, str)

@@ -65,7 +65,6 @@ def _is_text(value: Any) -> bool:
 
 
 def _check_tensor(name: str, spec: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Return one tensor's description, having checked every field of it."""
     if not _NAME.fullmatch(name):
         raise ValueError("a tensor's name has other characters than A-Za-z0-9._-")
     if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"}:

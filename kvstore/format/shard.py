@@ -152,7 +152,6 @@ def describe_block(encoded: EncodedBlock) -> StoredBlock:
 
 
 def _row(stored: StoredBlock) -> JSON:
-    """Return one row of the block table."""
     return {
         "hash": stored.block.hash.hex(),
         "parent": stored.block.parent.hex(),
@@ -218,7 +217,6 @@ def parse_shard_header(header: bytes, size: int | None) -> ShardHeader:
 
 
 def _field(value: Any, name: str, kind: type) -> Any:
-    """Return a field of exactly this type."""
     if not isinstance(value, dict) or type(value.get(name)) is not kind:
         raise ValueError(f"field {name} is missing or not of type {kind.__name__}")
     return value[name]
@@ -242,7 +240,6 @@ def _parse_blocks(rows: list[Any], tensors: JSON) -> tuple[StoredBlock, ...]:
 
 
 def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
-    """Return one row of the block table with its tensors."""
     raw = _field(row, "raw", dict)
     if not parts or not set(raw) <= set(parts):
         raise ValueError("a block's tensors do not fit its row")
@@ -280,7 +277,6 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
 
 
 def _parse_chain(row: JSON) -> Block:
-    """Return hash, parent, start and tokens of a row."""
     names = [_field(row, name, str) for name in ("hash", "parent")]
     if not all(_HEX.fullmatch(name) for name in names):
         raise ValueError("a hash is not 64 hex digits")

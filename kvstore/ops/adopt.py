@@ -83,7 +83,6 @@ def adopt_entry(
 
 
 def _chain(tokens: Sequence[int], origin: Origin, folder: StoreFolder) -> Chain:
-    """Return the chain that tokens make for another model."""
     root = origin_root(origin)
     split = tuple(split_tokens(root, tokens, folder.block_size))
     return Chain(root, known_layout(origin.layout), origin, split)

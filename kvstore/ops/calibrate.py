@@ -19,9 +19,10 @@ from ..codecs.fitting import (
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import Progress, StoredBlock
+from ..format.calibration import Calibration
 from ..format.chain import is_reanchored, origin_root
 from ..format.entry import Entry
-from ..storage.bases import find_calibration
+from ..storage.bases import add_basis, find_calibration, write_calibration
 from ..storage.blocks import BlockStore
 from ..storage.index import Place
 from .bases import own_codecs
@@ -61,6 +62,27 @@ def start_fit(group: Group, samples: Sequence[Sample]) -> GroupFit:
     rotation = find_rotation(looked_at, usual_rotations(spec.head_dim))
     basis_group = make_group(group.layers, spec.num_heads, spec.head_dim, rotation)
     return GroupFit(basis_group, rotation)
+
+
+def calibrate_stored(
+    blocks: BlockStore,
+    entries: Sequence[Entry],
+    fingerprint: str | None,
+    progress: Progress,
+) -> Calibration:
+    """Fit a basis as :func:`fit_stored` does, and note it for the model."""
+    data, model = fit_stored(blocks, entries, fingerprint, progress)
+    model = model.bare
+    old = find_calibration(blocks.folder, model.digest)
+    found = Calibration(
+        model.digest,
+        model.label,
+        add_basis(blocks.folder, data),
+        old.num_contexts if old else 0,
+        old.measured if old else (),
+    )
+    write_calibration(blocks.folder, found)
+    return found
 
 
 def fit_stored(

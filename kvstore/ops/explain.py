@@ -168,7 +168,6 @@ def explain(
 
 
 def _traces(blocks: BlockStore, request: Request) -> Iterator[_Trace]:
-    """Yield how far the prompt is stored under every root that there is."""
     size = blocks.folder.block_size
     for root, fingerprint, layout in blocks.index.all_roots():
         if hash_root(fingerprint, layout) != root:
@@ -447,7 +446,6 @@ def latest(
 
 
 def _tokens(blocks: BlockStore, entry: Entry) -> list[int] | None:
-    """Return the tokens of an entry; ``None`` where it is damaged."""
     try:
         chain = blocks.chain(entry)
     except (IntegrityError, FormatError):

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import KVStoreError
+from ..fingerprint import Fingerprint
 from ..format.block import EXACT_BITS, StoredBlock
 from ..format.calibration import Measured, rank
-from ..storage.blocks import Described
+from ..format.chain import is_reanchored
+from ..format.entry import Entry
+from ..storage.bases import find_calibration
+from ..storage.blocks import BlockStore, Described
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,15 @@ class Loss:
 
 Blocks = Sequence[StoredBlock | Described]
 """What is known of blocks: all that their shards say, or what they went through."""
+
+
+def loss_of(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
+    """Return what is known of an entry, by its blocks as they are stored."""
+    model = Fingerprint(blocks.origin(entry).fingerprint)
+    if is_reanchored(model.fields):
+        return Loss(unknown="its rows were computed behind other words")
+    found = find_calibration(blocks.folder, model.bare.digest)
+    return find_loss(list(stored), found.told if found else (), entry.receipts)
 
 
 def find_loss(

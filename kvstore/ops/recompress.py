@@ -79,7 +79,6 @@ def recompress_entry(
 def _pinned_elsewhere(
     blocks: BlockStore, catalog: Catalog, entry: Entry
 ) -> set[BlockHash]:
-    """Return the blocks that other entries have which are pinned."""
     others = [other for other in catalog.all() if other.pinned and other.id != entry.id]
     tips = [BlockHash(bytes.fromhex(other.tip)) for other in others]
     return {place.hash for tip in tips for place, _ in blocks.index.chain(tip)}

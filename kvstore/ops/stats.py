@@ -195,7 +195,6 @@ class _Reach:
         return at
 
     def _sum_up(self) -> Any:
-        """Return the bytes up to each block."""
         totals, before = self._nbytes.copy(), self._parent.copy()
         # Each round doubles how far back it looks. An index may say anything, circles
         # included, which would go on for ever.

@@ -103,7 +103,6 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _set_index_aside(folder: StoreFolder) -> None:
-    """Move the index to quarantine."""
     aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
     # The log first: were it left behind alone, SQLite would replay it over the next
     # file.
@@ -905,7 +904,6 @@ def _note(
 def _by_shard(
     told: Mapping[BlockHash, tuple[Place, BlockHash]],
 ) -> dict[str, list[tuple[Place, BlockHash]]]:
-    """Return all that an index says of the blocks in each shard."""
     found: dict[str, list[tuple[Place, BlockHash]]] = {}
     for place, parent in told.values():
         found.setdefault(place.shard, []).append((place, parent))

@@ -72,7 +72,6 @@ def own_key() -> str:
 
 
 def _own_keys() -> list[str]:
-    """Return the user's secret key and its public half, or nothing."""
     path = _secret_path()
     try:
         keys = files.read_small(path, 1024).decode("ascii", "replace").split()

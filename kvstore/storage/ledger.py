@@ -99,7 +99,6 @@ def stamp_of(status: os.stat_result) -> str:
 
 
 def _stamps(folder: StoreFolder) -> list[tuple[str, str]]:
-    """Return id and stamp of every entry's file."""
     found = []
     with os.scandir(folder.entries) as items:
         for item in items:

@@ -420,7 +420,6 @@ def _damaged(path: Path, why: str) -> IntegrityError:
 def _read_header(
     descriptor: int, path: Path, size: int, cipher: Cipher | None
 ) -> ShardHeader:
-    """Read and check the header of an open shard."""
     header = bytearray()
     try:
         prefix = bytearray(8)

@@ -254,7 +254,6 @@ def _check_shard(
 
 
 def _block_problem(opened: OpenShard, stored: StoredBlock, whole: bool) -> str | None:
-    """Return what is wrong with a block, or ``None``."""
     name = stored.block.hash.hex()[:12]
     if not is_sound(stored):
         return f"block {name} is not named by its tokens"

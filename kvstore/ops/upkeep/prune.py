@@ -413,7 +413,6 @@ def _remove_shards(
 
 
 def _choose_bases(blocks: BlockStore, policy: Policy) -> dict[str, int]:
-    """Return bases that nothing names, and their bytes."""
     found = _old_bases(blocks, policy)
     # Reading all shards is slow, and old bases are rare.
     unnamed = blocks.unnamed_bases(found) if found else ()
