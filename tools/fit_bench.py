@@ -3,9 +3,10 @@
 The model has random weights, and rows of the shape given; its own layers are narrow, so
 that reading and gradients take less than those of a real one. `turbo4+zstd` and
 `planes+zstd` are measured beside. By default the rows are those of an 8B model with
-half its layers.
+half its layers, of float32; with `--bf16` they are stored as 16 bits, as models of that
+size have them.
 
-    python tools/fit_bench.py [--layers N] [--heads N] [--dim D] [--contexts N]
+    python tools/fit_bench.py [--layers N] [--heads N] [--dim D] [--contexts N] [--bf16]
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def main() -> None:
     size = len(basis) / 1e6
     print(f"fit to {options.contexts} texts: {begin}; basis {size:.1f} MB", flush=True)
     prompt_cache = prefill(model, contexts[0][:PREFIX], caches(model))
+    for cache in prompt_cache if options.bf16 else ():
+        rows = (x.astype(mx.bfloat16) for x in (cache.keys, cache.values))
+        cache.keys, cache.values = rows
     with tempfile.TemporaryDirectory() as folder:
         fitted = [f"fit{rate}@{basis_digest(basis)}" for rate in (1, 2, 3)]
         for codec in ("turbo4", "planes", *fitted):
@@ -64,6 +68,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8, help="of keys and values")
     parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--contexts", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="store rows of 16 bits")
     return parser.parse_args()
 
 

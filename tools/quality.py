@@ -17,7 +17,8 @@ Of a model with sliding windows, bits are those of the layers that attend to eve
 the others are stored without loss.
 
 With `--needles`, six digits lie somewhere in each prefix, and are asked for; it counts
-how often all of them are the first choice.
+how often all of them are the first choice. With `--keys 4` there are four such keys, of
+four people, and one is asked for.
 
     python tools/quality.py MODEL [--basis F] [--kinds K ...] [--bf16] [--needles N]
 """
@@ -59,6 +60,7 @@ AFFINE_BITS = (8, 6, 5, 4, 3, 2)
 # None of those that `kvstore.models.corpus` takes.
 _MODULES = ("difflib", "plistlib", "zipfile", "optparse", "asyncio.base_events")
 _MAX_LETTERS = 20_000
+_OWNERS = ("Amber", "Bruno", "Clara", "Dario", "Elena", "Felix", "Greta", "Hanno")
 
 
 @dataclass(frozen=True)
@@ -141,22 +143,53 @@ def needles(
     model: Any, tokenizer: Any, filler: list[int], options: argparse.Namespace
 ) -> Iterator[Context]:
     """Yield contexts with six digits somewhere in them, and the question for them."""
-    chosen, start = random.Random(5), text_start(tokenizer)
-    ask = "\n\nWhat is the secret pass key? The secret pass key is "
+    chosen = random.Random(5)
     for number in range(options.needles):
-        key = "".join(chosen.choices("0123456789", k=6))
-        told = f"\n\nThe secret pass key is {key}. Remember it: {key}.\n\n"
-        needle, question, answer = (
-            tokenizer.encode(text)[len(start) :] for text in (told, ask, key)
-        )
-        count = options.prefix - len(needle) - len(start)
-        if len(filler) <= count:
-            sys.exit(f"error: the texts have {len(filler)} tokens, not {count}")
-        begin = chosen.randrange(len(filler) - count)
-        around = filler[begin : begin + count]
-        depth = int((number + 0.5) / options.needles * count)
-        prefix = [*start, *around[:depth], *needle, *around[depth:]]
+        depth = (number + 0.5) / options.needles
+        prefix, question, answer = hide(tokenizer, filler, options, depth, chosen)
         yield make_context(model, prefix, question + answer, len(answer))
+
+
+def hide(
+    tokenizer: Any,
+    filler: Sequence[int],
+    options: argparse.Namespace,
+    depth: float,
+    chosen: random.Random,
+) -> tuple[list[int], list[int], list[int]]:
+    """Return a prefix with keys in it, the question for the first, and the answer.
+
+    Args:
+        tokenizer: The model's.
+        filler: What stands around them.
+        options: How many keys, and how long the prefix is.
+        depth: Where the first stands, 0 to 1; the others are as far apart as can be.
+        chosen: Chooses the keys and what stands around them.
+    """
+    start = text_start(tokenizer)
+    owners = [f" of {name}" for name in _OWNERS[: options.keys]]
+    if options.keys == 1:
+        owners = [""]
+    keys = ["".join(chosen.choices("0123456789", k=6)) for _ in owners]
+    told = [
+        f"\n\nThe secret pass key{owner} is {key}. Remember it: {key}.\n\n"
+        for owner, key in zip(owners, keys, strict=True)
+    ]
+    ask = "\n\nWhat is the secret pass key{0}? The secret pass key{0} is "
+    *hidden, question, answer = (
+        tokenizer.encode(text)[len(start) :]
+        for text in (*told, ask.format(owners[0]), keys[0])
+    )
+    count = options.prefix - sum(map(len, hidden)) - len(start)
+    if len(filler) <= count:
+        sys.exit(f"error: the texts have {len(filler)} tokens, not {count}")
+    begin = chosen.randrange(len(filler) - count)
+    around = list(filler[begin : begin + count])
+    places = [int((depth + i / len(hidden)) % 1 * count) for i in range(len(hidden))]
+    # The last first, so that those before it stay where they are.
+    for place, needle in sorted(zip(places, hidden, strict=True), reverse=True):
+        around[place:place] = needle
+    return start + around, question, answer
 
 
 def parse_options() -> argparse.Namespace:
@@ -169,6 +202,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", help="which texts to read")
     parser.add_argument("--bf16", action="store_true", help="store rows of 16 bits")
     parser.add_argument("--needles", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--keys", type=int, default=1, choices=range(1, 9), help="in each of those"
+    )
     parser.add_argument("--contexts", type=int, default=8)
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--following", type=int, default=256)

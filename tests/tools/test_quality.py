@@ -1,5 +1,6 @@
 """tools/quality.py measures what it says, on a tiny model."""
 
+import argparse
 import importlib.util
 import random
 import sys
@@ -39,3 +40,25 @@ def test_windows_are_kept_and_not_counted(tool):
     assert (1.0, True) == (exact.same_choice, exact.mean_kl < 1e-6 < turbo.mean_kl)
     # 4 bits, and a norm for each row of 16 numbers.
     assert 6 < turbo.bits_per_element < 8 < exact.bits_per_element < 32
+
+
+@pytest.mark.parametrize("keys", [1, 4])
+def test_each_key_stands_once_in_a_prefix(tool, keys):
+    """It has the length that is asked for, and the answer is what the question asks."""
+
+    class Letters:
+        def encode(self, text):
+            return [1, *text.encode()]
+
+    options = argparse.Namespace(prefix=2000, keys=keys)
+    filler = [ord("-")] * 3000
+    prefix, question, answer = tool.hide(
+        Letters(), filler, options, 0.9, random.Random(2)
+    )
+    assert (1, 2000) == (prefix[0], len(prefix))
+    text = bytes(prefix[1:]).decode()
+    told = [part for part in text.split("\n\n") if "secret" in part]
+    assert keys == len(told) == len(set(told))
+    begun = bytes(question).decode().partition("? ")[2].lower()
+    (asked,) = (part for part in told if part.lower().startswith(begun))
+    assert asked.removesuffix(".").endswith(bytes(answer).decode())
