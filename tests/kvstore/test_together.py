@@ -33,7 +33,7 @@ beside = load_beside("servers")
 
 @dataclass(frozen=True)
 class Size:
-    """How much goes on, and for how long."""
+    """How much goes on, and for how long at least."""
 
     seconds: float
     num_chats: int
@@ -59,13 +59,8 @@ def test_all_at_once_is_all_right(store_path, tiny_model, tmp_path, size):
         together.close()
     assert together.problems == []
     assert find_problems(together) == []
-    counts = together.counts()
-    print(counts)
-    assert counts["turns"] > 2 * size.num_chats
-    assert counts["kills"] > 0
-    assert counts["answers"] > NUM_QUESTIONS
-    assert counts["prunes"] > 10
-    assert counts["evicted"] > 0
+    print(together.counts())
+    assert together.is_enough()
 
 
 def test_a_save_gets_through_however_often_prune_comes(store_path, caches, monkeypatch):
@@ -99,22 +94,23 @@ class Together:
         self.servers = beside.Servers(folder / "home")
         self.problems = []
         self.num_kills = self.num_answers = 0
-        self._deadline = None
         self._children = []
+        self._is_over = threading.Event()
 
     def run(self):
-        """Let all go on at once until the time is up."""
+        """Let all go on at once until the time is up and enough was done."""
         # Its own expectation, from a server that has no store.
         expected = self._ask_all(self.servers.stock(self.model))
         server = self.servers.kvstore(
             self.store, self.model, "--codec", CODECS[0], "--prompt-cache-size", "1"
         )
-        self._deadline = time.monotonic() + self.size.seconds
         asker = threading.Thread(target=self._ask, args=(server, expected))
         asker.start()
-        pruner = self._start("prune")
+        pruner = self._start("prune", "pruner")
         chats = [self._start("chat", number) for number in range(self.size.num_chats)]
         self._kill_and_resume(chats)
+        self._is_over.set()
+        self._stop.touch()
         asker.join()
         for child in self._children:
             self._end(child)
@@ -124,9 +120,8 @@ class Together:
         if "Traceback" in server.text():
             self.problems.append(f"the server is broken:\n{server.text()[-3000:]}")
 
-    def _start(self, verb, number=0):
-        words = [verb, self.store, self.model, self.notes(number), number]
-        words.append(time.time() + self._deadline - time.monotonic())
+    def _start(self, verb, number):
+        words = [verb, self.store, self.model, self.notes(number), number, self._stop]
         log = self.folder / f"{verb}-{number}.log"
         with log.open("ab") as file:
             child = subprocess.Popen(
@@ -152,27 +147,25 @@ class Together:
     def _kill_and_resume(self, chats):
         """Kill one chat after the other, and have it go on where it was."""
         chance = random.Random(self.size.num_chats)
-        while time.monotonic() < self._deadline - 3:
+        begin = time.monotonic()
+        while time.monotonic() < begin + self.size.seconds or not self.is_enough():
             time.sleep(self.size.kill_every_s * chance.uniform(0.5, 1.5))
             chat = chance.choice(chats)
+            if any(child.poll() is not None for child in self._children):
+                return  # it has failed
             # On a slow machine, a chat would be killed before it has said anything.
-            while self._num_turns(chat.number) <= chat.num_turns:
-                if time.monotonic() > self._deadline or chat.poll() is not None:
-                    return
-                time.sleep(0.1)
-            if chat.poll() is not None:
-                break  # it has failed, or the time is up
-            chat.send_signal(signal.SIGKILL)
-            chat.wait()
-            self._children.remove(chat)
-            self.num_kills += 1
-            chats[chats.index(chat)] = self._start("chat", chat.number)
+            if self._num_turns(chat.number) > chat.num_turns:
+                chat.send_signal(signal.SIGKILL)
+                chat.wait()
+                self._children.remove(chat)
+                self.num_kills += 1
+                chats[chats.index(chat)] = self._start("chat", chat.number)
 
     def _ask(self, server, expected):
         """Ask the server again and again, two at a time now and then."""
         chance = random.Random(1)
         try:
-            while time.monotonic() < self._deadline:
+            while not self._is_over.is_set():
                 number = chance.randrange(NUM_QUESTIONS)
                 text = beside.said(server.ask(question(number)))
                 self.num_answers += 1
@@ -186,8 +179,13 @@ class Together:
         server.stop()
         return found
 
+    @property
+    def _stop(self):
+        """The file that tells all children to end."""
+        return self.folder / "stop"
+
     def notes(self, number):
-        """Return where a chat notes what was kept."""
+        """Return where a chat notes what was kept, or the pruner what went."""
         return self.folder / f"notes-{number}"
 
     def _num_turns(self, number):
@@ -196,18 +194,24 @@ class Together:
 
     def counts(self):
         """Return how much has gone on."""
-        pruned = json.loads((self.folder / "prune-0.log").read_text().splitlines()[-1])
-        turns = [
-            note
-            for number in range(self.size.num_chats)
-            for note in read_notes(self.notes(number))
-            if note["rows"]
-        ]
-        return pruned | {
-            "turns": len(turns),
+        numbers = range(self.size.num_chats)
+        return {
+            "turns": sum(map(self._num_turns, numbers)),
             "kills": self.num_kills,
             "answers": self.num_answers,
+            **read_notes(self.notes("pruner"), {"prunes": 0, "evicted": 0})[-1],
         }
+
+    def is_enough(self):
+        """Say whether so much has gone on that a fault would have shown."""
+        counts = self.counts()
+        return (
+            counts["turns"] > 2 * self.size.num_chats
+            and counts["kills"] > 0
+            and counts["answers"] > NUM_QUESTIONS
+            and counts["prunes"] > 10
+            and counts["evicted"] > 0
+        )
 
     def close(self):
         """Kill what still runs."""
@@ -251,10 +255,10 @@ def name_of(number):
     return f"chat {number}"
 
 
-def read_notes(path):
-    """Return what a chat has noted, without a line that a kill cut short."""
+def read_notes(path, *before):
+    """Return what a process has noted, without a line that a kill cut short."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [*before, *map(json.loads, lines)]
 
 
 def digest_tokens(tokens):
@@ -317,7 +321,7 @@ def is_computed_from(model, prompt_cache, tokens):
     )
 
 
-def chat(store_path, model_path, notes_path, number, stop_at):
+def chat(store_path, model_path, notes_path, number, stop):
     """Talk, a turn after the other, each from what the store holds."""
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
@@ -343,7 +347,7 @@ def chat(store_path, model_path, notes_path, number, stop_at):
             notes.append(found | {"rows": rows})
             file.write(json.dumps(notes[-1]) + "\n")
 
-        while time.time() < float(stop_at):
+        while not os.path.exists(stop):
             problems = check(store, model, fingerprint, name, notes)
             assert not problems, problems
             held = entry_tokens(store, name, fingerprint) or []
@@ -366,7 +370,7 @@ def chat(store_path, model_path, notes_path, number, stop_at):
             note(live.tokens, live.prompt_cache)
 
 
-def prune(store_path, _model, _notes, _number, stop_at):
+def prune(store_path, _model, notes_path, _number, stop):
     """Free all that can be freed, and evict what has no name, again and again."""
     import contextlib
     import io
@@ -375,7 +379,7 @@ def prune(store_path, _model, _notes, _number, stop_at):
     from kvstore.cli.failures import run
 
     num_prunes = num_evicted = 0
-    while time.time() < float(stop_at):
+    while not os.path.exists(stop):
         said = io.StringIO()
         what = ["--now"] if num_prunes % 3 else ["--now", "--max-size", "300kB"]
         with contextlib.redirect_stdout(said):
@@ -383,7 +387,10 @@ def prune(store_path, _model, _notes, _number, stop_at):
         assert code == 0, said.getvalue()
         num_evicted += len(json.loads(said.getvalue())["entries"])
         num_prunes += 1
-    print(json.dumps({"prunes": num_prunes, "evicted": num_evicted}))
+        with open(notes_path, "a") as file:
+            file.write(
+                json.dumps({"prunes": num_prunes, "evicted": num_evicted}) + "\n"
+            )
 
 
 if __name__ == "__main__":
