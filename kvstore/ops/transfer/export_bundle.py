@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import IO
 
@@ -30,15 +29,8 @@ Counter = Callable[[int], None]
 """Called with the number of tokens that are done."""
 
 
-@dataclass(frozen=True, slots=True)
-class _BundleShard:
-    """A shard of a bundle that is to be written."""
-
-    # SHA-256 in hex.
-    name: str
-    nbytes: int
-    # Its blocks, as the store has them.
-    blocks: tuple[StoredBlock, ...]
+_BundleShard = tuple[str, int, list[StoredBlock]]
+"""SHA-256 in hex and size of a shard to be written, and its blocks as stored."""
 
 
 def export_entry(
@@ -69,20 +61,20 @@ def export_entry(
         progress(done // 2, entry.num_tokens)
 
     origin, shards = blocks.run_again(lambda: _digest_shards(blocks, entry, count))
-    stored = list(chain.from_iterable(shard.blocks for shard in shards))
+    stored = [block for _, _, group in shards for block in group]
     nbytes = sum(block.end - block.begin for block in stored)
-    first_half = entry.num_tokens
 
-    def contents(shard: _BundleShard) -> Iterator[bytes | memoryview]:
-        return _contents(
-            blocks, origin, shard.blocks, lambda done: count(first_half + done)
-        )
+    def count_second(done: int) -> None:
+        count(entry.num_tokens + done)
 
     return write_bundle(
         file,
         bundled_entry(entry, nbytes),
         blocks.folder.block_size,
-        [(shard.name, shard.nbytes, contents(shard)) for shard in shards],
+        [
+            (name, size, _contents(blocks, origin, group, count_second))
+            for name, size, group in shards
+        ],
         bases={} if without_basis else read_named(blocks.folder, stored),
         secret=secret,
     )
@@ -111,7 +103,7 @@ def _digest_shards(
         for part in _contents(blocks, origin, group, count):
             digest.update(part)
             nbytes += len(part)
-        found.append(_BundleShard(digest.hexdigest(), nbytes, tuple(group)))
+        found.append((digest.hexdigest(), nbytes, group))
     return origin, found
 
 
