@@ -52,6 +52,7 @@ def _general_options(*, hidden: bool) -> list[click.Option]:
         "callback": _keep,
         "expose_value": False,
         "hidden": hidden,
+        "show_default": False,
     }
     return [
         click.Option(
@@ -158,7 +159,11 @@ def _first_sentence(command: click.Command) -> str:
     cls=Root,
     commands=cast("dict[str, click.Command]", Verbs()),
     params=cast("list[click.Parameter]", _general_options(hidden=False)),
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 88,
+        "show_default": True,
+    },
     options_metavar="[OPTIONS]",
     subcommand_metavar="VERB [ARGS]...",
 )

@@ -21,9 +21,12 @@ from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .completion import complete_codecs, complete_entries, complete_models
 from .main import is_utf8, load_fast_blas
+from .output import HintedError
 from .settings import setting, some_bytes
 
 if TYPE_CHECKING:
+    from ..fingerprint import Fingerprint
+    from ..models.load import LoadedModel
     from ..models.session import CacheOptions, PrefillOptions
     from ..models.session import SamplingOptions as Sampling
     from ..models.templates import Template
@@ -56,24 +59,67 @@ class ModelOptions:
             except (StoreNotFoundError, EntryNotFoundError) as missing:
                 hint = f"{missing}, whose model it would be; {hint}"
         if model is None:
-            error = click.UsageError("missing option `--model`", context)
-            error.hint = hint  # type: ignore[attr-defined]
-            raise error
+            raise HintedError("missing option `--model`", hint)
         return dataclasses.replace(self, model=model)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the model's fingerprint; no weights are loaded."""
+        from ..models.load import fingerprint_model
+
+        return fingerprint_model(self.model, self.adapter_path)
+
+    def load(self, draft_model: str | None = None) -> LoadedModel:
+        """Load the model, and a draft model if there is one."""
+        from ..models.load import load_models
+
+        return load_models(
+            self.model,
+            self.adapter_path,
+            draft_model,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def made_by(
+        self, draft_model: str | None = None
+    ) -> tuple[list[Any] | None, Fingerprint | None]:
+        """Return empty cache and fingerprint that an entry must be of, if any."""
+        if self.model is None:
+            return None, None
+        from ..models.session import load_empty_cache
+
+        return load_empty_cache(
+            self.model,
+            self.adapter_path,
+            draft_model,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class PromptOptions:
+class TemplateOptions:
+    """How a conversation is rendered."""
+
+    system_prompt: str | None
+    # More variables for the chat template.
+    chat_template_config: JSON | None
+    # Take what is said as plain text.
+    ignore_chat_template: bool
+
+    def template(self, tokenizer: Any) -> Template:
+        """Return how a conversation is rendered."""
+        from ..models.templates import Template
+
+        return Template(
+            tokenizer, self.chat_template_config, ignore=self.ignore_chat_template
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions(TemplateOptions):
     """What to say to it."""
 
     # The text, or ``-`` for stdin; ``None`` where it is an argument, or piped.
     prompt: str | None
-    # What the system says before.
-    system_prompt: str | None
-    # More variables for the chat template.
-    chat_template_config: JSON | None
-    # Take the prompt as plain text.
-    ignore_chat_template: bool
 
     def read(self) -> str:
         """Return the text, and refuse one that is missing, empty or not UTF-8."""
@@ -141,29 +187,8 @@ def encode_source(
 
         config = prompt.chat_template_config
         return encode_request(tokenizer, source, chat_template_args=config)
-    template = make_template(tokenizer, prompt)
+    template = prompt.template(tokenizer)
     return template.encode_prompt(source, prompt.system_prompt, is_open=is_open)
-
-
-def make_template(tokenizer: Any, given: PromptOptions | TemplateOptions) -> Template:
-    """Return how a conversation is rendered."""
-    from ..models.templates import Template
-
-    return Template(
-        tokenizer, given.chat_template_config, ignore=given.ignore_chat_template
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateOptions:
-    """How a conversation is rendered."""
-
-    # What the system says first.
-    system_prompt: str | None
-    # More variables for the chat template.
-    chat_template_config: JSON | None
-    # Take what is said as plain text.
-    ignore_chat_template: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +228,11 @@ class LiveOptions:
             raise click.UsageError("`--exact` and `--kv-bits` exclude each other")
         if self.max_kv_size is None:
             return
-        for option, value in (
-            ("--draft-model", self.draft_model),
-            ("--kv-bits", self.kv_bits),
-        ):
+        others = {"--draft-model": self.draft_model, "--kv-bits": self.kv_bits}
+        for other, value in others.items():
             if value is not None:
                 raise click.UsageError(
-                    f"`--max-kv-size` and `{option}` exclude each other"
+                    f"`--max-kv-size` and `{other}` exclude each other"
                 )
 
 
@@ -240,8 +263,6 @@ class SamplingOptions:
 
 
 # What an option is parsed with. click puts the option's name before what is wrong.
-
-
 def entry_name(text: str) -> str:
     """Return a name for an entry."""
     from ..format.entry import check_name
@@ -328,196 +349,22 @@ def span(text: str) -> float:
     return float(match[1]) * _SPANS[match[2]]
 
 
-name = click.option(
-    "--name",
-    metavar="NAME",
-    type=entry_name,
-    shell_complete=complete_entries,
-    help="A name for the entry.",
-)
-
-
-base = click.option(
-    "--from",
-    "base",
-    metavar="REF",
-    shell_complete=complete_entries,
-    help="Begin with what this entry holds, and leave it as it is; nothing is kept"
-    " unless `--name` says under which new name.",
-)
-
-
-def check_base(base: str | None, name: str | None) -> None:
-    """Refuse to leave an entry as it is and to go on with it at once."""
-    if base is not None and base == name:
-        error = click.UsageError(f"`--from` and `--name` are both `{name}`")
-        error.hint = (  # type: ignore[attr-defined]
-            "`--name` alone goes on with it; `--from` alone leaves it as it is"
-        )
-        raise error
+def option(*names: str, **settings: Any) -> Callable[[F], F]:
+    """Declare an option as click does, what it takes behind its flag: ``--seed N``."""
+    flags = [name.partition(" ") for name in names]
+    metavar = "".join(takes for _, _, takes in flags) or None
+    return click.option(*(flag for flag, _, _ in flags), metavar=metavar, **settings)
 
 
 def all_of(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Return what adds options to a verb, whose `--help` shows them in this order."""
 
     def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
+        for one in reversed(options):
+            command = one(command)
         return command
 
     return add
-
-
-def model_options(command: F, *, is_needed: bool = True) -> F:
-    """Add the options that choose a model; they come as one ``ModelOptions``."""
-    return all_of(
-        click.option(
-            "--model",
-            metavar="MODEL",
-            type=some_text,
-            default=(lambda: setting("model")) if is_needed else None,
-            # In a file, a variable, or behind `=`, no shell puts the folder for it.
-            callback=lambda _, __, model: model and os.path.expanduser(model),
-            shell_complete=complete_models,
-            help="Folder of the model, or its Hugging Face repository."
-            + ("  [default: $KVSTORE_MODEL]" * is_needed),
-        ),
-        click.option(
-            "--adapter-path",
-            metavar="DIR",
-            type=some_text,
-            help="Folder of an adapter's weights.",
-        ),
-        click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Let the model and its tokenizer bring code of their own.",
-        ),
-    )(command)
-
-
-def prompt_options(command: F, *, is_argument: bool = True) -> F:
-    """Add the options that make a prompt; they come as one ``PromptOptions``."""
-    prompt = click.option(
-        "--prompt",
-        metavar="TEXT",
-        help="The prompt; `-` reads it from stdin."
-        + ("  [default: PROMPT, else what is piped]" * is_argument),
-    )
-    if not is_argument:
-        return prompt(template_options(command))
-    words = click.argument(
-        "words",
-        metavar="[PROMPT]",
-        required=False,
-        expose_value=False,
-        callback=_note_argument,
-    )
-    return words(prompt(template_options(command)))
-
-
-def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> None:
-    if value is not None:
-        context.meta[_ARGUMENT] = value
-
-
-template_options = all_of(
-    click.option(
-        "--system-prompt",
-        metavar="TEXT",
-        type=utf8,
-        help="What the system says first.",
-    ),
-    click.option(
-        "--chat-template-config",
-        metavar="JSON",
-        type=json_object,
-        help="More variables for the chat template, such as '{\"key\": true}'.",
-    ),
-    click.option(
-        "--ignore-chat-template",
-        is_flag=True,
-        help="Take the prompt as plain text.",
-    ),
-)
-"""The options of chat templates; they come as one ``TemplateOptions``."""
-sampling_options = all_of(
-    click.option(
-        "--temp",
-        metavar="T",
-        type=click.FloatRange(min=0),
-        default=0.0,
-        show_default=True,
-        help="Sampling temperature; 0 takes the likeliest token.",
-    ),
-    click.option(
-        "--top-p",
-        metavar="P",
-        type=click.FloatRange(0, 1),
-        default=1.0,
-        show_default=True,
-        help="Sample from the likeliest tokens that together have this probability.",
-    ),
-    click.option(
-        "--top-k",
-        metavar="K",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        help="Sample from so many of the likeliest tokens; 0 from all.",
-    ),
-    click.option("--seed", metavar="N", type=int, help="Seed of the sampling."),
-)
-"""The options of sampling; they come as one ``SamplingOptions``."""
-_EXACT = "Go on from stored rows only where nothing lossy went into them"
-exact = click.option(
-    "--exact",
-    is_flag=True,
-    help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
-)
-exact_only = click.option("--exact", is_flag=True, help=f"{_EXACT}.")
-min_bits = click.option(
-    "--min-bits",
-    metavar="N",
-    type=click.IntRange(0, 8),
-    default=0,
-    help="Go on from lossy rows only where they have N bits per number at least;"
-    " a `fit` counts as the widest `turbo` that was measured to lose no less, or as"
-    " 2 more than its rate.",
-)
-live_options = all_of(
-    click.option(
-        "--draft-model",
-        metavar="MODEL",
-        type=some_text,
-        help="A smaller model of the same family, which guesses what comes.",
-    ),
-    click.option(
-        "--num-draft-tokens",
-        metavar="N",
-        type=click.IntRange(min=1),
-        default=3,
-        show_default=True,
-        help="Tokens to guess at a time.",
-    ),
-    click.option(
-        "--max-kv-size",
-        metavar="N",
-        # The first 4 rows are kept for good.
-        type=click.IntRange(min=8),
-        help="Keep the last N rows per layer, where the model does not say.",
-    ),
-    click.option(
-        "--kv-bits",
-        metavar="BITS",
-        type=kv_bits,
-        help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or"
-        " 8, 6, 5, 4, 3, 2 bits as mlx-lm does.",
-    ),
-    exact,
-    min_bits,
-)
-"""The options of the live cache; they come as one ``LiveOptions``."""
 
 
 def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
@@ -526,25 +373,208 @@ def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
     def wrap(command: F) -> F:
         @functools.wraps(command)
         def call(*args: Any, **options: Any) -> Any:
-            fields = {field: options.pop(field) for field in kind.__slots__}
-            return command(*args, **{name: kind(**fields)}, **options)
+            names = (field.name for field in dataclasses.fields(kind))
+            values = {name: options.pop(name) for name in names}
+            return command(*args, **{name: kind(**values)}, **options)
 
         return call  # type: ignore[return-value]
 
     return wrap
 
 
-request = click.option(
-    "--request",
-    metavar="FILE.json",
+ref = click.argument("ref", metavar="REF", shell_complete=complete_entries)
+refs = click.argument(
+    "refs",
+    metavar="REF...",
+    nargs=-1,
+    required=True,
+    shell_complete=complete_entries,
+)
+yes = option("-y", "--yes", is_flag=True, help="Do not ask.")
+overwrite = option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+name = option(
+    "--name NAME",
+    type=entry_name,
+    shell_complete=complete_entries,
+    help="A name for the entry.",
+)
+
+
+base = option(
+    "--from REF",
+    "base",
+    shell_complete=complete_entries,
+    help="Begin with what this entry holds, and leave it as it is; nothing is kept"
+    " unless `--name` says under which new name.",
+)
+
+
+def max_tokens(default: int, help: str) -> Callable[[F], F]:
+    """Return the option that bounds a reply, in tokens."""
+    return option(
+        "--max-tokens N", type=click.IntRange(min=1), default=default, help=help
+    )
+
+
+def check_base(base: str | None, name: str | None) -> None:
+    """Refuse to leave an entry as it is and to go on with it at once."""
+    if base is not None and base == name:
+        raise HintedError(
+            f"`--from` and `--name` are both `{name}`",
+            "`--name` alone goes on with it; `--from` alone leaves it as it is",
+        )
+
+
+def model_options(command: F, *, is_needed: bool = True) -> F:
+    """Add the options that choose a model; they come as one ``ModelOptions``."""
+    return all_of(
+        option(
+            "--model MODEL",
+            type=some_text,
+            default=(lambda: setting("model")) if is_needed else None,
+            show_default=False,
+            # In a file, a variable, or behind `=`, no shell puts the folder for it.
+            callback=lambda _, __, model: model and os.path.expanduser(model),
+            shell_complete=complete_models,
+            help="Folder of the model, or its Hugging Face repository."
+            + ("  [default: $KVSTORE_MODEL]" * is_needed),
+        ),
+        option(
+            "--adapter-path DIR",
+            type=some_text,
+            help="Folder of an adapter's weights.",
+        ),
+        option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Let the model and its tokenizer bring code of their own.",
+        ),
+        gathered("model", ModelOptions),
+    )(command)
+
+
+def prompt_options(command: F, *, is_argument: bool = True) -> F:
+    """Add the options that make a prompt; they come as one ``PromptOptions``."""
+    prompt = option(
+        "--prompt TEXT",
+        help="The prompt; `-` reads it from stdin."
+        + ("  [default: PROMPT, else what is piped]" * is_argument),
+    )
+    command = prompt(_template_options(gathered("prompt", PromptOptions)(command)))
+    if not is_argument:
+        return command
+    return click.argument(
+        "words",
+        metavar="[PROMPT]",
+        required=False,
+        expose_value=False,
+        callback=_note_argument,
+    )(command)
+
+
+def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta[_ARGUMENT] = value
+
+
+_template_options = all_of(
+    option(
+        "--system-prompt TEXT",
+        type=utf8,
+        help="What the system says first.",
+    ),
+    option(
+        "--chat-template-config JSON",
+        type=json_object,
+        help="More variables for the chat template, such as '{\"key\": true}'.",
+    ),
+    option(
+        "--ignore-chat-template",
+        is_flag=True,
+        help="Take the prompt as plain text.",
+    ),
+)
+template_options = all_of(_template_options, gathered("template", TemplateOptions))
+"""The options of chat templates; they come as one ``TemplateOptions``."""
+sampling_options = all_of(
+    option(
+        "--temp T",
+        type=click.FloatRange(min=0),
+        default=0.0,
+        help="Sampling temperature; 0 takes the likeliest token.",
+    ),
+    option(
+        "--top-p P",
+        type=click.FloatRange(0, 1),
+        default=1.0,
+        help="Sample from the likeliest tokens that together have this probability.",
+    ),
+    option(
+        "--top-k K",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Sample from so many of the likeliest tokens; 0 from all.",
+    ),
+    option("--seed N", type=int, help="Seed of the sampling."),
+    gathered("sampling", SamplingOptions),
+)
+"""The options of sampling; they come as one ``SamplingOptions``."""
+_EXACT = "Go on from stored rows only where nothing lossy went into them"
+exact = option(
+    "--exact",
+    is_flag=True,
+    help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
+)
+exact_only = option("--exact", is_flag=True, help=f"{_EXACT}.")
+min_bits = option(
+    "--min-bits N",
+    type=click.IntRange(0, 8),
+    default=0,
+    show_default=False,
+    help="Go on from lossy rows only where they have N bits per number at least;"
+    " a `fit` counts as the widest `turbo` that was measured to lose no less, or as"
+    " 2 more than its rate.",
+)
+live_options = all_of(
+    option(
+        "--draft-model MODEL",
+        type=some_text,
+        help="A smaller model of the same family, which guesses what comes.",
+    ),
+    option(
+        "--num-draft-tokens N",
+        type=click.IntRange(min=1),
+        default=3,
+        help="Tokens to guess at a time.",
+    ),
+    option(
+        "--max-kv-size N",
+        # The first 4 rows are kept for good.
+        type=click.IntRange(min=8),
+        help="Keep the last N rows per layer, where the model does not say.",
+    ),
+    option(
+        "--kv-bits BITS",
+        type=kv_bits,
+        help="Keep the live cache quantized: turbo4, turbo3, turbo2, turbo5v3, or"
+        " 8, 6, 5, 4, 3, 2 bits as mlx-lm does.",
+    ),
+    exact,
+    min_bits,
+    gathered("live", LiveOptions),
+)
+"""The options of the live cache; they come as one ``LiveOptions``."""
+
+
+request = option(
+    "--request FILE.json",
     type=click.File("rb"),
     help="In place of a prompt: what a client posts to /v1/chat/completions, rendered"
     " as `serve` renders it; `-` reads stdin. `--chat-template-config` is then the"
     " server's `--chat-template-args`.",
 )
-prefill_step_size = click.option(
-    "--prefill-step-size",
-    metavar="N",
+prefill_step_size = option(
+    "--prefill-step-size N",
     type=click.IntRange(min=1),
     help="Prompt tokens to compute at a time; between two of them progress is shown and"
     " Ctrl-C obeyed.  [default: what takes about a second, 2048 at most]",
@@ -561,12 +591,10 @@ def prefilling(step_size: int | None, checkpoint_every: int) -> PrefillOptions:
     return PrefillOptions(most, checkpoint_every, save_every=most, step_s=1.0)
 
 
-checkpoint_every = click.option(
-    "--checkpoint-every",
-    metavar="N",
+checkpoint_every = option(
+    "--checkpoint-every N",
     type=click.IntRange(min=1),
     default=2048,
-    show_default=True,
     help="Of a model with recurrent layers, keep the state every N prompt tokens.",
 )
 
@@ -609,9 +637,10 @@ def _codec_or_quality(
 ) -> str | None:
     quality: str | None = context.meta.get(_QUALITY)
     if codec is not None and quality is not None:
-        error = click.UsageError("`--codec` and `--quality` exclude each other")
-        error.hint = "a quality chooses the codec"  # type: ignore[attr-defined]
-        raise error
+        raise HintedError(
+            "`--codec` and `--quality` exclude each other",
+            "a quality chooses the codec",
+        )
     return codec or quality
 
 
@@ -620,7 +649,7 @@ def _note_quality(context: click.Context, _: click.Parameter, value: Any) -> Non
         context.meta[_QUALITY] = value
 
 
-_quality = click.option(
+_quality = option(
     "--quality",
     type=click.Choice(QUALITIES),
     expose_value=False,
@@ -633,25 +662,23 @@ _quality = click.option(
     + ", and nobody knows what they change.  [default: balanced; high for chat and"
     " serve]",
 )
-_codec = click.option(
-    "--codec",
-    metavar="CODEC",
+_codec = option(
+    "--codec CODEC",
     type=codec_name,
     shell_complete=complete_codecs,
     callback=_codec_or_quality,
     help="How blocks are stored: raw, planes, turbo2 to turbo8, turbo5v3, …, each"
     " with +zstd or not.  [default: $KVSTORE_CODEC, else what `--quality` says]",
 )
-replace = click.option(
+replace = option(
     "--replace",
     is_flag=True,
     help="Take the name from an entry that this one does not continue.",
 )
-output_file = click.option(
+output_file = option(
     "-o",
-    "--output",
+    "--output FILE",
     "path",
-    metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write; it ends in .safetensors.",
 )

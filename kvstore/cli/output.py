@@ -54,10 +54,10 @@ class Column(Generic[T]):
     rank: int = 0
 
 
-class NeedsFlagError(click.UsageError):
-    """A question could not be asked; the hint says which flag answers it."""
+class HintedError(click.UsageError):
+    """A wrong usage, with what to do instead."""
 
-    def __init__(self, message: str, *, hint: str) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
 
@@ -213,14 +213,14 @@ class Output:
         """Ask before something is destroyed, unless ``-y`` has answered.
 
         Raises:
-            NeedsFlagError: There is no terminal to ask on.
+            HintedError: There is no terminal to ask on.
         """
         if is_answered:
             return True
         if not sys.stdin.isatty():
-            raise NeedsFlagError(
+            raise HintedError(
                 "this needs a confirmation, and there is no terminal to ask on",
-                hint="`-y` confirms, `-n` shows what would happen",
+                "`-y` confirms, `-n` shows what would happen",
             )
         return click.confirm(question, err=True)
 

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.cli.output import (
     Column,
-    NeedsFlagError,
+    HintedError,
     Output,
     format_ago,
     format_bytes,
@@ -194,7 +194,7 @@ def test_a_failure_is_two_lines(capsys):
 def test_a_question_needs_a_terminal_or_a_flag(monkeypatch):
     """Without a terminal a question is an error that names the flag."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
-    with pytest.raises(NeedsFlagError) as caught:
+    with pytest.raises(HintedError) as caught:
         Output().confirm("remove it?", is_answered=False)
     assert "`-y`" in caught.value.hint
     assert Output().confirm("remove it?", is_answered=True)

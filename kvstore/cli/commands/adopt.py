@@ -6,25 +6,17 @@ import click
 
 from ...errors import KVStoreError
 from .. import options
-from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..output import format_count
 from .entries import entry_data, entry_label
 
 
 @click.command(cls=Verb)
-@click.argument(
-    "refs",
-    metavar="REF...",
-    nargs=-1,
-    required=True,
-    shell_complete=complete_entries,
-)
+@options.refs
 @options.model_options
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what differs.")
+@options.yes
+@options.option("-n", "--dry-run", is_flag=True, help="Only say what differs.")
 @click.pass_context
-@options.gathered("model", options.ModelOptions)
 def adopt(
     context: click.Context,
     refs: tuple[str, ...],
@@ -40,13 +32,11 @@ def adopt(
     """
     model = model.chosen(context)
     load_fast_blas()
-    from ...models.load import fingerprint_model
-
     output = output_of(context)
     store = open_store(context)
     # All are found before the first is taken.
     entries = list({(entry := store.entry(ref)).id: entry for ref in refs}.values())
-    given = fingerprint_model(model.model, model.adapter_path)
+    given = model.fingerprint()
     for entry in entries:
         difference = store.fingerprint_of(entry.id).difference(given)
         output.note(f"{entry_label(entry)}: {difference or 'of this model already'}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..main import Verb, load_fast_blas, open_store, output_of
-from ..options import ModelOptions, gathered, model_options
+from ..options import ModelOptions, model_options, option
 from ..output import Column, format_codec, format_table, terminal_width
 
 if TYPE_CHECKING:
@@ -20,34 +20,28 @@ if TYPE_CHECKING:
 
 @click.command(cls=Verb)
 @partial(model_options, is_needed=False)
-@click.option(
-    "--text",
+@option(
+    "--text FILE",
     "texts",
-    metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     multiple=True,
     help="A text to learn from; may be given several times.  [default: what Python and"
     " the system bring, in several languages]",
 )
-@click.option(
+@option(
     "--from-store",
     is_flag=True,
     help="Learn from rows that are stored without loss; no model is run.",
 )
-@click.option(
-    "--measure-only", is_flag=True, help="Measure codecs, and make no new basis."
-)
-@click.option(
-    "--contexts",
-    metavar="N",
+@option("--measure-only", is_flag=True, help="Measure codecs, and make no new basis.")
+@option(
+    "--contexts N",
     type=click.IntRange(min=1),
     default=32,
-    show_default=True,
     help="Texts of 1,280 tokens to learn from. A quarter as many, others, are measured"
     " with; if those are fewer than 4, qualities are as if nothing was measured.",
 )
 @click.pass_context
-@gathered("model", ModelOptions)
 def calibrate(
     context: click.Context,
     model: ModelOptions,
@@ -70,7 +64,7 @@ def calibrate(
     load_fast_blas()
     if from_store:
         store = open_store(context)
-        fingerprint = _fingerprint(model)
+        fingerprint = None if model.model is None else model.fingerprint()
         with output.progress() as bars:
             calibration = store.calibrate(fingerprint, progress=bars.bar("read"))
         hint = "measures it: until then no quality uses it"
@@ -80,14 +74,6 @@ def calibrate(
     text = format_calibration(calibration, terminal_width())
     ids = [calibration.basis] if calibration.basis else []
     output.result(text, asdict(calibration), ids)
-
-
-def _fingerprint(model: ModelOptions) -> Any:
-    if model.model is None:
-        return None
-    from ...models.load import fingerprint_model
-
-    return fingerprint_model(model.model, model.adapter_path)
 
 
 def _run_model(

@@ -18,9 +18,10 @@ from ..failures import explain
 from ..interrupts import Interrupts
 from ..main import Verb, output_of
 from ..messages import make_reader, unquote
-from ..options import ModelOptions, gathered, model_options
+from ..options import ModelOptions, model_options
 from ..output import (
     Bars,
+    HintedError,
     Output,
     format_ago,
     format_bytes,
@@ -68,23 +69,12 @@ _NEAR = 0.9
 @options.name
 @options.template_options
 @options.codec
-@click.option(
-    "--max-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=2048,
-    show_default=True,
-    help="Tokens of a reply at most.",
-)
+@options.max_tokens(2048, "Tokens of a reply at most.")
 @options.sampling_options
 @options.live_options
 @options.prefill_step_size
 @options.checkpoint_every
 @click.pass_context
-@gathered("live", options.LiveOptions)
-@gathered("sampling", options.SamplingOptions)
-@gathered("template", options.TemplateOptions)
-@gathered("model", ModelOptions)
 def chat(
     context: click.Context,
     model: ModelOptions,
@@ -110,7 +100,7 @@ def chat(
     """
     output = output_of(context)
     if output.mode == "json":
-        raise _usage(
+        raise HintedError(
             "`--json` has no meaning here: a chat is no document",
             "`kvstore generate --json` says one thing",
         )
@@ -129,7 +119,7 @@ def chat(
             loaded,
             store=store,
             system_prompt=template.system_prompt,
-            template=options.make_template(loaded.tokenizer, template),
+            template=template.template(loaded.tokenizer),
             sampling=sampling.make(max_tokens, live.num_draft_tokens),
             cache=live.make_cache_options(),
             prefilling=options.prefilling(prefill_step_size, checkpoint_every),
@@ -355,7 +345,7 @@ class _Session:
         word, *rest = line.split(maxsplit=1)
         try:
             if word not in self._commands:
-                raise _usage(
+                raise HintedError(
                     f"no command `{word}`",
                     "`/help` lists them; `//` begins a message with a slash",
                 )
@@ -379,11 +369,11 @@ class _Session:
     def _file(self, name: str) -> None:
         path = Path(_named(name, "/file", "PATH")).expanduser()
         if path.exists() and not path.is_file():
-            raise _usage(f"`{path}` is no file", "`/file PATH` takes a file of text")
+            raise HintedError(f"`{path}` is no file", "`/file PATH` takes a text")
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise _usage(f"`{path}` is not UTF-8", "give a file of text") from error
+            raise HintedError(f"`{path}` is not UTF-8", "give a text") from error
         num_tokens = self._chat.count_tokens("\n\n".join([*self._files, text]))
         self._files.append(text)
         self._note(
@@ -393,13 +383,13 @@ class _Session:
 
     def _edit(self, rest: str) -> None:
         if not self._is_person:
-            raise _usage("`/edit` needs a terminal", "give the message as a line")
+            raise HintedError("`/edit` needs a terminal", "give the message as a line")
         text = click.edit(rest, extension=".md")
         self._draft = (text or rest).strip()
 
     def _undo(self, number: str) -> None:
         if number and not re.fullmatch(r"[1-9]\d{0,8}", number):
-            raise _usage(f"not a number of turns: `{number}`", "`/undo 2`")
+            raise HintedError(f"not a number of turns: `{number}`", "`/undo 2`")
         num_turns = int(number or 1)
         said = self._chat.exchanges(num_turns)
         self._chat.rewind(num_turns)
@@ -490,22 +480,16 @@ def _check_system_prompt(chat: Chat, system_prompt: str | None) -> None:
     """Refuse another system prompt than the one that a chat was begun with."""
     if system_prompt is None or not chat.tokens or chat.begins_with(system_prompt):
         return
-    raise _usage(
+    raise HintedError(
         f"`--system-prompt` comes too late: `{chat.name or chat.base}` was begun with"
         " another, or with none",
         "leave it out, or begin a chat of another name",
     )
 
 
-def _usage(message: str, hint: str) -> click.UsageError:
-    error = click.UsageError(message)
-    error.hint = hint  # type: ignore[attr-defined]
-    return error
-
-
 def _named(name: str, command: str, what: str = "NAME") -> str:
     if not name:
-        raise _usage(f"`{command}` needs a {what.lower()}", f"`{command} {what}`")
+        raise HintedError(f"`{command}` needs a {what.lower()}", f"`{command} {what}`")
     return name
 
 

@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING
 import click
 
 from ..main import Verb, load_fast_blas, output_of
-from ..options import ModelOptions, codec_name, gathered, model_options, utf8
+from ..options import (
+    ModelOptions,
+    codec_name,
+    max_tokens,
+    model_options,
+    option,
+    utf8,
+)
 from ..output import Column, format_bytes, format_count, format_table, terminal_width
 
 if TYPE_CHECKING:
     from ...models.demo import DemoResult, DemoRow
 
-num_tokens = click.option(
-    "--num-tokens",
-    metavar="N",
+num_tokens = option(
+    "--num-tokens N",
     type=click.IntRange(min=256),
     help="How much of a document to read.  [default: about 2,000 tokens, 256 where the"
     " model is slow]",
 )
-codecs = click.option(
-    "--codec",
+codecs = option(
+    "--codec CODEC",
     "codecs",
-    metavar="CODEC",
     type=codec_name,
     multiple=True,
     help="A codec to compare; may be given several times.  [default: the usual ones]",
@@ -35,25 +40,16 @@ codecs = click.option(
 
 @click.command(cls=Verb)
 @model_options
-@click.option(
-    "--document",
-    metavar="FILE",
+@option(
+    "--document FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text to read.  [default: a part of Python's manual]",
 )
-@click.option("--question", metavar="TEXT", type=utf8, help="What to ask about it.")
+@option("--question TEXT", type=utf8, help="What to ask about it.")
 @num_tokens
-@click.option(
-    "--max-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=48,
-    show_default=True,
-    help="Tokens of an answer at most.",
-)
+@max_tokens(48, "Tokens of an answer at most.")
 @codecs
 @click.pass_context
-@gathered("model", ModelOptions)
 def demo(
     context: click.Context,
     model: ModelOptions,
@@ -85,7 +81,6 @@ def demo(
 @num_tokens
 @codecs
 @click.pass_context
-@gathered("model", ModelOptions)
 def bench(
     context: click.Context,
     model: ModelOptions,

@@ -13,20 +13,18 @@ import click
 
 from ...storage.folder import default_path
 from ..main import Verb, output_of, store_path
-from ..options import ModelOptions, gathered, model_options
+from ..options import ModelOptions, model_options
 from ..output import has_colour, one_line
 
 if TYPE_CHECKING:
     from ...ops.upkeep.doctor import Diagnosis
 
-optional_model = partial(model_options, is_needed=False)
 _COLOURS = {"good": "green", "warning": "yellow", "bad": "red"}
 
 
 @click.command(cls=Verb)
-@optional_model
+@partial(model_options, is_needed=False)
 @click.pass_context
-@gathered("model", ModelOptions)
 def doctor(context: click.Context, model: ModelOptions) -> None:
     """Check this machine, the store's folder and a model, and say what to do.
 

@@ -20,6 +20,7 @@ from ...storage.keys import known_keys
 from .. import options
 from ..completion import complete_entries
 from ..main import Verb, open_store, output_of
+from ..options import option
 from ..output import (
     Column,
     Output,
@@ -46,20 +47,18 @@ _SHORT = 12
 @click.command(cls=Verb)
 @click.argument("ref", metavar="NAME", shell_complete=complete_entries)
 @options.output_file
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
-@click.option(
-    "--model",
-    metavar="MODEL",
+@options.overwrite
+@option(
+    "--model MODEL",
     type=options.some_text,
     help="Folder of the model, or its Hugging Face repository, to check that it made"
     " the entry.  [default: believe what is stored]",
 )
-@click.option("--adapter-path", metavar="DIR", help="Folder of an adapter's weights.")
+@option("--adapter-path DIR", help="Folder of an adapter's weights.")
 @options.exact_only
 @options.min_bits
-@click.option(
-    "--max-kl",
-    metavar="KL",
+@option(
+    "--max-kl KL",
     type=click.FloatRange(min=0),
     help="Refuse rows whose codec `kvstore calibrate` has measured to move what the"
     " model says by more, or has not measured: 0.003.",
@@ -114,7 +113,7 @@ def load(
 
 
 @click.command("inspect", cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=complete_entries)
+@options.ref
 @click.pass_context
 def inspect_entry(context: click.Context, ref: str) -> None:
     """Show an entry: what made it, its blocks, and where they lie.
@@ -145,13 +144,13 @@ def inspect_entry(context: click.Context, ref: str) -> None:
     nargs=-1,
     shell_complete=complete_entries,
 )
-@click.option(
+@option(
     "--purge",
     is_flag=True,
     help="Leave no byte of what was removed, now or before, in the store.",
 )
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@options.yes
+@option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.pass_context
 def remove(
     context: click.Context,

@@ -15,13 +15,7 @@ from ...errors import EntryNotFoundError, KVStoreError
 from .. import options
 from ..interrupts import Interrupts
 from ..main import Verb, load_fast_blas, log, open_store, output_of, store_path
-from ..options import (
-    ModelOptions,
-    PromptOptions,
-    gathered,
-    model_options,
-    prompt_options,
-)
+from ..options import ModelOptions, PromptOptions, model_options, prompt_options
 from ..output import Output, format_bytes, format_codec, format_count
 from ..settings import setting, some_bytes
 from .entries import entry_data, entry_label
@@ -45,8 +39,6 @@ if TYPE_CHECKING:
 @options.prefill_step_size
 @options.checkpoint_every
 @click.pass_context
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
 def save(
     context: click.Context,
     model: ModelOptions,
@@ -107,23 +99,12 @@ def save(
 @options.name
 @options.codec
 @options.replace
-@click.option(
-    "--max-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Tokens to generate at most.",
-)
+@options.max_tokens(100, "Tokens to generate at most.")
 @options.sampling_options
 @options.live_options
 @options.prefill_step_size
 @options.checkpoint_every
 @click.pass_context
-@gathered("live", options.LiveOptions)
-@gathered("sampling", options.SamplingOptions)
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
 def generate(
     context: click.Context,
     model: ModelOptions,
@@ -238,7 +219,7 @@ def open_models(
     """
     chosen = chosen.chosen(context, ref)
     load_fast_blas()
-    from ...models.load import find_model, load_models
+    from ...models.load import find_model
 
     codec = options.codec_of(codec, live.least_bits if live else 0, usual)
     find_model(chosen.model)  # a wrong name must not leave an empty store behind
@@ -249,12 +230,7 @@ def open_models(
     store = make_store(context, codec)
     context.call_on_close(partial(_free_tails, store))
     with output_of(context).progress() as bars, bars.spinner("loading the model"):
-        loaded = load_models(
-            chosen.model,
-            chosen.adapter_path,
-            live.draft_model if live else None,
-            trust_remote_code=chosen.trust_remote_code,
-        )
+        loaded = chosen.load(live.draft_model if live else None)
     could = store.can_be_calibrated(loaded.fingerprint)
     context.call_on_close(partial(_note_calibration, context, store, loaded, could))
     return store, loaded
@@ -312,8 +288,7 @@ def _conversation(
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{ref}` has begun without it"
         )
-    template = options.make_template(model.tokenizer, prompt)
-    return continue_entry(model, store, ref, text, template)
+    return continue_entry(model, store, ref, text, prompt.template(model.tokenizer))
 
 
 def _entry_named(store: Store, name: str | None) -> str | None:

@@ -13,8 +13,9 @@ from click.shell_completion import FishComplete, ZshComplete
 
 from ...errors import KVStoreError
 from .. import options, settings
-from ..completion import QuotingBash, complete_entries
+from ..completion import QuotingBash
 from ..main import Verb, chosen_path, cli, load_fast_blas, open_store, output_of
+from ..options import option
 from ..output import (
     Column,
     Output,
@@ -37,35 +38,30 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Verb)
-@click.option(
-    "--max-size",
-    metavar="SIZE",
+@option(
+    "--max-size SIZE",
     type=settings.size,
     help="Evict entries, the least worth first, until this much is left: 20GB.",
 )
-@click.option(
-    "--older-than",
-    metavar="SPAN",
+@option(
+    "--older-than SPAN",
     type=options.span,
     help="Evict entries not used for so long: 30d, 12h.",
 )
-@click.option(
-    "--named", is_flag=True, help="Evict entries with names too, after all others."
-)
-@click.option(
+@option("--named", is_flag=True, help="Evict entries with names too, after all others.")
+@option(
     "--now",
     is_flag=True,
     help="Free blocks that nothing reaches even if they are younger than an hour, and"
     " empty quarantine.",
 )
-@click.option(
-    "--limit",
-    metavar="SIZE",
+@option(
+    "--limit SIZE",
     type=settings.some_bytes,
     help="Set the store's size limit, which saves keep to from now on.",
 )
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
+@options.yes
+@option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
 @click.pass_context
 def prune(
     context: click.Context,
@@ -103,7 +99,7 @@ def prune(
 
 
 @click.command(cls=Verb)
-@click.option(
+@option(
     "--sessions",
     is_flag=True,
     help="Show what the latest 256 conversations with `serve` have cost: tokens whose"
@@ -138,7 +134,7 @@ def stats(context: click.Context, sessions: bool) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=complete_entries)
+@options.ref
 @click.argument("name", metavar="NAME", type=options.entry_name)
 @click.pass_context
 def rename(context: click.Context, ref: str, name: str) -> None:
@@ -149,8 +145,8 @@ def rename(context: click.Context, ref: str, name: str) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=complete_entries)
-@click.option("--off", is_flag=True, help="Let it be evicted again.")
+@options.ref
+@option("--off", is_flag=True, help="Let it be evicted again.")
 @click.pass_context
 def pin(context: click.Context, ref: str, off: bool) -> None:
     """Keep an entry from ever being evicted."""
@@ -309,33 +305,31 @@ _SHELLS = {"bash": QuotingBash, "zsh": ZshComplete, "fish": FishComplete}
 
 
 @click.command(cls=Verb)
-@click.option(
-    "--read-data",
-    metavar="[PART%]",
+@option(
+    "--read-data [PART%]",
     type=options.percentage,
     is_flag=False,
     flag_value="100%",
     default="0%",
+    show_default=False,
     help="Read the shards' bytes too: all, or such a part of the shards, as in"
     " --read-data=10%.",
 )
-@click.option(
+@option(
     "--repair",
     is_flag=True,
     help="Read everything and put right what can be: damaged files go to quarantine,"
     " what is whole in them into new ones, and the index is built anew.",
 )
-@click.option(
-    "--recompute",
+@option(
+    "--recompute N",
     "num_blocks",
-    metavar="N",
     type=click.IntRange(min=1),
     help="Have `--model` compute the rows of N random blocks of its own anew, and"
     " compare.",
 )
 @options.model_options
 @click.pass_context
-@options.gathered("model", options.ModelOptions)
 def verify(
     context: click.Context,
     read_data: float,
@@ -361,14 +355,9 @@ def verify(
     with output.progress() as bars:
         findings = store.verify(read_data, progress=bars.bar("verify"))
         if num_blocks is not None:
-            from ...models.load import load_models
             from ...models.recompute import count_quantized, recompute
 
-            loaded = load_models(
-                model.model,
-                model.adapter_path,
-                trust_remote_code=model.trust_remote_code,
-            )
+            loaded = model.load()
             found = recompute(store, loaded, num_blocks, progress=bars.bar("recompute"))
             findings += [one.finding for one in found if not one.is_right]
             worst = max((one.error for one in found), default=0.0)

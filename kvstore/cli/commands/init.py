@@ -11,28 +11,27 @@ import click
 
 from ...errors import KVStoreError
 from ..main import Verb, chosen_path, open_store, output_of
+from ..options import option
 
 if TYPE_CHECKING:
     from ...format.documents import JSON
 
 
 @click.command(cls=Verb)
-@click.option(
+@option(
     "--encrypt",
     is_flag=True,
     help="Encrypt all that is kept, under a passphrase unless an option below says"
     " otherwise.",
 )
-@click.option(
-    "--key-file",
-    metavar="FILE",
+@option(
+    "--key-file FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep the key in this new file, elsewhere than the store.",
 )
-@click.option("--keychain", is_flag=True, help="Keep the key in the system's keychain.")
-@click.option(
-    "--recipient",
-    metavar="AGE1...",
+@option("--keychain", is_flag=True, help="Keep the key in the system's keychain.")
+@option(
+    "--recipient AGE1...",
     help="Keep the key for whoever has the identity of this age recipient.",
 )
 @click.pass_context

@@ -8,6 +8,7 @@ import click
 
 from ...storage import keys
 from ..main import Verb, VerbGroup, open_store, output_of
+from ..options import option
 from ..output import Column
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def _key_data(one: tuple[str, str]) -> JSON:
 @key.command("trust", cls=Verb)
 @click.argument("name", metavar="NAME")
 @click.argument("public", metavar="[KEY]", required=False)
-@click.option("--off", is_flag=True, help="Trust it no longer.")
+@option("--off", is_flag=True, help="Trust it no longer.")
 @click.pass_context
 def trust(context: click.Context, name: str, public: str | None, off: bool) -> None:
     """Trust whoever holds a key, under a name that you give; or no longer.

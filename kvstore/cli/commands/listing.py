@@ -14,6 +14,7 @@ from ...format.documents import JSON
 from ...format.entry import Entry
 from ...storage.keys import known_keys
 from ..main import Verb, open_store, output_of
+from ..options import option
 from ..output import (
     Column,
     Output,
@@ -71,26 +72,22 @@ _ORDERS: dict[str, Any] = {
 
 
 @click.command("ls", cls=Verb)
-@click.option(
-    "--model", metavar="TEXT", help="Only entries whose MODEL has this in it."
-)
-@click.option("--named", is_flag=True, help="Only entries with a name.")
-@click.option(
+@option("--model TEXT", help="Only entries whose MODEL has this in it.")
+@option("--named", is_flag=True, help="Only entries with a name.")
+@option(
     "--sort",
     "order",
     type=click.Choice(list(_ORDERS)),
     default="saved",
-    show_default=True,
     help="What comes first: the latest, the largest, or the alphabet.",
 )
-@click.option(
+@option(
     "--tree",
     is_flag=True,
     help="Show which entries begin alike; each block's size is counted once.",
 )
-@click.option(
-    "--remote",
-    metavar="[NAME]",
+@option(
+    "--remote [NAME]",
     is_flag=False,
     flag_value="",
     help="The entries of a remote; without its name, of the only one.",

@@ -12,13 +12,7 @@ import click
 
 from .. import options
 from ..main import Verb, open_store, output_of
-from ..options import (
-    ModelOptions,
-    PromptOptions,
-    gathered,
-    model_options,
-    prompt_options,
-)
+from ..options import ModelOptions, PromptOptions, option
 from ..output import format_count
 
 if TYPE_CHECKING:
@@ -33,10 +27,10 @@ Decode = Callable[[Sequence[int]], str]
 
 
 @click.command(cls=Verb)
-@model_options
-@prompt_options
+@options.model_options
+@options.prompt_options
 @options.request
-@click.option(
+@option(
     "--explain",
     is_flag=True,
     help="Look through all that is stored: show the first token that differs with the"
@@ -44,8 +38,6 @@ Decode = Callable[[Sequence[int]], str]
     " from the nearest stored prompt, what that costs and what to change.",
 )
 @click.pass_context
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
 def lookup(
     context: click.Context,
     model: ModelOptions,
@@ -86,9 +78,9 @@ def prompt_tokens(
 
     They are those of `generate`; no weights are loaded.
     """
-    from ...models.load import fingerprint_model, load_tokenizer
+    from ...models.load import load_tokenizer
 
-    fingerprint = fingerprint_model(model.model, model.adapter_path)
+    fingerprint = model.fingerprint()
     tokenizer = load_tokenizer(model.model, trust_remote_code=model.trust_remote_code)
     tokens = options.encode_source(tokenizer, source, prompt)
     return tokens, fingerprint, tokenizer

@@ -6,16 +6,15 @@ import click
 
 from ...errors import KVStoreError
 from .. import options
-from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
 from ..output import format_bytes, format_codec
 from .entries import entry_data, entry_label
 
 
 @click.command(cls=Verb)
-@click.argument("ref", metavar="REF", shell_complete=complete_entries)
+@options.ref
 @options.codec
-@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@options.yes
 @click.pass_context
 def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -> None:
     """Store an entry's exact blocks with another codec.

@@ -6,35 +6,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
 from .. import options
-from ..completion import complete_entries
 from ..main import Verb, VerbGroup, open_store, output_of
-from ..options import ModelOptions, PromptOptions, gathered
+from ..options import ModelOptions, PromptOptions, option
 from ..output import Column, format_bytes, format_count
 from .entries import entry_data, entry_label
 from .lookup import prompt_tokens
 
 if TYPE_CHECKING:
-    from ...fingerprint import Fingerprint
     from ...format.documents import JSON
     from ...remote.client import Remote
     from ...remote.probe import Probe
     from ...remote.push import Pushed
 
 
-_remote_option = click.option(
-    "--remote",
-    metavar="NAME",
+_remote_option = option(
+    "--remote NAME",
     type=options.some_text,
     help="The remote.  [default: the only one]",
 )
 
 
-_trust_option = click.option(
+_trust_option = option(
     "--trust",
     is_flag=True,
     help="Trust all who may write to the remote: take entries that no trusted key has"
@@ -57,16 +54,14 @@ def _setting(text: str) -> tuple[str, str]:
 @remote.command("add", cls=Verb)
 @click.argument("name", metavar="NAME")
 @click.argument("url", metavar="URL")
-@click.option(
-    "--endpoint",
-    metavar="URL",
+@option(
+    "--endpoint URL",
     type=options.some_text,
     help="The server of a service that is compatible with S3.",
 )
-@click.option(
-    "--option",
+@option(
+    "--option NAME=VALUE",
     "settings",
-    metavar="NAME=VALUE",
     type=_setting,
     multiple=True,
     help="A setting of the provider, `region=eu-central-1` say; never a credential.",
@@ -147,13 +142,7 @@ def forget(context: click.Context, name: str) -> None:
 
 
 @click.command(cls=Verb)
-@click.argument(
-    "refs",
-    metavar="NAME...",
-    nargs=-1,
-    required=True,
-    shell_complete=complete_entries,
-)
+@options.refs
 @_remote_option
 @click.pass_context
 def push(context: click.Context, refs: tuple[str, ...], remote: str | None) -> None:
@@ -201,8 +190,6 @@ def _describe_pushed(done: Pushed) -> str:
 @options.name
 @options.replace
 @click.pass_context
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
 def pull(
     context: click.Context,
     refs: tuple[str, ...],
@@ -235,7 +222,7 @@ def pull(
         if asked is not None:
             source = options.read_source(prompt, request)
             tokens, fingerprint, _ = prompt_tokens(model, prompt, source)
-            like, _ = _made_by(model)
+            like, _ = model.made_by()
             entries = [
                 store.remotes.pull_prompt(
                     tokens,
@@ -248,7 +235,7 @@ def pull(
                 )
             ]
         else:
-            like, wanted = _made_by(model)
+            like, wanted = model.made_by()
             entries = [
                 store.remotes.pull(
                     ref,
@@ -290,17 +277,6 @@ def _check_wanted(
         raise click.UsageError("`--adapter-path` needs `--model`", context)
     if name is not None and len(refs) > 1:
         raise click.UsageError("`--name` is for one entry", context)
-
-
-def _made_by(model: ModelOptions) -> tuple[list[Any] | None, Fingerprint | None]:
-    """Return empty cache and fingerprint of the model that entries must be of."""
-    if model.model is None:
-        return None, None
-    from ...models.session import load_empty_cache
-
-    return load_empty_cache(
-        model.model, model.adapter_path, trust_remote_code=model.trust_remote_code
-    )
 
 
 def _pushed_data(done: Pushed) -> JSON:

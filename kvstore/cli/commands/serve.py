@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 from .. import options, settings
 from ..completion import server_options
 from ..main import Verb, load_fast_blas, log, store_path
-from ..options import gathered
+from ..options import gathered, option
 from .generate import make_store
 from .view import describe, render
 
@@ -126,101 +126,85 @@ class ServeVerb(Verb):
 @options.codec
 @options.exact
 @options.min_bits
-@click.option(
-    "--max-size",
-    metavar="SIZE",
+@option(
+    "--max-size SIZE",
     type=settings.some_bytes,
     help="Set the store's size limit, as `prune --limit` does: 20GB.",
 )
-@click.option(
-    "--min-free",
-    metavar="SIZE",
+@option(
+    "--min-free SIZE",
     type=settings.size,
     default="5GB",
-    show_default=True,
     help="Write nothing that would leave less of the disk free.",
 )
-@click.option(
-    "--max-writes",
-    metavar="SIZE/day",
+@option(
+    "--max-writes SIZE/day",
     type=options.daily_bytes,
     help="Write no more than this in a day (UTC), restarts and other processes counted:"
     " 50GB/day. What is stored stays, and is read.",
 )
-@click.option(
-    "--min-tokens",
-    metavar="N",
+@option(
+    "--min-tokens N",
     type=click.IntRange(min=1),
     default=64,
-    show_default=True,
     help="Neither keep nor read fewer tokens.",
 )
-@click.option(
-    "--max-queue",
-    metavar="SIZE",
+@option(
+    "--max-queue SIZE",
     type=settings.some_bytes,
     default="2GB",
-    show_default=True,
     help="Rows that may wait in memory to be written; more are not kept. They count for"
     " --prompt-cache-bytes.",
 )
-@click.option(
+@option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
-    show_default=True,
     help="Log text, or a JSON object per line; one line per request either way.",
 )
-@click.option(
-    "--tenant-header",
-    metavar="NAME",
+@option(
+    "--tenant-header NAME",
     help="Keep clients apart by this header of their requests, `Authorization` or one"
     " that a proxy sets: each finds only what it has asked itself. A request without it"
     " is refused.",
 )
-@click.option(
-    "--shared",
-    metavar="ENTRY",
+@option(
+    "--shared ENTRY",
     multiple=True,
     help="With `--tenant-header`, an entry that all clients may find, as `save"
     " --request` makes it of a system prompt.",
 )
-@click.option(
-    "--remote",
-    metavar="NAME",
+@option(
+    "--remote NAME",
     type=options.some_text,
     help="Look in this remote for what is neither in memory nor on disk.",
 )
-@click.option(
-    "--remote-timeout",
-    metavar="SECONDS",
+@option(
+    "--remote-timeout SECONDS",
     type=click.FloatRange(min=0, min_open=True),
     default=5.0,
-    show_default=True,
     help="How long a request waits for the remote, which is then left alone for a"
     " minute. What comes later is on disk for the next request.",
 )
-@click.option(
+@option(
     "--push", is_flag=True, help="Put into the remote what is written to the store."
 )
-@click.option(
+@option(
     "--reanchor",
     is_flag=True,
     help="Where a few tokens of a prompt have changed, a date say, reuse the rows of"
     " what follows, moved to where it stands now: an approximation. What is stored of"
     " it is marked. A model whose rows cannot be moved is served without.",
 )
-@click.option(
-    "--reanchor-max-kl",
-    metavar="KL",
+@option(
+    "--reanchor-max-kl KL",
     type=click.FloatRange(min=0),
     help="As --reanchor, within a budget: of one request in eight, the exact rows are"
     " computed too, while nothing is asked. Once what the model says is moved by more"
     " than this on the mean, 0.005 say, nothing is re-anchored any more.",
 )
-@click.option(
-    "--warm",
-    metavar="FILE.json",
+@option(
+    "--warm FILE.json",
     type=click.File("rb"),
     multiple=True,
     help="Compute the prompt of this request ahead, once the server is there: what an"

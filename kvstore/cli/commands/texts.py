@@ -12,6 +12,7 @@ from ...format.entry import Entry
 from .. import options
 from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
+from ..options import option
 from ..output import Column, printable
 from .entries import entry_data
 
@@ -23,18 +24,16 @@ _TAIL = 400
 
 @click.command(cls=Verb)
 @click.argument("ref", metavar="NAME", shell_complete=complete_entries)
-@click.option(
-    "--tail",
+@option(
+    "--tail [N]",
     "num_last",
-    metavar="[N]",
     type=click.IntRange(min=1),
     is_flag=False,
     flag_value=_TAIL,
     help=f"Only the last N tokens; {_TAIL} without a number.",
 )
-@click.option(
-    "--model",
-    metavar="MODEL",
+@option(
+    "--model MODEL",
     type=options.some_text,
     help="Where the model lies now, for its tokenizer.  [default: what the entry says]",
 )
@@ -60,9 +59,8 @@ def show(
 
 @click.command(cls=Verb)
 @click.argument("word", metavar="WORD", type=options.some_text)
-@click.option(
-    "--model",
-    metavar="MODEL",
+@option(
+    "--model MODEL",
     type=options.some_text,
     help="Where the model lies now, for its tokenizer; for entries of all models."
     "  [default: what each entry says]",

@@ -20,7 +20,7 @@ from ...storage.keys import check_signer, signing_key
 from .. import options
 from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
-from ..options import ModelOptions, PromptOptions, encode_source, gathered
+from ..options import ModelOptions, PromptOptions, encode_source, option
 from ..output import Output, format_bytes, format_codec, format_count, one_line
 from .entries import entry_data, entry_label, signer_words
 
@@ -48,24 +48,20 @@ _OF_CACHE_FILES = (
     type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
 )
 @partial(options.model_options, is_needed=False)
-@click.option(
-    "--draft-model",
-    metavar="MODEL",
+@option(
+    "--draft-model MODEL",
     help="The draft model, where a bundle was made with one.",
 )
 @partial(options.prompt_options, is_argument=False)
 @options.name
 @options.codec
 @options.replace
-@click.option(
-    "--from",
+@option(
+    "--from NAME",
     "signer",
-    metavar="NAME",
     help="Only if this signer signed it: a name that `kvstore key trust` gave.",
 )
 @click.pass_context
-@gathered("model", ModelOptions)
-@gathered("prompt", PromptOptions)
 def import_file(
     context: click.Context,
     path: Path,
@@ -97,7 +93,11 @@ def import_file(
         )
     if _is_bundle(path):
         _refuse_given(context, _OF_CACHE_FILES, "a bundle")
-        like, fingerprint = _made_by(context, model, draft_model)
+        if model.model is None and (model.adapter_path or draft_model):
+            raise click.UsageError(
+                "`--adapter-path` and `--draft-model` need `--model`", context
+            )
+        like, fingerprint = model.made_by(draft_model)
         _import_bundle(
             context,
             output,
@@ -135,26 +135,6 @@ def _refuse_given(context: click.Context, names: tuple[str, ...], what: str) -> 
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
             raise click.UsageError(f"`{option}` is not for {what}", context)
-
-
-def _made_by(
-    context: click.Context, model: ModelOptions, draft_model: str | None
-) -> tuple[list[Any] | None, Fingerprint | None]:
-    """Return empty cache and fingerprint of the model that a bundle must be of."""
-    if model.model is None:
-        if model.adapter_path is not None or draft_model is not None:
-            raise click.UsageError(
-                "`--adapter-path` and `--draft-model` need `--model`", context
-            )
-        return None, None
-    from ...models.session import load_empty_cache
-
-    return load_empty_cache(
-        model.model,
-        model.adapter_path,
-        draft_model,
-        trust_remote_code=model.trust_remote_code,
-    )
 
 
 @contextmanager
@@ -256,20 +236,19 @@ def _describe_imported(entry: Entry, origin: str) -> str:
 
 @click.command("export", cls=Verb)
 @click.argument("ref", metavar="NAME", shell_complete=complete_entries)
-@click.option(
+@option(
     "-o",
-    "--output",
+    "--output FILE",
     "path",
-    metavar="FILE",
     required=True,
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
     help="The bundle to write; `-` is stdout.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
-@click.option(
+@options.overwrite
+@option(
     "--sign", "is_signed", is_flag=True, help="Sign it with your key: `kvstore key`."
 )
-@click.option(
+@option(
     "--without-basis",
     is_flag=True,
     help="Leave out what `kvstore calibrate` has made: who takes it over has it.",

@@ -18,6 +18,7 @@ import click
 
 from ...format.documents import JSON
 from ...storage import files
+from .. import options
 from ..main import Verb, open_store, output_of
 from ..output import format_ago, format_bytes, one_line
 from .housekeeping import stats_fields
@@ -30,15 +31,14 @@ _NUM_NEXT = 5
 
 
 @click.command(cls=Verb)
-@click.option(
+@options.option(
     "-o",
-    "--output",
+    "--output FILE.html",
     "path",
-    metavar="FILE.html",
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write.  [default: a temporary one, which a browser opens]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@options.overwrite
 @click.pass_context
 def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
     """Show the store as a page: what entries share, sizes, and what goes next.
