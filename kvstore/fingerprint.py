@@ -17,7 +17,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -391,17 +391,10 @@ class _Memory:
         """
         keys = [_blob_name(path.resolve()) or _stat_key(path) for path in paths]
         key = "tensors|" + hashlib.sha256(canonical_json(keys)).hexdigest()
-        if key not in self._known:
-            are_settled = all(map(_is_settled, paths))
-            try:
-                digest = _digest_tensors(paths)
-            except ValueError:
-                return self.digest_files(paths)
-            if not are_settled:
-                return digest
-            self._known[key] = digest
-            self._is_changed = True
-        return self._known[key]
+        try:
+            return self._recall(key, paths, lambda: _digest_tensors(paths))
+        except ValueError:
+            return self.digest_files(paths)
 
     def keep(self) -> None:
         """Write down what was hashed, for the next process."""
@@ -426,15 +419,20 @@ class _Memory:
 
     def _digest(self, path: Path) -> str:
         real = path.resolve()
-        if (name := _blob_name(real)) is not None:
-            return name
-        key = _stat_key(real)
+        return _blob_name(real) or self._recall(
+            _stat_key(real), [real], lambda: _sha256(real)
+        )
+
+    def _recall(
+        self, key: str, paths: Sequence[Path], digest: Callable[[], str]
+    ) -> str:
+        """Return a digest, and remember it if all files were left alone before."""
         if key not in self._known:
-            is_settled = _is_settled(real)
-            digest = _sha256(real)
-            if not is_settled:
-                return digest
-            self._known[key] = digest
+            are_settled = all(map(_is_settled, paths))
+            found = digest()
+            if not are_settled:
+                return found
+            self._known[key] = found
             self._is_changed = True
         return self._known[key]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ NUM_DRAWN = 3
 """How often what a context is followed by is drawn."""
 NUM_LEARNED = 4
 """Contexts that are learned from for each that is measured with."""
+_MEASURED = Fingerprint({"weights": "measured"}, "measured")
 TURBO = tuple(f"turbo{bits}+zstd" for bits in (8, 6, 5, 4, 3, 2))
 
 
@@ -130,15 +130,6 @@ def calibrate_model(
     return found
 
 
-@dataclass(slots=True)
-class _Tally:
-    """What one codec did, context by context."""
-
-    bits: list[float]
-    kl: list[float]
-    same: list[float]
-
-
 def measure(
     model: Any,
     contexts: Stretches,
@@ -155,26 +146,25 @@ def measure(
         bases: Those that the names name.
         progress: Called with (steps done, steps in all).
     """
-    tallies = {codec: _Tally([], [], []) for codec in codecs}
+    # Of each codec, by context: bits, KL divergence, and how often the choice is same.
+    rows: dict[str, list[tuple[float, float, float]]] = {codec: [] for codec in codecs}
     total = len(contexts) * (1 + len(codecs))
     progress(0, total)
     for number, tokens in enumerate(contexts):
         prefix, following = tokens[:PREFIX], tokens[PREFIX:]
         with tempfile.TemporaryDirectory(prefix="kvstore-") as temporary:
-            stores = _Stores(Path(temporary), bases)
+            paths = {c: Path(temporary, c.replace("+", "-")) for c in codecs}
             prompt_cache = _read(model, prefix)
             count = _count_numbers(prompt_cache)
-            for codec, tally in tallies.items():
-                tally.bits.append(stores.save(codec, prefix, prompt_cache) * 8 / count)
+            sizes = [_save(paths[c], c, prefix, prompt_cache, bases) for c in codecs]
             exact = log_probabilities(model, prompt_cache, following)
             progress(number * (1 + len(codecs)) + 1, total)
-            for done, (codec, tally) in enumerate(tallies.items(), 2):
-                found = log_probabilities(model, stores.load(codec), following)
+            for done, (codec, nbytes) in enumerate(zip(codecs, sizes, strict=True), 2):
+                found = log_probabilities(model, _load(paths[codec]), following)
                 kl, same = compare(exact, found)
-                tally.kl.append(float(kl.mean()))
-                tally.same.append(float(same.mean()))
+                rows[codec].append((nbytes * 8 / count, kl.mean(), same.mean()))
                 progress(number * (1 + len(codecs)) + done, total)
-    return [_sum_up(codec, tally) for codec, tally in tallies.items()]
+    return [_sum_up(codec, *np.transpose(rows[codec])) for codec in codecs]
 
 
 def log_probabilities(
@@ -194,42 +184,30 @@ def compare(exact: mx.array, found: mx.array) -> tuple[Any, Any]:
     return np.asarray(kl, np.float64), np.asarray(same)
 
 
-class _Stores:
-    """A store for each codec, of one prompt."""
-
-    def __init__(self, folder: Path, bases: Sequence[bytes]) -> None:
-        self._folder, self._bases = folder, bases
-        self._model = Fingerprint({"weights": "measured"}, "measured")
-
-    def save(
-        self, codec: str, tokens: Sequence[int], prompt_cache: Sequence[Any]
-    ) -> int:
-        """Save a prompt, and return the bytes of its blocks."""
-        path = self._path(codec)
-        made = create_folder(path)
-        for basis in self._bases:
-            add_basis(made, basis)
-        with Store(path, codec) as store:
-            return store.save(tokens, prompt_cache, self._model, name="it").nbytes
-
-    def load(self, codec: str) -> list[Any]:
-        """Return what was saved."""
-        with Store(self._path(codec), create=False) as store:
-            return store.load_entry("it", self._model)[0]
-
-    def _path(self, codec: str) -> Path:
-        return self._folder / codec.replace("+", "-")
+def _save(
+    path: Path,
+    codec: str,
+    tokens: Sequence[int],
+    prompt_cache: Sequence[Any],
+    bases: Sequence[bytes],
+) -> int:
+    """Save a prompt in a new store, and return the bytes of its blocks."""
+    made = create_folder(path)
+    for basis in bases:
+        add_basis(made, basis)
+    with Store(path, codec) as store:
+        return store.save(tokens, prompt_cache, _MEASURED, name="it").nbytes
 
 
-def _sum_up(codec: str, tally: _Tally) -> Measured:
-    error = np.std(tally.kl, ddof=1) / len(tally.kl) ** 0.5 if tally.kl[1:] else 0.0
-    return Measured(
-        codec,
-        float(np.mean(tally.bits)),
-        max(0.0, float(np.mean(tally.kl))),
-        float(error),
-        float(np.mean(tally.same)),
-    )
+def _load(path: Path) -> list[Any]:
+    with Store(path, create=False) as store:
+        return store.load_entry("it", _MEASURED)[0]
+
+
+def _sum_up(codec: str, bits: Any, kl: Any, same: Any) -> Measured:
+    error = np.std(kl, ddof=1) / len(kl) ** 0.5 if len(kl) > 1 else 0.0
+    means = float(bits.mean()), max(0.0, float(kl.mean()))
+    return Measured(codec, *means, float(error), float(same.mean()))
 
 
 def _read(model: Any, tokens: Sequence[int]) -> list[Any]:

@@ -91,6 +91,12 @@ class Chat:
         prefilling: How prompts are computed.
         callbacks: What is told, and asked, meanwhile.
 
+    Attributes:
+        name: The name under which each turn is saved, or ``None``.
+        base: The entry that the chat began with and leaves as it is, or ``None``.
+        is_kept: Each turn is saved as it ends.
+        entry: The entry as it was last saved, or ``None``.
+
     Raises:
         EntryExistsError: The name has an entry that does not begin with the base.
         EntryNotFoundError: There is no such base.
@@ -119,9 +125,9 @@ class Chat:
         self._model = model
         self._store = store
         self._fingerprint = model.fingerprint
-        self._name = name
-        self._base = base
-        self._is_kept = base is None or name is not None
+        self.name = name
+        self.base = base
+        self.is_kept = base is None or name is not None
         self._system_prompt = system_prompt
         self._template = template or Template(model.tokenizer)
         if system_prompt is not None and self._template.is_plain:
@@ -133,7 +139,7 @@ class Chat:
         self._prefilling = prefilling
         self._callbacks = callbacks
         self._live = LiveCache()
-        self._entry: Entry | None = None
+        self.entry: Entry | None = None
         self._tokens: list[int] = []
         self._num_saved = 0
         # Entries without a name that this chat has made; one at a time is enough.
@@ -148,26 +154,6 @@ class Chat:
         self._begins: list[int] = []
         self._why_unknown: KVStoreError | None = None
         self._find_turns()
-
-    @property
-    def name(self) -> str | None:
-        """The name under which each turn is saved, or ``None``."""
-        return self._name
-
-    @property
-    def base(self) -> str | None:
-        """The entry that the chat began with and leaves as it is, or ``None``."""
-        return self._base
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether each turn is saved as it ends."""
-        return self._is_kept
-
-    @property
-    def entry(self) -> Entry | None:
-        """The entry as it was last saved, or ``None``."""
-        return self._entry
 
     @property
     def tokens(self) -> list[int]:
@@ -194,14 +180,14 @@ class Chat:
     @property
     def is_saved(self) -> bool:
         """Whether nothing that is to be kept waits to be saved."""
-        return not self._is_kept or self._num_saved == len(self._tokens)
+        return not self.is_kept or self._num_saved == len(self._tokens)
 
     def stats(self) -> ChatStats:
         """Return where the chat stands."""
         return ChatStats(
-            name=self._name,
-            entry_id=self._entry.id if self._entry else None,
-            is_kept=self._is_kept,
+            name=self.name,
+            entry_id=self.entry.id if self.entry else None,
+            is_kept=self.is_kept,
             is_saved=self.is_saved,
             num_turns=self.num_turns,
             num_tokens=len(self._tokens),
@@ -209,7 +195,7 @@ class Chat:
             num_computed_tokens=self._num_computed,
             num_generated_tokens=self._num_generated,
             cache_bytes=self._live.nbytes,
-            entry_bytes=self._entry.nbytes if self._entry else 0,
+            entry_bytes=self.entry.nbytes if self.entry else 0,
         )
 
     def say(self, text: str) -> Generator[GenerationResponse, None, None]:
@@ -241,9 +227,9 @@ class Chat:
             self._model,
             prompt,
             store=self._store,
-            name=self._name,
+            name=self.name,
             replace=self._replaced(),
-            keep=self._is_kept,
+            keep=self.is_kept,
             sampling=self._sampling,
             cache=self._cache_options,
             prefilling=self._prefilling,
@@ -257,8 +243,8 @@ class Chat:
                 for last in responses:
                     said.append(int(last.token))
                     yield last
-        except EntryExistsError as error:
-            self._lose_name(error)
+        except EntryExistsError:
+            self._lose_name()
             raise
         finally:
             self._num_restored += self._num_loaded
@@ -278,7 +264,7 @@ class Chat:
         """
         if not self.is_saved:
             self._keep(self._tokens)
-        return self._entry
+        return self.entry
 
     def fork(self, name: str) -> None:
         """Go on under another name from here; the old one stays where it was.
@@ -290,9 +276,9 @@ class Chat:
         """
         self._check_free(name)
         if self._tokens:
-            self._entry = self._save_prompt(self._tokens, name, may_lose=False)
+            self.entry = self._save_prompt(self._tokens, name, may_lose=False)
             self._num_saved = len(self._tokens)
-        self._name, self._is_kept = name, True
+        self.name, self.is_kept = name, True
 
     def rename(self, name: str) -> None:
         """Give the chat another name, or its first.
@@ -303,13 +289,13 @@ class Chat:
             ValueError: The name is not one.
         """
         self._check_free(name)
-        if self._entry is not None:
+        if self.entry is not None:
             try:
-                self._entry = self._store.rename(self._entry, name)
+                self.entry = self._store.rename(self.entry, name)
             except EntryNotFoundError:
                 # It was moved on, or removed: there is no entry of ours.
-                self._entry, self._num_saved = None, 0
-        self._name, self._is_kept = name, True
+                self.entry, self._num_saved = None, 0
+        self.name, self.is_kept = name, True
         self.save()
 
     def rewind(self, num_turns: int = 1) -> None:
@@ -341,7 +327,7 @@ class Chat:
         if self._is_empty(tokens):
             tokens = []
         try:
-            if tokens and self._is_kept:
+            if tokens and self.is_kept:
                 self._keep(tokens)
             elif not tokens:
                 self._remove_entry()
@@ -381,17 +367,17 @@ class Chat:
         tokens = entry_tokens(self._store, name, self._fingerprint)
         if tokens is None:
             return
-        self._entry = self._store.entry(name)
+        self.entry = self._store.entry(name)
         self._tokens = tokens
         self._num_saved = len(tokens)
 
     def _begin_with(self, base: str) -> None:
         tokens = base_tokens(self._store, base, self._fingerprint)
-        if self._entry is None:
+        if self.entry is None:
             self._tokens = tokens
         elif self._tokens[: len(tokens)] != tokens:
             raise EntryExistsError(
-                f"`{self._name}` was not begun with `{base}`",
+                f"`{self.name}` was not begun with `{base}`",
                 hint="choose another name, or leave out the base to go on with it",
             )
 
@@ -437,15 +423,15 @@ class Chat:
 
     def _replaced(self) -> bool | Entry:
         """Return what may lose the name: only what this chat knows."""
-        return self._entry if self._entry and self._entry.name else False
+        return self.entry if self.entry and self.entry.name else False
 
     def _keep(self, tokens: list[int]) -> None:
         try:
             self._save_prompt(
-                tokens, self._name, may_lose=self._replaced(), on_saved=self._note_saved
+                tokens, self.name, may_lose=self._replaced(), on_saved=self._note_saved
             )
-        except EntryExistsError as error:
-            self._lose_name(error)
+        except EntryExistsError:
+            self._lose_name()
             raise
 
     def _save_prompt(
@@ -483,7 +469,7 @@ class Chat:
     def _note_saved(self, entry: Entry) -> None:
         if self._callbacks.on_saved is not None:
             self._callbacks.on_saved(entry)
-        old, self._entry = self._entry, entry
+        old, self.entry = self.entry, entry
         self._num_saved = entry.num_tokens
         if old is not None and old.id != entry.id and old.id in self._own:
             self._own.discard(old.id)
@@ -498,22 +484,22 @@ class Chat:
             self._own.add(entry.id)
 
     def _remove_entry(self) -> None:
-        old = self._entry
+        old = self.entry
         is_ours = old is not None and (old.name is not None or old.id in self._own)
         if old is not None and is_ours:
             try:
                 self._store.remove(old)
             except EntryNotFoundError as error:
                 if old.name is not None and self._is_taken(old.name):
-                    self._name, self._entry, self._num_saved = None, None, 0
+                    self.name, self.entry, self._num_saved = None, None, 0
                     raise _taken(old.name) from error
-        self._entry, self._num_saved = None, 0
+        self.entry, self._num_saved = None, 0
         self._live.clear()
 
-    def _lose_name(self, error: EntryExistsError) -> None:
-        self._name = None
-        if self._entry is not None and self._entry.name is not None:
-            self._entry, self._num_saved = None, 0
+    def _lose_name(self) -> None:
+        self.name = None
+        if self.entry is not None and self.entry.name is not None:
+            self.entry, self._num_saved = None, 0
 
     def _check_free(self, name: str) -> None:
         check_name(name)

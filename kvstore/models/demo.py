@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..blas import load_openblas
 from ..errors import KVStoreError
-from ..format.block import Progress
+from ..format.block import Progress, ignore_progress
 from ..format.chain import common_run
 from ..format.documents import JSON
 
@@ -182,8 +182,8 @@ def run_demo(
     num_tokens: int | None = None,
     max_tokens: int = MAX_TOKENS,
     codecs: Sequence[str] = CODECS,
-    bar: Bar | None = None,
-    note: Note | None = None,
+    bar: Bar = lambda what: ignore_progress,
+    note: Note = lambda message: None,
 ) -> DemoResult:
     """Save a document's prompt cache, and resume it in new processes.
 
@@ -212,7 +212,7 @@ def run_demo(
     for codec in codecs:
         get_codec(codec)  # a wrong name is told at once
     source = Source(model, adapter_path, trust_remote_code)
-    demo = _Demo(source, bar or _show_nothing, note or _say_nothing)
+    demo = _Demo(source, bar, note)
     question = question or QUESTION
     tokens = demo.make_tokens(text, question, num_tokens)
     job = Job(source, *tokens, max_tokens)
@@ -333,7 +333,7 @@ class _Demo:
 
     def _time(self, tokens: list[int]) -> float:
         start = time.perf_counter()
-        _read(self._model, _empty_cache(self._model), tokens, _show_nothing(""))
+        _read(self._model, _empty_cache(self._model), tokens, ignore_progress)
         return time.perf_counter() - start
 
     def _cut(self, text: str, num_tokens: int) -> list[int]:
@@ -466,14 +466,6 @@ def _restore(job: Job, store: Store, fingerprint: Fingerprint) -> list[Any]:
             hint="`kvstore verify` looks for damage",
         )
     return found
-
-
-def _show_nothing(what: str) -> Progress:
-    return lambda done, total: None
-
-
-def _say_nothing(message: str) -> None:
-    pass
 
 
 def _main() -> int:

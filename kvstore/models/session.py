@@ -478,14 +478,12 @@ class Session:
                 return
             self._num_rows = caches.cut(self.prompt_cache, self._num_rows)
         is_new = self._num_rows > self.num_restored
-        if self._is_kept and is_new and not self._is_half():
+        # Half a question is no part of a conversation that is held.
+        is_half = self._live is not None and self._num_rows < self._num_prompt
+        if self._is_kept and is_new and not is_half:
             self.keep()
         else:
             self._hold()
-
-    def _is_half(self) -> bool:
-        """Whether this is half a question, of a conversation that is held."""
-        return self._live is not None and self._num_rows < self._num_prompt
 
     def _catch_up(self) -> None:
         """Have both models hold the same rows: all that was said."""
@@ -513,7 +511,7 @@ class Session:
         self._hold()
         # A name is for a conversation, not for half a question.
         name = self._name if self._num_rows >= self._num_prompt else None
-        on_saved = self._callbacks.on_saved or _ignore
+        on_saved = self._callbacks.on_saved or (lambda entry: None)
         try:
             entry = self._save(name)
         except EntryExistsError as error:
@@ -665,10 +663,6 @@ def _check_draft(empty: list[Any], is_divided: bool) -> None:
         raise UnsupportedCacheError(
             "mlx-lm cannot tell the model's caches from the draft model's", hint=hint
         )
-
-
-def _ignore(entry: Entry) -> None:
-    """Tell nobody of an entry."""
 
 
 def encode_text(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> list[int]:

@@ -315,7 +315,8 @@ def _fetch(
                 progress(total - left, total)
                 if time.monotonic() - touched_at > _TOUCH_EVERY_S:
                     touched_at = time.monotonic()
-                    _touch(arriving)
+                    for one in arriving:
+                        os.utime(one.path)
         except BaseException:
             # Or Ctrl-C would wait for every part that is queued.
             pool.shutdown(cancel_futures=True)
@@ -352,11 +353,6 @@ def _bring(client: Client, arriving: _Arriving, begin: int, end: int) -> None:
     with _naming(arriving.shard):
         data = client.read(shard_key(arriving.shard.name), begin, end)
     write_at(arriving.path, begin, data)
-
-
-def _touch(arriving: Sequence[_Arriving]) -> None:
-    for one in arriving:
-        os.utime(one.path)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 import kvstore
 from kvstore.cli.commands.demo import format_report, format_result
+from kvstore.format.block import ignore_progress
 from kvstore.models import demo
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd")
@@ -34,7 +35,7 @@ def finished(tiny_model):
 def tiny_demo(tiny_model):
     """A demo before it has read anything."""
     source = demo.Source(str(tiny_model), None, False)
-    return demo._Demo(source, demo._show_nothing, demo._say_nothing)
+    return demo._Demo(source, lambda what: ignore_progress, lambda message: None)
 
 
 def test_every_way_is_resumed_in_a_new_process(finished):
@@ -217,7 +218,7 @@ def test_loading_pays_where_it_is_faster(tiny_demo, tmp_path):
     """The break-even is of this machine: none where computing takes no time."""
     document, question = tiny_demo.make_tokens("long " * 900, "Why?", 800)
     job = demo.Job(None, document, question, 8)
-    demo._read(tiny_demo._model, tiny_demo._cache, document, demo._show_nothing(""))
+    demo._read(tiny_demo._model, tiny_demo._cache, document, ignore_progress)
     slow = tiny_demo._save(job, "raw", tmp_path / "slow", 1000.0)
     fast = tiny_demo._save(job, "raw", tmp_path / "fast", 1e-12)
     assert slow.nbytes == fast.nbytes > 0

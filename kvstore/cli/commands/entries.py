@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ...ops.upkeep.purge import Traces
     from ...storage.index import Place
 
+    Blocks = Sequence[tuple[Place, StoredBlock]]
 _SHORT = 12
 
 
@@ -266,7 +267,7 @@ def _print_removed(
 def _entry_fields(
     entry: Entry,
     fingerprint: Fingerprint,
-    chain: Sequence[tuple[Place, StoredBlock]],
+    chain: Blocks,
     loss: Loss,
 ) -> list[tuple[str, str]]:
     codecs = Counter(stored.codec for _, stored in chain)
@@ -362,51 +363,32 @@ def _block_data(place: Place, stored: StoredBlock) -> JSON:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardUse:
-    """What an entry has in one shard."""
-
-    shard: str
-    start: int
-    num_blocks: int
-    num_tokens: int
-    nbytes: int
-    codecs: tuple[str, ...]
-
-
-def _by_shard(chain: Sequence[tuple[Place, StoredBlock]]) -> list[_ShardUse]:
+def _by_shard(chain: Blocks) -> list[Blocks]:
     held: dict[str, list[tuple[Place, StoredBlock]]] = {}
     for place, stored in chain:
         held.setdefault(place.shard, []).append((place, stored))
+    return list(held.values())
+
+
+def _num_tokens(blocks: Blocks) -> str:
+    return f"{sum(place.num_tokens for place, _ in blocks):,}"
+
+
+def _size(blocks: Blocks) -> str:
+    return format_bytes(sum(place.nbytes for place, _ in blocks))
+
+
+def _codecs(blocks: Blocks) -> str:
+    return ", ".join(dict.fromkeys(format_codec(b.codec) for _, b in blocks))
+
+
+def _shard_columns(chain: Blocks) -> list[Column[Blocks]]:
+    shards = format_count(len(_by_shard(chain)), "shard")
     return [
-        _ShardUse(
-            shard,
-            blocks[0][1].block.start,
-            len(blocks),
-            sum(place.num_tokens for place, _ in blocks),
-            sum(place.nbytes for place, _ in blocks),
-            tuple(dict.fromkeys(stored.codec for _, stored in blocks)),
-        )
-        for shard, blocks in held.items()
+        Column("SHARD", lambda held: held[0][0].shard[:_SHORT], total=shards),
+        Column("START", lambda held: f"{held[0][1].block.start:,}", True),
+        Column("BLOCKS", lambda held: f"{len(held):,}", True, f"{len(chain):,}"),
+        Column("TOKENS", _num_tokens, True, _num_tokens(chain)),
+        Column("SIZE", _size, True, _size(chain)),
+        Column("CODECS", _codecs),
     ]
-
-
-def _shard_columns(
-    chain: Sequence[tuple[Place, StoredBlock]],
-) -> list[Column[_ShardUse]]:
-    num_tokens = sum(place.num_tokens for place, _ in chain)
-    nbytes = sum(place.nbytes for place, _ in chain)
-    num_shards = len({place.shard for place, _ in chain})
-    return [
-        Column(
-            "SHARD", lambda use: use.shard[:_SHORT], False,
-            format_count(num_shards, "shard"),
-        ),
-        Column("START", lambda use: f"{use.start:,}", True),
-        Column("BLOCKS", lambda use: f"{use.num_blocks:,}", True, f"{len(chain):,}"),
-        Column("TOKENS", lambda use: f"{use.num_tokens:,}", True, f"{num_tokens:,}"),
-        Column(
-            "SIZE", lambda use: format_bytes(use.nbytes), True, format_bytes(nbytes)
-        ),
-        Column("CODECS", lambda use: ", ".join(map(format_codec, use.codecs))),
-    ]  # fmt: skip

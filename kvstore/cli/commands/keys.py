@@ -42,14 +42,10 @@ def show(context: click.Context) -> None:
     output_of(context).table(
         list(keys.known_keys().items()),
         [Column("NAME", lambda one: one[1]), Column("KEY", lambda one: one[0])],
-        data=_key_data,
+        data=lambda one: {"name": one[1], "key": one[0]},
         id_of=lambda one: one[0],
         empty="no keys",
     )
-
-
-def _key_data(one: tuple[str, str]) -> JSON:
-    return {"name": one[1], "key": one[0]}
 
 
 @key.command("trust", cls=Verb)

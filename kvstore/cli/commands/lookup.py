@@ -18,7 +18,6 @@ from ..output import format_count
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
     from ...format.documents import JSON
-    from ...models.changes import Change
     from ...ops.explain import Divergence, Explanation, OtherModel
     from ...ops.load import Match
     from ...store import Store
@@ -61,12 +60,12 @@ def lookup(
         return
     found = store.explain(tokens, fingerprint)
     sides = _sides(found.divergence, tokenizer) if found.divergence else None
-    nearest = _Nearest.of(store, tokens, fingerprint, tokenizer)
+    nearest = _nearest(store, tokens, fingerprint, tokenizer)
     lines = [_describe(found.match), *_explain(found, sides), *_tell(nearest)]
     data = {
         **asdict(found.match),
         "explanation": _data(found, sides),
-        "nearest": nearest and nearest.data(),
+        "nearest": nearest,
     }
     output.result("\n".join(lines), data, [str(found.match.num_tokens)])
 
@@ -123,62 +122,49 @@ def _sides(divergence: Divergence, tokenizer: Any) -> Sides:
     return stored, _Text.of(divergence.given, at, decode)
 
 
-@dataclass(frozen=True, slots=True)
-class _Nearest:
-    """What is stored that is most like a prompt, and where the prompt differs."""
+def _nearest(
+    store: Store, tokens: Sequence[int], fingerprint: Fingerprint, tokenizer: Any
+) -> JSON | None:
+    """Return what is stored that is most like a prompt, and where the prompt differs.
 
-    entry: str
-    num_tokens: int
-    # Each with the seconds that computing what stands behind it takes, if known.
-    changes: list[tuple[Change, float | None]]
+    Each change has the seconds that computing what stands behind it takes, if known.
+    """
+    from ...models.changes import find_changes
 
-    @classmethod
-    def of(
-        cls,
-        store: Store,
-        tokens: Sequence[int],
-        fingerprint: Fingerprint,
-        tokenizer: Any,
-    ) -> _Nearest | None:
-        """Return it, or ``None`` where the model has nothing stored."""
-        from ...models.changes import find_changes
-
-        found = store.nearest(tokens, fingerprint)
-        if found is None:
-            return None
-        entry, stored = found
-        changes = find_changes(stored, tokens, partial(_decode, tokenizer))
-        speeds = store.speeds(fingerprint)
-        timed = [(change, speeds.prefill_s(change.num_behind)) for change in changes]
-        return cls(entry.name or entry.id, entry.num_tokens, timed)
-
-    def data(self) -> JSON:
-        """Return it as a JSON value."""
-        changes = [
-            {**asdict(change), "advice": change.advice, "prefill_s": seconds}
-            for change, seconds in self.changes
-        ]
-        return {
-            "entry": self.entry,
-            "num_tokens": self.num_tokens,
-            "changes": changes,
+    found = store.nearest(tokens, fingerprint)
+    if found is None:
+        return None
+    entry, stored = found
+    speeds = store.speeds(fingerprint)
+    changes = [
+        {
+            **asdict(change),
+            "advice": change.advice,
+            "prefill_s": speeds.prefill_s(change.num_behind),
         }
+        for change in find_changes(stored, tokens, partial(_decode, tokenizer))
+    ]
+    name = entry.name or entry.id
+    return {"entry": name, "num_tokens": entry.num_tokens, "changes": changes}
 
 
-def _tell(nearest: _Nearest | None) -> list[str]:
-    if nearest is None or not nearest.changes:
+def _tell(nearest: JSON | None) -> list[str]:
+    if nearest is None or not nearest["changes"]:
         return []
-    tokens = format_count(nearest.num_tokens, "token")
-    lines = [f"compared with `{_visible(nearest.entry)}`, {tokens}:"]
-    for change, seconds in nearest.changes:
-        behind = format_count(change.num_behind, "token")
+    tokens = format_count(nearest["num_tokens"], "token")
+    lines = [f"compared with `{_visible(nearest['entry'])}`, {tokens}:"]
+    for change in nearest["changes"]:
+        behind, seconds = (
+            format_count(change["num_behind"], "token"),
+            change["prefill_s"],
+        )
         took = "" if seconds is None else f", {seconds:.1f} s"
         lines += [
-            f"line {change.line:,}, token {change.position:,}: {behind} behind it are"
-            f" the same, and computed again{took}",
-            f"  stored: {_visible(change.stored)}",
-            f"  given:  {_visible(change.given)}",
-            f"  change: {change.advice}",
+            f"line {change['line']:,}, token {change['position']:,}: {behind} behind it"
+            f" are the same, and computed again{took}",
+            f"  stored: {_visible(change['stored'])}",
+            f"  given:  {_visible(change['given'])}",
+            f"  change: {change['advice']}",
         ]
     return lines
 

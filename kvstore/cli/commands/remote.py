@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -19,7 +19,6 @@ from .lookup import prompt_tokens
 
 if TYPE_CHECKING:
     from ...format.documents import JSON
-    from ...remote.client import Remote
     from ...remote.probe import Probe
     from ...remote.push import Pushed
 
@@ -93,7 +92,7 @@ def add(
     except ValueError as error:
         raise click.UsageError(str(error), context) from error
     found = open_store(context, create=True).remotes.add(made)
-    data: JSON = {"remote": _remote_data(made), "probe": asdict(found)}
+    data: JSON = {"remote": asdict(made), "probe": asdict(found)}
     text = "\n".join([f"added remote `{name}`: {made.url}", *_describe_probe(found)])
     output.result(text, data, [name])
 
@@ -125,7 +124,7 @@ def list_remotes(context: click.Context) -> None:
             Column("TRUSTED", lambda one: "yes" if one.is_trusted else "no"),
             Column("OPTIONS", lambda one: " ".join(map("=".join, one.options.items()))),
         ],
-        data=_remote_data,
+        data=asdict,
         id_of=lambda one: one.name,
         empty="no remotes",
     )
@@ -138,7 +137,7 @@ def forget(context: click.Context, name: str) -> None:
     """Forget a remote; what lies in it stays."""
     output = output_of(context)
     gone = open_store(context).remotes.remove(name)
-    output.result(f"forgot remote `{name}`: {gone.url}", _remote_data(gone), [name])
+    output.result(f"forgot remote `{name}`: {gone.url}", asdict(gone), [name])
 
 
 @click.command(cls=Verb)
@@ -218,33 +217,25 @@ def pull(
     store = open_store(context)
     begin = time.monotonic()
     client = store.remotes.client(remote, is_trusted=trust)
+    source = options.read_source(prompt, request) if asked else None
+    like, wanted = model.made_by()
+    named: dict[str, Any] = {"like": like, "name": name, "replace": replace}
     with output.progress() as bars:
-        if asked is not None:
-            source = options.read_source(prompt, request)
+        if source is not None:
             tokens, fingerprint, _ = prompt_tokens(model, prompt, source)
-            like, _ = model.made_by()
-            entries = [
-                store.remotes.pull_prompt(
-                    tokens,
-                    fingerprint,
-                    client,
-                    like=like,
-                    name=name,
-                    replace=replace,
-                    progress=bars.bar("pull"),
-                )
-            ]
+            progress = bars.bar("pull")
+            found = store.remotes.pull_prompt(
+                tokens, fingerprint, client, progress=progress, **named
+            )
+            entries = [found]
         else:
-            like, wanted = model.made_by()
             entries = [
                 store.remotes.pull(
                     ref,
                     client,
                     fingerprint=wanted,
-                    like=like,
-                    name=name,
-                    replace=replace,
                     progress=bars.bar(f"pull `{ref}`"),
+                    **named,
                 )
                 for ref in refs
             ]
@@ -288,7 +279,3 @@ def _pushed_data(done: Pushed) -> JSON:
         "sent_bytes": done.sent_bytes,
         "there_objects": done.num_there,
     }
-
-
-def _remote_data(one: Remote) -> JSON:
-    return asdict(one)

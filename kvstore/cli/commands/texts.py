@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from ...format.entry import Entry
 from .. import options
 from ..completion import complete_entries
 from ..main import Verb, load_fast_blas, open_store, output_of
@@ -77,9 +76,8 @@ def search(context: click.Context, word: str, model: str | None) -> None:
     load_fast_blas()
     from ...models.texts import Unread, search, tokenizer_of
 
-    load: Any = partial(_load, tokenizer_of, model)
     hits = []
-    for found in search(store, word, load=load):
+    for found in search(store, word, load=lambda entry: tokenizer_of(entry, model)):
         if isinstance(found, Unread):
             output.warning(f"not searched: `{found.what}`: {found.why}")
         else:
@@ -87,7 +85,7 @@ def search(context: click.Context, word: str, model: str | None) -> None:
     output.table(
         hits,
         _COLUMNS,
-        data=_hit_data,
+        data=lambda hit: asdict(hit) | {"entry": entry_data(hit.entry)},
         id_of=lambda hit: hit.entry.id,
         empty="nothing found",
     )
@@ -95,19 +93,7 @@ def search(context: click.Context, word: str, model: str | None) -> None:
         context.exit(1)
 
 
-def _load(tokenizer_of: Any, model: str | None, entry: Entry) -> Any:
-    return tokenizer_of(entry, model)
-
-
-def _hit_data(hit: Hit) -> Any:
-    return {
-        "entry": entry_data(hit.entry),
-        "num_places": hit.num_places,
-        "excerpt": hit.excerpt,
-    }
-
-
-_COLUMNS: list[Column[Any]] = [
+_COLUMNS: list[Column[Hit]] = [
     Column("NAME", lambda hit: hit.entry.name or hit.entry.id[:8]),
     Column("PLACES", lambda hit: f"{hit.num_places:,}", True),
     Column("TEXT", lambda hit: hit.excerpt),

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
     from ...format.documents import JSON
     from ...format.entry import Entry
-    from ...store import Store
 
 # What a bundle knows itself.
 _OF_CACHE_FILES = (
@@ -270,22 +269,38 @@ def export(
     """
     output = output_of(context)
     secret = signing_key() if is_signed else None
-    if str(path) == "-":
-        _export_to_stdout(context, output, ref, without_basis, secret)
-        return
-    _check_path(path, overwrite)
+    is_file = str(path) != "-"
+    if is_file:
+        _check_path(path, overwrite)
+    else:
+        _check_stdout(context, output)
     store = open_store(context)
     entry = store.entry(ref)
     begin = time.monotonic()
-    with files.written_whole(path) as descriptor:
-        nbytes = _write(store, entry, output, descriptor, without_basis, secret)
+    with (
+        files.written_whole(path) if is_file else _stdout() as descriptor,
+        os.fdopen(descriptor, "wb", closefd=False) as file,
+        output.progress() as bars,
+    ):
+        nbytes = store.export_bundle(
+            entry.id,
+            file,
+            without_basis=without_basis,
+            secret=secret,
+            progress=bars.bar("export"),
+        )
+    tokens = format_count(entry.num_tokens, "token")
+    text = f"exported {tokens} of {entry_label(entry)}: {format_bytes(nbytes)}"
+    if not is_file:
+        output.note(text)
+        return
     data: JSON = {
         "entry": entry_data(entry),
         "file": str(path),
         "file_bytes": nbytes,
         "elapsed_s": round(time.monotonic() - begin, 3),
     }
-    output.result(f"{_describe_exported(entry, nbytes)}: {path}", data, [str(path)])
+    output.result(f"{text}: {path}", data, [str(path)])
 
 
 def _check_path(path: Path, overwrite: bool) -> None:
@@ -296,48 +311,16 @@ def _check_path(path: Path, overwrite: bool) -> None:
     files.check_new(path, overwrite=overwrite)
 
 
-def _export_to_stdout(
-    context: click.Context,
-    output: Output,
-    ref: str,
-    without_basis: bool,
-    secret: str | None,
-) -> None:
+def _check_stdout(context: click.Context, output: Output) -> None:
     if output.mode == "json":
         raise click.UsageError("`-o -` and `--json` exclude each other", context)
     if sys.stdout.isatty():
         raise click.UsageError(
             "a bundle is not for a terminal: redirect it, or give a file", context
         )
-    store = open_store(context)
-    entry = store.entry(ref)
+
+
+@contextmanager
+def _stdout() -> Iterator[int]:
     sys.stdout.flush()
-    to = sys.stdout.fileno()
-    nbytes = _write(store, entry, output, to, without_basis, secret)
-    output.note(_describe_exported(entry, nbytes))
-
-
-def _write(
-    store: Store,
-    entry: Entry,
-    output: Output,
-    descriptor: int,
-    without_basis: bool,
-    secret: str | None,
-) -> int:
-    with (
-        os.fdopen(descriptor, "wb", closefd=False) as file,
-        output.progress() as bars,
-    ):
-        return store.export_bundle(
-            entry.id,
-            file,
-            without_basis=without_basis,
-            secret=secret,
-            progress=bars.bar("export"),
-        )
-
-
-def _describe_exported(entry: Entry, nbytes: int) -> str:
-    tokens = format_count(entry.num_tokens, "token")
-    return f"exported {tokens} of {entry_label(entry)}: {format_bytes(nbytes)}"
+    yield sys.stdout.fileno()
