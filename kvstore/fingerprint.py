@@ -25,12 +25,7 @@ from typing import Any
 import blake3
 
 from .errors import FingerprintError, KVStoreError
-from .format.chain import (
-    REANCHORED,
-    digest_fields,
-    is_reanchored,
-    mark_reanchored,
-)
+from .format.chain import REANCHORED, digest_fields, is_reanchored, mark_reanchored
 from .format.documents import JSON, canonical_json
 from .format.safetensors import MAX_HEADER_BYTES, parse_header
 from .storage import files
@@ -104,11 +99,14 @@ class Fingerprint:
         Raises:
             KVStoreError: A folder is not what it should be.
         """
+        folder = Path(path)
         memory = _Memory(files.cache_home() / _MEMORY_NAME)
         fields: JSON = {
             "version": VERSION,
             "source": "files",
-            **_read_model(Path(path), memory),
+            "weights": memory.digest_tensors(_weight_files(folder)),
+            "config": _read_config(folder),
+            "code": memory.digest_files(sorted(folder.glob("*.py"))),
             "adapter": _digest_adapter(adapter_path, memory),
         }
         memory.keep()
@@ -179,14 +177,6 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
             f"`{label}` was made by another model: {difference}",
             hint="give the model, adapter and draft model that it was saved with",
         )
-
-
-def _read_model(folder: Path, memory: _Memory) -> JSON:
-    return {
-        "weights": memory.digest_tensors(_weight_files(folder)),
-        "config": _read_config(folder),
-        "code": memory.digest_files(sorted(folder.glob("*.py"))),
-    }
 
 
 def _plain_config(config: Any) -> Any:

@@ -186,11 +186,6 @@ def output_of(context: click.Context) -> Output:
     return Output(*asked)
 
 
-def store_path(context: click.Context) -> Path | None:
-    """Return the folder given by ``--store``, or ``None``."""
-    return cast("Path | None", context.meta.get("kvstore.store"))
-
-
 def open_store(
     context: click.Context, *, create: bool = False, codec: str | None = None
 ) -> Store:
@@ -230,7 +225,7 @@ def chosen_path(context: click.Context) -> Path:
     """Return the folder of the store, there or not; refuse one that is not UTF-8."""
     from ..storage.folder import default_path
 
-    path = store_path(context) or default_path()
+    path = context.meta.get("kvstore.store") or default_path()
     if not is_utf8(str(path)):
         raise click.UsageError(f"the path of the store is not UTF-8: {path}", context)
     return path

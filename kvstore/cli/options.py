@@ -168,11 +168,7 @@ def read_request(option: str, file: BinaryIO) -> JSON:
 
 
 def encode_source(
-    tokenizer: Any,
-    source: str | JSON,
-    prompt: PromptOptions,
-    *,
-    is_open: bool = False,
+    tokenizer: Any, source: str | JSON, prompt: PromptOptions, *, is_open: bool = False
 ) -> list[int]:
     """Return the tokens of what :func:`read_source` returned.
 
@@ -384,11 +380,7 @@ def gathered(name: str, kind: type[Any]) -> Callable[[F], F]:
 
 ref = click.argument("ref", metavar="REF", shell_complete=complete_entries)
 refs = click.argument(
-    "refs",
-    metavar="REF...",
-    nargs=-1,
-    required=True,
-    shell_complete=complete_entries,
+    "refs", metavar="REF...", nargs=-1, required=True, shell_complete=complete_entries
 )
 yes = option("-y", "--yes", is_flag=True, help="Do not ask.")
 overwrite = option("--overwrite", is_flag=True, help="Replace the file if it is there.")
@@ -440,9 +432,7 @@ def model_options(command: F, *, is_needed: bool = True) -> F:
             + ("  [default: $KVSTORE_MODEL]" * is_needed),
         ),
         option(
-            "--adapter-path DIR",
-            type=some_text,
-            help="Folder of an adapter's weights.",
+            "--adapter-path DIR", type=some_text, help="Folder of an adapter's weights."
         ),
         option(
             "--trust-remote-code",
@@ -478,20 +468,14 @@ def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> No
 
 
 _template_options = all_of(
-    option(
-        "--system-prompt TEXT",
-        type=utf8,
-        help="What the system says first.",
-    ),
+    option("--system-prompt TEXT", type=utf8, help="What the system says first."),
     option(
         "--chat-template-config JSON",
         type=json_object,
         help="More variables for the chat template, such as '{\"key\": true}'.",
     ),
     option(
-        "--ignore-chat-template",
-        is_flag=True,
-        help="Take the prompt as plain text.",
+        "--ignore-chat-template", is_flag=True, help="Take the prompt as plain text."
     ),
 )
 template_options = all_of(_template_options, gathered("template", TemplateOptions))

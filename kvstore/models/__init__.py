@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .chat import Chat
-    from .conversation import continue_entry
-    from .generate import save_prompt, stream_generate
+    from .generate import continue_entry, save_prompt, stream_generate
     from .load import LoadedModel, load_models
     from .session import (
         CacheOptions,
@@ -36,8 +35,7 @@ __all__ = [
 
 _HOMES = {
     "chat": ("Chat",),
-    "conversation": ("continue_entry",),
-    "generate": ("save_prompt", "stream_generate"),
+    "generate": ("continue_entry", "save_prompt", "stream_generate"),
     "load": ("LoadedModel", "load_models"),
     "session": (
         "CacheOptions",

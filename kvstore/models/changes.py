@@ -193,11 +193,7 @@ def _cause(
     return "text"
 
 
-_PATTERNS: dict[Cause, re.Pattern[str]] = {
-    "clock": _CLOCK,
-    "id": _ID,
-    "place": _PLACE,
-}
+_PATTERNS: dict[Cause, re.Pattern[str]] = {"clock": _CLOCK, "id": _ID, "place": _PLACE}
 
 
 def _is_moved(text: str, others: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Generate, and save prompts, with a store around the model."""
+"""Generate, save prompts and go on from entries, with a store around the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from .session import (
     SamplingOptions,
     Session,
     Stopped,
+    base_tokens,
     encode_text,
     respond,
 )
+from .templates import Template
 
 
 def stream_generate(
@@ -147,3 +149,27 @@ def save_prompt(
         session.finish(is_interrupted=True)
         raise
     return session.keep(), session.num_restored
+
+
+def continue_entry(
+    model: LoadedModel,
+    store: Store,
+    ref: str,
+    text: str,
+    template: Template | None = None,
+) -> list[int]:
+    """Return the tokens of an entry with one more message behind them.
+
+    The entry, which ``ref`` names by its name, id or the start of it, stays as it is.
+    :func:`stream_generate` with ``keep=False`` answers without keeping anything; with a
+    ``name`` it keeps question and answer under that.
+
+    Raises:
+        EntryNotFoundError: There is no such entry.
+        FingerprintError: Another model made it.
+        IntegrityError: A part of it is missing or damaged.
+        ValueError: The chat template leaves out parts of a conversation.
+    """
+    held = base_tokens(store, ref, model.fingerprint)
+    template = template or Template(model.tokenizer)
+    return held + template.encode_next(text, held)

@@ -215,11 +215,7 @@ def load_empty_cache(
         UnsupportedCacheError: Its prompt cache cannot be stored.
     """
     loaded = load_models(
-        model,
-        adapter_path,
-        draft_model,
-        trust_remote_code=trust_remote_code,
-        lazy=True,
+        model, adapter_path, draft_model, trust_remote_code=trust_remote_code, lazy=True
     )
     return make_empty_cache(loaded), loaded.fingerprint
 

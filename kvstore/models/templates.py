@@ -7,8 +7,9 @@ that merely contains their text is none. Knows no store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 from ..errors import KVStoreError
 from ..format.chain import common_run
 from ..format.documents import JSON
-from .turns import TurnMarks
 
 # Stand for what was said while a chat template is rendered.
 _QUERY, _REPLY, _WORDS = "<query>", "<reply>", "<words>"
@@ -28,6 +28,58 @@ _MAX_TOKEN = 2**31
 _MAX_DATE = 16
 # Words that share no first or last token, nor merge with the template's in one way.
 _SAMPLES = ("a", "7 é.", "\n\nB\n", " c ", "(x)")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnMarks:
+    """How a chat template marks turns, as tokens."""
+
+    # What stands before the first message where there is no system prompt.
+    opening: tuple[int, ...]
+    # What begins a message of the user.
+    header: tuple[int, ...]
+    # What ends a reply and begins the next message of the user.
+    boundary: tuple[int, ...]
+    # What ends a message of the user and begins the reply.
+    answer: tuple[int, ...]
+    # The first token of ``boundary`` is one that ends a reply.
+    is_closed_by_model: bool
+
+    def first(self, tokens: Sequence[int]) -> int | None:
+        """Return where the first message of the user begins, or ``None``."""
+        return next(places(self.header, tokens), None)
+
+    def begins(self, tokens: Sequence[int]) -> list[int]:
+        """Return where each turn begins: where the conversation ended before it."""
+        first = self.first(tokens)
+        if first is None:
+            return []
+        # The token that ends a reply is the reply's.
+        later = places(self.boundary, tokens)
+        return [
+            first,
+            *(place + self.is_closed_by_model for place in later if place > first),
+        ]
+
+    def exchange(
+        self, tokens: Sequence[int], begin: int
+    ) -> tuple[list[int], list[int]]:
+        """Return what was asked and replied in the turn that tokens end with."""
+        # A header may begin with the token that ended the reply before.
+        turn = tokens[max(0, begin - 1) :]
+        asked = next(places(self.header, turn), 0) + len(self.header)
+        replied = next(places(self.answer, turn), None)
+        if replied is None:
+            return list(turn[asked:]), []
+        return list(turn[asked:replied]), list(turn[replied + len(self.answer) :])
+
+
+def places(mark: Sequence[int], tokens: Sequence[int]) -> Iterator[int]:
+    """Yield where ``mark`` stands in ``tokens``."""
+    wanted, size = list(mark), len(mark)
+    for place, token in enumerate(tokens):
+        if token == wanted[0] and list(tokens[place : place + size]) == wanted:
+            yield place
 
 
 class Template:

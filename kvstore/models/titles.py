@@ -8,8 +8,7 @@ from typing import Any
 
 from ..errors import KVStoreError
 from ..format.entry import clean_title
-from .templates import Template
-from .turns import TurnMarks
+from .templates import Template, TurnMarks
 
 _NUM_TOKENS = 64
 """Enough for a title in any language."""

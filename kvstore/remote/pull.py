@@ -20,12 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..caches.snapshot import Chain
-from ..errors import (
-    CodecError,
-    FormatError,
-    IntegrityError,
-    KVStoreError,
-)
+from ..errors import CodecError, FormatError, IntegrityError, KVStoreError
 from ..format.basis import MAX_BYTES, bases_named, parse_basis
 from ..format.block import BlockHash, Origin, Progress, ShardHeader, StoredBlock
 from ..format.chain import digest_fields, origin_root
@@ -149,10 +144,7 @@ def pull_entry(
 
 
 def _plan(
-    blocks: BlockStore,
-    client: Client,
-    remote: RemoteEntry,
-    like: Sequence[Any] | None,
+    blocks: BlockStore, client: Client, remote: RemoteEntry, like: Sequence[Any] | None
 ) -> _Plan:
     """Read the headers of what the store lacks, and check all that they tell."""
     held = _held(blocks, remote)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from ..models.turns import places
+from ..models.templates import places
 
 Read = Callable[[str], tuple[str, list[Any], str]]
 """What a client is sent of a reply's text: content, tool calls, and reasoning."""

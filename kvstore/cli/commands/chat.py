@@ -169,17 +169,17 @@ class _Session:
         # What was said and taken back, to be edited.
         self._draft = ""
         self.is_failed = False
-        self._commands = {
+        self._commands: dict[str, Callable[[str], None]] = {
             "/file": self._file,
             "/edit": self._edit,
             "/undo": self._undo,
             "/history": self._history,
             "/name": self._rename,
             "/fork": self._fork,
-            "/list": self._list,
+            "/list": lambda _: list_named(output, store, model.fingerprint.label),
             "/switch": self._switch,
             "/stats": self._stats,
-            "/help": self._help,
+            "/help": lambda _: output.result(_HELP, None),
         }
         self._read_message = make_reader(self._words, "/file ", self._meter)
 
@@ -403,9 +403,6 @@ class _Session:
         if not said:
             self._note("no turns that can be told apart")
 
-    def _list(self, rest: str) -> None:
-        list_named(self._output, self._store, self._model.fingerprint.label)
-
     def _switch(self, name: str) -> None:
         entry = self._store.entry(_named(name, "/switch"))
         talk = self._open_chat(name=entry.name, base=None if entry.name else entry.id)
@@ -432,17 +429,11 @@ class _Session:
         ]
         self._output.result("\n".join(format_fields(fields)), None)
 
-    def _help(self, rest: str) -> None:
-        self._output.result(_HELP, None)
-
     def _extent(self) -> str:
         num_turns = self._chat.num_turns
         tokens = format_count(len(self._chat.tokens), "token")
-        return (
-            tokens
-            if num_turns is None
-            else (f"{format_count(num_turns, 'turn')}, {tokens}")
-        )
+        turns = "" if num_turns is None else f"{format_count(num_turns, 'turn')}, "
+        return turns + tokens
 
     def _fail(self, error: Exception) -> None:
         self._bars.clear()

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..main import Verb, load_fast_blas, output_of
-from ..options import (
-    ModelOptions,
-    codec_name,
-    max_tokens,
-    model_options,
-    option,
-    utf8,
-)
+from ..options import ModelOptions, codec_name, max_tokens, model_options, option, utf8
 from ..output import Column, format_bytes, format_count, format_table, terminal_width
 
 if TYPE_CHECKING:

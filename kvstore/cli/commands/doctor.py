@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ...storage.folder import default_path
-from ..main import Verb, output_of, store_path
+from ..main import Verb, chosen_path, output_of
 from ..options import ModelOptions, model_options
 from ..output import has_colour, one_line
 
@@ -34,7 +33,7 @@ def doctor(context: click.Context, model: ModelOptions) -> None:
     is bad; a warning is none.
     """
     output = output_of(context)
-    path = store_path(context) or default_path()
+    path = chosen_path(context)
     found = []
     for diagnosis in _examine(path, model):
         found.append(diagnosis)
@@ -60,9 +59,7 @@ def _examine(path: Path, model: ModelOptions) -> Iterator[Diagnosis]:
         from ...models.doctor import examine_model
 
         yield from examine_model(
-            model.model,
-            model.adapter_path,
-            trust_remote_code=model.trust_remote_code,
+            model.model, model.adapter_path, trust_remote_code=model.trust_remote_code
         )
 
 

@@ -139,12 +139,7 @@ def inspect_entry(context: click.Context, ref: str) -> None:
 
 
 @click.command("rm", cls=Verb)
-@click.argument(
-    "refs",
-    metavar="REF...",
-    nargs=-1,
-    shell_complete=complete_entries,
-)
+@click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_entries)
 @option(
     "--purge",
     is_flag=True,
@@ -154,11 +149,7 @@ def inspect_entry(context: click.Context, ref: str) -> None:
 @option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.pass_context
 def remove(
-    context: click.Context,
-    refs: tuple[str, ...],
-    purge: bool,
-    yes: bool,
-    dry_run: bool,
+    context: click.Context, refs: tuple[str, ...], purge: bool, yes: bool, dry_run: bool
 ) -> None:
     """Remove entries.
 
@@ -265,10 +256,7 @@ def _print_removed(
 
 
 def _entry_fields(
-    entry: Entry,
-    fingerprint: Fingerprint,
-    chain: Blocks,
-    loss: Loss,
+    entry: Entry, fingerprint: Fingerprint, chain: Blocks, loss: Loss
 ) -> list[tuple[str, str]]:
     codecs = Counter(stored.codec for _, stored in chain)
     config = fingerprint.fields.get("config")

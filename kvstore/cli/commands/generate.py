@@ -14,7 +14,7 @@ from ...blas import OPENBLAS_REMEDY, is_openblas_missing
 from ...errors import EntryNotFoundError, KVStoreError
 from .. import options
 from ..interrupts import Interrupts
-from ..main import Verb, load_fast_blas, log, open_store, output_of, store_path
+from ..main import Verb, chosen_path, load_fast_blas, log, open_store, output_of
 from ..options import ModelOptions, PromptOptions, model_options, prompt_options
 from ..output import Output, format_bytes, format_codec, format_count
 from ..settings import setting, some_bytes
@@ -249,11 +249,9 @@ def _note_calibration(
 
 def make_store(context: click.Context, codec: str) -> Store:
     """Open the store, or make it with the usual limit."""
-    from ...storage.folder import default_path
-
     text = setting("limit")
     limit = text and some_bytes(text)
-    is_new = not (store_path(context) or default_path()).exists()
+    is_new = not chosen_path(context).exists()
     store = open_store(context, create=True, codec=codec)
     if limit and is_new:
         store.set_limit(limit)
@@ -279,7 +277,7 @@ def _conversation(
 
     A base must be there; an entry of the name may be.
     """
-    from ...models.conversation import continue_entry
+    from ...models.generate import continue_entry
 
     ref = base if base is not None else _entry_named(store, name)
     if ref is None:

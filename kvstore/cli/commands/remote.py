@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 
 _remote_option = option(
-    "--remote NAME",
-    type=options.some_text,
-    help="The remote.  [default: the only one]",
+    "--remote NAME", type=options.some_text, help="The remote.  [default: the only one]"
 )
 
 

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 
 from .. import options, settings
 from ..completion import server_options
-from ..main import Verb, load_fast_blas, log, store_path
+from ..main import Verb, chosen_path, load_fast_blas, log
 from ..options import gathered, option
 from .generate import make_store
 from .view import describe, render
@@ -273,7 +273,6 @@ def serve(
     from ...server.prompt_cache import DiskPromptCache, TenantPromptCache
     from ...server.requests import check_body
     from ...server.tenants import Tenancy
-    from ...storage.folder import default_path
     from ...store import Store
 
     def make_cache(
@@ -304,11 +303,7 @@ def serve(
             check_body("chat/completions", body)
         except ValueError as error:
             raise click.UsageError(f"`--warm {name}`: {error}") from error
-    shown = View(
-        partial(Store, store_path(context) or default_path(), create=False),
-        describe,
-        render,
-    )
+    shown = View(partial(Store, chosen_path(context), create=False), describe, render)
     _log_like_mlx_lm()
     try:
         run(args, make_cache, header, shown, reanchor=rows.budget, warm=ahead)

@@ -48,8 +48,7 @@ _OF_CACHE_FILES = (
 )
 @partial(options.model_options, is_needed=False)
 @option(
-    "--draft-model MODEL",
-    help="The draft model, where a bundle was made with one.",
+    "--draft-model MODEL", help="The draft model, where a bundle was made with one."
 )
 @partial(options.prompt_options, is_argument=False)
 @options.name
