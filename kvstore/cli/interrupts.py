@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # What ends the process once all is saved, and not only what it does.
@@ -60,12 +60,7 @@ class Interrupts:
             self._watcher.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, former in self._former.items():
             signal.signal(number, former)
         if self._watcher is not None:

@@ -83,8 +83,8 @@ def split_tokens(
         parent = block.hash
 
 
-def common_run(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many leading tokens two sequences share."""
+def common_run(left: Sequence[object], right: Sequence[object]) -> int:
+    """Return how many leading tokens, or letters, two sequences share."""
     length = min(len(left), len(right))
     return next((i for i in range(length) if left[i] != right[i]), length)
 

@@ -31,6 +31,7 @@ from .session import (
     base_tokens,
     check_kv_bits,
     entry_tokens,
+    has_entry,
     make_empty_cache,
 )
 from .templates import Template
@@ -507,10 +508,9 @@ class Chat:
             raise _taken(name)
 
     def _is_taken(self, name: str) -> bool:
-        try:
-            return self._store.entry(name).is_called(name)
-        except (EntryNotFoundError, IntegrityError):
-            return False  # a damaged entry does not reserve its name
+        with suppress(IntegrityError):  # a damaged entry does not reserve its name
+            return has_entry(self._store, name)
+        return False
 
 
 def _taken(name: str) -> EntryExistsError:

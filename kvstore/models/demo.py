@@ -167,10 +167,6 @@ class DemoResult:
     # The table; prefill first, mlx-lm's file next, then the codecs.
     rows: tuple[DemoRow, ...]
 
-    def to_json(self) -> JSON:
-        """Return the result as a JSON value."""
-        return asdict(self)
-
 
 def run_demo(
     model: str,

@@ -263,12 +263,15 @@ def entry_tokens(
         FingerprintError: Another model than the given one made it.
         IntegrityError: A part of it is missing or damaged.
     """
+    return base_tokens(store, name, fingerprint) if has_entry(store, name) else None
+
+
+def has_entry(store: Store, name: str) -> bool:
+    """Whether an entry has this name; an id is none."""
     try:
-        if not store.entry(name).is_called(name):
-            return None
+        return store.entry(name).is_called(name)
     except EntryNotFoundError:
-        return None
-    return base_tokens(store, name, fingerprint)
+        return False
 
 
 def base_tokens(

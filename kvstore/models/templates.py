@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 from ..errors import KVStoreError
@@ -186,7 +185,7 @@ class Template:
         header, _ = _around(_REPLY, _around(_QUERY, conversation)[1])
         _, after = _around(_QUERY, self._render([_ASKED]))
         # Some templates begin a reply with more, such as `<think>`, than they repeat.
-        begin = _common_prefix(header, after).strip()
+        begin = header[: common_run(header, after)].strip()
         # Some stand for no text, such as those of images; a tokenizer refuses them.
         spelled = [token for token in tokens if 0 <= token < _MAX_TOKEN]
         return bool(begin) and begin in self.tokenizer.decode(spelled)
@@ -335,18 +334,10 @@ def _around(marker: str, text: str) -> tuple[str, str]:
     return before, after
 
 
-def _common_prefix(left: str, right: str) -> str:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
-    return "".join(letter for letter, _ in same)
-
-
-def _shared_start(sequences: Sequence[Sequence[int]]) -> list[int]:
+def _shared_start(sequences: Sequence[list[int]]) -> list[int]:
     shortest = min(sequences, key=len)
-    length = min(common_run(shortest, other) for other in sequences)
-    return list(shortest[:length])
+    return shortest[: min(common_run(shortest, other) for other in sequences)]
 
 
-def _common_suffix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    columns = zip(*(reversed(tokens) for tokens in sequences), strict=False)
-    same = takewhile(lambda column: len(set(column)) == 1, columns)
-    return [column[0] for column in same][::-1]
+def _common_suffix(sequences: Sequence[list[int]]) -> list[int]:
+    return _shared_start([tokens[::-1] for tokens in sequences])[::-1]

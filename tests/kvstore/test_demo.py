@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -188,7 +188,7 @@ def test_the_table_is_readable():
     assert "first 12 of 23" in wide
     assert max(map(len, wide.splitlines())) <= 80
     assert text.endswith("question: Is it?\nprefill: Yes.\nturbo2: No.")
-    assert json.loads(json.dumps(result.to_json()))["rows"][1]["way"] == "raw"
+    assert json.loads(json.dumps(asdict(result)))["rows"][1]["way"] == "raw"
 
 
 @pytest.mark.slow

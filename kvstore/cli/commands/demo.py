@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def demo(
     model, result = _run(
         context, model, document, question, num_tokens, max_tokens, codecs
     )
-    output.result(format_result(result, terminal_width()), result.to_json())
+    output.result(format_result(result, terminal_width()), asdict(result))
     output.hint(
         f"now with a text of yours: `kvstore save --model {model.model} --name doc <"
         ' FILE`, then `kvstore generate --from doc "QUESTION"`'
@@ -93,7 +94,7 @@ def bench(
     found = list(examine_machine())
     machine = {one.subject: one.detail for one in found}
     machine["machine"] = f"{platform.platform()}, {os.cpu_count()} cores"
-    data = result.to_json() | {"machine": machine}
+    data = asdict(result) | {"machine": machine}
     output.result(format_report(result, machine), data)
 
 

@@ -1,4 +1,4 @@
-"""The verbs about entries: load, inspect, rm."""
+"""The verbs about entries: load, inspect, rm, adopt, recompress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...format.entry import Entry
 from ...storage.keys import known_keys
 from .. import options
 from ..completion import complete_entries
-from ..main import Verb, open_store, output_of
+from ..main import Verb, load_fast_blas, open_store, output_of
 from ..options import option
 from ..output import (
     Column,
@@ -178,6 +178,87 @@ def remove(
                 " have been among these"
             )
     _print_removed(output, entries, dry_run, purge=purge)
+
+
+@click.command(cls=Verb)
+@options.refs
+@options.model_options
+@options.yes
+@option("-n", "--dry-run", is_flag=True, help="Only say what differs.")
+@click.pass_context
+def adopt(
+    context: click.Context,
+    refs: tuple[str, ...],
+    model: options.ModelOptions,
+    yes: bool,
+    dry_run: bool,
+) -> None:
+    """Take entries over for another model, for which you vouch.
+
+    For a model that computes the very same rows and counts as another one, as after a
+    changed configuration. Nothing checks that: rows of another model make it talk
+    nonsense. Each entry leaves the model that made it; `inspect` says where it is from.
+    """
+    model = model.chosen(context)
+    load_fast_blas()
+    output = output_of(context)
+    store = open_store(context)
+    # All are found before the first is taken.
+    entries = list({(entry := store.entry(ref)).id: entry for ref in refs}.values())
+    given = model.fingerprint()
+    for entry in entries:
+        difference = store.fingerprint_of(entry.id).difference(given)
+        output.note(f"{entry_label(entry)}: {difference or 'of this model already'}")
+    what = format_count(len(entries), "entry")
+    question = f"take over {what} for `{model.model}`?"
+    if dry_run:
+        return
+    if not output.confirm(question, is_answered=yes):
+        raise KVStoreError("nothing was taken over", hint="`-y` confirms")
+    adopted = [store.adopt(entry.id, given) for entry in entries]
+    output.result(
+        f"took over {what} for `{model.model}`",
+        {"entries": [entry_data(entry) for entry in adopted]},
+        [entry.id for entry in adopted],
+    )
+
+
+@click.command(cls=Verb)
+@options.ref
+@options.codec
+@options.yes
+@click.pass_context
+def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -> None:
+    """Store an entry's exact blocks with another codec.
+
+    They can be loaded at every moment, and are not exact afterwards, in no entry that
+    shares them; what a pinned entry has too stays as it is. So does a block that
+    something lossy went into: none is coded twice. `inspect` says what the entry was
+    stored with before.
+    """
+    if codec is None:
+        raise click.UsageError("missing option `--quality` or `--codec`", context)
+    output = output_of(context)
+    store = open_store(context)
+    entry = store.entry(ref)
+    question = f"store the exact blocks of {entry_label(entry)} as {codec}, for good?"
+    if not output.confirm(question, is_answered=yes):
+        raise KVStoreError("nothing was changed", hint="`-y` confirms")
+    load_fast_blas()
+    with output.progress() as bars:
+        done = store.recompress(entry.id, codec, progress=bars.bar("recompress"))
+    data = {"entry": entry_data(done), "nbytes_before": entry.nbytes}
+    if done == entry:
+        text = (
+            f"nothing of {entry_label(entry)} is exact, or it is stored so already, or"
+            " a pinned entry has it too"
+        )
+    else:
+        text = (
+            f"recompressed {entry_label(entry)}: {format_bytes(done.nbytes)} of"
+            f" {format_bytes(entry.nbytes)}, {format_codec(done.codec)}"
+        )
+    output.result(text, data, [done.id])
 
 
 def confirm_removal(output: Output, question: str, *, is_answered: bool) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from ...blas import OPENBLAS_REMEDY, is_openblas_missing
-from ...errors import EntryNotFoundError, KVStoreError
+from ...errors import KVStoreError
 from .. import options
 from ..interrupts import Interrupts
 from ..main import Verb, chosen_path, load_fast_blas, log, open_store, output_of
@@ -278,23 +278,16 @@ def _conversation(
     A base must be there; an entry of the name may be.
     """
     from ...models.generate import continue_entry
+    from ...models.session import has_entry
 
-    ref = base if base is not None else _entry_named(store, name)
-    if ref is None:
+    ref = name if base is None else base
+    if ref is None or (base is None and not has_entry(store, ref)):
         return options.encode_source(model.tokenizer, text, prompt)
     if prompt.system_prompt is not None:
         raise click.UsageError(
             f"`--system-prompt` comes too late: `{ref}` has begun without it"
         )
     return continue_entry(model, store, ref, text, prompt.template(model.tokenizer))
-
-
-def _entry_named(store: Store, name: str | None) -> str | None:
-    """Return the name if there is an entry of it; an id is no name."""
-    try:
-        return name if name is not None and store.entry(name).is_called(name) else None
-    except EntryNotFoundError:
-        return None
 
 
 def _print_saved(

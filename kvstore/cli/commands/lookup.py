@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from ...format.chain import common_run
 from .. import options
 from ..main import Verb, open_store, output_of
 from ..options import ModelOptions, PromptOptions, option
@@ -101,10 +101,8 @@ class _Text:
         space before a first token, so all is decoded from the start.
         """
         before, through, whole = (decode(tokens[:n]) for n in (at, at + 1, None))
-        shared = _common(before, through)
-        return cls(
-            shared, through[len(shared) :], whole[len(_common(through, whole)) :]
-        )
+        start, end = common_run(before, through), common_run(through, whole)
+        return cls(before[:start], through[start:], whole[end:])
 
     def __str__(self) -> str:
         return (
@@ -177,11 +175,6 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
         if len(tokens) == 1:
             return f"<{tokens[0]}>"
         return "".join(_decode(tokenizer, [token]) for token in tokens)
-
-
-def _common(left: str, right: str) -> str:
-    pairs = zip(left, right, strict=False)
-    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _visible(text: str) -> str:
