@@ -119,13 +119,15 @@ class Fingerprint:
         Reads every parameter: seconds for a large model. An adapter that is part of
         the model is part of its modules, their parameters and plain attributes.
         """
-        config = getattr(model, "args", None)
+        config = getattr(model, "args", None)  # mlx-lm's are a dataclass
+        if is_dataclass(config) and not isinstance(config, type):
+            config = asdict(config)
         fields: JSON = {
             "version": VERSION,
             "source": "live",
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "weights": _digest_parameters(model),
-            "config": _plain_config(config),
+            "config": _plain(config),
         }
         return cls(fields, label=label or type(model).__module__)
 
@@ -177,13 +179,6 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
             f"`{label}` was made by another model: {difference}",
             hint="give the model, adapter and draft model that it was saved with",
         )
-
-
-def _plain_config(config: Any) -> Any:
-    """Return a model's arguments as JSON can hold them; mlx-lm's are a dataclass."""
-    if is_dataclass(config) and not isinstance(config, type):
-        return _plain(asdict(config))
-    return _plain(config)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -159,12 +159,9 @@ def read_source(prompt: PromptOptions, file: BinaryIO | None) -> str | JSON:
 def read_request(option: str, file: BinaryIO) -> JSON:
     """Return a captured request, and refuse what is no JSON object."""
     try:
-        found = json.loads(file.read().decode())
-    except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"`{option}` is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise click.UsageError(f"`{option}` is not a JSON object")
-    return found
+        return json_object(file.read())
+    except click.BadParameter as error:
+        raise click.UsageError(f"`{option}` is {error.message}") from error
 
 
 def encode_source(
@@ -298,7 +295,7 @@ def codec_name(text: str) -> str:
         raise failure from error
 
 
-def json_object(text: str) -> JSON:
+def json_object(text: str | bytes) -> JSON:
     """Return a JSON object."""
     try:
         found = json.loads(text)
@@ -346,9 +343,14 @@ def span(text: str) -> float:
 
 
 def option(*names: str, **settings: Any) -> Callable[[F], F]:
-    """Declare an option as click does, what it takes behind its flag: ``--seed N``."""
+    """Declare an option as click does, what it takes behind its flag: ``--seed N``.
+
+    One that takes nothing and has no type is on or off.
+    """
     flags = [name.partition(" ") for name in names]
     metavar = "".join(takes for _, _, takes in flags) or None
+    if metavar is None and "type" not in settings:
+        settings["is_flag"] = True
     return click.option(*(flag for flag, _, _ in flags), metavar=metavar, **settings)
 
 
@@ -382,8 +384,8 @@ ref = click.argument("ref", metavar="REF", shell_complete=complete_entries)
 refs = click.argument(
     "refs", metavar="REF...", nargs=-1, required=True, shell_complete=complete_entries
 )
-yes = option("-y", "--yes", is_flag=True, help="Do not ask.")
-overwrite = option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+yes = option("-y", "--yes", help="Do not ask.")
+overwrite = option("--overwrite", help="Replace the file if it is there.")
 name = option(
     "--name NAME",
     type=entry_name,
@@ -436,7 +438,6 @@ def model_options(command: F, *, is_needed: bool = True) -> F:
         ),
         option(
             "--trust-remote-code",
-            is_flag=True,
             help="Let the model and its tokenizer bring code of their own.",
         ),
         gathered("model", ModelOptions),
@@ -474,9 +475,7 @@ _template_options = all_of(
         type=json_object,
         help="More variables for the chat template, such as '{\"key\": true}'.",
     ),
-    option(
-        "--ignore-chat-template", is_flag=True, help="Take the prompt as plain text."
-    ),
+    option("--ignore-chat-template", help="Take the prompt as plain text."),
 )
 template_options = all_of(_template_options, gathered("template", TemplateOptions))
 """The options of chat templates; they come as one ``TemplateOptions``."""
@@ -506,10 +505,9 @@ sampling_options = all_of(
 _EXACT = "Go on from stored rows only where nothing lossy went into them"
 exact = option(
     "--exact",
-    is_flag=True,
     help=f"{_EXACT}; without `--codec` and `--quality`, store with planes+zstd.",
 )
-exact_only = option("--exact", is_flag=True, help=f"{_EXACT}.")
+exact_only = option("--exact", help=f"{_EXACT}.")
 min_bits = option(
     "--min-bits N",
     type=click.IntRange(0, 8),
@@ -655,9 +653,7 @@ _codec = option(
     " with +zstd or not.  [default: $KVSTORE_CODEC, else what `--quality` says]",
 )
 replace = option(
-    "--replace",
-    is_flag=True,
-    help="Take the name from an entry that this one does not continue.",
+    "--replace", help="Take the name from an entry that this one does not continue."
 )
 output_file = option(
     "-o",

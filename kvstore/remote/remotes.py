@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import IntegrityError, KVStoreError
@@ -74,8 +74,7 @@ def add_remote(folder: StoreFolder, remote: Remote) -> None:
     Raises:
         KVStoreError: The name is taken by another one.
     """
-
-    def add(remotes: dict[str, Remote]) -> None:
+    with _changing(folder) as remotes:
         if remotes.get(remote.name, remote) != remote:
             raise KVStoreError(
                 f"there is a remote `{remote.name}` already:"
@@ -83,8 +82,6 @@ def add_remote(folder: StoreFolder, remote: Remote) -> None:
                 hint=f"`kvstore remote rm {remote.name}` forgets it",
             )
         remotes[remote.name] = remote
-
-    _change(folder, add)
 
 
 def remove_remote(folder: StoreFolder, name: str) -> Remote:
@@ -94,14 +91,17 @@ def remove_remote(folder: StoreFolder, name: str) -> Remote:
         KVStoreError: There is none.
     """
     remote = find_remote(folder, name)
-    _change(folder, lambda remotes: remotes.pop(name, None))
+    with _changing(folder) as remotes:
+        remotes.pop(name, None)
     return remote
 
 
-def _change(folder: StoreFolder, change: Any) -> None:
+@contextmanager
+def _changing(folder: StoreFolder) -> Iterator[dict[str, Remote]]:
+    """Yield the remotes by name, under the lock, and write what became of them."""
     with files.locked(folder.lock, exclusive=True):
         remotes = {remote.name: remote for remote in read_remotes(folder)}
-        change(remotes)
+        yield remotes
         body: JSON = {
             "format": FORMAT,
             "remotes": {

@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 )
 @option(
     "--from-store",
-    is_flag=True,
     help="Learn from rows that are stored without loss; no model is run.",
 )
-@option("--measure-only", is_flag=True, help="Measure codecs, and make no new basis.")
+@option("--measure-only", help="Measure codecs, and make no new basis.")
 @option(
     "--contexts N",
     type=click.IntRange(min=1),

@@ -141,12 +141,10 @@ def inspect_entry(context: click.Context, ref: str) -> None:
 @click.command("rm", cls=Verb)
 @click.argument("refs", metavar="REF...", nargs=-1, shell_complete=complete_entries)
 @option(
-    "--purge",
-    is_flag=True,
-    help="Leave no byte of what was removed, now or before, in the store.",
+    "--purge", help="Leave no byte of what was removed, now or before, in the store."
 )
 @options.yes
-@option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
+@option("-n", "--dry-run", help="Only say what would be removed.")
 @click.pass_context
 def remove(
     context: click.Context, refs: tuple[str, ...], purge: bool, yes: bool, dry_run: bool
@@ -184,7 +182,7 @@ def remove(
 @options.refs
 @options.model_options
 @options.yes
-@option("-n", "--dry-run", is_flag=True, help="Only say what differs.")
+@option("-n", "--dry-run", help="Only say what differs.")
 @click.pass_context
 def adopt(
     context: click.Context,

@@ -48,10 +48,9 @@ if TYPE_CHECKING:
     type=options.span,
     help="Evict entries not used for so long: 30d, 12h.",
 )
-@option("--named", is_flag=True, help="Evict entries with names too, after all others.")
+@option("--named", help="Evict entries with names too, after all others.")
 @option(
     "--now",
-    is_flag=True,
     help="Free blocks that nothing reaches even if they are younger than an hour, and"
     " empty quarantine.",
 )
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
     help="Set the store's size limit, which saves keep to from now on.",
 )
 @options.yes
-@option("-n", "--dry-run", is_flag=True, help="Only say what would go.")
+@option("-n", "--dry-run", help="Only say what would go.")
 @click.pass_context
 def prune(
     context: click.Context,
@@ -101,7 +100,6 @@ def prune(
 @click.command(cls=Verb)
 @option(
     "--sessions",
-    is_flag=True,
     help="Show what the latest 256 conversations with `serve` have cost: tokens whose"
     " rows were in memory, on disk or moved there (`--reanchor`), tokens computed,"
     " those computed again, and why. Nothing that was said is kept for it.",
@@ -146,7 +144,7 @@ def rename(context: click.Context, ref: str, name: str) -> None:
 
 @click.command(cls=Verb)
 @options.ref
-@option("--off", is_flag=True, help="Let it be evicted again.")
+@option("--off", help="Let it be evicted again.")
 @click.pass_context
 def pin(context: click.Context, ref: str, off: bool) -> None:
     """Keep an entry from ever being evicted."""
@@ -317,7 +315,6 @@ _SHELLS = {"bash": QuotingBash, "zsh": ZshComplete, "fish": FishComplete}
 )
 @option(
     "--repair",
-    is_flag=True,
     help="Read everything and put right what can be: damaged files go to quarantine,"
     " what is whole in them into new ones, and the index is built anew.",
 )

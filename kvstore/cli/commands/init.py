@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 @click.command(cls=Verb)
 @option(
     "--encrypt",
-    is_flag=True,
     help="Encrypt all that is kept, under a passphrase unless an option below says"
     " otherwise.",
 )
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Keep the key in this new file, elsewhere than the store.",
 )
-@option("--keychain", is_flag=True, help="Keep the key in the system's keychain.")
+@option("--keychain", help="Keep the key in the system's keychain.")
 @option(
     "--recipient AGE1...",
     help="Keep the key for whoever has the identity of this age recipient.",

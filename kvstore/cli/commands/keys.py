@@ -51,7 +51,7 @@ def show(context: click.Context) -> None:
 @key.command("trust", cls=Verb)
 @click.argument("name", metavar="NAME")
 @click.argument("public", metavar="[KEY]", required=False)
-@option("--off", is_flag=True, help="Trust it no longer.")
+@option("--off", help="Trust it no longer.")
 @click.pass_context
 def trust(context: click.Context, name: str, public: str | None, off: bool) -> None:
     """Trust whoever holds a key, under a name that you give; or no longer.

@@ -73,7 +73,7 @@ _ORDERS: dict[str, Any] = {
 
 @click.command("ls", cls=Verb)
 @option("--model TEXT", help="Only entries whose MODEL has this in it.")
-@option("--named", is_flag=True, help="Only entries with a name.")
+@option("--named", help="Only entries with a name.")
 @option(
     "--sort",
     "order",
@@ -82,9 +82,7 @@ _ORDERS: dict[str, Any] = {
     help="What comes first: the latest, the largest, or the alphabet.",
 )
 @option(
-    "--tree",
-    is_flag=True,
-    help="Show which entries begin alike; each block's size is counted once.",
+    "--tree", help="Show which entries begin alike; each block's size is counted once."
 )
 @option(
     "--remote [NAME]",

@@ -31,7 +31,6 @@ Decode = Callable[[Sequence[int]], str]
 @options.request
 @option(
     "--explain",
-    is_flag=True,
     help="Look through all that is stored: show the first token that differs with the"
     " text around it, or the field of the model that does; and each line that differs"
     " from the nearest stored prompt, what that costs and what to change.",

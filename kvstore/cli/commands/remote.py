@@ -30,7 +30,6 @@ _remote_option = option(
 
 _trust_option = option(
     "--trust",
-    is_flag=True,
     help="Trust all who may write to the remote: take entries that no trusted key has"
     " signed.",
 )

@@ -32,16 +32,6 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class TenantOptions:
-    """How clients are kept apart."""
-
-    # The header that names who asks, or ``None``.
-    tenant_header: str | None
-    # Entries that all clients may find.
-    shared: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RemoteOptions:
     """What is looked for in a remote, and put there."""
 
@@ -186,12 +176,9 @@ class ServeVerb(Verb):
     help="How long a request waits for the remote, which is then left alone for a"
     " minute. What comes later is on disk for the next request.",
 )
-@option(
-    "--push", is_flag=True, help="Put into the remote what is written to the store."
-)
+@option("--push", help="Put into the remote what is written to the store.")
 @option(
     "--reanchor",
-    is_flag=True,
     help="Where a few tokens of a prompt have changed, a date say, reuse the rows of"
     " what follows, moved to where it stands now: an approximation. What is stored of"
     " it is marked. A model whose rows cannot be moved is served without.",
@@ -213,7 +200,6 @@ class ServeVerb(Verb):
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
 @gathered("space", SpaceOptions)
-@gathered("tenants", TenantOptions)
 @gathered("team", RemoteOptions)
 @gathered("rows", RowOptions)
 def serve(
@@ -222,7 +208,8 @@ def serve(
     space: SpaceOptions,
     min_tokens: int,
     log_format: str,
-    tenants: TenantOptions,
+    tenant_header: str | None,
+    shared: tuple[str, ...],
     team: RemoteOptions,
     rows: RowOptions,
     warm: tuple[BinaryIO, ...],
@@ -255,16 +242,16 @@ def serve(
     both = [f"`--{word}`" for word, is_wanted in wanted.items() if is_wanted]
     if len(both) > 1:
         raise click.UsageError(f"{' and '.join(both[:2])} exclude each other")
-    header = tenants.tenant_header
-    if tenants.shared and header is None:
+    if shared and tenant_header is None:
         raise click.UsageError("`--shared` needs `--tenant-header`")
-    if header is not None and not _HEADER_NAME.fullmatch(header):
-        words = f"`--tenant-header` takes the name of a header, not {header!r}"
-        raise click.UsageError(words)
+    if tenant_header is not None and not _HEADER_NAME.fullmatch(tenant_header):
+        raise click.UsageError(
+            f"`--tenant-header` takes the name of a header, not {tenant_header!r}"
+        )
     if team.push and team.remote is None:
         raise click.UsageError("`--push` needs `--remote`")
     ahead = {file.name: options.read_request("--warm", file) for file in warm}
-    if ahead and header is not None:
+    if ahead and tenant_header is not None:
         raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
     if (model := settings.setting("model")) is not None:
         args = ("--model", os.path.expanduser(model), *args)  # what comes later wins
@@ -284,8 +271,8 @@ def serve(
         if space.max_size is not None:
             store.set_limit(space.max_size)
         make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
-        if header is not None:
-            tenancy = Tenancy.of(store, header, tenants.shared)
+        if tenant_header is not None:
+            tenancy = Tenancy.of(store, tenant_header, shared)
             make = partial(TenantPromptCache, store, describe, tenancy)
         return make(
             remote=team.open(store),
@@ -306,7 +293,7 @@ def serve(
     shown = View(partial(Store, chosen_path(context), create=False), describe, render)
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, header, shown, reanchor=rows.budget, warm=ahead)
+        run(args, make_cache, tenant_header, shown, reanchor=rows.budget, warm=ahead)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 

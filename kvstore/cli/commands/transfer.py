@@ -243,12 +243,9 @@ def _describe_imported(entry: Entry, origin: str) -> str:
     help="The bundle to write; `-` is stdout.",
 )
 @options.overwrite
-@option(
-    "--sign", "is_signed", is_flag=True, help="Sign it with your key: `kvstore key`."
-)
+@option("--sign", "is_signed", help="Sign it with your key: `kvstore key`.")
 @option(
     "--without-basis",
-    is_flag=True,
     help="Leave out what `kvstore calibrate` has made: who takes it over has it.",
 )
 @click.pass_context
