@@ -73,8 +73,9 @@ MUTANTS = {
         _test("faults", "error_at_any_call_of_a_save and write"),
     ),
     "a digest is not compared": Mutant(
-        "storage/shards.py", "return blake3_hex(*buffers) == stored.digest",
-        "return True", _test("faults", "the_table and codes"),
+        "storage/shards.py", "self._fill_hashed(buffers, begin) == stored.digest",
+        "bool(self._fill_hashed(buffers, begin))",
+        _test("faults", "the_table and codes"),
     ),
     "a tag is not compared": Mutant(
         "storage/cipher.py",
