@@ -6,10 +6,12 @@ four of its names stand for classes of ours; mlx-lm itself stays as it is.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import importlib.util
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -382,17 +384,33 @@ def _terminated_like_interrupted() -> Iterator[None]:
     usual = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)
     }
+    usual_hook = sys.unraisablehook
 
     def interrupt(*_: Any) -> None:
         for number in usual:
             signal.signal(number, signal.SIG_IGN)  # what waits is being written
         raise KeyboardInterrupt
 
+    def hook(lost: Any) -> None:
+        # Python drops what is raised while it collects garbage, and goes on.
+        if lost.exc_type is KeyboardInterrupt:
+            signal.signal(signal.SIGTERM, interrupt)
+            # A `Thread` would wait for a lock that who is interrupted may hold.
+            _thread.start_new_thread(again, ())
+        else:
+            usual_hook(lost)
+
+    def again() -> None:
+        time.sleep(0.1)  # until nobody collects
+        os.kill(os.getpid(), signal.SIGTERM)
+
     for number, handler in usual.items():
         if handler is not signal.SIG_IGN:  # as by `nohup`
             signal.signal(number, interrupt)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        sys.unraisablehook = usual_hook
         for number, handler in usual.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -92,3 +93,23 @@ def test_a_signal_ends_waiting_for_a_line():
     process.terminate()
     output, _ = process.communicate(timeout=300)
     assert output == f"ending {int(signal.SIGTERM)}\n"
+
+
+def test_an_interrupt_that_python_drops_comes_again():
+    """Raised where garbage is collected, it goes no further than to be printed."""
+    from kvstore.server.app import _terminated_like_interrupted
+
+    class Garbage:
+        pass
+
+    def wait():
+        garbage = Garbage()
+        seen = weakref.ref(garbage, lambda _: signal.raise_signal(signal.SIGTERM))
+        del garbage
+        assert seen() is None  # and nobody was interrupted
+        time.sleep(60)
+
+    usual = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), _terminated_like_interrupted():
+        wait()
+    assert sys.unraisablehook is usual
