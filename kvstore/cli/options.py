@@ -298,7 +298,8 @@ def codec_name(text: str) -> str:
 def json_object(text: str | bytes) -> JSON:
     """Return a JSON object."""
     try:
-        found = json.loads(text)
+        # Of bytes, `loads` would guess the encoding; a server takes UTF-8.
+        found = json.loads(text if isinstance(text, str) else text.decode())
     except ValueError as error:
         raise click.BadParameter(f"not valid JSON: {error}") from error
     except RecursionError as error:
