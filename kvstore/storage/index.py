@@ -407,13 +407,15 @@ class Index:
     def _told_of(self, blocks: Sequence[Block]) -> list[tuple[bytes, int]]:
         """Return hash and number of tokens of blocks that are found by their parents.
 
-        So a prompt that leaves a chain halfway will look for them.
+        So a prompt that leaves a chain halfway will look for them: by parent and first
+        token alone, since a flipped bit may hide a row from one look and not from
+        another.
         """
         query = (
             f"WITH wanted (parent, first, hash) AS (VALUES {_marks(len(blocks))})"
             " SELECT blocks.hash, num_tokens FROM wanted CROSS JOIN blocks"
             " INDEXED BY blocks_by_parent ON blocks.parent = wanted.parent"
-            " AND first_token = first AND blocks.hash = wanted.hash"
+            " AND first_token = first AND +blocks.hash = wanted.hash"
         )
         keys = [
             (b.parent, self._first_of(b.parent, b.tokens[0]), b.hash) for b in blocks
@@ -477,9 +479,10 @@ class Index:
         known: dict[BlockHash, Place] = {}
         for block in hashes:
             place = known.get(block)
-            if place is None and (beside := self._beside(block)):
+            if place is None:
                 # A save put the next ones there too.
-                known = {other[0]: other for other in beside}
+                known = {other[0]: other for other in self._beside(block)}
+                # A flipped bit may hide it there.
                 place = known.get(block) or self.place(block)
             yield place
 
