@@ -149,6 +149,7 @@ def explain(
         request: The prompt, and whose rows are wanted.
         given: The fingerprint of that model.
     """
+    # First: what is damaged leaves the index, and so does not count as held.
     damage = _find_damage(blocks, request)
     match = to_match(find_prefix(blocks, request), len(request.tokens))
     traces = list(_traces(blocks, request))
@@ -320,9 +321,8 @@ def _lost(
     lost = holders.lost(entry)
     if lost is None or lost in trace.blocks:
         return trace.blocks[lost] if lost else None
-    start = (
-        (entry.num_tokens - 1) // blocks.folder.block_size * blocks.folder.block_size
-    )
+    size = blocks.folder.block_size
+    start = (entry.num_tokens - 1) // size * size
     tokens = tuple(request.tokens[start : entry.num_tokens])
     before = [b.hash for b in trace.blocks.values() if b.start < start]
     parent = before[-1] if before else trace.root

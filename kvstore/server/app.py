@@ -392,7 +392,8 @@ def _terminated_like_interrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def hook(lost: Any) -> None:
-        # Python drops what is raised while it collects garbage, and goes on.
+        # Python only prints what is raised while it collects garbage: the server would
+        # go on, and hear no further signal.
         if lost.exc_type is KeyboardInterrupt:
             signal.signal(signal.SIGTERM, interrupt)
             # A `Thread` would wait for a lock that who is interrupted may hold.

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".safetensors"
 _READ_BYTES = 8 * 1024 * 1024
-# What is hashed while it is in the cache of a core need not come from memory again.
+# Read and hashed in pieces that fit into the cache of a core: so the hash need not
+# fetch from memory what was just read.
 _CACHED_BYTES = 512 * 1024
 
 
@@ -306,7 +307,7 @@ class OpenShard:
 
 
 def _runs(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Yield buffers, in parts, together so large as a core's cache holds."""
+    """Yield the buffers in runs of at most `_CACHED_BYTES`; large ones are cut."""
     run, size = list[memoryview](), 0
     for buffer in buffers:
         for begin in range(0, len(buffer), _CACHED_BYTES):
