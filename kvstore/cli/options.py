@@ -21,7 +21,7 @@ from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .completion import complete_codecs, complete_entries, complete_models
 from .main import is_utf8, load_fast_blas
-from .output import HintedError
+from .output import HintedError, print_line
 from .settings import setting, some_bytes
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ class PromptOptions(TemplateOptions):
             )
         if not is_utf8(text):
             raise click.UsageError("the prompt is not UTF-8")
+        if text == given and os.path.isfile(text):
+            print_line("hint", f"`{text}` is a file: `< {text}` gives its text", "cyan")
         return text
 
 

@@ -483,6 +483,15 @@ def test_a_seed_gives_the_same_text(run_cli, tiny_model):
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_prompt_that_names_a_file_is_told(run_cli, tiny_model, tmp_path):
+    """Whoever meant the file's text learns how to give it; the name stays a prompt."""
+    file = tmp_path / "prompt.txt"
+    file.write_text("what the file says")
+    code, _, err = run_cli("save", "--model", str(tiny_model), str(file))
+    assert (code, f"`< {file}` gives its text" in err) == (0, True)
+    assert "is a file" not in run_cli("save", "--model", str(tiny_model), "hello")[2]
+
+
 def test_a_system_prompt_cannot_come_late(run_cli, saved, tiny_model):
     """A conversation that has begun takes no system prompt."""
     code, _, err = run_cli(
