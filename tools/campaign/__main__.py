@@ -17,6 +17,7 @@ where anything was. The same seed gives the same choices.
 from __future__ import annotations
 
 import argparse
+import itertools
 import operator
 import os
 import random
@@ -30,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from .crowd import crowd
 from .damage import damage_store
 from .fuzz import Fuzzer
 from .mutants import MUTANTS, find_survivors
-from .power import cut_in_turn, mounted
+from .power import cut_in_turn, file_systems, mounted
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -106,17 +108,17 @@ def power_cuts(chance: random.Random, count: int, folder: Path, empty: Path) -> 
     """Cut the power of a disk while it is saved to; as root, on Linux."""
     kill, caches = kit.load_beside("test_kill"), kit.load_beside("caches")
     found, saves = Outcome(), 0
+    disks = itertools.cycle(file_systems())
     for done in range(0, count, ROUND):
         work, number = folder / f"cuts-{done}", min(ROUND, count - done)
         work.mkdir()
-        what = f"cuts {done} to {done + number}"
-        act = cut_in_turn
-        acknowledged = found.attempt(
-            what, act, chance, number, work, empty, kill, caches
-        )
+        disk = next(disks)
+        cut = partial(cut_in_turn, chance, number, work, empty, kill, caches, disk)
+        acknowledged = found.attempt(f"cuts {done} to {done + number} of {disk}", cut)
         saves += acknowledged or 0
         (work / "image").unlink()
-    found.count, found.note = count, f"{saves} saves acknowledged"
+    found.count = count
+    found.note = f"{saves} saves acknowledged, on {' and '.join(file_systems())}"
     return found
 
 

@@ -1,7 +1,7 @@
 """Power cuts: a disk that forgets what was not synced, and what a store is then.
 
-The disk is ext4 in a file, which root can mount. It is shut down without its journal
-being written, as if the power had gone; mounted again, it has what was synced.
+The disk is ext4 or XFS in a file, which root can mount. It is shut down without its
+journal being written, as if the power had gone; mounted again, it has what was synced.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 
 import kvstore
 
-_NUM_BYTES = 1 << 26
-# EXT4_IOC_SHUTDOWN, without a flush of the journal.
+# The size of a disk, in bytes: XFS wants 300 MB. The file is sparse.
+_NUM_BYTES = {"ext4": 1 << 26, "xfs": 5 << 26}
+# EXT4_IOC_SHUTDOWN, which is XFS_IOC_GOINGDOWN too, without a flush of the journal.
 _SHUTDOWN, _FLAGS = 0x8004587D, struct.pack("I", 2)
 
 
@@ -58,8 +59,13 @@ class Disk:
             os.close(descriptor)
 
 
+def file_systems() -> list[str]:
+    """Return the file systems that a disk can be made with on this machine."""
+    return [name for name in _NUM_BYTES if shutil.which(f"mkfs.{name}")]
+
+
 @contextmanager
-def mounted(folder: Path) -> Iterator[Disk]:
+def mounted(folder: Path, file_system: str = "ext4") -> Iterator[Disk]:
     """Yield a new disk.
 
     Raises:
@@ -68,8 +74,8 @@ def mounted(folder: Path) -> Iterator[Disk]:
     image, path = folder / "image", folder / "disk"
     path.mkdir()
     with image.open("wb") as file:
-        file.truncate(_NUM_BYTES)
-    _run("mkfs.ext4", "-q", image)
+        file.truncate(_NUM_BYTES[file_system])
+    _run(f"mkfs.{file_system}", "-q", image)
     disk = Disk(image, path)
     disk.mount()
     try:
@@ -89,6 +95,7 @@ def cut_in_turn(
     empty: Path,
     kill: Any,
     caches: Any,
+    file_system: str,
 ) -> int:
     """Cut the power of one store so many times, while it is saved to.
 
@@ -102,12 +109,13 @@ def cut_in_turn(
         empty: An empty store.
         kill: The test of kills, whose workers save and note what was acknowledged.
         caches: The makers of prompt caches.
+        file_system: Of the disk.
 
     Returns:
         How many saves were acknowledged before a cut.
     """
     saves = 0
-    with mounted(folder) as disk:
+    with mounted(folder, file_system) as disk:
         path = shutil.copytree(empty, disk.path / "store")
         os.sync()
         counted = folder / "noted"
