@@ -12,13 +12,14 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import KVStoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 OPENBLAS_VARIABLE = "KVSTORE_OPENBLAS"
 OPENBLAS_REMEDY = (
@@ -56,6 +57,27 @@ def load_openblas() -> Path | None:
     if found is None:
         _searched_in_vain.append(True)
     return found
+
+
+def before_mlx(act: Callable[[], object]) -> None:
+    """Have something done once, when MLX is about to be imported.
+
+    Args:
+        act: Is called where `import mlx.core` stands; what it raises, that raises.
+    """
+    sys.meta_path.insert(0, _BeforeMLX(act))
+
+
+class _BeforeMLX(MetaPathFinder):
+    """Is asked for modules before any other finder, and finds none."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+
+    def find_spec(self, fullname: str, *_: object) -> None:
+        if fullname == "mlx.core":
+            sys.meta_path.remove(self)
+            self._act()
 
 
 def openblas_in_process() -> Path | None:

@@ -22,6 +22,15 @@ assert "mlx.core" not in sys.modules
 print(load_openblas())
 """
 
+# The verb imports modules in an order of its own.
+DOCTOR = """
+from kvstore.cli import main
+try:
+    main(["doctor", "--json"])
+except SystemExit:
+    pass
+"""
+
 # Whether the symbols of an OpenBLAS are there for MLX to find.
 IS_GLOBAL = """
 import ctypes
@@ -86,6 +95,13 @@ def test_nothing_after_mlx(library: str) -> None:
     """Once mlx.core is imported, nothing is loaded."""
     late = "import mlx.core\n" + LOAD.replace("assert", "#")
     assert run(late) == "None"
+    assert run(late + IS_GLOBAL) == "False"
+
+
+def test_every_verb_has_it_under_mlx(library: str) -> None:
+    """The command puts it under MLX whichever module is the first to import that."""
+    late = "import mlx.core\n" + DOCTOR
+    assert run(DOCTOR + IS_GLOBAL) == "True"
     assert run(late + IS_GLOBAL) == "False"
 
 

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..blas import before_mlx
 from .failures import run
-from .main import cli
+from .main import cli, load_fast_blas
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, by default with the process's arguments, and exit."""
+    before_mlx(load_fast_blas)
     sys.exit(run(cli, args))
 
 

@@ -20,7 +20,7 @@ from ..format.block import EXACT_BITS
 from ..format.calibration import EXACT, QUALITIES, UNMEASURED
 from ..format.documents import JSON
 from .completion import complete_codecs, complete_entries, complete_models
-from .main import is_utf8, load_fast_blas
+from .main import is_utf8
 from .output import HintedError, print_line
 from .settings import setting, some_bytes
 
@@ -285,7 +285,6 @@ def some_text(text: str) -> str:
 
 def codec_name(text: str) -> str:
     """Return the name of a codec."""
-    load_fast_blas()  # codecs import MLX
     from ..codecs import get_codec
     from ..errors import CodecError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..main import Verb, load_fast_blas, open_store, output_of
+from ..main import Verb, open_store, output_of
 from ..options import ModelOptions, model_options, option
 from ..output import Column, format_codec, format_table, terminal_width
 
@@ -60,7 +60,6 @@ def calibrate(
             "`--from-store` excludes `--measure-only` and `--text`: it reads no text"
         )
     output = output_of(context)
-    load_fast_blas()
     if from_store:
         store = open_store(context)
         fingerprint = None if model.model is None else model.fingerprint()

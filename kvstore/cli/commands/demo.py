@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..main import Verb, load_fast_blas, output_of
+from ..main import Verb, output_of
 from ..options import ModelOptions, codec_name, max_tokens, model_options, option, utf8
 from ..output import Column, format_bytes, format_count, format_table, terminal_width
 
@@ -109,7 +109,6 @@ def _run(
 ) -> tuple[ModelOptions, DemoResult]:
     output = output_of(context)
     model = model.chosen(context)
-    load_fast_blas()
     from ...models.demo import CODECS, run_demo
 
     with output.progress() as bars:

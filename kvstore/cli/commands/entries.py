@@ -19,7 +19,7 @@ from ...format.entry import Entry
 from ...storage.keys import known_keys
 from .. import options
 from ..completion import complete_entries
-from ..main import Verb, load_fast_blas, open_store, output_of
+from ..main import Verb, open_store, output_of
 from ..options import option
 from ..output import (
     Column,
@@ -198,7 +198,6 @@ def adopt(
     nonsense. Each entry leaves the model that made it; `inspect` says where it is from.
     """
     model = model.chosen(context)
-    load_fast_blas()
     output = output_of(context)
     store = open_store(context)
     # All are found before the first is taken.
@@ -242,7 +241,6 @@ def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -
     question = f"store the exact blocks of {entry_label(entry)} as {codec}, for good?"
     if not output.confirm(question, is_answered=yes):
         raise KVStoreError("nothing was changed", hint="`-y` confirms")
-    load_fast_blas()
     with output.progress() as bars:
         done = store.recompress(entry.id, codec, progress=bars.bar("recompress"))
     data = {"entry": entry_data(done), "nbytes_before": entry.nbytes}

@@ -14,7 +14,7 @@ from ...blas import OPENBLAS_REMEDY, is_openblas_missing
 from ...errors import KVStoreError
 from .. import options
 from ..interrupts import Interrupts
-from ..main import Verb, chosen_path, load_fast_blas, log, open_store, output_of
+from ..main import Verb, chosen_path, log, open_store, output_of
 from ..options import ModelOptions, PromptOptions, model_options, prompt_options
 from ..output import Output, format_bytes, format_codec, format_count
 from ..settings import setting, some_bytes
@@ -218,7 +218,6 @@ def open_models(
     ``codec`` may be a quality too; where it is ``None``, ``usual`` is.
     """
     chosen = chosen.chosen(context, ref)
-    load_fast_blas()
     from ...models.load import find_model
 
     codec = options.codec_of(codec, live.least_bits if live else 0, usual)

@@ -14,7 +14,7 @@ from click.shell_completion import FishComplete, ZshComplete
 from ...errors import KVStoreError
 from .. import options, settings
 from ..completion import QuotingBash
-from ..main import Verb, chosen_path, cli, load_fast_blas, open_store, output_of
+from ..main import Verb, chosen_path, cli, open_store, output_of
 from ..options import option
 from ..output import (
     Column,
@@ -343,7 +343,6 @@ def verify(
     output = output_of(context)
     if num_blocks is not None:
         model = model.chosen(context)
-        load_fast_blas()
     store = open_store(context)
     if repair:
         for finding in store.repair():

@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 
 from .. import options, settings
 from ..completion import server_options
-from ..main import Verb, chosen_path, load_fast_blas, log
+from ..main import Verb, chosen_path, log
 from ..options import gathered, option
 from .generate import make_store
 from .view import describe, render
@@ -94,7 +94,6 @@ class ServeVerb(Verb):
     ) -> None:
         """Write both."""
         super().format_options(ctx, formatter)
-        load_fast_blas()
         from ...server.app import options_help
 
         formatter.write("\nOptions of mlx_lm.server:\n")
@@ -230,7 +229,6 @@ def serve(
     logged at the start, or is $KVSTORE_TOKEN; /metrics has counters for Prometheus, and
     needs it too where `--tenant-header` is given.
     """
-    load_fast_blas()
     least = options.least_bits(rows.exact, rows.min_bits)
     chosen = options.codec_of(codec, least, "high")
     has_codes = any(word.partition("=")[0] == "--kv-bits" for word in args)

@@ -10,7 +10,7 @@ import click
 
 from .. import options
 from ..completion import complete_entries
-from ..main import Verb, load_fast_blas, open_store, output_of
+from ..main import Verb, open_store, output_of
 from ..options import option
 from ..output import Column, printable
 from .entries import entry_data
@@ -48,7 +48,6 @@ def show(
     output = output_of(context)
     store = open_store(context)
     entry = store.entry(ref)
-    load_fast_blas()
     from ...models.texts import entry_text, tokenizer_of
 
     text = entry_text(store, entry, tokenizer_of(entry, model), num_last)
@@ -73,7 +72,6 @@ def search(context: click.Context, word: str, model: str | None) -> None:
     """
     output = output_of(context)
     store = open_store(context)
-    load_fast_blas()
     from ...models.texts import Unread, search, tokenizer_of
 
     hits = []

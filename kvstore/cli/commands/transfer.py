@@ -19,7 +19,7 @@ from ...storage import files
 from ...storage.keys import check_signer, signing_key
 from .. import options
 from ..completion import complete_entries
-from ..main import Verb, load_fast_blas, open_store, output_of
+from ..main import Verb, open_store, output_of
 from ..options import ModelOptions, PromptOptions, encode_source, option
 from ..output import Output, format_bytes, format_codec, format_count, one_line
 from .entries import entry_data, entry_label, signer_words
@@ -192,7 +192,6 @@ def _import_cache_file(
     replace: bool,
 ) -> None:
     text = prompt.read()
-    load_fast_blas()
     from ...models.load import load_model, read_cache_file
 
     loaded, tokenizer, fingerprint = load_model(
