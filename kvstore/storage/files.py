@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -166,6 +167,8 @@ def write_new(target: Path, data: bytes) -> None:
 
 
 _UNFINISHED = ".kvstore-"
+# What else begins so is the user's.
+_OURS = re.compile(re.escape(_UNFINISHED) + "[0-9a-f]{16}")
 
 
 def _create_nameless(folder: Path) -> int | None:
@@ -203,8 +206,9 @@ def written_whole(target: Path) -> Iterator[int]:
     a kill has left elsewhere goes when the next file is written into the folder.
     """
     for left in target.parent.glob(f"{_UNFINISHED}*"):
-        with suppress(OSError):  # another user's, say
-            remove_unused(left)
+        if _OURS.fullmatch(left.name) and is_regular(left):
+            with suppress(OSError):  # another user's, say
+                remove_unused(left)
     path = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
     descriptor, has_name = _create_nameless(target.parent), False
     if descriptor is None:

@@ -350,3 +350,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         assert "old" == target.read_text()
     assert ("new", ["x"]) == (target.read_text(), os.listdir(tmp_path))
     assert 0o600 == stat.S_IMODE(target.stat().st_mode)
+
+
+def test_only_what_a_killed_write_has_left_is_removed(tmp_path):
+    """A user's files and folders stay, though their names begin as ours do."""
+    names = [".kvstore-backup", ".kvstore-rc", f".kvstore-{'0' * 16}"]
+    (tmp_path / names[0]).mkdir()
+    (tmp_path / names[0] / "dear").touch()
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    with files.written_whole(tmp_path / "x"):
+        pass
+    assert {*names[:2], "x"} == set(os.listdir(tmp_path))
+    assert ["dear"] == os.listdir(tmp_path / names[0])
