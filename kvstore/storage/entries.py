@@ -85,7 +85,11 @@ def list_ids(folder: StoreFolder) -> list[str]:
 def remove_entries(blocks: BlockStore, ids: Sequence[str]) -> None:
     """Remove the files of entries durably, then their copies; the lock is held."""
     for entry_id in ids:
-        blocks.folder.entry_path(entry_id).unlink()
+        path = blocks.folder.entry_path(entry_id)
+        if path.is_dir() and not path.is_symlink():
+            set_entry_aside(blocks.folder, path)
+        else:
+            path.unlink()
     files.sync_dir(blocks.folder.entries)
     # Nobody reads a copy whose file is gone, and `prune` drops those that are left.
     with (

@@ -153,9 +153,10 @@ def test_repairing_keeps_the_good_blocks_of_a_damaged_shard(folder, caches):
 
 
 def test_repairing_puts_damaged_entries_aside(folder):
-    """What cannot be read is kept to be looked at."""
+    """What cannot be read, and of which there is no copy, is kept to be looked at."""
     path = next(folder.entries.iterdir())
     path.write_bytes(b"x")
+    folder.index.unlink()
     check.repair(folder)
     assert [] == find(folder)
     (aside,) = folder.quarantine.glob("entry-*")

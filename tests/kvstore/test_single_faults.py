@@ -96,6 +96,47 @@ def test_a_flipped_bit_in_an_entry_frees_nothing(saved, caches, flip_bit):
     assert entry.read_bytes() == good
 
 
+def test_a_kill_in_a_repair_loses_no_entry(saved, caches, flip_bit, monkeypatch):
+    """Until its copy is in its place, an entry's damaged file is there."""
+    path, tokens, _ = saved
+    (entry,) = path.glob("entries/*.json")
+    flip_bit(entry, 800)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with kvstore.Store(path) as store:
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr("kvstore.ops.upkeep.check.write_entry", killed)
+            store.repair()
+        store.plan_prune(now=True).execute()
+        store.repair()
+        assert store.load_entry("chat", caches.MODEL)[1] == tokens
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_lies_in_the_place_of_an_entry_stops_no_eviction(store_path, caches, kind):
+    """Its copy tells what it was; a save at the limit evicts it."""
+    with kvstore.Store(store_path, codec="raw") as store:
+        for start in range(3):
+            tokens, cache = caches.make_conversation(4, start)
+            store.save(tokens, cache, caches.MODEL)
+        (first, *_) = store.eviction_order()
+        file = store_path / "entries" / f"{first.id}.json"
+        file.unlink()
+        {
+            "folder": file.mkdir,
+            "pipe": lambda: os.mkfifo(file),
+            "link": lambda: file.symlink_to(store_path / "config.json"),
+        }[kind]()
+        store.set_limit(store.stats().nbytes)
+        tokens, cache = caches.make_conversation(4, 9)
+        store.save(tokens, cache, caches.MODEL)
+        assert first.id not in {entry.id for entry in store.eviction_order()}
+        assert not os.path.lexists(file)
+        assert store.verify() == []
+
+
 def test_an_entry_that_nothing_tells_stops_all_freeing(saved, caches, flip_bit):
     """With its copy gone too, nobody knows which blocks it needs."""
     path, tokens, _ = saved

@@ -146,7 +146,7 @@ def _make_way(folder: StoreFolder, path: Path) -> None:
 
 
 def _replace_entry(folder: StoreFolder, entry_id: str) -> None:
-    """Put a damaged entry into quarantine, and the index's copy into its place."""
+    """Put the index's copy in the place of a damaged entry, which else is set aside."""
     entry = None
     with suppress(IndexDamagedError, OSError):
         index = Index(folder.index, cipher=folder.cipher)
@@ -154,7 +154,10 @@ def _replace_entry(folder: StoreFolder, entry_id: str) -> None:
             entry = copied_entry(folder, index, entry_id)
         finally:
             index.close()
-    set_entry_aside(folder, folder.entry_path(entry_id))
+    path = folder.entry_path(entry_id)
+    # At no moment there is none: a copy without a file is that of a removed entry.
+    if entry is None or path.is_dir():
+        set_entry_aside(folder, path)
     if entry is not None:
         write_entry(folder, entry)
 

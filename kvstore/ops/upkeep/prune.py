@@ -356,7 +356,7 @@ def _execute(
     # and the next prune takes them; the other way round an entry would lack its
     # blocks.
     with files.locked(blocks.folder.lock, exclusive=True):
-        removed = list(filter(partial(_is_unchanged, blocks.folder), plan.entries))
+        removed = list(filter(partial(_is_unchanged, blocks), plan.entries))
         tips = [BlockHash(bytes.fromhex(entry.tip)) for entry in removed]
         gone |= {p.hash for tip in tips for p, _ in blocks.index.chain(tip)}
         remove_entries(blocks, [entry.id for entry in removed])
@@ -517,12 +517,13 @@ def _is_readable(folder: StoreFolder, name: str) -> bool:
         return False
 
 
-def _is_unchanged(folder: StoreFolder, entry: Entry) -> bool:
+def _is_unchanged(blocks: BlockStore, entry: Entry) -> bool:
     """Whether an entry was not saved again since the plan was made."""
     try:
-        return read_entry(folder, entry.id) == entry
-    except IntegrityError:
-        return True  # damaged since, and still the one that may go
+        return read_entry(blocks.folder, entry.id) == entry
+    except (IntegrityError, OSError):
+        # Its copy is never older than what was saved last.
+        return copied_entry(blocks.folder, blocks.index, entry.id) == entry
 
 
 def _past(stamp: float) -> float:
