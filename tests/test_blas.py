@@ -31,6 +31,15 @@ except SystemExit:
     pass
 """
 
+BAD_OF_DOCTOR = """
+import contextlib, io, json, sys
+from kvstore.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+    main(["doctor", "--json", "--store", sys.argv[1]])
+findings = json.loads(out.getvalue())["findings"]
+print([one["subject"] for one in findings if one["state"] == "bad"])
+"""
+
 # Whether the symbols of an OpenBLAS are there for MLX to find.
 IS_GLOBAL = """
 import ctypes
@@ -121,6 +130,13 @@ def test_missing_library_is_refused(library: str, tmp_path: Path) -> None:
     missing = str(tmp_path / "libopenblas.so")
     message = run(LOAD, openblas=missing)
     assert f"KVStoreError: cannot use `{missing}` as OpenBLAS" in message
+
+
+def test_doctor_tells_of_a_missing_library(library: str, tmp_path: Path) -> None:
+    """It is one bad line among the others, and MLX is left alone."""
+    missing = str(tmp_path / "libopenblas.so")
+    bad = run(BAD_OF_DOCTOR, str(tmp_path / "store"), openblas=missing)
+    assert bad == "['BLAS']"
 
 
 def test_other_library_is_refused(library: str) -> None:

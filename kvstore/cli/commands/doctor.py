@@ -51,8 +51,8 @@ def _examine(path: Path, model: ModelOptions) -> Iterator[Diagnosis]:
 
     has_back_end = True
     for diagnosis in examine_machine():
-        is_back_end = diagnosis.subject == "back end"
-        has_back_end &= not (is_back_end and diagnosis.state == "bad")
+        is_needed = diagnosis.subject in ("BLAS", "back end")
+        has_back_end &= not (is_needed and diagnosis.state == "bad")
         yield diagnosis
     yield from examine_store(path)
     if model.model is not None and has_back_end:

@@ -27,7 +27,6 @@ from ...blas import (
     load_openblas,
     openblas_in_process,
 )
-from ...codecs.parallel import NUM_CORES
 from ...errors import KVStoreError, StoreLockedError
 from ...format.config import CONFIG
 from ...format.documents import JSON
@@ -67,6 +66,8 @@ def examine_machine() -> Iterator[Diagnosis]:
     yield examine_versions()
     blas = examine_blas()
     yield blas
+    if blas.state == "bad":
+        return  # MLX is not imported then
     back_end = examine_back_end()
     yield back_end
     if back_end.state != "bad":
@@ -165,6 +166,8 @@ def _measure_flops(size: int = 1024) -> float:
 
 
 def _load() -> str:
+    from ...codecs.parallel import NUM_CORES
+
     with suppress(OSError):
         return f"the load is {os.getloadavg()[0]:.1f} on {NUM_CORES} cores"
     return "the load is not known"
