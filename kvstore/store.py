@@ -1150,7 +1150,7 @@ class Store:
 
         What was exact is not so afterwards, in all entries that share these blocks. A
         block that something lossy went into stays as it is, and so do a tail and what
-        another entry has that is pinned.
+        another entry has that is pinned or signed.
 
         Args:
             ref: Its name, or its id or the start of it.

@@ -36,8 +36,8 @@ def recompress_entry(
 ) -> Entry:
     """Write the exact blocks of an entry with another codec, and return the entry.
 
-    Those that another entry has too, which is pinned, stay as they are. At every moment
-    each block can be read: its new copy lasts before the old one goes.
+    Those that another entry has too, which is pinned or signed, stay as they are. At
+    every moment each block can be read: its new copy lasts before the old one goes.
 
     Raises:
         IndexDamagedError: The index does not say what is in the blocks' shards.
@@ -50,12 +50,12 @@ def recompress_entry(
     # Their shards go, with all that the index does not know of.
     blocks.confirm(only={place.shard for place, _ in blocks.chain(entry)})
     chain = blocks.chain(entry)
-    pinned = _pinned_elsewhere(blocks, catalog, entry)
+    fixed = _fixed_elsewhere(blocks, catalog, entry)
     wanted = [
         (place, stored)
         for place, stored in chain
         if stored.is_exact
-        and place.hash not in pinned
+        and place.hash not in fixed
         and stored.codec != codec.name
         and place.num_tokens == blocks.folder.block_size  # a tail stays lossless
     ]
@@ -76,10 +76,10 @@ def recompress_entry(
         return catalog.commit(_described(blocks, entry, codec, codecs))
 
 
-def _pinned_elsewhere(
+def _fixed_elsewhere(
     blocks: BlockStore, catalog: Catalog, entry: Entry
 ) -> set[BlockHash]:
-    others = [other for other in catalog.all() if other.pinned and other.id != entry.id]
+    others = [o for o in catalog.all() if (o.pinned or o.signer) and o.id != entry.id]
     tips = [BlockHash(bytes.fromhex(other.tip)) for other in others]
     return {place.hash for tip in tips for place, _ in blocks.index.chain(tip)}
 

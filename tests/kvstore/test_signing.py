@@ -84,6 +84,34 @@ def test_rows_of_somebody_else_are_not_called_signed(sent, small, caches):
     assert take(sent[1], signed(sent[0], ALICE)).signer == ""
 
 
+@pytest.mark.parametrize("name", ["doc", "other"])
+@pytest.mark.parametrize("again", [False, True])
+def test_rows_that_come_later_are_somebody_elses(sent, small, name, again):
+    """A signed entry that lost a block, and gets it from another, is signed no more."""
+    take(sent[1], signed(sent[0], ALICE))
+    with kvstore.Store(sent[1], "raw") as store:
+        place, _ = store.chain("doc")[-2]
+        with store._blocks.index.transaction():
+            store._blocks.index.drop_block(place.hash, place.shard)
+    take(sent[1], signed(sent[0], ALICE if again else None), name=name)
+    with kvstore.Store(sent[1], "raw") as store:
+        assert store.entry("doc").signer == (public_key(ALICE) if again else "")
+        assert store.verify() == []
+
+
+def test_what_was_signed_is_not_recompressed_by_the_way(sent, small, caches):
+    """Another entry that shares its blocks leaves them as they are."""
+    take(sent[1], signed(sent[0], ALICE))
+    more = [*small.tokens, 1, 2, 3]
+    rows = caches.random_rows(3, 6, layers=1, heads=1, dim=8)
+    with kvstore.Store(sent[1], "raw") as store:
+        cache, _ = store.load_entry("doc", caches.MODEL)
+        store.save(more, caches.grow(cache, rows), caches.MODEL, name="longer")
+        store.recompress("longer", "turbo4")
+        assert store.entry("doc").signer == public_key(ALICE)
+        assert {stored.codec for _, stored in store.chain("doc")} == {"raw"}
+
+
 def parts_of(data):
     """Return the files of a bundle, by their names."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:

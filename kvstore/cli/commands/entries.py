@@ -229,7 +229,7 @@ def recompress(context: click.Context, ref: str, codec: str | None, yes: bool) -
     """Store an entry's exact blocks with another codec.
 
     They can be loaded at every moment, and are not exact afterwards, in no entry that
-    shares them; what a pinned entry has too stays as it is. So does a block that
+    shares them; what a pinned or signed entry has too stays. So does a block that
     something lossy went into: none is coded twice. `inspect` says what the entry was
     stored with before.
     """

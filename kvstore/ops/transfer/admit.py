@@ -249,6 +249,7 @@ def admit(
             make_room(blocks, nbytes, lambda: found.chain.hashes)
             with files.locked(blocks.folder.lock, exclusive=True):
                 # Another process may have taken the name meanwhile.
+                _unsign(blocks, catalog, prepared, described.signer)
                 old = replaceable(catalog, name, found.chain, replace)
                 # The lock keeps `prune` from blocks that no entry needs yet.
                 entry = _publish(blocks, found, held, prepared) and commit(
@@ -276,6 +277,18 @@ def _vouched(found: Incoming, held: Held) -> Entry:
     if all(rows(held[name]) == rows(signed[name]) for name in held):
         return found.entry
     return changed(found.entry, signer="")
+
+
+def _unsign(
+    blocks: BlockStore, catalog: Catalog, shards: Sequence[StagedShard], signer: str
+) -> None:
+    """Take the signature from entries that lack a block, and get one of another's."""
+    new = {stored.block.hash for shard in shards for stored in shard.header.blocks}
+    for entry in catalog.all() if new else ():
+        if entry.signer not in ("", signer):
+            tip = BlockHash(bytes.fromhex(entry.tip))
+            if [tip, *(parent for _, parent in blocks.index.chain(tip))][-1] in new:
+                catalog.commit(changed(entry, signer=""))
 
 
 def held_blocks(blocks: BlockStore, wanted: Iterable[Block]) -> Held:
