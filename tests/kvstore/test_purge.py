@@ -133,3 +133,12 @@ def test_what_another_entry_shares_is_not_looked_for(store, caches):
     store.remove("secret")
     store.purge(traces)
     assert store.load([*tokens, 1], other)[0] is not None
+
+
+def test_what_is_no_shard_ends_no_purge(store, store_path):
+    """Its first bytes, which say how long a header is, may say anything."""
+    removed = store.traces_of("secret")
+    (store_path / "shards/00/notes").write_text("hello world")
+    store.remove("secret")
+    store.purge(removed)
+    assert [] == traces(store_path)

@@ -136,7 +136,8 @@ def find_traces(blocks: BlockStore, traces: Traces) -> Path | None:
 
 def _header(shard: Path) -> bytes:
     with shard.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, shard.stat().st_size))  # or it is no shard
 
 
 def _has_any(data: bytes, words: Iterable[bytes]) -> bool:
