@@ -375,19 +375,32 @@ def _check_folders(path: Path, *, is_borrowed: bool) -> None:
         PermissionError: Everybody may write into the store.
         OSError: A folder of it is a link.
     """
-    mode = path.stat().st_mode
+    _refuse_writable(path)
+    for folder in (path / name for name in (*_FOLDERS, "bases")):
+        if folder.is_symlink():
+            raise _linked(folder)
+        if folder.is_dir():
+            _refuse_writable(folder)
+        elif folder.name in _FOLDERS and not is_borrowed:
+            with suppress(OSError):  # on a read-only disk nothing is written anyway
+                files.make_private_dir(folder)
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        for part in os.scandir(path / "shards"):
+            if part.is_symlink():
+                raise _linked(Path(part.path))
+
+
+def _refuse_writable(folder: Path) -> None:
+    mode = folder.stat().st_mode
     # With the sticky bit nobody can replace what another user has made.
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise PermissionError(
-            errno.EPERM, "everybody may write into this store (chmod 700)", str(path)
+            errno.EPERM, "everybody may write into this store (chmod 700)", str(folder)
         )
-    for name in _FOLDERS:
-        folder = path / name
-        if folder.is_symlink():
-            raise OSError(errno.ELOOP, "a folder of the store is a link", str(folder))
-        if not is_borrowed and not folder.is_dir():
-            with suppress(OSError):  # on a read-only disk nothing is written anyway
-                files.make_private_dir(folder)
+
+
+def _linked(folder: Path) -> OSError:
+    return OSError(errno.ELOOP, "a folder of the store is a link", str(folder))
 
 
 def _not_a_store(path: Path) -> StoreNotFoundError:

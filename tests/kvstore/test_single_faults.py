@@ -595,10 +595,14 @@ def test_a_link_in_the_index_place_is_not_followed(saved, caches, tmp_path):
     assert not (path / "index.sqlite").is_symlink()
 
 
-@pytest.mark.parametrize("name", ["shards", "entries", "tmp", "quarantine"])
+LINKED = ["shards", "shards/00", "entries", "tmp", "quarantine", "bases"]
+
+
+@pytest.mark.parametrize("name", LINKED)
 def test_a_folder_that_is_a_link_is_refused(saved, tmp_path, name):
     """A store is where it is."""
     path, _, _ = saved
+    (path / name).mkdir(exist_ok=True)
     shutil.move(path / name, tmp_path / "elsewhere")
     (path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="is a link"):
@@ -626,13 +630,14 @@ def test_parents_are_private_whatever_the_umask(tmp_path):
     assert set(modes.values()) == {0o700}
 
 
-def test_a_store_that_everybody_may_write_to_is_refused(saved):
-    """Who may write into it decides what the model has read."""
+@pytest.mark.parametrize("name", ["", "entries", "shards"])
+def test_a_store_that_everybody_may_write_to_is_refused(saved, name):
+    """Who may write into it, or a folder of it, decides what the model has read."""
     path, _, _ = saved
-    path.chmod(0o777)
+    (path / name).chmod(0o777)
     with pytest.raises(PermissionError, match="everybody may write"):
         kvstore.Store(path)
-    path.chmod(0o755)
+    (path / name).chmod(0o755)
     kvstore.Store(path).close()
 
 
