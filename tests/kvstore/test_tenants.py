@@ -5,12 +5,15 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
+from types import SimpleNamespace
 
 import kit
 import pytest
 
 import kvstore
 from kvstore.format.chain import common_run
+from kvstore.ops.speeds import Speeds
+from kvstore.server.disk import Disk, ServedModel
 from kvstore.server.tenants import OwnedTokens, find_tenant
 
 beside = kit.load_beside("servers")
@@ -172,6 +175,24 @@ def test_a_tenant_is_named_once(values):
         headers["X-User"] = value
     with pytest.raises(ValueError, match="X-User"):
         find_tenant(headers, "X-User")
+
+
+@pytest.mark.parametrize("tenant", ["mine", "another"])
+def test_nobody_waits_for_what_another_asked(tenant):
+    """What is on its way to the disk is waited for by its own tenant alone."""
+    tokens, model = list(range(1000)), kvstore.Fingerprint({"weights": "a"}, "a")
+    asked = []
+    origin = SimpleNamespace(fingerprint=model.with_salt(tenant).fields)
+    job = SimpleNamespace(
+        tokens=tokens, snapshot=SimpleNamespace(chain=SimpleNamespace(origin=origin))
+    )
+    disk = SimpleNamespace(
+        store=SimpleNamespace(speeds=lambda fingerprint: Speeds(None, None)),
+        _writer=SimpleNamespace(wait_for=lambda is_near, _: asked.append(is_near(job))),
+    )
+    served = ServedModel(model.with_salt("mine"), ())
+    Disk._wait_for_near(disk, served, tokens, 0)
+    assert asked == [tenant == "mine"]
 
 
 def test_a_key_is_not_stored():
