@@ -153,7 +153,7 @@ def as_gpu(monkeypatch):
     # `make test-numpy` keeps a GPU's kernels out too; the CPU's stay what they are.
     best_kernels()
     monkeypatch.delenv("TURBOQUANT_KERNELS", raising=False)
-    monkeypatch.setattr(gpu, "start_upload", gpu.ArrayUpload)
+    monkeypatch.setattr(gpu, "start_upload", lambda _=0: gpu.ArrayUpload())
 
     def use(launch):
         monkeypatch.setattr(gpu, "_launch", launch)

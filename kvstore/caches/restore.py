@@ -335,10 +335,11 @@ class KernelRestoring(HostRestoring):
         self._layout = layout
         self._target = _Target(layout, num_tokens)
         self._coded = _LiveBlocks()
-        self._upload = gpu.start_upload()
+        nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
+        # Codes of 4 bits take a little more than a quarter of their rows.
+        self._upload = gpu.start_upload(nbytes * 2 // 7)
         self._sent: dict[tuple[int, str], list[tuple[Cut, Segments]]] = {}
         self._fitted = FittedBlocks(self._upload)
-        nbytes = sum(g.token_bytes for g in group_layers(layout)) * num_tokens
         self.spare_bytes = _spare_bytes(nbytes)
         self._arrays = [{} for _ in self._target.layers]
         self._views = [

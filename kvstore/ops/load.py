@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,6 @@ from ..format.block import (
     Block,
     BlockHash,
     Progress,
-    ShardHeader,
     StoredBlock,
 )
 from ..format.chain import (
@@ -43,7 +42,7 @@ from ..format.entry import Entry
 from ..format.spans import Span, last_end
 from ..storage.blocks import BlockStore
 from ..storage.index import MAX_CHILDREN, Place
-from ..storage.shards import reopen_shard, shard_path
+from ..storage.shards import OpenShard, reopen_shard, shard_path
 from .bases import own_codecs
 
 Reason = Literal[
@@ -230,8 +229,8 @@ def _restore(
     done, provenance = 0, Provenance()
     codecs: Counter[str] = Counter()
     decoded = map_in_order(
-        _Decoding(blocks.folder.shards, hit.num_tokens, restoring),
-        _read_first(_located(blocks, hit, restoring)),
+        _Decoding(hit.num_tokens, restoring),
+        _located(blocks, hit, restoring),
         restoring.num_threads,
         nbytes=lambda item: item.nbytes,
         max_bytes=restoring.spare_bytes,
@@ -277,6 +276,8 @@ def _located(blocks: BlockStore, hit: Hit, restoring: Restoring) -> Iterator[_Lo
     end = 0
     for shard, places in groupby(hit.places, key=lambda place: place.shard):
         header, located = blocks.locate(shard, list(places), hit.root)
+        # Once for all of its blocks, by the thread that reads the first.
+        opened = cache(partial(reopen_shard, blocks.folder.shards, shard, header))
         for stored in located:
             # A header may lie about where a block stands: the hash is of its parent
             # and tokens.
@@ -288,7 +289,7 @@ def _located(blocks: BlockStore, hit: Hit, restoring: Restoring) -> Iterator[_Lo
                 pieces = tuple(stored_pieces(stored, groups, own))
             buffers = restoring.buffers(pieces, stored, min(end, hit.num_tokens))
             is_received = restoring.can_receive(pieces)
-            yield _Located(shard, header, stored, pieces, buffers, is_received)
+            yield _Located(shard, opened, stored, pieces, buffers, is_received)
 
 
 def _follow(
@@ -473,7 +474,8 @@ class _Located:
     """A block that is to be read, and where its rows go."""
 
     shard: str
-    header: ShardHeader
+    # Returns the shard, open.
+    opened: Callable[[], OpenShard]
     stored: StoredBlock
     pieces: tuple[tuple[Codec, Piece], ...]
     # What its bytes are read into where they are the rows; else none.
@@ -507,34 +509,15 @@ def _room_for(num_tokens: int) -> Iterator[None]:
         ) from error
 
 
-def _read_first(located: Iterator[_Located]) -> Iterator[_Located]:
-    """Return the same blocks, found before one of them is read.
-
-    Else threads that read wait for the interpreter's lock while others are found. What
-    goes wrong is raised behind the blocks before it.
-    """
-    found, failed = [], None
-    try:
-        for item in located:
-            found.append(item)
-    except (KVStoreError, OSError) as error:
-        failed = error
-    yield from found
-    if failed is not None:
-        raise failed
-
-
 class _Decoding:
     """Reads, checks and decodes blocks; each thread has a buffer of its own.
 
     Args:
-        folder: The shards.
         num_tokens: How many tokens' rows there will be.
         out: The prompt cache that is rebuilt.
     """
 
-    def __init__(self, folder: Path, num_tokens: int, out: Restoring) -> None:
-        self._folder = folder
+    def __init__(self, num_tokens: int, out: Restoring) -> None:
         self._num_tokens = num_tokens
         self._out = out
         self._own = threading.local()
@@ -548,12 +531,11 @@ class _Decoding:
         stop = min(stored.block.start + len(stored.block.tokens), self._num_tokens)
         data = memoryview(b"")
         try:
-            with reopen_shard(self._folder, item.shard, item.header) as opened:
-                read = partial(opened.read_into, stored)
-                if self._out.receive(item.pieces, stored, stop, read):
-                    return item, None
-                data = data if item.buffers else self._buffer(stored)
-                read(item.buffers or [data])
+            read = partial(item.opened().read_into, stored)
+            if self._out.receive(item.pieces, stored, stop, read):
+                return item, None
+            data = data if item.buffers else self._buffer(stored)
+            read(item.buffers or [data])
         except (IntegrityError, OSError) as error:
             # Their frames would keep all rows until garbage is collected.
             error.__cause__ = error.__context__ = None

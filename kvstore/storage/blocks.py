@@ -660,8 +660,8 @@ class BlockStore:
         """
         with self.healing(shard):
             header, blocks = self._locate(shard, places, root)
-            with reopen_shard(self.folder.shards, shard, header) as opened:
-                yield from zip(blocks, opened.read(blocks), strict=True)
+            opened = reopen_shard(self.folder.shards, shard, header)
+            yield from zip(blocks, opened.read(blocks), strict=True)
 
     def locate(
         self, shard: str, places: Sequence[Place], root: BlockHash

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 _SUFFIX = ".safetensors"
 _READ_BYTES = 8 * 1024 * 1024
-# Read and hashed in pieces that fit into the cache of a core: so the hash need not
-# fetch from memory what was just read.
-_CACHED_BYTES = 512 * 1024
 
 
 def shard_path(folder: Path, name: str) -> Path:
@@ -289,12 +287,11 @@ class OpenShard:
 
     def _fill_hashed(self, buffers: Sequence[memoryview], offset: int) -> str:
         """Fill buffers, and return the BLAKE3 of what they hold then."""
+        # All at once: in pieces, threads wait for the interpreter's lock at each.
+        self._fill(buffers, offset)
         digest = blake3.blake3()
-        for run in _runs(buffers):
-            self._fill(run, offset)
-            for buffer in run:
-                digest.update(buffer)
-                offset += len(buffer)
+        for buffer in buffers:
+            digest.update(buffer)
         return digest.hexdigest()
 
     def _fill(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -304,21 +301,6 @@ class OpenShard:
             raise _damaged(self.path, str(error)) from error
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-
-def _runs(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Yield the buffers in runs of at most `_CACHED_BYTES`; large ones are cut."""
-    run, size = list[memoryview](), 0
-    for buffer in buffers:
-        for begin in range(0, len(buffer), _CACHED_BYTES):
-            part = buffer[begin : begin + _CACHED_BYTES]
-            if run and size + len(part) > _CACHED_BYTES:
-                yield run
-                run, size = [], 0
-            run.append(part)
-            size += len(part)
-    if run:
-        yield run
 
 
 def _uninitialised(size: int) -> memoryview:
@@ -359,22 +341,20 @@ def open_shard_at(path: Path, cipher: Cipher | None = None) -> Iterator[OpenShar
         os.close(descriptor)
 
 
-@contextmanager
-def reopen_shard(folder: Path, name: str, header: ShardHeader) -> Iterator[OpenShard]:
+def reopen_shard(folder: Path, name: str, header: ShardHeader) -> OpenShard:
     """Open a shard whose header has been read, for the data of its blocks.
 
     What is read is checked with the digests in that header, so nothing is trusted that
-    another file may have brought meanwhile.
+    another file may have brought meanwhile. It is closed once nobody has it any more.
 
     Raises:
         FileNotFoundError: There is no such shard.
     """
     path = shard_path(folder, name)
     descriptor, _ = files.open_regular(path)
-    try:
-        yield OpenShard(descriptor, path, header)
-    finally:
-        os.close(descriptor)
+    opened = OpenShard(descriptor, path, header)
+    weakref.finalize(opened, os.close, descriptor)
+    return opened
 
 
 def quarantine_shard(folder: Path, name: str, quarantine: Path) -> Path:

@@ -33,14 +33,18 @@ _QUICK = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync_v2")
 class Upload:
     """Bytes that a device is sent, from any thread; they go when this goes.
 
+    Args:
+        nbytes: How many are likely.
+
     Raises:
         OSError: There is no driver.
         MemoryError: The device, or what may be pinned of the host, has no room.
         RuntimeError: The driver refuses otherwise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int = 0) -> None:
         self._lock = threading.Lock()
+        self._chunk_bytes = max(nbytes, _CHUNK_BYTES)
         self._chunks: list[int] = []
         self._next = self._end = 0
         weakref.finalize(self, _free, self._chunks)
@@ -76,8 +80,7 @@ class Upload:
         _make_current()
         with self._lock:
             if self._end - self._next < size:
-                # Each is twice the one before: few are had, and little is spare.
-                more = max(size, _CHUNK_BYTES << len(self._chunks))
+                more = max(size, self._chunk_bytes)
                 self._next, more = _reserve(more, size)
                 self._chunks.append(self._next)
                 self._end = self._next + more

@@ -207,9 +207,9 @@ def segment(
     return [bits, shape[2], math.prod(shape), skip, *places, norms, mean, 0]
 
 
-def start_upload() -> Upload:
-    """Return what sends bytes to where `restore` reads them."""
-    return cuda.Upload() if mx.cuda.is_available() else ArrayUpload()
+def start_upload(nbytes: int = 0) -> Upload:
+    """Return what sends bytes, likely so many, to where `restore` reads them."""
+    return cuda.Upload(nbytes) if mx.cuda.is_available() else ArrayUpload()
 
 
 class Upload(Protocol):
