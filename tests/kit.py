@@ -4,6 +4,7 @@ Import it as ``kit``. A test that reaches for a module of ``kvstore`` which is n
 public takes it from here, so that a module that moves is mended in one place.
 """
 
+import hashlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -45,12 +46,19 @@ __all__ = [
     "read_entry",
     "read_small",
     "save_prompt",
+    "shard_name",
     "stream_generate",
     "to_float64",
 ]
 
 FLOATS = ("F32", "F16", "BF16")
 """The dtypes that rows of a model have."""
+
+
+def shard_name(data):
+    """Return what a plain shard of these bytes is called."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    return hashlib.sha256(data[:size]).hexdigest()
 
 
 def load_beside(name):

@@ -65,7 +65,7 @@ _SIGNATURE = "signature.json"
 _SHARD = re.compile(r"shards/(..)/(\1[0-9a-f]{62})\.safetensors")
 
 Shard = tuple[str, int, Iterable[bytes | memoryview]]
-"""SHA-256 in hex, size and bytes of a shard."""
+"""Name, size and bytes of a shard."""
 
 
 def is_bundle(start: bytes) -> bool:
@@ -146,7 +146,7 @@ def write_bundle(
 
 
 def _description(config: bytes, entry: bytes, names: Sequence[str]) -> list[str]:
-    """Return the SHA-256 of every file of a bundle in its order, but the signature."""
+    """Return what tells every file of a bundle in its order, but the signature."""
     return [*(hashlib.sha256(data).hexdigest() for data in (config, entry)), *names]
 
 

@@ -1,8 +1,8 @@
 """Shards: immutable safetensors files of encoded blocks. Knows folders, not SQL.
 
-A shard is named by the SHA-256 of its bytes. Its header carries a digest of itself,
-and of the bytes of each block, so both are checked on every read without reading
-the rest of the file.
+A shard is named by the SHA-256 of its header, which carries a digest of itself, and of
+the bytes of each block, so both are checked on every read without reading the rest of
+the file.
 """
 
 from __future__ import annotations

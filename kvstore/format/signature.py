@@ -1,7 +1,7 @@
 """Ed25519 signatures (RFC 8032) over what something from elsewhere says of itself.
 
-What is signed is canonical JSON that names every byte by its SHA-256, and what kind of
-thing it describes, so that a signature of one kind is none of another.
+What is signed is canonical JSON from which a digest of every byte follows, and what
+kind of thing it describes, so that a signature of one kind is none of another.
 """
 
 from __future__ import annotations

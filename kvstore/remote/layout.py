@@ -1,9 +1,9 @@
 """What lies in a remote, and under which keys. Bytes to values and back; no requests.
 
-Everything is named by what it holds, so no object is ever changed: a shard by its own
-SHA-256, an entry's document by that of its bytes. The document has the digest of each
-shard's header, and the header the digest of each block. So a block can be checked that
-was read alone.
+Everything is named by what it holds, so no object is ever changed: a shard by the
+SHA-256 of its header, an entry's document by that of its bytes. The document has the
+name of each shard, and its header the digest of each block. So a block can be checked
+that was read alone.
 """
 
 from __future__ import annotations
@@ -42,13 +42,11 @@ _KEY = re.compile(
 class RemoteShard:
     """A shard of a remote."""
 
-    # SHA-256 of its bytes in hex.
+    # SHA-256 of its header in hex.
     name: str
     nbytes: int
     # The header with its length, which stands before the data.
     header_nbytes: int
-    # SHA-256 of these bytes in hex.
-    header_digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +126,7 @@ def _body(remote: RemoteEntry) -> dict[str, JSON]:
         "block_size": remote.block_size,
         "entry": strict_json(entry_to_bytes(entry), allow_floats=True),
         "shards": [
-            [shard.name, shard.nbytes, shard.header_nbytes, shard.header_digest]
-            for shard in remote.shards
+            [shard.name, shard.nbytes, shard.header_nbytes] for shard in remote.shards
         ],
         "blocks": [list(block) for block in remote.blocks],
     }
@@ -215,10 +212,10 @@ def _check(remote: RemoteEntry) -> None:
 
 
 def _shard(row: list[Any]) -> RemoteShard:
-    name, nbytes, header_nbytes, header_digest = row
+    name, nbytes, header_nbytes = row
     if _count(header_nbytes, 8) > min(_count(nbytes), 8 + MAX_HEADER_BYTES):
         raise ValueError("a header is larger than a header can be")
-    return RemoteShard(_hash(name), nbytes, header_nbytes, _hash(header_digest))
+    return RemoteShard(_hash(name), nbytes, header_nbytes)
 
 
 def _hash(value: Any) -> str:

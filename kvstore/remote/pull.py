@@ -238,9 +238,9 @@ def _held(blocks: BlockStore, remote: RemoteEntry) -> dict[BlockHash, StoredBloc
 def _read_header(client: Client, shard: RemoteShard) -> tuple[ShardHeader, memoryview]:
     with _naming(shard):
         raw = client.read(shard_key(shard.name), 0, shard.header_nbytes)
-        # The entry's document has this digest and may be signed, so that a header can
-        # be trusted before the rest of its shard has come.
-        if hashlib.sha256(raw).hexdigest() != shard.header_digest:
+        # The entry's document has this name and may be signed, so that a header can be
+        # trusted before the rest of its shard has come.
+        if hashlib.sha256(raw).hexdigest() != shard.name:
             raise _refused(shard, "its header is not the one that was pushed")
         try:
             header = parse_shard_header(bytes(raw[8:]), shard.nbytes)
@@ -370,8 +370,8 @@ def _staged(
             if not arriving.is_whole:
                 copy = staged_copy(folder, opened, arriving.wanted)
                 return stack.enter_context(copy)
-            if opened.sha256() != shard.name:
-                raise IntegrityError("it has other bytes than its name says")
+            if opened.name() != shard.name:
+                raise IntegrityError("it has another header than its name says")
             os.chmod(arriving.path, 0o400)
     except (IntegrityError, CodecError) as error:
         # Or the next try would find the same bytes, and be refused again.

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -154,9 +153,8 @@ def _reveals_more(header: ShardHeader, tokens: Sequence[int]) -> bool:
 
 
 def _upload(opened: OpenShard, name: str) -> Upload:
-    header = hashlib.sha256(opened.read_header()).hexdigest()
     size = opened.header
-    return RemoteShard(name, size.nbytes, size.data_begin, header), opened.path
+    return RemoteShard(name, size.nbytes, size.data_begin), opened.path
 
 
 def _send_all(
@@ -190,20 +188,20 @@ def _send(client: Client, upload: Upload) -> bool:
 
 
 def _checked_parts(path: Path, name: str) -> Iterator[bytes]:
-    """Yield the bytes of a shard, and fail at the end where their hash is wrong."""
-    digest = hashlib.sha256()
+    """Yield the bytes of a shard, and fail at the first block that is damaged."""
     try:
-        with path.open("rb") as file:
-            while part := file.read(PART_BYTES):
-                digest.update(part)
-                yield part
+        with open_shard_at(path) as opened:
+            if opened.name() != name:
+                raise IntegrityError(
+                    f"shard has another header than its name says: {path}",
+                    path=path,
+                    hint="`kvstore verify --read-data` finds more",
+                )
+            yield bytes(opened.read_header())
+            for data in opened.read(opened.header.blocks):
+                for begin in range(0, len(data), PART_BYTES):
+                    yield bytes(data[begin : begin + PART_BYTES])
     except FileNotFoundError as error:
         raise IntegrityError(
             f"shard {name[:12]} is missing", hint="push the entry again"
         ) from error
-    if digest.hexdigest() != name:
-        raise IntegrityError(
-            f"shard has other bytes than its name says: {path}",
-            path=path,
-            hint="`kvstore verify --read-data` finds more",
-        )

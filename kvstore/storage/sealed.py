@@ -85,6 +85,7 @@ class SealedShard:
 
     Attributes:
         sizes: Bytes of the header that is sealed, and of each block.
+        data_begin: Where the sealed bytes of the blocks start in the file.
         num_bytes: Bytes of the shard that is sealed.
 
     Raises:
@@ -106,6 +107,7 @@ class SealedShard:
             raise ValueError("its salt has another size")
         self._parts = cipher.parts(salt)
         self.sizes = [e - b - TAG_BYTES for _, _, b, e in self._tensors.values()]
+        self.data_begin = self._begin + self._tensors[_HEADER][3]
         self.num_bytes = sum(self.sizes)
 
     def open_header(self, read: Read) -> bytes:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from .folder import StoreFolder
 
 _SUFFIX = ".safetensors"
-_READ_BYTES = 8 * 1024 * 1024
 
 
 def shard_path(folder: Path, name: str) -> Path:
@@ -88,70 +86,49 @@ def staged_shard(
     if folder.cipher is not None:
         pieces = (block.buffers for block in blocks)
         written = seal_shard(folder.cipher, header, stored, pieces)
-    sha256 = hashlib.sha256()
     with files.staged(folder.staging) as (path, descriptor):
-        # Beside the writes: of all that a save does, SHA-256 takes longest.
-        with ThreadPoolExecutor(1, "kvstore-sha256") as hashing:
-            hashed = []
-            for data in written:
-                hashed.append(hashing.submit(sha256.update, data))
-                files.write_all(descriptor, data)
-            for each in hashed:
-                each.result()
-        # Nobody is to write to it again: its name is the digest of its bytes.
+        for data in written:
+            files.write_all(descriptor, data)
+        # Nobody is to write to it again: its name tells its bytes.
         os.fchmod(descriptor, 0o400)
         files.sync(descriptor)
         # What we cannot read back must not be acknowledged.
-        size = os.fstat(descriptor).st_size
-        if folder.cipher is None:
-            parsed = parse_shard_header(header[8:], size)
-        else:
-            # Sealed, a file is larger than its header says: by tags and an outer
-            # header.
-            parsed = replace(parse_shard_header(header[8:], None), nbytes=size)
-        yield StagedShard(path, sha256.hexdigest(), parsed)
+        with open_shard_at(path, folder.cipher) as opened:
+            found = StagedShard(path, opened.name(), opened.header)
+        yield found
 
 
 def receive_shard(
-    folder: StoreFolder, path: Path, name: str, parts: Iterable[bytes]
-) -> str:
-    """Write a shard that comes from elsewhere to a new file, and return its name here.
+    folder: StoreFolder, path: Path, name: str, parts: Iterator[bytes]
+) -> None:
+    """Write a shard that comes from elsewhere to a new file.
 
-    In an encrypted store it is sealed block by block, and has another name.
+    In an encrypted store it is sealed block by block, and has another name. Of a plain
+    one neither name nor blocks are checked here.
 
     Raises:
-        IntegrityError: Its bytes are not those that its name says.
+        IntegrityError: What is to be sealed is not what its name says.
     """
-    sha256, own = hashlib.sha256(), hashlib.sha256()
-
-    def seen() -> Iterator[bytes]:
-        for part in parts:
-            sha256.update(part)
-            yield part
-
-    written = seen()
     if folder.cipher is not None:
-        written = _sealed_on_the_way(folder.cipher, written)
+        parts = _sealed_on_the_way(folder.cipher, name, parts)
     descriptor = files.create(path)
     try:
-        for part in written:
-            own.update(part)
+        for part in parts:
             files.write_all(descriptor, part)
         os.fchmod(descriptor, 0o400)
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise IntegrityError(str(error)) from error
     finally:
         os.close(descriptor)
-    if sha256.hexdigest() != name:
-        raise IntegrityError("it has other bytes than its name says")
-    return own.hexdigest()
 
 
-def _sealed_on_the_way(cipher: Cipher, parts: Iterator[bytes]) -> Iterator[bytes]:
+def _sealed_on_the_way(
+    cipher: Cipher, name: str, parts: Iterator[bytes]
+) -> Iterator[bytes]:
     """Yield the bytes of a sealed shard while those of the plain one come in.
 
     Raises:
-        ValueError: They are not those of a shard.
+        ValueError: They are not those of a shard of this name.
     """
     held = bytearray()
 
@@ -170,6 +147,8 @@ def _sealed_on_the_way(cipher: Cipher, parts: Iterator[bytes]) -> Iterator[bytes
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"header of {length} bytes")
     header = start + take(length)
+    if hashlib.sha256(header).hexdigest() != name:
+        raise ValueError("it has another header than its name says")
     # The size of the data is what the header says; that it is right shows at the end.
     blocks = parse_shard_header(header[8:], None).blocks
 
@@ -269,21 +248,18 @@ class OpenShard:
         return True  # a tag is a digest with a key
 
     def read_header(self) -> memoryview:
-        """Return the bytes before the data: the header with its length."""
-        return self._read(0, self.header.data_begin)
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of the whole file, which is to be its name."""
-        digest = hashlib.sha256()
-        for begin in range(0, self.header.nbytes, _READ_BYTES):
-            size = min(_READ_BYTES, self.header.nbytes - begin)
-            digest.update(self._read(begin, size))
-        return digest.hexdigest()
-
-    def _read(self, offset: int, size: int) -> memoryview:
-        data = _uninitialised(size)
-        self._fill([data], offset)
+        """Return the bytes before those of the blocks: the header with its length."""
+        sealed = self.header.sealed
+        data = _uninitialised(sealed.data_begin if sealed else self.header.data_begin)
+        self._fill([data], 0)
         return data
+
+    def name(self) -> str:
+        """Return what the file is to be called: the SHA-256 of its header.
+
+        The header has the digest of each block, so that this tells every byte.
+        """
+        return hashlib.sha256(self.read_header()).hexdigest()
 
     def _fill_hashed(self, buffers: Sequence[memoryview], offset: int) -> str:
         """Fill buffers, and return the BLAKE3 of what they hold then."""
@@ -372,7 +348,9 @@ def take_back(folder: StoreFolder) -> None:
     for path in folder.quarantine.glob("*.safetensors"):
         with suppress(IntegrityError, FormatError, OSError, ValueError):
             with open_shard_at(path, folder.cipher) as opened:
-                is_whole = opened.sha256() == path.stem
+                for _ in opened.read(opened.header.blocks):
+                    pass  # a damaged one is an error
+                is_whole = opened.name() == path.stem
             target = shard_path(folder.shards, path.stem)
             if is_whole and not target.exists():
                 files.publish(path, target)

@@ -3,7 +3,6 @@
 The fixtures are to be named in the modules that use them.
 """
 
-import hashlib
 import io
 import json
 import shutil
@@ -17,6 +16,7 @@ from unittest.mock import patch
 import blake3
 import mlx.core as mx
 import pytest
+from kit import shard_name
 
 import kvstore
 from kvstore.caches import live as prompt_cache
@@ -107,7 +107,7 @@ def unpack(data):
         "fingerprint": origin["fingerprint"],
         "layout": origin["layout"],
         "shards": [
-            {"sha256": name, "nbytes": len(data)}
+            {"name": name, "nbytes": len(data)}
             for name, data in zip(names, contents, strict=True)
         ],
     }, contents
@@ -159,7 +159,7 @@ def pack(manifest, contents, *, settle=settled):
     """Return a bundle of an entry and shards, their names and digests put right."""
     found = heads(settle(manifest, contents))
     for data in contents:
-        name = hashlib.sha256(data).hexdigest()
+        name = shard_name(data)
         found.append(member(bundles.shard_member(name), data))
     return b"".join(found) + bytes(1024)
 
@@ -186,7 +186,7 @@ def encode(origin, blocks):
     with (
         tempfile.TemporaryDirectory() as name,
         # Who forges does not look whether it can be read back.
-        patch.object(stored_shards, "parse_shard_header"),
+        patch.object(stored_shards, "open_shard_at"),
         staged_shard(folder_in(Path(name)), origin, blocks) as staged,
     ):
         return staged.path.read_bytes()
@@ -226,4 +226,4 @@ def resized(part, num_tokens):
 
 def bundle_names(data):
     """Return the names of a bundle's shards."""
-    return [shard["sha256"] for shard in unpack(data)[0]["shards"]]
+    return [shard["name"] for shard in unpack(data)[0]["shards"]]

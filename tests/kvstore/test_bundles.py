@@ -1,7 +1,6 @@
 """Bundles: what is exported is imported elsewhere, and anything else is refused."""
 
 import copy
-import hashlib
 import io
 import json
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import blake3
 import mlx.core as mx
 import pytest
-from kit import load_beside
+from kit import load_beside, shard_name
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 import kvstore
@@ -373,7 +372,7 @@ def test_no_size_is_believed(stores, tiny):
     """Of what says it is huge, no more is read than says so."""
     manifest, _ = unpack(tiny)
     config, entry = forging.heads(manifest)
-    shard = bundles.shard_member(manifest["shards"][0]["sha256"])
+    shard = bundles.shard_member(manifest["shards"][0]["name"])
     name = bundles.entry_member(manifest["entry"]["id"])
     largest = bundles.MAX_SHARD_BYTES
     for head, member_name, nbytes, more in (
@@ -529,7 +528,7 @@ def misnamed(manifest, contents):
     first = replace(blocks[0].parts[0], data=bytes(256))
     parts = (first, *blocks[0].parts[1:])
     other = encode(origin, [replace(blocks[0], parts=parts), *blocks[1:]])
-    name = bundles.shard_member(manifest["shards"][0]["sha256"])
+    name = bundles.shard_member(manifest["shards"][0]["name"])
     return b"".join(forging.heads(manifest)) + member(name, other) + bytes(1024)
 
 
@@ -721,7 +720,7 @@ def test_states_that_are_missing_are_refused(stores):
 def test_json_spelled_otherwise_is_refused(stores, tiny):
     """JSON has many spellings; one of them is a bundle's."""
     manifest, contents = unpack(tiny)
-    shard = bundles.shard_member(manifest["shards"][0]["sha256"])
+    shard = bundles.shard_member(manifest["shards"][0]["name"])
     rest = member(shard, contents[0]) + bytes(1024)
     name = bundles.entry_member(manifest["entry"]["id"])
     config, entry = forging.heads(manifest)
@@ -830,7 +829,7 @@ def test_a_bundle_without_end_is_refused_before_the_disk_is_full(stores, tiny):
     """Blocks that go on after the entry's last one are not staged for ever."""
     _, contents = unpack(tiny)
     endless = edit_blocks(stranger)(*unpack(tiny))[:-1024]
-    name = bundles.shard_member(hashlib.sha256(contents[0]).hexdigest())
+    name = bundles.shard_member(shard_name(contents[0]))
     data = endless + 50 * member(name, contents[0])
     assert_refused(stores[0], data, kvstore.IntegrityError, match="shard")
 

@@ -1,6 +1,5 @@
 """Encrypted stores: what lies on disk, what opens it, and what does not."""
 
-import hashlib
 import io
 import json
 import os
@@ -133,7 +132,7 @@ def test_one_block_is_read_without_the_others(path, caches):
         with pytest.raises(IntegrityError, match="does not match its digest"):
             store.load_entry(NAME, caches.MODEL)
         kinds = {finding.kind for finding in store.verify(read_data=1.0)}
-    assert {"damaged-block", "damaged-shard"} <= kinds
+    assert "damaged-block" in kinds
 
 
 def test_every_flipped_bit_is_found(path, caches, flip_bit):
@@ -234,7 +233,7 @@ def test_a_bundle_that_lies_is_refused(path, store_path, caches, change, flip_bi
     """A shard that is not what its name says is refused, and leaves nothing."""
     fill(store_path, caches)
     manifest, (shard,) = forging.unpack(export(store_path, NAME))
-    digest = manifest["shards"][0]["sha256"]
+    digest = manifest["shards"][0]["name"]
     shard = {
         "short": shard[:-1],
         "long": shard + b"\0",
@@ -242,7 +241,7 @@ def test_a_bundle_that_lies_is_refused(path, store_path, caches, change, flip_bi
         "under its own name": flip_bit(shard, 8 * len(shard) - 3),
     }[change]
     if change == "under its own name":
-        digest = hashlib.sha256(shard).hexdigest()
+        digest = forging.shard_name(shard)
     name = forging.bundles.shard_member(digest)
     data = b"".join([*forging.heads(manifest), forging.member(name, shard)])
     forging.assert_refused(path, data + bytes(1024), IntegrityError)

@@ -264,11 +264,11 @@ shard: a byte more       | miss    | IntegrityError     | damaged-shard missing-
 shard: zeros             | miss    | IntegrityError     | damaged-shard missing-block
 shard: length flipped    | miss    | IntegrityError     | damaged-shard missing-block
 shard: header flipped    | miss    | IntegrityError     | damaged-shard missing-block
-shard: sinks flipped     | miss    | IntegrityError     | damaged-block ditto
-shard: norms flipped     | part    | IntegrityError     | damaged-block ditto
-shard: codes flipped     | part    | IntegrityError     | damaged-block ditto
-shard: mean flipped      | part    | IntegrityError     | damaged-block ditto
-shard: tail flipped      | part    | IntegrityError     | damaged-block ditto
+shard: sinks flipped     | miss    | IntegrityError     | damaged-block missing-block
+shard: norms flipped     | part    | IntegrityError     | damaged-block missing-block
+shard: codes flipped     | part    | IntegrityError     | damaged-block missing-block
+shard: mean flipped      | part    | IntegrityError     | damaged-block missing-block
+shard: tail flipped      | part    | IntegrityError     | damaged-block missing-block
 shards: swapped          | right   | right              | damaged-index damaged-shard
 entry: missing           | right   | EntryNotFoundError |
 entry: flipped           | right   | IntegrityError     | damaged-entry
@@ -295,7 +295,7 @@ def read_table(text):
         fault: {
             "load": name if load == "refused" else load,
             "load_entry": name,
-            "verify": verify.replace("ditto", "damaged-shard missing-block"),
+            "verify": verify,
         }
         for fault, load, name, verify in rows
     }

@@ -149,12 +149,14 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, run_python):
     )
 
 
-def test_a_shard_is_named_by_its_bytes(tmp_path):
-    """`sha256sum` alone tells whether a shard is whole."""
+def test_a_shard_is_named_by_its_header(tmp_path):
+    """Its name is the SHA-256 of what stands before the data, its digests included."""
     name = write(tmp_path)
-    assert name == hashlib.sha256(path_of(tmp_path, name).read_bytes()).hexdigest()
+    data = path_of(tmp_path, name).read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    assert name == hashlib.sha256(data[: 8 + size]).hexdigest()
     with open_shard(of(tmp_path), name) as opened:
-        assert name == opened.sha256()
+        assert name == opened.name()
 
 
 def test_a_shard_is_read_only_and_leaves_nothing_behind(tmp_path):
@@ -329,7 +331,7 @@ def test_a_shard_that_cannot_be_read_back_is_not_published(tmp_path):
     (tmp_path / "tmp").mkdir()
     odd = replace(ENCODED[0], bits=EXACT_BITS)
     with (
-        pytest.raises(ValueError, match="calls itself exact"),
+        pytest.raises(IntegrityError, match="calls itself exact"),
         staged_shard(of(tmp_path), ORIGIN, [odd]),
     ):
         pass

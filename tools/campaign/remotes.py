@@ -210,6 +210,8 @@ def push_and_pull(
     good = world.client(prefix)
     for key in good.keys("v1"):
         data = good.read_whole(key, 1 << 30)
+        if "/shards/" in key:  # named by its header
+            data = data[: 8 + int.from_bytes(data[:8], "little")]
         assert hashlib.sha256(data).hexdigest() in key, key
     return proxy.counts, told
 
@@ -363,7 +365,6 @@ def _misnamed(at: Pushed) -> EntryKey:
     entry = at.document
     number = at.chance.randrange(len(entry.shards))
     shards = list(entry.shards)
-    field = at.chance.choice(("name", "header_digest"))
     digest = f"{at.chance.getrandbits(256):064x}"
-    shards[number] = replace(shards[number], **{field: digest})
+    shards[number] = replace(shards[number], name=digest)
     return _put(at.client, signed(replace(entry, shards=tuple(shards)), signing_key()))

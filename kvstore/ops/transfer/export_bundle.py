@@ -30,7 +30,7 @@ Counter = Callable[[int], None]
 
 
 _BundleShard = tuple[str, int, list[StoredBlock]]
-"""SHA-256 in hex and size of a shard to be written, and its blocks as stored."""
+"""Name and size of a shard to be written, and its blocks as stored."""
 
 
 def export_entry(
@@ -99,11 +99,10 @@ def _digest_shards(
         )
     found = []
     for group in group_blocks(stored):
-        digest, nbytes = hashlib.sha256(), 0
-        for part in _contents(blocks, origin, group, count):
-            digest.update(part)
-            nbytes += len(part)
-        found.append((digest.hexdigest(), nbytes, group))
+        name = hashlib.sha256(shard_header(origin, group)).hexdigest()
+        # Read for once before anything is written: what is damaged shows now.
+        nbytes = sum(map(len, _contents(blocks, origin, group, count)))
+        found.append((name, nbytes, group))
     return origin, found
 
 

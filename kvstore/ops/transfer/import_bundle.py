@@ -142,8 +142,11 @@ def _unpacked(
             check_space(folder, size)
             path = stack.enter_context(files.staged_path(folder.staging))
             with _refusing_shard(name, path):
-                own = receive_shard(folder, path, name, parts)
+                receive_shard(folder, path, name, parts)
                 with open_shard_at(path, folder.cipher) as opened:
+                    own = opened.name()
+                    if folder.cipher is None and own != name:
+                        raise IntegrityError("it has another header than its name says")
                     _inspect(inspector, bundle, opened)
             found.append(StagedShard(path, own, opened.header))
             progress(inspector.num_tokens, bundle.entry.num_tokens)

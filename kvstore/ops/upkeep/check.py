@@ -243,8 +243,8 @@ def _check_shard(
                     sound.setdefault(stored.block.hash, (name, stored))
                 else:
                     yield _finding(folder, "damaged-block", path, problem)
-            if whole and opened.sha256() != name:
-                problem = "its bytes are not those that its name says"
+            if opened.name() != name:
+                problem = "its header is not the one that its name says"
                 yield _finding(folder, "damaged-shard", path, problem)
         if whole:
             _second_opinion(path)
