@@ -426,10 +426,12 @@ class KernelRestoring(HostRestoring):
                 if _has_kernel(name, spec):
                     self._restore(data, group, name, spec, num_tokens)
         self._fitted.restore(data, self._arrays, num_tokens)
+        arrays = [array for held in self._arrays for array in held.values()]
+        restored = super().finish(num_tokens, provenance)
         # What was sent can go only when no kernel reads it any more.
-        mx.eval(self._arrays)
+        mx.eval(arrays)
         del self._upload, self._fitted
-        return super().finish(num_tokens, provenance)
+        return restored
 
     def _restore(
         self, data: mx.array, group: Group, name: str, spec: RowSpec, num_tokens: int
