@@ -8,7 +8,7 @@ a server; "first" is the first load of a process, which opens it, without the im
 "taken" is what a server's generating thread does with 2,048 tokens that were computed,
 and what memory that takes above the cache's. `fit2` has rows and a basis of noise.
 The last line says whether stores that the GPU encoded are those that the native kernels
-and NumPy write: a shard is named by its SHA-256.
+and NumPy write: a shard is named by what it holds.
 """
 
 from __future__ import annotations

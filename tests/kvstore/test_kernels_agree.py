@@ -43,7 +43,7 @@ def cache_of(shape, dtype):
 def test_the_kernels_of_a_store_do_not_show(
     tmp_path, monkeypatch, caches, shape, codec, dtype
 ):
-    """Shards have the same SHA-256 whatever encoded them, and give the same rows."""
+    """Shards have the same names whatever encoded them, and give the same rows."""
     prompt_cache, tokens = cache_of(shape, dtype), list(range(shape[2]))
     names, rows = [], []
     for kernels in (NumpyKernels(), native.load_all()[0]):
