@@ -34,6 +34,7 @@ from ..format.documents import JSON
 if TYPE_CHECKING:
     from ..fingerprint import Fingerprint
     from ..store import Store
+    from .load import LoadedModel
 
 CODECS = ("raw", "planes+zstd", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
 QUESTION = "What is this text about? Answer in one sentence."
@@ -54,8 +55,8 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where the model comes from."""
+class Job:
+    """What a new process is to do; travels as JSON."""
 
     # Folder or repository, as mlx-lm takes it.
     model: str
@@ -63,23 +64,6 @@ class Source:
     adapter_path: str | None
     # Let the model bring code of its own.
     trust_remote_code: bool
-
-    def load(self) -> tuple[Any, Any, Fingerprint]:
-        """Return the model, its tokenizer and its fingerprint."""
-        load_openblas()  # before MLX
-        from ..models.load import load_model
-
-        return load_model(
-            self.model, self.adapter_path, trust_remote_code=self.trust_remote_code
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a new process is to do; travels as JSON."""
-
-    # The model.
-    source: Source
     # Tokens of the document.
     document: list[int]
     # Tokens that follow it.
@@ -107,30 +91,11 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """Where a prompt cache was saved; nowhere by default."""
-
-    path: Path = Path()
-    nbytes: int | None = None
-    # Seconds that it took.
-    save_s: float | None = None
-    # Fewest tokens that are loaded faster than computed; `None` where none are.
-    pays_from: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class DemoRow:
     """One line of the table."""
 
     # `prefill`, mlx-lm's own file, or a codec.
     way: str
-    # On disk; `None` where nothing is.
-    nbytes: int | None
-    # Seconds to save.
-    save_s: float | None
-    # Fewest tokens that are loaded faster than computed; `None` where that is not
-    # known, or none are.
-    pays_from: int | None
     # Seconds to have the prompt cache, computed or loaded.
     load_s: float
     # Seconds to the first logits behind the document.
@@ -147,6 +112,13 @@ class DemoRow:
     num_answer: int
     # Whether the whole answer is.
     is_same: bool
+    # On disk; `None` where nothing is.
+    nbytes: int | None = None
+    # Seconds to save.
+    save_s: float | None = None
+    # Fewest tokens that are loaded faster than computed; `None` where that is not
+    # known, or none are.
+    pays_from: int | None = None
 
     @property
     def is_reference(self) -> bool:
@@ -207,24 +179,30 @@ def run_demo(
 
     for codec in codecs:
         get_codec(codec)  # a wrong name is told at once
-    source = Source(model, adapter_path, trust_remote_code)
-    demo = _Demo(source, bar, note)
+    note(f"loading `{model}`")
+    demo = _Demo(_load(model, adapter_path, trust_remote_code), bar, note)
     question = question or QUESTION
     tokens = demo.make_tokens(text, question, num_tokens)
-    job = Job(source, *tokens, max_tokens)
+    job = Job(model, adapter_path, trust_remote_code, *tokens, max_tokens)
     rows = demo.run(job, codecs)
     return DemoResult(model, len(job.document), question, tuple(rows))
+
+
+def _load(model: str, adapter_path: str | None, trust_remote_code: bool) -> LoadedModel:
+    load_openblas()  # before MLX
+    from .load import load_models
+
+    return load_models(model, adapter_path, trust_remote_code=trust_remote_code)
 
 
 class _Demo:
     """The process that never stops."""
 
-    def __init__(self, source: Source, bar: Bar, note: Note) -> None:
-        note(f"loading `{source.model}`")
-        self._model, self._tokenizer, self._fingerprint = source.load()
+    def __init__(self, loaded: LoadedModel, bar: Bar, note: Note) -> None:
+        self._loaded = loaded
         self._bar = bar
         self._note = note
-        self._cache = _empty_cache(self._model)
+        self._cache = _empty_cache(loaded.model)
 
     def make_tokens(
         self, text: str, question: str, num_tokens: int | None
@@ -232,11 +210,11 @@ class _Demo:
         """Return the tokens of the document and those of the question, as a chat."""
         from .templates import Template
 
-        template = Template(self._tokenizer)
+        template = Template(self._loaded.tokenizer)
         num_tokens = num_tokens or self._choose_length(text)
         frame = template.encode_prompt(_BEGIN + _END, is_open=True)
         part = self._cut(text, max(1, num_tokens - len(frame)))
-        message = f"{_BEGIN}{self._tokenizer.decode(part)}{_END}"
+        message = f"{_BEGIN}{self._loaded.tokenizer.decode(part)}{_END}"
         document = template.encode_prompt(message, is_open=True)
         asked = f"\n\n{question}"
         return document, template.encode_next(asked, document)
@@ -246,51 +224,57 @@ class _Demo:
         self._note(f"prefilling {len(job.document):,} tokens")
         progress = self._bar(PREFILL)
         start = time.perf_counter()
-        _read(self._model, self._cache, job.document, progress)
+        _read(self._loaded.model, self._cache, job.document, progress)
         prefill_s = time.perf_counter() - start
         with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as folder:
-            ways = {MLX_LM: self._save_file(Path(folder))}
+            paths = {MLX_LM: Path(folder) / "prompt_cache.safetensors"}
+            paths |= {codec: Path(folder) / codec for codec in codecs}
+            saved = {MLX_LM: self._save_file(paths[MLX_LM])}
             for codec in codecs:
-                ways[codec] = self._save(job, codec, Path(folder), prefill_s)
-            run = _answer(self._model, self._tokenizer, self._cache, job, prefill_s)
-            rows = [self._make_row(PREFILL, Saved(), run, run)]
-            for number, (way, saved) in enumerate(ways.items(), 1):
-                self._note(f"{number} of {len(ways)}: {way} in a new process")
-                task = replace(job, path=str(saved.path), is_store=way != MLX_LM)
-                rows.append(self._make_row(way, saved, _start_process(task), run))
+                saved[codec] = self._save(job, codec, paths[codec], prefill_s)
+            run = _answer(self._loaded, self._cache, job, prefill_s)
+            rows = [self._make_row(PREFILL, run, run)]
+            for number, (way, path) in enumerate(paths.items(), 1):
+                self._note(f"{number} of {len(paths)}: {way} in a new process")
+                task = replace(job, path=str(path), is_store=way != MLX_LM)
+                rows.append(
+                    self._make_row(way, _start_process(task), run, **saved[way])
+                )
         return rows
 
-    def _save_file(self, folder: Path) -> Saved:
+    def _save_file(self, path: Path) -> JSON:
         from mlx_lm.models.cache import save_prompt_cache
 
-        path = folder / "prompt_cache.safetensors"
         start = time.perf_counter()
         save_prompt_cache(str(path), self._cache)
-        return Saved(path, path.stat().st_size, time.perf_counter() - start)
+        save_s = time.perf_counter() - start
+        return {"nbytes": path.stat().st_size, "save_s": save_s}
 
-    def _save(self, job: Job, codec: str, folder: Path, prefill_s: float) -> Saved:
+    def _save(self, job: Job, codec: str, path: Path, prefill_s: float) -> JSON:
         """Save in a store of its own, and find from where on loading is faster."""
         from ..store import Store
 
-        with Store(folder / codec, codec) as store:
+        with Store(path, codec) as store:
             progress = self._bar(f"save {codec}")
             start = time.perf_counter()
-            store.save(job.document, self._cache, self._fingerprint, progress=progress)
+            fingerprint = self._loaded.fingerprint
+            store.save(job.document, self._cache, fingerprint, progress=progress)
             save_s = time.perf_counter() - start
             pays_from = self._find_break_even(store, job.document, prefill_s)
-            return Saved(store.path, store.stats().nbytes, save_s, pays_from)
+            nbytes = store.stats().nbytes
+        return {"nbytes": nbytes, "save_s": save_s, "pays_from": pays_from}
 
     def _find_break_even(
         self, store: Store, document: list[int], prefill_s: float
     ) -> int | None:
         from ..ops.speeds import Speeds, add, observe
 
-        now, digest = time.time(), self._fingerprint.digest
+        now, digest = time.time(), self._loaded.fingerprint.digest
         known = None
         for number, part in enumerate((4, 1, 2, 3, 4)):
             start = time.perf_counter()
             wanted = [*document[: len(document) * part // 4], -1]
-            _, rest = store.load(wanted, self._fingerprint)
+            _, rest = store.load(wanted, self._loaded.fingerprint)
             seconds, held = time.perf_counter() - start, len(wanted) - len(rest)
             found = observe(digest, "load", held, seconds=seconds, at=now)
             # The first load of a process says little of the next.
@@ -299,20 +283,18 @@ class _Demo:
         computed = observe(digest, None, len(document), seconds=prefill_s, at=now)
         return Speeds(computed, known).break_even_tokens
 
-    def _make_row(self, way: str, saved: Saved, run: Run, without: Run) -> DemoRow:
+    def _make_row(self, way: str, run: Run, without: Run, **saved: Any) -> DemoRow:
         return DemoRow(
             way,
-            saved.nbytes,
-            saved.save_s,
-            saved.pays_from,
             run.load_s,
             run.first_s,
             without.first_s / run.first_s,
             run.answer_s,
-            self._tokenizer.decode(run.answer),
+            self._loaded.tokenizer.decode(run.answer),
             common_run(run.answer, without.answer),
             len(run.answer),
             run.answer == without.answer,
+            **saved,
         )
 
     def _choose_length(self, text: str) -> int:
@@ -329,13 +311,18 @@ class _Demo:
 
     def _time(self, tokens: list[int]) -> float:
         start = time.perf_counter()
-        _read(self._model, _empty_cache(self._model), tokens, ignore_progress)
+        _read(
+            self._loaded.model,
+            _empty_cache(self._loaded.model),
+            tokens,
+            ignore_progress,
+        )
         return time.perf_counter() - start
 
     def _cut(self, text: str, num_tokens: int) -> list[int]:
         # On average, no tokenizer makes one token of more letters.
         start = text[: 16 * num_tokens]
-        tokens = self._tokenizer.encode(start, add_special_tokens=False)
+        tokens = self._loaded.tokenizer.encode(start, add_special_tokens=False)
         return list(tokens[:num_tokens])
 
 
@@ -385,25 +372,25 @@ def _read(
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompt_cache: list[Any], job: Job, before_s: float
+    loaded: LoadedModel, prompt_cache: list[Any], job: Job, before_s: float
 ) -> Run:
     """Feed the question, its first token alone, and answer it greedily."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
     start = time.perf_counter() - before_s
-    mx.eval(model(mx.array([job.question[:1]]), cache=prompt_cache))
+    mx.eval(loaded.model(mx.array([job.question[:1]]), cache=prompt_cache))
     first_s = time.perf_counter() - start
     answer: list[int] = []
     answer_s = 0.0
     for token, _ in generate_step(
         mx.array(job.question[1:]),
-        model,
+        loaded.model,
         max_tokens=job.max_tokens,
         prompt_cache=prompt_cache,
     ):
         answer_s = answer_s or time.perf_counter() - start
-        if token in tokenizer.eos_token_ids:
+        if token in loaded.tokenizer.eos_token_ids:
             break
         answer.append(int(token))
     return Run(before_s, first_s, answer_s, answer)
@@ -429,13 +416,9 @@ def _start_process(job: Job) -> Run:
     return Run(**reply)
 
 
-def _read_job(data: JSON) -> Job:
-    return Job(Source(**data.pop("source")), **data)
-
-
 def _resume(job: Job) -> Run:
     """Restore the prompt cache and answer; runs in the new process."""
-    model, tokenizer, fingerprint = job.source.load()
+    loaded = _load(job.model, job.adapter_path, job.trust_remote_code)
     from mlx_lm.models.cache import load_prompt_cache
 
     from ..store import Store
@@ -446,9 +429,9 @@ def _resume(job: Job) -> Run:
         if store is None:
             prompt_cache = list(load_prompt_cache(job.path))
         else:
-            prompt_cache = _restore(job, store, fingerprint)
+            prompt_cache = _restore(job, store, loaded.fingerprint)
         restored_s = time.perf_counter() - start
-        return _answer(model, tokenizer, prompt_cache, job, restored_s)
+        return _answer(loaded, prompt_cache, job, restored_s)
 
 
 def _restore(job: Job, store: Store, fingerprint: Fingerprint) -> list[Any]:
@@ -466,7 +449,7 @@ def _restore(job: Job, store: Store, fingerprint: Fingerprint) -> list[Any]:
 
 def _main() -> int:
     """Do the job on stdin; what the model's libraries print goes to stderr."""
-    job = _read_job(json.load(sys.stdin))
+    job = Job(**json.load(sys.stdin))
     with redirect_stdout(sys.stderr):
         try:
             reply = asdict(_resume(job))
