@@ -1,6 +1,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -8,7 +9,6 @@ from hypothesis.extra import numpy as hnp
 from turboquant import (
     pack_codes,
     plane_widths,
-    reference,
     split_planes,
     unpack_codes,
 )

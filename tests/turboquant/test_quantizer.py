@@ -1,13 +1,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 
 from turboquant import (
     decision_boundaries,
     dequantize_polar,
     make_wh_rotation,
     quantize_polar,
-    reference,
 )
 
 ALL_BITS = range(1, 9)

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import reference
 
-from turboquant import lloyd_max_centroids, make_wh_rotation, reference
+from turboquant import lloyd_max_centroids, make_wh_rotation
 
 
 @pytest.mark.parametrize("dim", [64, 80, 576])

@@ -1,13 +1,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 
 from turboquant import (
     Rotation,
     apply_wh_rotation,
     invert_wh_rotation,
     make_wh_rotation,
-    reference,
     rotation_matrix,
 )
 from turboquant.rotation import rotation_signs
