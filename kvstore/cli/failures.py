@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import click
 
@@ -36,16 +35,8 @@ _HINTS = {
 _TRACE_HINT = "`-vv` shows where it happened"
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What a person is told of an error."""
-
-    # What is wrong, with the values.
-    message: str
-    # What to do about it.
-    hint: str
-    # What the process exits with.
-    exit_code: int = 1
+Failure = tuple[str, str, int]
+"""What is wrong, with the values; what to do about it; what the process exits with."""
 
 
 def run(command: click.Command, args: Sequence[str] | None) -> int:
@@ -64,10 +55,10 @@ def run(command: click.Command, args: Sequence[str] | None) -> int:
         print_failure("interrupted", hint, INTERRUPTED, as_json=as_json)
         return INTERRUPTED
     except Exception as error:
-        failure = explain(error)
+        message, hint, exit_code = explain(error)
         log.debug("where it happened:", exc_info=error)
-        print_failure(failure.message, failure.hint, failure.exit_code, as_json=as_json)
-        return failure.exit_code
+        print_failure(message, hint, exit_code, as_json=as_json)
+        return exit_code
     return code or 0
 
 
@@ -75,26 +66,24 @@ def explain(error: Exception) -> Failure:
     """Return what to tell a person of an error."""
     match error:
         case KVStoreError():
-            return Failure(str(error), error.hint or _TRACE_HINT, error.exit_code)
+            return str(error), error.hint or _TRACE_HINT, error.exit_code
         case click.exceptions.NoArgsIsHelpError():
             click.echo(error.message)
-            return Failure("no verb is given", "`kvstore -h` lists them", USAGE)
+            return "no verb is given", "`kvstore -h` lists them", USAGE
         case click.UsageError():
             return _explain_usage(error)
         case click.ClickException():
-            return Failure(_own_style(error.format_message()), _TRACE_HINT)
+            return _own_style(error.format_message()), _TRACE_HINT, 1
         case OSError():
             return _explain_os(error)
         case ValueError():
-            return Failure(str(error), _TRACE_HINT)
+            return str(error), _TRACE_HINT, 1
         case ImportError() if "libmlx" in str(error):
-            return Failure(f"MLX has no back end: {error}", BACK_END_REMEDY)
+            return f"MLX has no back end: {error}", BACK_END_REMEDY, 1
         case MemoryError():
-            return Failure("out of memory", "close other programs, or save less")
-    return Failure(
-        f"internal error: {type(error).__name__}: {error}",
-        "run it again with `-vv` and report what it prints",
-    )
+            return "out of memory", "close other programs, or save less", 1
+    message = f"internal error: {type(error).__name__}: {error}"
+    return message, "run it again with `-vv` and report what it prints", 1
 
 
 def _explain_usage(error: click.UsageError) -> Failure:
@@ -107,15 +96,15 @@ def _explain_usage(error: click.UsageError) -> Failure:
         message = f"no such option `{error.option_name}`"
     if guesses:
         hint = "did you mean " + " or ".join(f"`{guess}`" for guess in guesses) + "?"
-    return Failure(_own_style(message), hint, USAGE)
+    return _own_style(message), hint, USAGE
 
 
 def _explain_os(error: OSError) -> Failure:
     hint = _HINTS.get(error.errno or 0, _TRACE_HINT)
     if error.strerror is None:
-        return Failure(str(error), hint)
+        return str(error), hint, 1
     where = f": {os.fspath(error.filename)!s}" if error.filename is not None else ""
-    return Failure(f"{_lower_first(error.strerror)}{where}", hint)
+    return f"{_lower_first(error.strerror)}{where}", hint, 1
 
 
 def _own_style(message: str) -> str:

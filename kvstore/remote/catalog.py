@@ -59,22 +59,21 @@ class Listing:
     wrong: tuple[EntryKey, ...] = ()
 
 
-def list_entries(client: Client, fingerprint: str | None = None) -> Listing:
-    """Return the entries of a remote; of each name and model the latest.
+def list_entries(client: Client) -> list[Listed]:
+    """Return the entries of a remote, latest first; of each name and model the latest.
 
     Raises:
         RemoteError: The remote fails, or cannot list.
     """
-    return _latest(_read_all(client, _keys(client, fingerprint), is_any=True))
+    listing = _read_all(client, _keys(client, None), is_any=True)
+    _warn(listing)
+    return _latest(listing)
 
 
-def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Listing:
+def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> RemoteEntry:
     """Return the entry with this name, or whose document's digest starts so.
 
     One that is named by its whole key, `FINGERPRINT/ID`, needs no list.
-
-    Returns:
-        One entry, and why others of the name were refused.
 
     Raises:
         EntryNotFoundError: There is none, or there are several.
@@ -83,28 +82,32 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> List
         RemoteError: The remote fails, or cannot list.
     """
     by_name, by_digest = _find_keys(client, ref, fingerprint)
-    listing = _latest(_read_all(client, by_name or by_digest))
-    if not listing.found and listing.refused:
+    listing = _read_all(client, by_name or by_digest)
+    latest = _latest(listing)
+    if not latest and listing.refused:
         raise listing.refused[0]
-    if not listing.found:
+    if not latest:
         raise EntryNotFoundError(
             f"no entry `{ref}` in remote `{client.remote.name}`",
             hint="`kvstore ls --remote` lists them",
         )
-    if len(listing.found) > 1:
+    if len(latest) > 1:
         several = "of several models" if by_name else "that start so"
         raise EntryNotFoundError(
-            f"remote `{client.remote.name}` has {len(listing.found)} entries `{ref}`"
+            f"remote `{client.remote.name}` has {len(latest)} entries `{ref}`"
             f" {several}",
             hint="`--model` says which; so does more of the id",
         )
-    return listing
+    _warn(listing)
+    return latest[0].remote
 
 
 def read_new(
-    client: Client, fingerprint: str, known: dict[EntryKey, RemoteEntry | None]
-) -> tuple[KVStoreError, ...]:
-    """Learn of a model's entries, and return why some that are new were refused.
+    client: Client,
+    fingerprint: str | None,
+    known: dict[EntryKey, RemoteEntry | None],
+) -> None:
+    """Learn of a model's entries; why some that are new were refused is logged.
 
     Only documents that are not known yet are read; ``known`` is changed to what the
     remote has, with ``None`` for what was refused.
@@ -121,7 +124,7 @@ def read_new(
     # server that was asked does not have yet may come.
     known.update(dict.fromkeys(listing.wrong))
     known.update({listed.key: listed.remote for listed in listing.found})
-    return listing.refused
+    _warn(listing)
 
 
 def check_allowed(remote: Remote, found: RemoteEntry) -> str:
@@ -252,18 +255,17 @@ def _read_all(
     )
 
 
-def _latest(listing: Listing) -> Listing:
+def _latest(listing: Listing) -> list[Listed]:
     chosen: dict[tuple[str, str], Listed] = {}
     for listed in sorted(listing.found, key=_saved_at, reverse=True):
         chosen.setdefault((listed.key.fingerprint, listed.key.entry_id), listed)
-    return replace(listing, found=tuple(chosen.values()))
+    return list(chosen.values())
 
 
 def _saved_at(listed: Listed) -> float:
     return listed.remote.entry.updated_at
 
 
-def warn(refused: Iterable[KVStoreError]) -> None:
-    """Name in the log what was refused."""
-    for error in refused:
+def _warn(listing: Listing) -> None:
+    for error in listing.refused:
         log.warning("%s", error)

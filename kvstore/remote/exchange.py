@@ -13,15 +13,7 @@ from ..format.chain import as_tokens
 from ..format.entry import Entry, check_name
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .catalog import (
-    Listed,
-    Listing,
-    find_entry,
-    find_prefixes,
-    list_entries,
-    read_new,
-    warn,
-)
+from .catalog import Listed, find_entry, find_prefixes, list_entries, read_new
 from .client import Client, Limits, Remote
 from .layout import EntryKey, RemoteEntry
 from .probe import Probe, probe
@@ -74,7 +66,7 @@ class Remotes:
         Raises:
             RemoteError: The remote fails, or cannot list.
         """
-        return _warned(list_entries(self.client(remote)))
+        return list_entries(self.client(remote))
 
     def push(
         self,
@@ -102,11 +94,12 @@ class Remotes:
 
     def pull(
         self,
-        ref: str,
+        wanted: str | Sequence[int] | RemoteEntry,
         remote: str | Client | None = None,
         *,
         fingerprint: Fingerprint | None = None,
         like: Sequence[Any] | None = None,
+        min_bits: int = 0,
         name: str | None = None,
         replace: bool = False,
         progress: Progress | None = None,
@@ -117,10 +110,14 @@ class Remotes:
         :meth:`kvstore.Store.import_bundle` does.
 
         Args:
-            ref: The entry's name, or the start of its id in the remote.
+            wanted: The entry's name, or the start of its id in the remote; or the
+                tokens of a prompt, of which the most that the remote has is taken: of
+                an entry that goes on otherwise, the full blocks that it shares; or an
+                entry that was found there.
             remote: The remote, or its name; the only one by default.
             fingerprint: The model's; ``None`` takes what any model made.
             like: The model's empty prompt cache, as ``import_bundle`` takes it.
+            min_bits: Fewest bits per number that its rows must have.
             name: A name for the entry, in place of its own.
             replace: Take the name from an entry that this does not continue.
             progress: Called with (bytes that have come, bytes to come).
@@ -130,85 +127,31 @@ class Remotes:
             IntegrityError: It is not what its names say.
             SignerError: No trusted key signed it, and the remote is not trusted.
             EntryExistsError: The name is taken.
+            KVStoreError: Its rows have fewer bits.
             RemoteError: The remote fails; pulling again goes on from there.
             ValueError: The name is not one.
             OSError: The disk is full or fails.
         """
-        check_name(name)
-        client = self.client(remote)
-        digest = fingerprint.digest if fingerprint else None
-        (listed,) = _warned(find_entry(client, ref, digest))
-        return self.pull_found(
-            client, listed.remote, name, replace=replace, like=like, progress=progress
-        )
-
-    def pull_prompt(
-        self,
-        tokens: Sequence[int],
-        fingerprint: Fingerprint,
-        remote: str | Client | None = None,
-        *,
-        like: Sequence[Any] | None = None,
-        name: str | None = None,
-        replace: bool = False,
-        progress: Progress | None = None,
-    ) -> Entry:
-        """Take what a remote has of a prompt into the store.
-
-        Of an entry that goes on otherwise, that is the full blocks that it shares. The
-        arguments and errors are those of :meth:`pull`.
-
-        Raises:
-            EntryNotFoundError: It has nothing of it.
-        """
-        check_name(name)
-        client = self.client(remote)
-        known: dict[EntryKey, RemoteEntry | None] = {}
-        warn(read_new(client, fingerprint.digest, known))
-        errors: list[KVStoreError] = []
-        for found in find_prefixes(known.values(), as_tokens(tokens)):
-            try:
-                return self.pull_found(
-                    client, found, name, replace=replace, like=like, progress=progress
-                )
-            except IntegrityError as error:
-                errors.append(error)  # a shorter one may do
-        if errors:
-            raise errors[0]
-        raise EntryNotFoundError(
-            f"remote `{client.remote.name}` has nothing of this prompt and model",
-            hint="`kvstore ls --remote` lists what it has",
-        )
-
-    def pull_found(
-        self,
-        client: Client,
-        found: RemoteEntry,
-        name: str | None = None,
-        *,
-        replace: bool = False,
-        like: Sequence[Any] | None = None,
-        min_bits: int = 0,
-        progress: Progress | None = None,
-    ) -> Entry:
-        """Take an entry that was found in a remote, as :meth:`pull` does.
-
-        Raises:
-            KVStoreError: Its rows have fewer than ``min_bits`` bits per number.
-        """
         from .pull import pull_entry
 
-        return pull_entry(
-            self._blocks,
-            self._catalog,
-            client,
-            found,
-            name,
-            replace=replace,
-            like=like,
-            min_bits=min_bits,
-            progress=progress or ignore_progress,
-        )
+        check_name(name)
+        client, errors = self.client(remote), []
+        for found in _find(client, wanted, fingerprint):
+            try:
+                return pull_entry(
+                    self._blocks,
+                    self._catalog,
+                    client,
+                    found,
+                    name,
+                    replace=replace,
+                    like=like,
+                    min_bits=min_bits,
+                    progress=progress or ignore_progress,
+                )
+            except IntegrityError as error:
+                errors.append(error)  # of a prompt, a shorter one may do
+        raise errors[0]
 
     def client(
         self,
@@ -239,7 +182,22 @@ class Remotes:
             )
 
 
-def _warned(listing: Listing) -> list[Listed]:
-    """Return entries of a remote, having named in the log what was refused."""
-    warn(listing.refused)
-    return list(listing.found)
+def _find(
+    client: Client,
+    wanted: str | Sequence[int] | RemoteEntry,
+    fingerprint: Fingerprint | None,
+) -> list[RemoteEntry]:
+    """Return what is wanted of a remote; of a prompt, the longest first."""
+    if isinstance(wanted, RemoteEntry):
+        return [wanted]
+    digest = fingerprint.digest if fingerprint else None
+    if isinstance(wanted, str):
+        return [find_entry(client, wanted, digest)]
+    known: dict[EntryKey, RemoteEntry | None] = {}
+    read_new(client, digest, known)
+    if found := find_prefixes(known.values(), as_tokens(wanted)):
+        return found
+    raise EntryNotFoundError(
+        f"remote `{client.remote.name}` has nothing of this prompt and model",
+        hint="`kvstore ls --remote` lists what it has",
+    )

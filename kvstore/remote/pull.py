@@ -89,7 +89,7 @@ def pull_entry(
     min_bits: int = 0,
     progress: Progress,
 ) -> Entry:
-    """Take an entry of a remote into a store, as :meth:`Remotes.pull_found` does.
+    """Take an entry of a remote into a store, as :meth:`Remotes.pull` does.
 
     Raises:
         IntegrityError: An object is missing, or not what its name says. Nothing of the

@@ -17,7 +17,7 @@ from ..caches.fit import wanted_of
 from ..errors import EntryNotFoundError, KVStoreError, RemoteError
 from ..format.entry import Entry, entry_id
 from ..ops.speeds import Speeds, add, observe
-from ..remote.catalog import find_prefixes, read_new, warn
+from ..remote.catalog import find_prefixes, read_new
 from ..remote.client import Client, Limits
 from ..remote.layout import EntryKey, RemoteEntry, derived
 from ..storage.index import Timing
@@ -177,7 +177,7 @@ class RemoteTier:
                 self._signers = signers
                 self._known.clear()  # who was refused may be trusted now
                 known = self._known.setdefault(digest, {})
-            warn(read_new(self._client, digest, known))
+            read_new(self._client, digest, known)
             # Where a list takes long, few are read: else a fleet reads nothing else.
             took = time.monotonic() - now
             self._known_at[digest] = now + max(_PAUSE_S, 20 * took)
@@ -208,12 +208,8 @@ class RemoteTier:
         self._tried_at[found.entry.tip] = begin
         # Without a name, it is in nobody's way and goes when it is not used.
         entry = replace(found.entry, id=entry_id(None, found.entry.tip), name=None)
-        store.remotes.pull_found(
-            self._client,
-            derived(found, entry=entry),
-            like=like,
-            min_bits=min_bits,
-        )
+        nameless = derived(found, entry=entry)
+        store.remotes.pull(nameless, self._client, like=like, min_bits=min_bits)
         seconds = time.monotonic() - begin
         new = observe(digest, "remote", num_tokens, seconds=seconds, at=time.time())
         if new is not None:

@@ -368,8 +368,8 @@ def test_what_the_tokenizer_refuses_is_shown_as_numbers():
         2, 0, (97, 98, 99), (97, 98, -7, 100), entry=None
     )
     stored, given = lookup_verb._sides(divergence, PickyTokenizer())
-    assert str(stored) == "…ab⟦c⟧…"
-    assert str(given) == "…ab⟦<-7>⟧d…"
+    assert lookup_verb._marked(**stored) == "…ab⟦c⟧…"
+    assert lookup_verb._marked(**given) == "…ab⟦<-7>⟧d…"
 
 
 def test_the_nearest_is_the_entry_with_most_of_the_tokens(make_store, model):

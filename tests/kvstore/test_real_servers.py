@@ -105,7 +105,7 @@ def test_all_that_is_needed_works(opened, caches):
     assert 2 == left.remotes.push("doc").num_sent
     assert 0 == left.remotes.push("doc").num_sent
     assert ["doc"] == [one.remote.entry.name for one in right.remotes.entries()]
-    assert 64 == right.remotes.pull_prompt(tokens[:70], caches.MODEL).num_tokens
+    assert 64 == right.remotes.pull(tokens[:70], fingerprint=caches.MODEL).num_tokens
     assert len(tokens) == right.remotes.pull("doc").num_tokens
     mine, theirs = (s.load_entry("doc", caches.MODEL) for s in opened)
     assert (tokens, tokens) == (mine[1], theirs[1])

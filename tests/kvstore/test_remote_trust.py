@@ -79,7 +79,7 @@ def test_what_nobody_signed_is_not_taken(opened, remote, caches):
             right.remotes.pull(ref)
     assert "--trust" in caught.value.hint
     with pytest.raises(kvstore.EntryNotFoundError):
-        right.remotes.pull_prompt(tokens, caches.MODEL)
+        right.remotes.pull(tokens, fingerprint=caches.MODEL)
     assert ["doc"] == [one.remote.entry.name for one in right.remotes.entries()]
     entry = right.remotes.pull("doc", right.remotes.client(None, is_trusted=True))
     assert "" == entry.signer
@@ -132,7 +132,7 @@ def test_a_part_of_what_was_signed_is_signed(opened, alice, caches):
     left, right = opened
     left.remotes.push("doc")
     tokens, _ = caches.make_conversation(2, 1, extra=3)
-    entry = right.remotes.pull_prompt([*tokens[:19], 7], caches.MODEL)
+    entry = right.remotes.pull([*tokens[:19], 7], fingerprint=caches.MODEL)
     assert (16, None, alice) == (entry.num_tokens, entry.name, entry.signer)
 
 

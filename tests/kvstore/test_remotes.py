@@ -290,14 +290,14 @@ def test_a_prompt_finds_what_it_shares(opened, caches):
     left.remotes.push("other")
     tokens, _ = caches.make_conversation(4, 1, extra=3)
     shared = tokens[: 2 * BLOCK + 5]
-    entry = right.remotes.pull_prompt([*shared, 7, 7], caches.MODEL)
+    entry = right.remotes.pull([*shared, 7, 7], fingerprint=caches.MODEL)
     assert (None, 2 * BLOCK) == (entry.name, entry.num_tokens)
     assert 2 * BLOCK == right.lookup([*shared, 7, 7], caches.MODEL).num_tokens
-    entry = right.remotes.pull_prompt([*tokens, 7, 7], caches.MODEL, name="mine")
+    entry = right.remotes.pull([*tokens, 7, 7], fingerprint=caches.MODEL, name="mine")
     assert ("mine", len(tokens)) == (entry.name, entry.num_tokens)
     for prompt, model in (([5, 6, 7], caches.MODEL), (tokens, caches.OTHER_WEIGHTS)):
         with pytest.raises(EntryNotFoundError, match="nothing of this prompt"):
-            right.remotes.pull_prompt(prompt, model)
+            right.remotes.pull(prompt, fingerprint=model)
 
 
 def test_a_poisoned_document_does_not_hide_the_others(opened, s3_server, caplog):

@@ -438,13 +438,12 @@ class _Session:
     def _fail(self, error: Exception) -> None:
         self._bars.clear()
         self.is_failed = not self._is_person
-        failure = explain(error)
-        hint = failure.hint
+        message, hint, _ = explain(error)
         if isinstance(error, EntryExistsError) and self._chat.name is None:
             hint += "; the chat goes on without a name, `/name NAME` gives it one"
         elif isinstance(error, (OSError, StoreLockedError)) and not self._chat.is_saved:
             hint += "; the chat goes on in memory, and the next turn saves all of it"
-        print_failure(failure.message, hint)
+        print_failure(message, hint)
 
     def _note(self, text: str) -> None:
         text = one_line(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ...store import Store
 
 Decode = Callable[[Sequence[int]], str]
+Text = dict[str, str]
+"""The text around a token: ``before`` it, its own, and ``after`` it."""
 
 
 @click.command(cls=Verb)
@@ -84,39 +86,22 @@ def prompt_tokens(
     return tokens, fingerprint, tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """The text around a token: before it, its own, and behind it."""
+def _around(tokens: Sequence[int], at: int, decode: Decode) -> Text:
+    """Return the text of tokens, cut around one of them.
 
-    before: str
-    token: str
-    after: str
-
-    @classmethod
-    def of(cls, tokens: Sequence[int], at: int, decode: Decode) -> _Text:
-        """Return the text of tokens, cut around one of them.
-
-        A character may have bytes of several tokens, and some tokenizers drop the
-        space before a first token, so all is decoded from the start.
-        """
-        before, through, whole = (decode(tokens[:n]) for n in (at, at + 1, None))
-        start, end = common_run(before, through), common_run(through, whole)
-        return cls(before[:start], through[start:], whole[end:])
-
-    def __str__(self) -> str:
-        return (
-            f"…{_visible(self.before)}⟦{_visible(self.token)}⟧{_visible(self.after)}…"
-        )
+    A character may have bytes of several tokens, and some tokenizers drop the space
+    before a first token, so all is decoded from the start.
+    """
+    before, through, whole = (decode(tokens[:n]) for n in (at, at + 1, None))
+    start, end = common_run(before, through), common_run(through, whole)
+    return {"before": before[:start], "token": through[start:], "after": whole[end:]}
 
 
-Sides = tuple[_Text, _Text]
-"""What is stored, and what is given in its place."""
-
-
-def _sides(divergence: Divergence, tokenizer: Any) -> Sides:
+def _sides(divergence: Divergence, tokenizer: Any) -> tuple[Text, Text]:
+    """Return the text of what is stored, and of what is given in its place."""
     at, decode = divergence.position - divergence.start, partial(_decode, tokenizer)
-    stored = _Text.of(divergence.stored, at, decode)
-    return stored, _Text.of(divergence.given, at, decode)
+    stored = _around(divergence.stored, at, decode)
+    return stored, _around(divergence.given, at, decode)
 
 
 def _nearest(
@@ -186,7 +171,7 @@ def _describe(match: Match) -> str:
     return f"{match.num_tokens:,} of {total} held: {match.reason}: {match.detail}"
 
 
-def _explain(found: Explanation, sides: Sides | None) -> list[str]:
+def _explain(found: Explanation, sides: tuple[Text, Text] | None) -> list[str]:
     lines = []
     if found.damage is not None:
         lines.append(f"damage: {_visible(found.damage)}")
@@ -201,17 +186,19 @@ def _explain(found: Explanation, sides: Sides | None) -> list[str]:
     return lines
 
 
-def _explain_divergence(
-    divergence: Divergence, sides: tuple[_Text, _Text]
-) -> list[str]:
+def _explain_divergence(divergence: Divergence, sides: tuple[Text, Text]) -> list[str]:
     at = divergence.position - divergence.start
     entry = f" in `{_visible(divergence.entry)}`" if divergence.entry else ""
     return [
         f"token {divergence.position:,}: stored {divergence.stored[at]}{entry},"
         f" given {divergence.given[at]}",
-        f"stored: {sides[0]}",
-        f"given:  {sides[1]}",
+        f"stored: {_marked(**sides[0])}",
+        f"given:  {_marked(**sides[1])}",
     ]
+
+
+def _marked(before: str, token: str, after: str) -> str:
+    return f"…{_visible(before)}⟦{_visible(token)}⟧{_visible(after)}…"
 
 
 def _explain_other(other: OtherModel) -> str:
@@ -223,12 +210,9 @@ def _explain_other(other: OtherModel) -> str:
     return f"not usable: {entry}{has} differs in {_visible(other.difference)}"
 
 
-def _data(found: Explanation, sides: Sides | None) -> JSON:
+def _data(found: Explanation, sides: tuple[Text, Text] | None) -> JSON:
     data = asdict(found)
     del data["match"]
     if sides is not None:
-        data["divergence"] |= {
-            "stored_text": asdict(sides[0]),
-            "given_text": asdict(sides[1]),
-        }
+        data["divergence"] |= {"stored_text": sides[0], "given_text": sides[1]}
     return data

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
@@ -215,27 +215,23 @@ def pull(
     begin = time.monotonic()
     client = store.remotes.client(remote, is_trusted=trust)
     source = options.read_source(prompt, request) if asked else None
-    like, wanted = model.made_by()
-    named: dict[str, Any] = {"like": like, "name": name, "replace": replace}
+    like, fingerprint = model.made_by()
+    wanted: dict[str, str | list[int]] = {f"pull `{ref}`": ref for ref in refs}
+    if source is not None:
+        wanted["pull"] = prompt_tokens(model, prompt, source)[0]
     with output.progress() as bars:
-        if source is not None:
-            tokens, fingerprint, _ = prompt_tokens(model, prompt, source)
-            progress = bars.bar("pull")
-            found = store.remotes.pull_prompt(
-                tokens, fingerprint, client, progress=progress, **named
+        entries = [
+            store.remotes.pull(
+                one,
+                client,
+                fingerprint=fingerprint,
+                like=like,
+                name=name,
+                replace=replace,
+                progress=bars.bar(what),
             )
-            entries = [found]
-        else:
-            entries = [
-                store.remotes.pull(
-                    ref,
-                    client,
-                    fingerprint=wanted,
-                    progress=bars.bar(f"pull `{ref}`"),
-                    **named,
-                )
-                for ref in refs
-            ]
+            for what, one in wanted.items()
+        ]
     data: JSON = {
         "entries": [entry_data(entry) for entry in entries],
         "elapsed_s": round(time.monotonic() - begin, 3),
