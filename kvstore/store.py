@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from .ops.explain import Explanation
     from .ops.load import Hit, Match, Request
     from .ops.quality import Loss
-    from .ops.tree import Tree
+    from .ops.tree import Branch
     from .ops.upkeep.check import Finding
     from .ops.upkeep.prune import PrunePlan
     from .ops.upkeep.purge import Traces
@@ -139,7 +139,8 @@ class Store:
         self._base: BlockStore | None = None
         if base is not None:
             self._base = open_borrowed(Path(base), self._folder.block_size)
-        self._notes = LoadNotes()
+        self.notes = LoadNotes()
+        """What was loaded, asked and measured, kept until the next save."""
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
 
@@ -289,9 +290,9 @@ class Store:
         mlx-lm's has lost it, lossy rows are taken for exact.
 
         Args:
-            tokens: Exactly the tokens whose rows are in the cache.
-            prompt_cache: mlx-lm's list of per-layer caches.
-            fingerprint: What computed it.
+            tokens: As for :meth:`save`.
+            prompt_cache: The same.
+            fingerprint: The same.
             without: Blocks that are on their way into the store already.
             reserve: Called with the prompt's blocks before the store is asked which of
                 them it has. Where it says no, they may be evicted before the snapshot
@@ -336,12 +337,10 @@ class Store:
 
         Args:
             snapshot: From :meth:`snapshot`.
-            name: A name for the entry. It moves from an entry that this continues.
-            replace: Take the name from an entry that this does not continue; from that
-                one only, as it was, where one is given.
-            title: The first words of what is saved, by which people know it again;
-                those of the entry that this continues by default.
-            progress: Called with (tokens saved, tokens in all).
+            name: As for :meth:`save`.
+            replace: The same.
+            title: The same.
+            progress: The same.
             spared: Asked, where something has to be evicted, for blocks that stay.
 
         Raises:
@@ -404,9 +403,9 @@ class Store:
         left for the next call, except where it carries a checkpoint.
 
         Args:
-            tokens: Exactly the tokens whose rows are in the cache.
-            prompt_cache: mlx-lm's list of per-layer caches.
-            fingerprint: What computed it.
+            tokens: As for :meth:`save`.
+            prompt_cache: The same.
+            fingerprint: The same.
             checkpoint: Store the state of recurrent layers too, at this position.
 
         Returns:
@@ -531,7 +530,7 @@ class Store:
             found = blocks.run(partial(work, blocks))
             if found[0] is not None:
                 return found
-        self._notes.add(None, len(token_list))
+        self.notes.add(None, len(token_list))
         if self._on_load is not None:
             self._on_load(missed[-1], time.perf_counter() - start)
         return None, token_list
@@ -766,7 +765,7 @@ class Store:
             on_evict=self._on_evict,
             limits=self._limits,
         )
-        other._notes = self._notes
+        other.notes = self.notes
         return other
 
     def note_prefill(
@@ -782,17 +781,7 @@ class Store:
             num_tokens: How many tokens were fed, all at a time or in steps.
             seconds: How long it took, the rows evaluated.
         """
-        self._notes.add_timing(fingerprint, None, num_tokens, seconds=seconds)
-
-    def note_reanchored(self, kl: float) -> None:
-        """Note how far re-anchored rows moved what a model says, for :meth:`stats`.
-
-        Any thread may call it.
-
-        Args:
-            kl: The KL divergence from exact rows, in nats.
-        """
-        self._notes.add_reanchored(kl)
+        self.notes.add_timing(fingerprint, None, num_tokens, seconds=seconds)
 
     def note_load(
         self, fingerprint: Fingerprint, num_tokens: int, seconds: float
@@ -807,15 +796,7 @@ class Store:
             seconds: How long that took.
         """
         codec = self._codec_for(fingerprint).name
-        self._notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)
-
-    def note_request(self, score: Score) -> None:
-        """Note what a request to a server has cost; kept as :meth:`note_prefill` does.
-
-        Args:
-            score: Of this request alone.
-        """
-        self._notes.add_request(score)
+        self.notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)
 
     def scores(self) -> list[Score]:
         """Return what conversations with servers have cost, the latest first.
@@ -841,7 +822,7 @@ class Store:
         def read() -> list[Timing]:
             return self._blocks.run(lambda: self._blocks.index.timings(digest))
 
-        mine = [t for t in self._notes.timings(read) if t.fingerprint == digest]
+        mine = [t for t in self.notes.timings(read) if t.fingerprint == digest]
         return Speeds.choose(mine, self._codec_for(fingerprint).name, time.time())
 
     def entries(self) -> list[Entry]:
@@ -878,8 +859,8 @@ class Store:
             return {entry.id: entry.updated_at for entry in entries}
         return self._blocks.run(lambda: last_uses(self._blocks.index, entries))
 
-    def tree(self, entries: Sequence[Entry]) -> Tree:
-        """Return entries as a tree of the prefixes that they share."""
+    def tree(self, entries: Sequence[Entry]) -> list[Branch]:
+        """Return entries as trees of the prefixes that they share."""
         from .ops.tree import grow_tree
 
         return self._blocks.run(lambda: grow_tree(self._blocks, entries))
@@ -1373,18 +1354,18 @@ class Store:
         self, hit: Hit, num_tokens: int, fingerprint: Fingerprint | None, begin: float
     ) -> None:
         """Note a load that began then, and how long it took."""
-        self._notes.add(hit, num_tokens)
+        self.notes.add(hit, num_tokens)
         seconds = time.perf_counter() - begin
         if self._on_load is not None:
             self._on_load(_to_match(hit, num_tokens), seconds)
         if fingerprint is not None and hit.codec is not None:
-            self._notes.add_timing(
+            self.notes.add_timing(
                 fingerprint, hit.codec, hit.num_tokens, seconds=seconds
             )
 
     def _write_notes(self) -> None:
-        if self._notes:
-            self._notes.write(self._blocks.index)
+        if self.notes:
+            self.notes.write(self._blocks.index)
 
 
 def _to_match(hit: Hit | str, num_prompt_tokens: int) -> Match:

@@ -27,15 +27,6 @@ class Hit:
     excerpt: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """Entries whose text could not be searched, and why."""
-
-    # What the model was called, or the entry that is damaged.
-    what: str
-    why: str
-
-
 def entry_text(
     store: Store, entry: Entry, tokenizer: Any, num_last: int | None = None
 ) -> str:
@@ -76,12 +67,22 @@ def tokenizer_of(entry: Entry, model: str | None = None) -> Any:
 
 
 def search(
-    store: Store, word: str, *, load: Callable[[Entry], Any] = tokenizer_of
-) -> Iterator[Hit | Unread]:
+    store: Store,
+    word: str,
+    *,
+    load: Callable[[Entry], Any],
+    unread: Callable[[str, KVStoreError], None],
+) -> Iterator[Hit]:
     """Yield the entries that have a word in their text, name or title, latest first.
 
-    Upper and lower case are the same. ``load`` returns the tokenizer of an entry; it is
-    called once per model.
+    Upper and lower case are the same.
+
+    Args:
+        store: Whose entries.
+        word: What is searched.
+        load: Returns the tokenizer of an entry; called once per model.
+        unread: Called with the model, or the entry, whose text cannot be searched, and
+            why.
     """
     loaded: dict[str, Any] = {}
     for entry in store.entries():
@@ -91,13 +92,13 @@ def search(
                 loaded[entry.model] = load(entry)
             except KVStoreError as error:
                 loaded[entry.model] = None
-                yield Unread(entry.model, str(error))
+                unread(entry.model, error)
         tokenizer = loaded[entry.model]
         if tokenizer is not None:
             try:
                 body = entry_text(store, entry, tokenizer)
             except IntegrityError as error:
-                yield Unread(entry.name or entry.id, str(error))
+                unread(entry.name or entry.id, error)
             else:
                 if places := _places(body, word):
                     yield Hit(entry, len(places), _excerpt(body, places[0], word))

@@ -11,6 +11,8 @@ from ..format.entry import Entry
 from ..storage.blocks import BlockStore
 from ..storage.index import Index, Link
 
+Leaf = tuple[Entry, int, float]
+
 
 @dataclass(slots=True)
 class Branch:
@@ -22,19 +24,10 @@ class Branch:
     nbytes: int = 0
     # How many entries are in it and in its branches.
     num_entries: int = 0
-    # Those whose last full block is its last one, with the bytes of their tails.
-    entries: list[tuple[Entry, int]] = field(default_factory=list)
+    # Those whose last full block is its last one, each with the bytes of its tail and
+    # when it was saved or last hit, the later of both.
+    entries: list[Leaf] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """All entries, by what they share."""
-
-    # One for each model and layout.
-    roots: tuple[Branch, ...]
-    # When each entry was saved or last hit, the later of both, by its id.
-    used_at: dict[str, float]
 
 
 def last_uses(index: Index, entries: Sequence[Entry]) -> dict[str, float]:
@@ -57,25 +50,26 @@ def _last_uses(
     return {e.id: max(e.updated_at, known.get(_tip(e), 0.0)) for e in entries}
 
 
-def grow_tree(blocks: BlockStore, entries: Sequence[Entry]) -> Tree:
-    """Return the tree of the prefixes that entries share."""
+def grow_tree(blocks: BlockStore, entries: Sequence[Entry]) -> list[Branch]:
+    """Return the prefixes that entries share, a root for each model and layout."""
     links = blocks.index.links()
-    ends: defaultdict[BlockHash, list[tuple[Entry, int]]] = defaultdict(list)
+    used_at = _last_uses(blocks.index.uses(), links, entries)
+    ends: defaultdict[BlockHash, list[Leaf]] = defaultdict(list)
     order: dict[BlockHash, None] = {}  # parents first
     for entry in entries:
         end, tail_bytes = _last_full(links, entry, blocks.folder.block_size)
-        is_counted = any(other.tip == entry.tip for other, _ in ends[end])
-        ends[end].append((entry, 0 if is_counted else tail_bytes))
+        if any(other.tip == entry.tip for other, *_ in ends[end]):
+            tail_bytes = 0  # which is counted
+        ends[end].append((entry, tail_bytes, used_at[entry.id]))
         order |= dict.fromkeys(reversed(list(_walk(links, end, order))))
-    used_at = _last_uses(blocks.index.uses(), links, entries)
-    return Tree(tuple(_grow(links, order, ends)), used_at)
+    return _grow(links, order, ends)
 
 
 def _grow(
     links: dict[BlockHash, Link],
     order: dict[BlockHash, None],
-    ends: dict[BlockHash, list[tuple[Entry, int]]],
-) -> Iterator[Branch]:
+    ends: dict[BlockHash, list[Leaf]],
+) -> list[Branch]:
     children: defaultdict[BlockHash, list[BlockHash]] = defaultdict(list)
     for block in order:
         children[links[block].parent].append(block)
@@ -102,7 +96,7 @@ def _grow(
         branch = grown[block]
         below = sum(one.num_entries for one in branch.branches)
         branch.num_entries = below + len(branch.entries)
-    yield from (grown[root] for root in roots)
+    return [grown[root] for root in roots]
 
 
 def _last_full(

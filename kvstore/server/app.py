@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
@@ -31,7 +31,7 @@ from ..models.texts import decode
 from .disk import ServedModel, harmless
 from .drift import Drift, find_drift
 from .generator import Batch, mixed_generator
-from .pages import Pages, View
+from .pages import Pages
 from .prefill import stream_alone
 from .prompt_cache import DiskPromptCache, Lookup
 from .provider import Provider
@@ -39,9 +39,6 @@ from .requests import BadRequestError, check_body
 from .tenants import find_tenant
 from .warm import start_warming
 from .watch import Requests, Served, score, watch
-
-if TYPE_CHECKING:
-    from .metrics import Metrics
 
 log = logging.getLogger("kvstore")
 # Docker kills ten seconds after it asks; launchd and systemd wait longer.
@@ -53,8 +50,8 @@ MakeCache = Callable[[Callable[[Any], ServedModel], int], DiskPromptCache]
 def serve(
     args: Sequence[str],
     make_cache: MakeCache,
+    pages: Pages,
     tenant_header: str | None = None,
-    view: View | None = None,
     *,
     reanchor: float | None = None,
     warm: Mapping[str, JSON] | None = None,
@@ -64,13 +61,13 @@ def serve(
     Args:
         args: The command line of ``mlx_lm.server``.
         make_cache: Makes the prompt cache, which is closed at the end.
+        pages: Show the store at ``/kvstore``.
         tenant_header: Names who asks; a request without it is refused. The prompt
             cache is then one of :class:`TenantPromptCache`.
-        view: How the store is shown at ``/kvstore``; nowhere by default.
         reanchor: Reuse rows behind a change in a prompt, where the model can, as long
             as that moves what it says by no more than this KL divergence; infinity for
             any.
-        warm: Requests to compute ahead, by what to call them; with a view only.
+        warm: Requests to compute ahead, by what to call them.
 
     Raises:
         KVStoreError: There is no such model, or mlx-lm runs distributed.
@@ -92,26 +89,21 @@ def serve(
 
     def make_provider(cli_args: argparse.Namespace) -> Any:
         def note_kl(kl: float) -> None:
-            opened[-1].store.note_reanchored(kl)
+            opened[-1].store.notes.add_reanchored(kl)
 
         made = Provider(cli_args, give_up, reanchor=reanchor, note_kl=note_kl)
         providers.append(made)
-        return providers[-1]
-
-    metrics = _make_metrics()
-    count = metrics.count if metrics else None
-    are_private = tenant_header is not None
-    pages = None if view is None else Pages(view, count, are_private=are_private)
+        return made
 
     def make_prompt_cache(max_size: int) -> DiskPromptCache:
         opened.append(make_cache(providers[-1].describe, max_size))
-        if pages is not None:  # mlx-lm has set up its log only now
-            log.info("kvstore: the store is shown at /kvstore%s", pages.login)
+        # mlx-lm has set up its log only now.
+        log.info("kvstore: the store is shown at /kvstore%s", pages.login)
         return opened[-1]
 
     def make_generator(*parts: Any) -> Any:
         generators.append(generator_class(give_up, requests, *parts))
-        if warm and pages is not None:
+        if warm:
             options = providers[-1].cli_args
             start_warming(options.host, options.port, pages.token, warm)
         return generators[-1]
@@ -156,14 +148,13 @@ def serve(
     drift = Drift()
 
     def note(served: Served, found: Lookup | None) -> None:
-        if metrics:
-            metrics.note(served, found)
+        if pages.metrics:
+            pages.metrics.note(served, found)
         if found is not None:
             _compare(providers[-1], opened[-1], drift, served, found)
 
     watch(server, requests, lambda: opened[-1], note)
-    if pages is not None:
-        pages.attach(server.APIHandler)
+    pages.attach(server.APIHandler)
     _run(server, generators, opened, requests)
 
 
@@ -190,7 +181,8 @@ def _compare(
             log.warning("kvstore: %s", words)
         if isinstance(provider.loaded, Fingerprint):
             why = change.cause if change else found.reason
-            prompt_cache.store.note_request(score(served, found, provider.loaded, why))
+            cost = score(served, found, provider.loaded, why)
+            prompt_cache.store.notes.add_request(cost)
 
 
 def _run(
@@ -218,15 +210,6 @@ def _run(
             f"the thread that generates has ended: {type(error).__name__}: {error}",
             hint="the log says where; start the server again",
         ) from error
-
-
-def _make_metrics() -> Metrics | None:
-    """Return the counters, where the package for them is installed."""
-    if importlib.util.find_spec("prometheus_client") is None:
-        return None
-    from .metrics import Metrics
-
-    return Metrics()
 
 
 def _failures(generators: Sequence[Any]) -> list[Exception]:

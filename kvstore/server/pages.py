@@ -9,65 +9,56 @@ ask, and how much of it was known.
 from __future__ import annotations
 
 import hmac
+import importlib.util
 import json
 import logging
 import os
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from ..errors import EntryNotFoundError, KVStoreError
 from ..format.documents import JSON
 from ..store import Store
 
+if TYPE_CHECKING:
+    from .metrics import Metrics
+
 log = logging.getLogger("kvstore")
 _PATHS = ("/kvstore", "/metrics")
 _JSON = "application/json"
 
 
-class Answer(NamedTuple):
-    """What a request is answered with."""
-
-    status: HTTPStatus
-    content_type: str
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """How a store is shown."""
-
-    # Opens the store; each request does so for itself.
-    open_store: Callable[[], Store]
-    # Returns what a page shows.
-    describe: Callable[[Store], JSON]
-    # Returns the page, as HTML.
-    render: Callable[[JSON], str]
+Answer = tuple[HTTPStatus, str, bytes]
+"""Status, content type and body of what a request is answered with."""
 
 
 class Pages:
     """Answers ``/kvstore``, ``/kvstore/data``, ``/kvstore/entries/ID``, ``/metrics``.
 
     Args:
-        view: How the store is shown.
-        count: Returns the counters of a store and their content type; ``None`` where
-            the package for them is missing.
+        open_store: Opens the store; each request does so for itself.
+        describe: Returns what a page shows.
+        render: Returns the page, as HTML.
         are_private: Whether the counters need the token too.
+
+    Attributes:
+        metrics: The counters; ``None`` where the package for them is missing.
     """
 
     def __init__(
         self,
-        view: View,
-        count: Callable[[Store], tuple[bytes, str]] | None,
+        open_store: Callable[[], Store],
+        describe: Callable[[Store], JSON],
+        render: Callable[[JSON], str],
         *,
         are_private: bool = False,
     ) -> None:
-        self._view = view
-        self._count = count
+        self._open_store, self._describe, self._render = open_store, describe, render
+        self.metrics = _make_metrics()
         self._are_private = are_private
         # One that is given stays the same, so that Prometheus can be told it.
         given = os.environ.get("KVSTORE_TOKEN")
@@ -83,13 +74,13 @@ class Pages:
                 url = urlsplit(handler.path)
             except ValueError:
                 words = "the request's address is malformed"
-                _send(handler, _refusal(HTTPStatus.BAD_REQUEST, words))
+                _send(handler, *_refusal(HTTPStatus.BAD_REQUEST, words))
                 return
             is_ours = url.path in _PATHS or url.path.startswith("/kvstore/")
             if handler.command == "GET" and not is_ours:
                 get(handler)
             else:
-                _send(handler, self._answer_safely(handler, url))
+                _send(handler, *self._answer_safely(handler, url))
 
         handler_class.do_GET = handler_class.do_PUT = handler_class.do_DELETE = do
 
@@ -119,36 +110,36 @@ class Pages:
 
     def _answer(self, handler: Any, path: str) -> Answer:
         command = handler.command
-        with self._view.open_store() as store:
+        with self._open_store() as store:
             if command == "GET" and path in ("/kvstore", "/kvstore/data"):
-                data = self._view.describe(store)
+                data = self._describe(store)
                 if path == "/kvstore":
-                    page = self._view.render(data).encode()
-                    return Answer(HTTPStatus.OK, "text/html; charset=utf-8", page)
-                return Answer(HTTPStatus.OK, _JSON, json.dumps(data).encode())
+                    page = self._render(data).encode()
+                    return HTTPStatus.OK, "text/html; charset=utf-8", page
+                return HTTPStatus.OK, _JSON, json.dumps(data).encode()
             entry_id = unquote(path.removeprefix("/kvstore/entries/"))
             if command == "PUT" and entry_id != path:
                 store.pin(entry_id, pinned=_read_pinned(handler))
-                return Answer(HTTPStatus.NO_CONTENT, _JSON, b"")
+                return HTTPStatus.NO_CONTENT, _JSON, b""
             if command == "DELETE" and entry_id != path:
                 store.remove(entry_id)
-                return Answer(HTTPStatus.NO_CONTENT, _JSON, b"")
+                return HTTPStatus.NO_CONTENT, _JSON, b""
         return _refusal(HTTPStatus.NOT_FOUND, f"there is no {command} {path}")
 
     def _metrics(self) -> Answer:
-        if self._count is None:
+        if self.metrics is None:
             hint = "pip install 'mlx-kvstore[metrics]'"
             words = "the package prometheus-client is missing"
             return _refusal(HTTPStatus.NOT_IMPLEMENTED, words, hint)
         try:
-            with self._view.open_store() as store:
-                body, content_type = self._count(store)
+            with self._open_store() as store:
+                body, content_type = self.metrics.count(store)
         except (KVStoreError, OSError, ValueError) as error:
             # Without a token nobody is told more: an error may name the store's path.
             log.warning("kvstore: GET /metrics: %s", error)
             words = "the store cannot be read"
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, words)
-        return Answer(HTTPStatus.OK, content_type, body)
+        return HTTPStatus.OK, content_type, body
 
     def _has_token(self, handler: Any, query: str) -> bool:
         given = parse_qs(query).get("token", [])
@@ -158,6 +149,14 @@ class Pages:
             given.append(word.strip())
         token = self.token.encode()
         return any(hmac.compare_digest(each.encode(), token) for each in given)
+
+
+def _make_metrics() -> Metrics | None:
+    if importlib.util.find_spec("prometheus_client") is None:
+        return None
+    from .metrics import Metrics
+
+    return Metrics()
 
 
 def _read_pinned(handler: Any) -> bool:
@@ -176,15 +175,15 @@ def _read_pinned(handler: Any) -> bool:
 
 def _refusal(status: HTTPStatus, words: str, hint: str | None = None) -> Answer:
     body = {"error": words} | ({"hint": hint} if hint else {})
-    return Answer(status, _JSON, json.dumps(body).encode())
+    return status, _JSON, json.dumps(body).encode()
 
 
-def _send(handler: Any, answer: Answer) -> None:
-    handler.send_response(answer.status)
-    handler.send_header("Content-Type", answer.content_type)
-    handler.send_header("Content-Length", str(len(answer.body)))
+def _send(handler: Any, status: HTTPStatus, content_type: str, body: bytes) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Type", content_type)
+    handler.send_header("Content-Length", str(len(body)))
     # The address has the token in it, which goes to no other page and into no cache.
     handler.send_header("Referrer-Policy", "no-referrer")
     handler.send_header("Cache-Control", "no-store")
     handler.end_headers()
-    handler.wfile.write(answer.body)
+    handler.wfile.write(body)

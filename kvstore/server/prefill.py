@@ -21,10 +21,6 @@ KeepRows = Callable[[list[int], list[Any]], None]
 """Called with tokens and a prompt cache that has at least their rows."""
 
 
-class Stopped(Exception):  # noqa: N818  (no error)
-    """Ends a prefill between two steps."""
-
-
 class Steps:
     """Knows when rows are handed over again.
 
@@ -90,6 +86,8 @@ def stream_alone(
         is_stopped: Asked between steps and tokens; if so, the responses end.
         options: What mlx-lm's server calls it with.
     """
+    from ..models.session import Stopped
+
     rest, prompt_cache = options["prompt"], options["prompt_cache"]
     num_held = len(tokens) - len(rest)
     progress = options.pop("prompt_progress_callback")

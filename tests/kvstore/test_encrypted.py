@@ -83,7 +83,7 @@ def test_no_byte_of_the_folder_tells_anything(path, store_path, caches):
     with kvstore.Store(path) as store:
         store.load([*TOKENS, 1], caches.MODEL)
         store.note_prefill(caches.MODEL, 100, 1.0)
-        store.note_request(Score(b"asked", "", NAME, *[1] * 7, TITLE, 1, 1.0, 1.0))
+        store.notes.add_request(Score(b"asked", "", NAME, *[1] * 7, TITLE, 1, 1.0, 1.0))
         store.pin(NAME)
         assert store.scores()[0].model == NAME
     assert told(path, cache) == set()

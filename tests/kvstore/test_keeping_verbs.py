@@ -191,7 +191,7 @@ def note(store_path, caches, loads):
     with kvstore.Store(store_path) as store:
         store.note_prefill(caches.MODEL, 1000, 1.0)
         for num_tokens, seconds in loads:
-            store._notes.add_timing(caches.MODEL, "raw", num_tokens, seconds=seconds)
+            store.notes.add_timing(caches.MODEL, "raw", num_tokens, seconds=seconds)
 
 
 @pytest.mark.parametrize(

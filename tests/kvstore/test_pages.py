@@ -135,7 +135,7 @@ def test_a_client_that_hangs_up_is_one_line(caplog):
     handler = type("Handler", (BaseHTTPRequestHandler,), dict.fromkeys(makers))
     server = SimpleNamespace(APIHandler=handler, scan_cache_dir=None)
     watch(server, Requests(), cache_of=None)
-    Pages(view=None, count=None).attach(handler)
+    Pages(None, None, None).attach(handler)
     caplog.set_level(logging.INFO, "kvstore")
     client, connection = socket.socketpair()
     with connection:

@@ -142,7 +142,7 @@ def test_one_request_in_eight_is_measured(store_path, caches):
             assert (moved > 0) == (number > 0)
             server.work()
         assert len(server.measured) == 2
-        server.tier.store.note_reanchored(server.measured[0])
+        server.tier.store.notes.add_reanchored(server.measured[0])
         stats = server.tier.store.stats()
         assert stats.reanchored_kl == pytest.approx(server.measured[0], abs=1e-9)
         assert stats.counters["reanchored_checks"] == 1
@@ -198,7 +198,9 @@ def test_what_is_no_number_is_beyond_every_budget(store_path):
     """As where logits overflow: it is not counted, and nothing is re-anchored."""
     stopped = []
     with kvstore.Store(store_path) as store:
-        receipts = Receipts(None, 1.0, store.note_reanchored, lambda: stopped.append(1))
+        receipts = Receipts(
+            None, 1.0, store.notes.add_reanchored, lambda: stopped.append(1)
+        )
         receipts._judge(math.nan)
         assert stopped == [1]
         assert store.stats().reanchored_kl is None

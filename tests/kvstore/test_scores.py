@@ -41,9 +41,9 @@ def test_the_latest_are_kept(store_path):
     """Through a restart, and no more than there may be."""
     with kvstore.Store(store_path) as store:
         for number in range(MAX_SCORES + 10):
-            store.note_request(request(number, at=float(number)))
+            store.notes.add_request(request(number, at=float(number)))
         assert len(store.scores()) == MAX_SCORES
-        store.note_request(request(100, memory=110, computed=5, at=1e6))
+        store.notes.add_request(request(100, memory=110, computed=5, at=1e6))
     with kvstore.Store(store_path) as store:
         found = store.scores()
         assert len(found) == MAX_SCORES
@@ -61,7 +61,7 @@ def test_purging_forgets_them(store_path, caches, run_cli):
     """The hash of how a conversation begins would tell who guesses it."""
     with kvstore.Store(store_path) as store:
         store.save([1, 2, 3], caches.make_cache(3), caches.MODEL, name="it")
-        store.note_request(request(1))
+        store.notes.add_request(request(1))
         assert store.scores()
     assert run_cli("rm", "it", "--purge", "--yes", store=store_path)[0] == 0
     with kvstore.Store(store_path) as store:
@@ -73,7 +73,7 @@ def test_who_guesses_how_a_conversation_begins_cannot_tell(tmp_path):
     ids = []
     for folder in ("one", "one", "other"):
         with kvstore.Store(tmp_path / folder) as store:
-            store.note_request(request(1))
+            store.notes.add_request(request(1))
             ids += [score.id for score in store.scores()]
     assert request(1).id not in ids
     assert ids[0] == ids[1] != ids[2]
@@ -82,9 +82,9 @@ def test_who_guesses_how_a_conversation_begins_cannot_tell(tmp_path):
 def test_models_that_are_asked_the_same_are_kept_apart(store_path):
     """A helper that is shown how the conversation begins makes no prompt shorter."""
     with kvstore.Store(store_path) as store:
-        store.note_request(request(1, computed=5000))
-        store.note_request(replace(request(1, computed=300), fingerprint="helper"))
-        store.note_request(request(1, memory=5010, computed=40))
+        store.notes.add_request(request(1, computed=5000))
+        store.notes.add_request(replace(request(1, computed=300), fingerprint="helper"))
+        store.notes.add_request(request(1, memory=5010, computed=40))
         found = {score.fingerprint: score for score in store.scores()}
         assert found["model"].num_requests == 2
         assert [score.num_again for score in found.values()] == [0, 0]
@@ -93,12 +93,12 @@ def test_models_that_are_asked_the_same_are_kept_apart(store_path):
 def test_a_purge_reaches_what_a_server_has_not_written_yet(store_path):
     """What it notes from then on is kept, under another key."""
     with kvstore.Store(store_path) as server, kvstore.Store(store_path) as other:
-        server.note_request(request(2, at=time.time()))
+        server.notes.add_request(request(2, at=time.time()))
         server.scores()
         before = server.scores()[0].id
-        server.note_request(request(1, at=time.time()))
+        server.notes.add_request(request(1, at=time.time()))
         other.purge()
-        server.note_request(request(2, at=time.time()))
+        server.notes.add_request(request(2, at=time.time()))
         (left,) = server.scores()
         assert left.num_computed == request(2).num_computed
         assert left.id != before
@@ -110,14 +110,14 @@ def test_a_purge_reaches_what_a_server_has_not_written_yet(store_path):
 def test_a_damaged_score_takes_nothing_else_with_it(store_path, change):
     """What is noted beside it is written, and scores are kept from then on."""
     with kvstore.Store(store_path) as store:
-        store.note_request(request(1))
+        store.notes.add_request(request(1))
         store.scores()
         with sqlite3.connect(store_path / "index.sqlite") as index:
             index.execute(f"UPDATE {change}")
-        store.note_reanchored(0.5)
-        store.note_request(request(1))
+        store.notes.add_reanchored(0.5)
+        store.notes.add_request(request(1))
         assert store.stats().counters["reanchored_checks"] == 1
-        store.note_request(request(1, at=time.time()))
+        store.notes.add_request(request(1, at=time.time()))
         assert len(store.scores()) == 1
 
 

@@ -27,7 +27,7 @@ from ..output import (
 from .entries import entry_data
 
 if TYPE_CHECKING:
-    from ...ops.tree import Branch, Tree
+    from ...ops.tree import Branch, Leaf
     from ...remote.catalog import Listed
     from ...store import Store
 
@@ -153,9 +153,9 @@ def _list_lines(store: Store, entries: Sequence[Entry]) -> list[Line]:
     return [Line(e.num_tokens, e.nbytes, e, used_at[e.id]) for e in entries]
 
 
-def tree_lines(tree: Tree) -> Iterator[Line]:
+def tree_lines(roots: Sequence[Branch]) -> Iterator[Line]:
     """Yield a line for each entry, and one for what several entries share."""
-    for root in tree.roots:
+    for root in roots:
         model = model_name(_first_entry(root).model)
         label = f"{model}: {format_count(root.num_entries, 'entry')}"
         yield Line(0, 0, label=label)
@@ -163,23 +163,22 @@ def tree_lines(tree: Tree) -> Iterator[Line]:
         while waiting:
             item, depth = waiting.pop()
             if isinstance(item, tuple):
-                entry, nbytes = item
-                used_at = tree.used_at[entry.id]
+                entry, nbytes, used_at = item
                 yield Line(entry.num_tokens, nbytes, entry, used_at, depth=depth)
                 continue
             below = _below(item, depth + 1)
             if len(item.entries) == 1:
                 # What goes on from an entry is shown below it.
-                entry, nbytes = item.entries[0]
-                below[-1] = (entry, item.nbytes + nbytes), depth
+                entry, nbytes, used_at = item.entries[0]
+                below[-1] = (entry, item.nbytes + nbytes, used_at), depth
             else:
                 label = f"shared by {item.num_entries:,}"
                 yield Line(item.num_tokens, item.nbytes, label=label, depth=depth)
             waiting += below
 
 
-def _below(branch: Branch, depth: int) -> list[tuple[Branch | tuple[Entry, int], int]]:
-    found: list[Branch | tuple[Entry, int]] = [*branch.branches[::-1]]
+def _below(branch: Branch, depth: int) -> list[tuple[Branch | Leaf, int]]:
+    found: list[Branch | Leaf] = [*branch.branches[::-1]]
     found += branch.entries[::-1]
     return [(one, depth) for one in found]
 

@@ -32,31 +32,14 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteOptions:
-    """What is looked for in a remote, and put there."""
+class ServeOptions:
+    """How a server uses the store; sizes in bytes."""
 
-    # Its name, or ``None`` where there is none.
-    remote: str | None
-    # How long a request waits for it, in seconds.
-    remote_timeout: float
-    # Put there what is saved.
-    push: bool
-
-    def open(self, store: Store) -> RemoteTier | None:
-        """Return the remote as the server uses it, one that the store knows."""
-        from ...server.remote import RemoteTier
-
-        if self.remote is None:
-            return None
-        return RemoteTier(
-            store, self.remote, timeout_s=self.remote_timeout, is_pushing=self.push
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SpaceOptions:
-    """How much is kept, on disk and on its way there, in bytes."""
-
+    # Which rows may be read.
+    exact: bool
+    min_bits: int
+    # Fewer tokens are neither kept nor read.
+    min_tokens: int
     # The store's size limit, where it is to be set.
     max_size: int | None
     # What the disk keeps free.
@@ -65,25 +48,57 @@ class SpaceOptions:
     max_queue: int
     # What is written in a day, or ``None`` for any.
     max_writes: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class RowOptions:
-    """Which rows may be read."""
-
-    exact: bool
-    min_bits: int
-    # Those behind a change in a prompt too.
+    # Which header names a client, and entries that all clients find.
+    tenant_header: str | None
+    shared: tuple[str, ...]
+    # A remote's name, how many seconds a request waits for it, and whether what is
+    # saved is put there.
+    remote: str | None
+    remote_timeout: float
+    push: bool
+    # Reuse rows behind a change in a prompt too; as long as what is said moves by no
+    # more than this KL divergence.
     reanchor: bool
-    # As long as what is said moves by no more than this KL divergence.
     reanchor_max_kl: float | None
 
     @property
     def budget(self) -> float | None:
-        """The same, infinity where any is allowed, ``None`` where nothing is moved."""
+        """What re-anchoring may cost: infinity for any, ``None`` for nothing moved."""
         if self.reanchor_max_kl is None:
             return math.inf if self.reanchor else None
         return self.reanchor_max_kl
+
+    def check(self, *, has_codes: bool, is_warmed: bool) -> None:
+        """Refuse what cannot be had together."""
+        wanted = {
+            "exact": self.exact,
+            "reanchor": self.budget is not None,
+            "kv-bits": has_codes,
+        }
+        both = [f"`--{word}`" for word, is_wanted in wanted.items() if is_wanted]
+        if len(both) > 1:
+            raise click.UsageError(f"{' and '.join(both[:2])} exclude each other")
+        header = self.tenant_header
+        if self.shared and header is None:
+            raise click.UsageError("`--shared` needs `--tenant-header`")
+        if header is not None and not _HEADER_NAME.fullmatch(header):
+            raise click.UsageError(
+                f"`--tenant-header` takes the name of a header, not {header!r}"
+            )
+        if self.push and self.remote is None:
+            raise click.UsageError("`--push` needs `--remote`")
+        if is_warmed and header is not None:
+            raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
+
+    def open_remote(self, store: Store) -> RemoteTier | None:
+        """Return the remote as the server uses it, one that the store knows."""
+        from ...server.remote import RemoteTier
+
+        if self.remote is None:
+            return None
+        return RemoteTier(
+            store, self.remote, timeout_s=self.remote_timeout, is_pushing=self.push
+        )
 
 
 class ServeVerb(Verb):
@@ -198,19 +213,12 @@ class ServeVerb(Verb):
 )
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="")
 @click.pass_context
-@gathered("space", SpaceOptions)
-@gathered("team", RemoteOptions)
-@gathered("rows", RowOptions)
+@gathered("asked", ServeOptions)
 def serve(
     context: click.Context,
     codec: str | None,
-    space: SpaceOptions,
-    min_tokens: int,
+    asked: ServeOptions,
     log_format: str,
-    tenant_header: str | None,
-    shared: tuple[str, ...],
-    team: RemoteOptions,
-    rows: RowOptions,
     warm: tuple[BinaryIO, ...],
     args: tuple[str, ...],
 ) -> None:
@@ -229,32 +237,15 @@ def serve(
     logged at the start, or is $KVSTORE_TOKEN; /metrics has counters for Prometheus, and
     needs it too where `--tenant-header` is given.
     """
-    least = options.least_bits(rows.exact, rows.min_bits)
+    least = options.least_bits(asked.exact, asked.min_bits)
     chosen = options.codec_of(codec, least, "high")
     has_codes = any(word.partition("=")[0] == "--kv-bits" for word in args)
-    wanted = {
-        "exact": rows.exact,
-        "reanchor": rows.budget is not None,
-        "kv-bits": has_codes,
-    }
-    both = [f"`--{word}`" for word, is_wanted in wanted.items() if is_wanted]
-    if len(both) > 1:
-        raise click.UsageError(f"{' and '.join(both[:2])} exclude each other")
-    if shared and tenant_header is None:
-        raise click.UsageError("`--shared` needs `--tenant-header`")
-    if tenant_header is not None and not _HEADER_NAME.fullmatch(tenant_header):
-        raise click.UsageError(
-            f"`--tenant-header` takes the name of a header, not {tenant_header!r}"
-        )
-    if team.push and team.remote is None:
-        raise click.UsageError("`--push` needs `--remote`")
+    asked.check(has_codes=has_codes, is_warmed=bool(warm))
     ahead = {file.name: options.read_request("--warm", file) for file in warm}
-    if ahead and tenant_header is not None:
-        raise click.UsageError("`--warm` and `--tenant-header` exclude each other")
     if (model := settings.setting("model")) is not None:
         args = ("--model", os.path.expanduser(model), *args)  # what comes later wins
     from ...server.app import serve as run
-    from ...server.pages import View
+    from ...server.pages import Pages
     from ...server.prompt_cache import DiskPromptCache, TenantPromptCache
     from ...server.requests import check_body
     from ...server.tenants import Tenancy
@@ -266,21 +257,21 @@ def serve(
         # Only now: a wrong option or model must not leave an empty store behind.
         store = make_store(context, chosen)
         _shape_log(log_format)
-        if space.max_size is not None:
-            store.set_limit(space.max_size)
+        if asked.max_size is not None:
+            store.set_limit(asked.max_size)
         make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
-        if tenant_header is not None:
-            tenancy = Tenancy.of(store, tenant_header, shared)
+        if asked.tenant_header is not None:
+            tenancy = Tenancy.of(store, asked.tenant_header, asked.shared)
             make = partial(TenantPromptCache, store, describe, tenancy)
         return make(
-            remote=team.open(store),
+            remote=asked.open_remote(store),
             max_size=max_in_memory,
-            min_tokens=min_tokens,
-            exact=rows.exact,
-            min_bits=rows.min_bits,
-            min_free_bytes=space.min_free,
-            max_queued_bytes=space.max_queue,
-            max_daily_bytes=space.max_writes,
+            min_tokens=asked.min_tokens,
+            exact=asked.exact,
+            min_bits=asked.min_bits,
+            min_free_bytes=asked.min_free,
+            max_queued_bytes=asked.max_queue,
+            max_daily_bytes=asked.max_writes,
         )
 
     for name, body in ahead.items():
@@ -288,10 +279,12 @@ def serve(
             check_body("chat/completions", body)
         except ValueError as error:
             raise click.UsageError(f"`--warm {name}`: {error}") from error
-    shown = View(partial(Store, chosen_path(context), create=False), describe, render)
+    header = asked.tenant_header
+    open_it = partial(Store, chosen_path(context), create=False)
+    pages = Pages(open_it, describe, render, are_private=header is not None)
     _log_like_mlx_lm()
     try:
-        run(args, make_cache, tenant_header, shown, reanchor=rows.budget, warm=ahead)
+        run(args, make_cache, pages, header, reanchor=asked.budget, warm=ahead)
     except ValueError as error:
         raise click.UsageError(f"mlx_lm.server: {error}", context) from error
 

@@ -16,6 +16,7 @@ from ..output import Column, printable
 from .entries import entry_data
 
 if TYPE_CHECKING:
+    from ...errors import KVStoreError
     from ...models.texts import Hit
 
 _TAIL = 400
@@ -72,14 +73,12 @@ def search(context: click.Context, word: str, model: str | None) -> None:
     """
     output = output_of(context)
     store = open_store(context)
-    from ...models.texts import Unread, search, tokenizer_of
+    from ...models.texts import search, tokenizer_of
 
-    hits = []
-    for found in search(store, word, load=lambda entry: tokenizer_of(entry, model)):
-        if isinstance(found, Unread):
-            output.warning(f"not searched: `{found.what}`: {found.why}")
-        else:
-            hits.append(found)
+    def warn(what: str, why: KVStoreError) -> None:
+        output.warning(f"not searched: `{what}`: {why}")
+
+    hits = list(search(store, word, load=lambda e: tokenizer_of(e, model), unread=warn))
     output.table(
         hits,
         _COLUMNS,
