@@ -6,51 +6,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .chat import Chat
-    from .generate import continue_entry, save_prompt, stream_generate
-    from .load import LoadedModel, load_models
-    from .session import (
-        CacheOptions,
-        Callbacks,
-        LiveCache,
-        PrefillOptions,
-        SamplingOptions,
-    )
-    from .templates import Template
-
-__all__ = [
-    "CacheOptions",
-    "Callbacks",
-    "Chat",
-    "LiveCache",
-    "LoadedModel",
-    "PrefillOptions",
-    "SamplingOptions",
-    "Template",
-    "continue_entry",
-    "load_models",
-    "save_prompt",
-    "stream_generate",
-]
+    from .chat import Chat as Chat
+    from .generate import continue_entry as continue_entry
+    from .generate import save_prompt as save_prompt
+    from .generate import stream_generate as stream_generate
+    from .load import LoadedModel as LoadedModel
+    from .load import load_models as load_models
+    from .session import CacheOptions as CacheOptions
+    from .session import Callbacks as Callbacks
+    from .session import LiveCache as LiveCache
+    from .session import PrefillOptions as PrefillOptions
+    from .session import SamplingOptions as SamplingOptions
+    from .templates import Template as Template
 
 _HOMES = {
-    "chat": ("Chat",),
-    "generate": ("continue_entry", "save_prompt", "stream_generate"),
-    "load": ("LoadedModel", "load_models"),
-    "session": (
-        "CacheOptions",
-        "Callbacks",
-        "LiveCache",
-        "PrefillOptions",
-        "SamplingOptions",
-    ),
-    "templates": ("Template",),
+    "Chat": "chat",
+    "continue_entry": "generate",
+    "save_prompt": "generate",
+    "stream_generate": "generate",
+    "LoadedModel": "load",
+    "load_models": "load",
+    "CacheOptions": "session",
+    "Callbacks": "session",
+    "LiveCache": "session",
+    "PrefillOptions": "session",
+    "SamplingOptions": "session",
+    "Template": "templates",
 }
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> object:
     """Return a public name; mlx-lm is imported when one that needs it is asked for."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
