@@ -16,7 +16,6 @@ from .kinds import kind_named, kind_of
 from .layout import (
     LayerLayout,
     Layout,
-    ListLayout,
     Shapes,
     Signature,
     flatten,
@@ -97,7 +96,7 @@ def why_unfit(
         decoding: A ``KVCache`` may be decoded from a ``TurboQuantKVCache``.
     """
     # What is decoded lies in no CacheList.
-    decoding = decoding and not any(isinstance(layer, ListLayout) for layer in layout)
+    decoding = decoding and not any(isinstance(layer, tuple) for layer in layout)
     stored = flatten(layout)
     if len(stored) == len(wanted):
         for number, (was, asked) in enumerate(zip(stored, wanted, strict=True)):

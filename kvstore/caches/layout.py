@@ -5,7 +5,6 @@ Knows no arrays and no caches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,16 +56,8 @@ class LayerLayout:
     rows: tuple[tuple[str, RowSpec], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ListLayout:
-    """A layer that is a ``CacheList``."""
-
-    # The layouts of its caches.
-    caches: tuple[LayerLayout | ListLayout, ...]
-
-
-Layout = tuple[LayerLayout | ListLayout, ...]
-"""One layout per layer of a prompt cache, in order."""
+Layout = tuple["LayerLayout | Layout", ...]
+"""One layout per layer of a prompt cache, in order; of a ``CacheList`` a tuple too."""
 _MAX_LAYERS = 4096
 _MAX_SIZE = 2**28
 _MAX_NESTING = 8
@@ -104,11 +95,11 @@ def group_layers(layout: Layout) -> list[Group]:
     return [Group(layer, tuple(numbers)) for layer, numbers in members.items()]
 
 
-def flatten(layout: Sequence[LayerLayout | ListLayout]) -> list[LayerLayout]:
+def flatten(layout: Layout) -> list[LayerLayout]:
     """Return the layouts of all caches, those of a ``CacheList`` one by one."""
     found: list[LayerLayout] = []
     for layer in layout:
-        found += flatten(layer.caches) if isinstance(layer, ListLayout) else [layer]
+        found += flatten(layer) if isinstance(layer, tuple) else [layer]
     return found
 
 
@@ -118,11 +109,11 @@ def has_only_rows(layout: Layout) -> bool:
     return all(spec.kind == "rows" for spec in specs)
 
 
-def layout_to_json(layout: Sequence[LayerLayout | ListLayout]) -> list[JSON]:
+def layout_to_json(layout: Layout) -> list[JSON]:
     """Return a layout as a JSON value."""
     return [
-        {"class": "CacheList", "caches": layout_to_json(layer.caches)}
-        if isinstance(layer, ListLayout)
+        {"class": "CacheList", "caches": layout_to_json(layer)}
+        if isinstance(layer, tuple)
         else {
             "class": layer.cache_class,
             "params": dict(layer.params),
@@ -151,7 +142,7 @@ def _layers_from_json(value: Any, nesting: int) -> Layout:
     if not 0 < len(value) <= _MAX_LAYERS or nesting == 0:
         raise ValueError(f"{len(value)} layers")
     return tuple(
-        ListLayout(_layers_from_json(layer["caches"], nesting - 1))
+        _layers_from_json(layer["caches"], nesting - 1)
         if layer["class"] == "CacheList"
         else _layer_from_json(layer)
         for layer in value

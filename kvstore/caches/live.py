@@ -21,7 +21,7 @@ from ..errors import ArgumentError, UnsupportedCacheError
 from ..format.block import EXACT_BITS
 from .kinds import find_kind, kind_of
 from .kinds.base import Held, rows_of
-from .layout import Group, LayerLayout, Layout, ListLayout, flatten, layer_signature
+from .layout import Group, LayerLayout, Layout, flatten, layer_signature
 from .provenance import Provenance
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
 
 
 def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
-    layers: list[LayerLayout | ListLayout] = []
+    layers: list[LayerLayout | Layout] = []
     for number, cache in enumerate(prompt_cache):
         if is_list(cache):
-            layers.append(ListLayout(_read_layers(cache.caches)))
+            layers.append(_read_layers(cache.caches))
             continue
         kind = kind_of(number, cache)
         try:

@@ -30,7 +30,6 @@ from .layout import (
     Group,
     LayerLayout,
     Layout,
-    ListLayout,
     RowSpec,
     flatten,
     group_layers,
@@ -726,7 +725,7 @@ def _build(
 
 
 def _build_layers(
-    layout: Sequence[LayerLayout | ListLayout],
+    layout: Layout,
     buffers: Iterator[dict[str, mx.array]],
     num_tokens: int,
 ) -> PromptCache:
@@ -734,8 +733,8 @@ def _build_layers(
 
     built: PromptCache = []
     for layer in layout:
-        if isinstance(layer, ListLayout):
-            built.append(CacheList(*_build_layers(layer.caches, buffers, num_tokens)))
+        if isinstance(layer, tuple):
+            built.append(CacheList(*_build_layers(layer, buffers, num_tokens)))
         else:
             kind = kind_named(layer.cache_class)
             built.append(kind.build(layer, next(buffers), num_tokens))

@@ -39,27 +39,22 @@ _LISTINGS = 4
 _PAUSE_S = 0.3
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """An entry of a remote and where it lies."""
-
-    key: EntryKey
-    remote: RemoteEntry
+Found = dict[EntryKey, RemoteEntry]
+"""Entries of a remote, by where they lie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
     """Entries of a remote."""
 
-    # Latest first.
-    found: tuple[Listed, ...]
+    found: Found
     # Why others were refused, one for each.
     refused: tuple[KVStoreError, ...]
     # Those of them that will be again.
     wrong: tuple[EntryKey, ...] = ()
 
 
-def list_entries(client: Client) -> list[Listed]:
+def list_entries(client: Client) -> Found:
     """Return the entries of a remote, latest first; of each name and model the latest.
 
     Raises:
@@ -99,7 +94,8 @@ def find_entry(client: Client, ref: str, fingerprint: str | None = None) -> Remo
             hint="`--model` says which; so does more of the id",
         )
     _warn(listing)
-    return latest[0].remote
+    (found,) = latest.values()
+    return found
 
 
 def read_new(
@@ -123,7 +119,7 @@ def read_new(
     # A document never changes: neither does what is wrong with it. But one that the
     # server that was asked does not have yet may come.
     known.update(dict.fromkeys(listing.wrong))
-    known.update({listed.key: listed.remote for listed in listing.found})
+    known.update(listing.found)
     _warn(listing)
 
 
@@ -231,12 +227,12 @@ def _read_all(
     """
     wrong: list[EntryKey] = []
 
-    def read(key: EntryKey) -> Listed | KVStoreError:
+    def read(key: EntryKey) -> RemoteEntry | KVStoreError:
         try:
             data = client.read_whole(str(key), MAX_DOCUMENT_BYTES)
             found = parse_document(key, data)
             signer_of(found) if is_any else check_allowed(client.remote, found)
-            return Listed(key, found)
+            return found
         except (IntegrityError, FormatError, SignerError) as error:
             wrong.append(key)
             return error
@@ -247,23 +243,19 @@ def _read_all(
             )
 
     with ThreadPoolExecutor(_READERS) as pool:
-        results = list(pool.map(read, keys))
+        results = dict(zip(keys, pool.map(read, keys), strict=True))
     return Listing(
-        tuple(result for result in results if isinstance(result, Listed)),
-        tuple(result for result in results if isinstance(result, KVStoreError)),
+        {key: one for key, one in results.items() if isinstance(one, RemoteEntry)},
+        tuple(one for one in results.values() if isinstance(one, KVStoreError)),
         tuple(wrong),
     )
 
 
-def _latest(listing: Listing) -> list[Listed]:
-    chosen: dict[tuple[str, str], Listed] = {}
-    for listed in sorted(listing.found, key=_saved_at, reverse=True):
-        chosen.setdefault((listed.key.fingerprint, listed.key.entry_id), listed)
-    return list(chosen.values())
-
-
-def _saved_at(listed: Listed) -> float:
-    return listed.remote.entry.updated_at
+def _latest(listing: Listing) -> Found:
+    latest: dict[tuple[str, str], EntryKey] = {}
+    for key in sorted(listing.found, key=lambda k: -listing.found[k].entry.updated_at):
+        latest.setdefault((key.fingerprint, key.entry_id), key)
+    return {key: listing.found[key] for key in latest.values()}
 
 
 def _warn(listing: Listing) -> None:

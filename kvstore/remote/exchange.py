@@ -13,7 +13,7 @@ from ..format.chain import as_tokens
 from ..format.entry import Entry, check_name
 from ..storage.blocks import BlockStore
 from ..storage.entries import Catalog
-from .catalog import Listed, find_entry, find_prefixes, list_entries, read_new
+from .catalog import Found, find_entry, find_prefixes, list_entries, read_new
 from .client import Client, Limits, Remote
 from .layout import EntryKey, RemoteEntry
 from .probe import Probe, probe
@@ -58,7 +58,7 @@ class Remotes:
         """
         return remove_remote(self._blocks.folder, name)
 
-    def entries(self, remote: str | None = None) -> list[Listed]:
+    def entries(self, remote: str | None = None) -> Found:
         """Return the entries of a remote, latest first; of each name the latest.
 
         The only remote is the default. What is refused is named in the log.

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import files
@@ -18,20 +17,13 @@ _NUM_SYNCS = 5
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSpeed:
-    """How fast a folder's disk is."""
-
-    # Bytes per second written and synced, in one file.
-    write_bps: float
-    # Bytes per second read back; from memory where the system keeps them there.
-    read_bps: float
-    # Seconds that a small file takes to be durable, its name included; the median.
-    sync_s: float
-
-
-def measure_disk(folder: Path) -> DiskSpeed:
+def measure_disk(folder: Path) -> dict[str, float]:
     """Write, sync and read 32 MB in a folder, and sync some small files.
+
+    Returns:
+        Bytes per second written and synced, in one file, ``write_bps``; read back, from
+        memory where the system keeps them there, ``read_bps``; and the seconds that a
+        small file takes to be durable, its name included, ``sync_s``, the median.
 
     Raises:
         OSError: It cannot be written, or the disk is full or fails.
@@ -46,7 +38,8 @@ def measure_disk(folder: Path) -> DiskSpeed:
         read_s = _time_read(path)
     sync_s = statistics.median(_time_sync(folder) for _ in range(_NUM_SYNCS))
     nbytes = _CHUNK * _NUM_CHUNKS
-    return DiskSpeed(nbytes / write_s, nbytes / read_s, sync_s)
+    write_bps, read_bps = nbytes / write_s, nbytes / read_s
+    return {"write_bps": write_bps, "read_bps": read_bps, "sync_s": sync_s}
 
 
 def _time_read(path: Path) -> float:

@@ -156,7 +156,7 @@ def test_a_disk_that_fails_is_told(store_path, monkeypatch):
 
 def test_a_slow_disk_is_told(store_path, monkeypatch):
     """A disk whose syncs take long is a warning with its numbers."""
-    speed = disk.DiskSpeed(200e6, 300e6, 0.5)
+    speed = {"write_bps": 200e6, "read_bps": 300e6, "sync_s": 0.5}
     monkeypatch.setattr(doctor, "measure_disk", lambda folder: speed)
     wrong = find(doctor.examine_store(store_path), "disk")
     assert_wrong(wrong, "warning", "500.0 ms", "faster disk")

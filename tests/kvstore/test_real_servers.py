@@ -104,7 +104,7 @@ def test_all_that_is_needed_works(opened, caches):
     left.save(tokens, cache, caches.MODEL, name="doc")
     assert 2 == left.remotes.push("doc").num_sent
     assert 0 == left.remotes.push("doc").num_sent
-    assert ["doc"] == [one.remote.entry.name for one in right.remotes.entries()]
+    assert ["doc"] == [one.entry.name for one in right.remotes.entries().values()]
     assert 64 == right.remotes.pull(tokens[:70], fingerprint=caches.MODEL).num_tokens
     assert len(tokens) == right.remotes.pull("doc").num_tokens
     mine, theirs = (s.load_entry("doc", caches.MODEL) for s in opened)

@@ -80,7 +80,7 @@ def test_what_nobody_signed_is_not_taken(opened, remote, caches):
     assert "--trust" in caught.value.hint
     with pytest.raises(kvstore.EntryNotFoundError):
         right.remotes.pull(tokens, fingerprint=caches.MODEL)
-    assert ["doc"] == [one.remote.entry.name for one in right.remotes.entries()]
+    assert ["doc"] == [one.entry.name for one in right.remotes.entries().values()]
     entry = right.remotes.pull("doc", right.remotes.client(None, is_trusted=True))
     assert "" == entry.signer
 

@@ -197,9 +197,9 @@ def test_entries_are_listed_and_pulled_by_name(opened, caches):
     left.save(tokens, cache, caches.MODEL, name="doc")
     left.remotes.push("doc")
     listed = left.remotes.entries()
-    assert ["doc", "other"] == [one.remote.entry.name for one in listed]
+    assert ["doc", "other"] == [one.entry.name for one in listed.values()]
     assert 5 * BLOCK + 3 == right.remotes.pull("doc").num_tokens
-    assert "other" == right.remotes.pull(listed[1].key.digest[:8], name="other").name
+    assert "other" == right.remotes.pull([*listed][1].digest[:8], name="other").name
     assert tokens == right.load_entry("doc", caches.MODEL)[1]
 
 

@@ -28,7 +28,7 @@ from .entries import entry_data
 
 if TYPE_CHECKING:
     from ...ops.tree import Branch, Leaf
-    from ...remote.catalog import Listed
+    from ...remote.layout import EntryKey, RemoteEntry
     from ...store import Store
 
 log = logging.getLogger("kvstore")
@@ -114,7 +114,7 @@ def list_entries(
 
     if remote is not None:
         found = store.remotes.entries(remote or None)
-        _print_remote(output, [one for one in found if is_wanted(one.remote.entry)])
+        _print_remote(output, [one for one in found.items() if is_wanted(one[1].entry)])
         return
     entries = list(filter(is_wanted, store.entries()))
     if tree:
@@ -256,37 +256,42 @@ def _line_data(line: Line) -> JSON:
     }
 
 
-def _print_remote(output: Output, found: Sequence[Listed]) -> None:
+def _print_remote(
+    output: Output, found: Sequence[tuple[EntryKey, RemoteEntry]]
+) -> None:
     known = known_keys()
-    columns: list[Column[Listed]] = [
-        Column("NAME", lambda listed: listed.remote.entry.name or "-"),
-        Column("ID", lambda listed: listed.key.digest[:_SHORT]),
-        Column("TOKENS", lambda listed: f"{listed.remote.entry.num_tokens:,}", True),
-        Column("SIZE", lambda listed: format_bytes(listed.remote.entry.nbytes), True),
-        Column("SAVED", lambda one: format_ago(one.remote.entry.updated_at), True),
-        Column("MODEL", lambda one: model_name(one.remote.entry.model), rank=1),
-        Column("SIGNED", lambda listed: _signed_by(known, listed), rank=1),
-        Column("CODEC", lambda listed: format_codec(listed.remote.entry.codec), rank=2),
+
+    def of(get: Callable[[Entry], str]) -> Callable[[Any], str]:
+        return lambda one: get(one[1].entry)
+
+    def signed_by(one: Any) -> str:
+        signature = one[1].signature
+        return known.get(signature.key, "unknown key") if signature else "-"
+
+    columns: list[Column[Any]] = [
+        Column("NAME", of(lambda e: e.name or "-")),
+        Column("ID", lambda one: one[0].digest[:_SHORT]),
+        Column("TOKENS", of(lambda e: f"{e.num_tokens:,}"), True),
+        Column("SIZE", of(lambda e: format_bytes(e.nbytes)), True),
+        Column("SAVED", of(lambda e: format_ago(e.updated_at)), True),
+        Column("MODEL", of(lambda e: model_name(e.model)), rank=1),
+        Column("SIGNED", signed_by, rank=1),
+        Column("CODEC", of(lambda e: format_codec(e.codec)), rank=2),
     ]
     output.table(
         found,
         columns,
-        data=_listed_data,
-        id_of=lambda listed: listed.key.digest,
+        data=lambda one: _remote_data(*one),
+        id_of=lambda one: one[0].digest,
         empty="no entries",
     )
 
 
-def _signed_by(known: dict[str, str], listed: Listed) -> str:
-    signature = listed.remote.signature
-    return known.get(signature.key, "unknown key") if signature else "-"
-
-
-def _listed_data(listed: Listed) -> JSON:
+def _remote_data(key: EntryKey, remote: RemoteEntry) -> JSON:
     return {
-        "id": listed.key.digest,
-        "fingerprint": listed.key.fingerprint,
-        "signer": listed.remote.signature.key if listed.remote.signature else "",
-        "entry": entry_data(listed.remote.entry),
-        "shards": [asdict(shard) for shard in listed.remote.shards],
+        "id": key.digest,
+        "fingerprint": key.fingerprint,
+        "signer": remote.signature.key if remote.signature else "",
+        "entry": entry_data(remote.entry),
+        "shards": [asdict(shard) for shard in remote.shards],
     }

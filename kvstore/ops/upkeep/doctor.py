@@ -301,22 +301,18 @@ def _gigabytes(nbytes: int) -> str:
 
 def _examine_disk(folder: Path) -> Diagnosis:
     try:
-        speed = measure_disk(folder)
+        values: JSON = measure_disk(folder)
     except OSError as error:
         return Diagnosis(
             "disk", "bad", f"cannot be written: {error.strerror}: {folder}",
             "check owner, mode and free space, or choose another folder with `--store`",
         )  # fmt: skip
+    write_bps, read_bps, sync_s = values.values()
     detail = (
-        f"writes {speed.write_bps / 1e6:,.0f} MB/s, reads {speed.read_bps / 1e6:,.0f}"
-        f" MB/s, a sync takes {speed.sync_s * 1e3:.1f} ms"
+        f"writes {write_bps / 1e6:,.0f} MB/s, reads {read_bps / 1e6:,.0f} MB/s, a sync"
+        f" takes {sync_s * 1e3:.1f} ms"
     )
-    values: JSON = {
-        "write_bps": round(speed.write_bps),
-        "read_bps": round(speed.read_bps),
-        "sync_s": round(speed.sync_s, 6),
-    }
-    if speed.sync_s > _SLOW_SYNC_S or speed.write_bps < _SLOW_BPS:
+    if sync_s > _SLOW_SYNC_S or write_bps < _SLOW_BPS:
         return Diagnosis(
             "disk", "warning", f"{detail}: slow",
             "every save waits for a few syncs; keep the store on a faster disk, with"
