@@ -18,10 +18,11 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 
 from ..caches import live as caches
 from ..format.block import EXACT_BITS
+from ..format.chain import common_run
 from ..format.spans import Span, last_end
 from .disk import MAX_QUEUED_BYTES, MIN_TOKENS, Disk, ServedModel, end_with, harmless
 from .replay import Sampled
-from .tenants import Tenancy, tenant_of
+from .tenants import tenant_of
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -384,7 +385,7 @@ class TenantPromptCache(DiskPromptCache):
     Args:
         store: As :class:`DiskPromptCache` takes it.
         describe: The same.
-        tenancy: Who is told apart, and what is shared.
+        shared: Tokens of entries that all tenants find.
         options: As :class:`DiskPromptCache` takes them.
     """
 
@@ -392,7 +393,7 @@ class TenantPromptCache(DiskPromptCache):
         self,
         store: Store,
         describe: Callable[[Any], ServedModel],
-        tenancy: Tenancy,
+        shared: Sequence[Sequence[int]],
         **options: Any,
     ) -> None:
         def describe_for(key: tuple[Any, str]) -> ServedModel:
@@ -403,7 +404,7 @@ class TenantPromptCache(DiskPromptCache):
             return replace(served, fingerprint=salted, near=near)
 
         super().__init__(store, describe_for, **options)
-        self._tenancy = tenancy
+        self._shared = shared
 
     def insert_cache(
         self,
@@ -439,7 +440,7 @@ class TenantPromptCache(DiskPromptCache):
         if tenant is None:
             return None, tokens, Lookup(len(tokens), 0, 0, "nobody knows whose it is")
         held, rest, lookup = super()._fetch((model, tenant), tokens, spans)
-        stop = self._tenancy.num_shared(tokens)
+        stop = max((common_run(tokens, one) for one in self._shared), default=0)
         if stop <= len(tokens) - len(rest):
             return held, rest, lookup
         # Only what the operator shares; other entries of no tenant stay hidden.

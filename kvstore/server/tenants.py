@@ -7,13 +7,10 @@ So a list of tokens knows its tenant, and what has none is neither looked up nor
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from email.message import Message
 from typing import TYPE_CHECKING, SupportsIndex, overload
 
 import blake3
-
-from ..format.chain import common_run
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -21,33 +18,15 @@ if TYPE_CHECKING:
 _CONTEXT = "kvstore 1 tenant of a server"
 
 
-@dataclass(frozen=True, slots=True)
-class Tenancy:
-    """How a server tells its clients apart, and what it shares with all of them."""
+def shared_tokens(store: Store, names: Iterable[str]) -> list[list[int]]:
+    """Return the tokens of entries that an operator shares with all clients.
 
-    # The header of a request that names its tenant.
-    header: str
-    # Tokens of entries that the operator has saved.
-    shared: tuple[tuple[int, ...], ...] = ()
-
-    @classmethod
-    def of(cls, store: Store, header: str, names: Iterable[str]) -> Tenancy:
-        """Return the tenancy with these entries shared.
-
-        Raises:
-            EntryNotFoundError: There is no such entry.
-            IntegrityError: One is damaged.
-        """
-        chains = map(store.chain, names)
-        shared = (
-            tuple(token for _, stored in chain for token in stored.block.tokens)
-            for chain in chains
-        )
-        return cls(header, tuple(shared))
-
-    def num_shared(self, tokens: Sequence[int]) -> int:
-        """Return how many leading tokens of a prompt are shared with all."""
-        return max((common_run(tokens, shared) for shared in self.shared), default=0)
+    Raises:
+        EntryNotFoundError: There is no such entry.
+        IntegrityError: One is damaged.
+    """
+    chains = map(store.chain, names)
+    return [[token for _, s in chain for token in s.block.tokens] for chain in chains]
 
 
 def find_tenant(headers: Message, name: str) -> str:

@@ -22,7 +22,6 @@ from kvstore.server import DiskPromptCache, ServedModel
 from kvstore.server.generator import Batch
 from kvstore.server.prompt_cache import TenantPromptCache
 from kvstore.server.provider import Provider
-from kvstore.server.tenants import Tenancy
 
 architectures, beside = load_beside("architectures"), load_beside("servers")
 HEAD, OLD, NEW = list(range(10, 40)), [3, 4, 5], [6, 7, 8, 9, 6]
@@ -251,8 +250,7 @@ def test_a_server_that_makes_codes_of_rows_reuses_none(model, near, caches, bits
 def test_what_is_shared_with_tenants_is_exact(store, model, near, caches):
     """Rows of the operator's that were re-anchored may come from what is not shared."""
     shown = ServedModel(caches.MODEL, (make_prompt_cache(model),), near=near)
-    tenancy = Tenancy("Authorization")
-    with closing(TenantPromptCache(store, lambda key: shown, tenancy)) as held:
+    with closing(TenantPromptCache(store, lambda key: shown, ())) as held:
         assert held._served(("it", "")).near is None
         assert held._served(("it", "alice")).near is near
 

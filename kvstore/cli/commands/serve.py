@@ -248,7 +248,7 @@ def serve(
     from ...server.pages import Pages
     from ...server.prompt_cache import DiskPromptCache, TenantPromptCache
     from ...server.requests import check_body
-    from ...server.tenants import Tenancy
+    from ...server.tenants import shared_tokens
     from ...store import Store
 
     def make_cache(
@@ -261,8 +261,8 @@ def serve(
             store.set_limit(asked.max_size)
         make: Callable[..., DiskPromptCache] = partial(DiskPromptCache, store, describe)
         if asked.tenant_header is not None:
-            tenancy = Tenancy.of(store, asked.tenant_header, asked.shared)
-            make = partial(TenantPromptCache, store, describe, tenancy)
+            shared = shared_tokens(store, asked.shared)
+            make = partial(TenantPromptCache, store, describe, shared)
         return make(
             remote=asked.open_remote(store),
             max_size=max_in_memory,
