@@ -789,11 +789,6 @@ class Store:
         """Note how long restoring took until a load was given up.
 
         Any thread may call it. Loads that end are noted of themselves.
-
-        Args:
-            fingerprint: The model's.
-            num_tokens: How many tokens were restored until then.
-            seconds: How long that took.
         """
         codec = self._codec_for(fingerprint).name
         self.notes.add_timing(fingerprint, codec, num_tokens, seconds=seconds)

@@ -50,10 +50,6 @@ _PROVENANCE = "kvstore_provenance"
 def check_cache_path(path: Path, *, overwrite: bool = False) -> None:
     """Refuse a path that :func:`write_prompt_cache` could not write to.
 
-    Args:
-        path: Where; the name ends in ``.safetensors``.
-        overwrite: Replace a file that is there.
-
     Raises:
         KVStoreError: There is a file, or no folder, or the name has another ending.
     """

@@ -521,14 +521,7 @@ def _exact_or_known(
 def _segments(
     runs: Sequence[Run], rows: Rows, begin: int, places: Mapping[str, int]
 ) -> Segments:
-    """Return of each run its first row, how many it has, and where they lie.
-
-    Args:
-        runs: The runs of one array.
-        rows: What rows they are of.
-        begin: Where the bytes of all parts begin.
-        places: Where in these bytes each part is.
-    """
+    """Return of each run its first row, how many it has, and where they lie."""
     found: Segments = []
     first = 0
     heads = rows.shape[1] // len(_sides(rows))

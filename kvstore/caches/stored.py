@@ -85,13 +85,6 @@ def rows_stored(
 ) -> Iterator[tuple[str, Rows]]:
     """Yield the arrays of a group that a stored block has, and which rows of them.
 
-    Args:
-        tensors: What the shard's header says of the block's tensors.
-        number: The group's number.
-        group: The layers meant.
-        start: Position of the block's first token.
-        stop: Position behind its last one.
-
     Raises:
         IntegrityError: A tensor has no whole number of rows.
     """
@@ -127,13 +120,7 @@ def _count_rows(
 def is_restorable(
     layout: Layout, blocks: Sequence[StoredBlock], num_tokens: int
 ) -> bool:
-    """Whether every layer can be rebuilt at a position inside the last block.
-
-    Args:
-        layout: How the prompt cache is built.
-        blocks: All blocks up to there.
-        num_tokens: The position.
-    """
+    """Whether every layer can be rebuilt at a position in the last of all blocks."""
     for number, group in enumerate(group_layers(layout)):
         kind = kind_named(group.layout.cache_class)
         begin = kind.window_begin(group.layout, num_tokens)

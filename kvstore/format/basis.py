@@ -129,10 +129,6 @@ def basis_to_bytes(basis: BasisFile) -> bytes:
 def parse_basis(data: bytes, digest: str) -> BasisFile:
     """Return a basis, having checked its digest and its form.
 
-    Args:
-        data: The whole file.
-        digest: What it is called.
-
     Raises:
         IntegrityError: The bytes are not those of this basis, or are none.
         FormatError: A newer release wrote it.

@@ -122,10 +122,6 @@ def calibration_to_bytes(calibration: Calibration) -> bytes:
 def parse_calibration(data: bytes, fingerprint: str) -> Calibration:
     """Return the calibration that bytes spell.
 
-    Args:
-        data: The file's.
-        fingerprint: Digest of the fingerprint that it must be of.
-
     Raises:
         IntegrityError: It is damaged, or another model's.
         FormatError: A newer release wrote it.

@@ -52,10 +52,6 @@ def config_to_bytes(config: StoreConfig) -> bytes:
 def parse_config(path: Path, data: bytes) -> StoreConfig:
     """Return the configuration that ``data`` spells.
 
-    Args:
-        path: The file that it was read from, for messages.
-        data: Its bytes.
-
     Raises:
         FormatError: A newer release wrote it.
         IntegrityError: It is damaged.

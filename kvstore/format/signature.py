@@ -60,11 +60,6 @@ def sign(secret: str, kind: str, description: Any) -> Signature:
 def check_signature(signature: Signature, kind: str, description: Any) -> None:
     """Check that the holder of the key signed this; whose key it is, others say.
 
-    Args:
-        signature: From :func:`parse_signature`.
-        kind: As :func:`sign` took it.
-        description: As :func:`sign` took it.
-
     Raises:
         IntegrityError: It is not the signature of this.
     """

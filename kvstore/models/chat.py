@@ -306,9 +306,6 @@ class Chat:
         there before the first turn. Where rows cannot be taken back, they are restored
         from the last checkpoint, and the rest is computed again.
 
-        Args:
-            num_turns: How many.
-
         Raises:
             EntryExistsError: As in :meth:`say`.
             KVStoreError: There are not so many turns, or they cannot be told apart.

@@ -607,12 +607,6 @@ def compute(
 ) -> Iterator[tuple[int, float]]:
     """Compute the rows of some tokens, a step at a time.
 
-    Args:
-        parts: Each model with its prompt cache, which grows.
-        tokens: What to feed.
-        options: How large steps are.
-        start: How many tokens come before them.
-
     Yields:
         After each step, how many tokens are done, and the seconds that it took.
     """

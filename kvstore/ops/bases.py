@@ -64,11 +64,6 @@ def codec_of(folder: StoreFolder, name: str) -> Codec:
 def codec_for(folder: StoreFolder, name: str, fingerprint: str) -> Codec:
     """Return the codec with this name, or what a quality means for a model.
 
-    Args:
-        folder: The store.
-        name: A codec's, or a quality.
-        fingerprint: Digest of the model's fingerprint.
-
     Raises:
         CodecError: There is none.
         IntegrityError: The store lacks its basis, or that is damaged.

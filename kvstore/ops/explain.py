@@ -141,14 +141,7 @@ def explain(
     request: Request,
     given: Fingerprint,
 ) -> Explanation:
-    """Return what would be restored of a prompt, and what is stored beside it.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries, latest first.
-        request: The prompt, and whose rows are wanted.
-        given: The fingerprint of that model.
-    """
+    """Return what would be restored of a prompt, and what is stored beside it."""
     # First: what is damaged leaves the index, and so does not count as held.
     damage = _find_damage(blocks, request)
     match = to_match(find_prefix(blocks, request), len(request.tokens))
@@ -331,12 +324,7 @@ def _lost(
 
 
 class _Holders:
-    """Which entries hold which blocks.
-
-    Args:
-        entries: All entries, latest first.
-        links: What every block hangs from.
-    """
+    """Which of some entries, latest first, hold which blocks."""
 
     def __init__(
         self, entries: Sequence[Entry], links: Mapping[BlockHash, Link]
@@ -413,14 +401,7 @@ def _kind_difference(trace: _Trace, request: Request) -> str | None:
 def find_nearest(
     blocks: BlockStore, entries: Sequence[Entry], tokens: list[int], fingerprint: str
 ) -> tuple[Entry, list[int]] | None:
-    """Return the entry that has most of a prompt's tokens, and its own.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries, latest first.
-        tokens: The prompt.
-        fingerprint: Digest of the model's fingerprint; others' entries are left out.
-    """
+    """Return the entry of a model that has most of a prompt's tokens, and its own."""
     wanted = Counter(tokens)
 
     def likeness(pair: tuple[Entry, list[int]]) -> tuple[int, int]:
@@ -432,13 +413,7 @@ def find_nearest(
 def latest(
     blocks: BlockStore, entries: Sequence[Entry], fingerprint: str
 ) -> Iterator[tuple[Entry, list[int]]]:
-    """Yield the latest entries of a model with their tokens, but damaged ones.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries, latest first.
-        fingerprint: Digest of the model's fingerprint.
-    """
+    """Yield the latest entries of a model with their tokens, but damaged ones."""
     roots = {root.hex() for root, _ in blocks.index.roots(fingerprint)}
     for entry in [entry for entry in entries if entry.root in roots][:_MAX_ENTRIES]:
         if (found := _tokens(blocks, entry)) is not None:

@@ -70,17 +70,7 @@ def _behind_changes(
     held: int,
     progress: Progress,
 ) -> PromptCache | None:
-    """Return a prompt cache that goes on behind a prefix with rows of another prompt.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries, latest first.
-        requests: What is wanted, of computed rows and of re-anchored ones.
-        base: The prefix.
-        near: The model.
-        held: How many leading tokens need not be computed anyway.
-        progress: Called with (tokens restored, tokens held).
-    """
+    """Return a prompt cache that goes on behind a prefix with another prompt's rows."""
     tokens, begin = requests[0].tokens, _length(base)
     given = Sketch.of(tokens[:-1])
     rest = Sketch.of(tokens[begin:-1]).marks if begin else given.marks
@@ -153,16 +143,7 @@ def _nearest(
     rest: frozenset[int],
     near: Reanchoring,
 ) -> tuple[Request, Sketch] | None:
-    """Return what is stored that has most in common with a prompt, anywhere.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries, latest first.
-        requests: What is wanted, of computed rows and of re-anchored ones.
-        given: The marks of the prompt.
-        rest: Those of what stands behind the prefix that is stored.
-        near: The model.
-    """
+    """Return what is stored that has most in common with a prompt, anywhere."""
     computed, moved = (
         {root.hex() for root, _ in blocks.index.roots(request.fingerprint)}
         for request in requests

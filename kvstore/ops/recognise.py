@@ -30,11 +30,6 @@ def mark_restored(
 
     What was computed elsewhere has other bits already in the first such block, so only
     that one is compared.
-
-    Args:
-        blocks: The store's blocks.
-        snapshot: The live rows.
-        wanted: What their caches are.
     """
     chain, rows = snapshot.chain, snapshot.rows
     assert isinstance(rows, LiveRows)

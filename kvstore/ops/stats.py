@@ -73,13 +73,7 @@ _MAX_ROUNDS = 32
 
 
 def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats:
-    """Return sums over a store.
-
-    Args:
-        blocks: The store's blocks.
-        entries: Its entries.
-        now: Unix seconds, by which speeds are current or not.
-    """
+    """Return sums over a store."""
     folder, index = blocks.folder, blocks.index
     sizes, counters = index.shards(), index.counters()
     layouts = {root: layout for root, _, layout in index.all_roots()}

@@ -27,11 +27,7 @@ HALF_LIFE_S = 86_400.0
 
 
 def sum_uses(moments: Sequence[float]) -> float:
-    """Return the moment that stands for some uses, or for sums of them.
-
-    Args:
-        moments: Unix seconds, at least one.
-    """
+    """Return the moment, in Unix seconds, that stands for some uses or sums of them."""
     latest = max(moments)
     shares = (2.0 ** ((moment - latest) / HALF_LIFE_S) for moment in moments)
     return latest + HALF_LIFE_S * math.log2(sum(shares))

@@ -220,13 +220,7 @@ def _failures(generators: Sequence[Any]) -> list[Exception]:
 def _check_requests(
     handler_class: Any, requests: Requests, tenant_header: str | None
 ) -> None:
-    """Have mlx-lm's handler refuse what would end the thread that generates.
-
-    Args:
-        handler_class: mlx-lm's.
-        requests: Told whose request it is.
-        tenant_header: Names who asks, where clients are told apart.
-    """
+    """Have mlx-lm's handler refuse what would end the thread that generates."""
     validate, post = handler_class.validate_model_parameters, handler_class.do_POST
     set_completion_headers = handler_class._set_completion_headers
 

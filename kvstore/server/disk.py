@@ -311,12 +311,7 @@ class Disk:
         )
 
     def _limit(self, served: ServedModel, num_gained: int) -> Progress:
-        """Return a callback that ends a load which takes longer than computing.
-
-        Args:
-            served: The model.
-            num_gained: Tokens that need not be computed.
-        """
+        """Return what ends a load that takes longer than computing what it gains."""
         computed_s = self.store.speeds(served.fingerprint).prefill_s(num_gained)
         begin = time.monotonic()
         limit_s = max(_MIN_READ_S, computed_s or _MAX_READ_S)

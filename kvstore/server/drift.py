@@ -49,14 +49,7 @@ def find_drift(
     known: Iterable[Sequence[int]],
     decode: Decode,
 ) -> Change | None:
-    """Return the first change in a prompt that has cost much, if there is one.
-
-    Args:
-        prompt: Its tokens.
-        num_computed: How many of them were computed.
-        known: Conversations of the same client, this one perhaps included.
-        decode: Tokens to text.
-    """
+    """Return the first change in a prompt that has cost much, if there is one."""
     if num_computed < _LEAST:
         return None
     change = _first_change(prompt, known, decode)

@@ -179,16 +179,7 @@ def mixed_generator(server: Any) -> Any:
 def _read_reply(
     machine: Any, texts: Any, initial: str, tokenizer: Any, tools: Any, text: str
 ) -> tuple[str, list[Any], str]:
-    """Return content, tool calls and reasoning of a reply, as mlx-lm's server does.
-
-    Args:
-        machine: Its class that takes a text apart.
-        texts: The machine for the model.
-        initial: The state that replies begin in.
-        tokenizer: The model's.
-        tools: Those of the request.
-        text: The reply.
-    """
+    """Return content, tool calls and reasoning of a reply, as mlx-lm's server does."""
     state, parts = machine.split(texts.make_state(initial), text)
     _, rest, last = machine.flush(state)
     found = {"normal": "", "reasoning": ""}

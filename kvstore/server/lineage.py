@@ -27,13 +27,7 @@ class Lineage:
     def note(
         self, fingerprint: str, tokens: Sequence[int], provenance: Provenance
     ) -> None:
-        """Remember a restore.
-
-        Args:
-            fingerprint: Digest of the model's.
-            tokens: Those that were restored.
-            provenance: What their rows went through.
-        """
+        """Remember a restore."""
         if provenance.is_exact:
             return
         for start, _, step in _steps(fingerprint, tokens):

@@ -19,10 +19,6 @@ class BadRequestError(ValueError):
 def check_body(path: str, body: JSON) -> None:
     """Refuse a request whose prompt or stop words are of a kind that mlx-lm cannot use.
 
-    Args:
-        path: Where it was posted.
-        body: What was posted.
-
     Raises:
         ValueError: It says which field.
     """
@@ -46,10 +42,6 @@ def check_choice(model: Any, args: Any) -> None:
     """Refuse a request whose next token cannot be chosen as it asks.
 
     MLX writes the bias of a token that is none to memory of something else, and ends.
-
-    Args:
-        model: mlx-lm's.
-        args: mlx-lm's, of the request.
 
     Raises:
         BadRequestError: It says what is wrong.

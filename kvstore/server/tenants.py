@@ -32,10 +32,6 @@ def shared_tokens(store: Store, names: Iterable[str]) -> list[list[int]]:
 def find_tenant(headers: Message, name: str) -> str:
     """Return the tenant of a request: a digest, since an API key is a secret.
 
-    Args:
-        headers: Those of the request.
-        name: The header that names the tenant.
-
     Raises:
         ValueError: It is missing, empty, or there twice, as where a proxy adds its own
             to a client's.

@@ -104,10 +104,6 @@ def conversation_of(request: Any, tenant: str | None) -> bytes:
     """Return what a conversation is known by: a hash of what the user says first.
 
     What stands before it may have a clock in it.
-
-    Args:
-        request: mlx-lm's.
-        tenant: Whose it is, where clients are told apart.
     """
     said = [m.get("content") for m in request.messages if m.get("role") == "user"]
     begin = said[0] if said else request.prompt[:_BEGIN]

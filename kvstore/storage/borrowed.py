@@ -19,10 +19,6 @@ from .index import Index
 def open_borrowed(path: Path, block_size: int) -> BorrowedBlocks:
     """Return the blocks of a store that is only read.
 
-    Args:
-        path: The store's folder.
-        block_size: Of the store that borrows them.
-
     Raises:
         StoreNotFoundError: There is no store.
         KVStoreError: Its blocks have another size.

@@ -17,11 +17,6 @@ _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 def prepare_partial(staging: Path, name: str, nbytes: int) -> Path:
     """Return the file of a shard that is to arrive, with what an earlier try has left.
 
-    Args:
-        staging: The folder for files that are being written.
-        name: The shard's name.
-        nbytes: Its size.
-
     Raises:
         OSError: The disk is full or fails.
     """

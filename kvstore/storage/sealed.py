@@ -113,9 +113,6 @@ class SealedShard:
     def open_header(self, read: Read) -> bytes:
         """Return what stands before the data in the shard that is sealed.
 
-        Args:
-            read: Fills a buffer with the bytes of the file at an offset.
-
         Raises:
             ValueError: It was changed, or is another store's.
         """
