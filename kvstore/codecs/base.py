@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..errors import IntegrityError
 from ..format.block import EXACT_BITS, Part, TensorSpec
 from .dtypes import NUMPY_DTYPES
+from .zstd import Zstd
 
 Array = npt.NDArray[np.generic]
 Parts = Mapping[str, Array]
@@ -125,24 +126,6 @@ class Run:
     mean: str | None = None
 
 
-class BytesCodec(Protocol):
-    """Bytes to fewer bytes; never loses anything."""
-
-    @property
-    def name(self) -> str:
-        """The name in the registry."""
-
-    def compress(self, data: memoryview) -> bytes:
-        """Return the compressed bytes."""
-
-    def decompress(self, data: memoryview, nbytes: int) -> bytes | memoryview:
-        """Return the ``nbytes`` bytes that were compressed.
-
-        Raises:
-            ValueError: ``data`` is not exactly one frame of that many bytes.
-        """
-
-
 @dataclass(frozen=True, slots=True)
 class Codec:
     """An array codec, and a bytes codec behind it or none."""
@@ -150,7 +133,7 @@ class Codec:
     # Rows to named arrays.
     array: ArrayCodec
     # What each named array then goes through, or ``None``.
-    compressor: BytesCodec | None = None
+    compressor: Zstd | None = None
     # By what its copies are compared with others, where its model was measured.
     rank: int | None = None
 
@@ -235,13 +218,11 @@ class Codec:
             check(opened, rows)
         return opened
 
-    def _compressor_of(self, part: str) -> BytesCodec | None:
+    def _compressor_of(self, part: str) -> Zstd | None:
         return self.compressor if self.array.is_compressible(part) else None
 
 
-def _pack(
-    name: str, dtype: str, encoded: Encoded, compressor: BytesCodec | None
-) -> Part:
+def _pack(name: str, dtype: str, encoded: Encoded, compressor: Zstd | None) -> Part:
     if isinstance(encoded, list):
         if compressor is None:
             shape = (len(encoded), *encoded[0].shape)
@@ -269,7 +250,7 @@ def _octets(array: Array) -> memoryview:
 
 def _unpack(
     data: memoryview, spec: TensorSpec, dtype: str, shape: tuple[int, ...],
-    compressor: BytesCodec | None,
+    compressor: Zstd | None,
 ) -> bytes | memoryview:  # fmt: skip
     """Return the raw bytes of a tensor of this dtype and shape."""
     nbytes = math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
