@@ -1237,12 +1237,12 @@ class Store:
     @property
     def is_signed_only(self) -> bool:
         """Whether only what a trusted key signed is taken from elsewhere."""
-        return self._folder.is_signed_only
+        return self._folder.config.is_signed_only
 
     @property
     def key_method(self) -> str | None:
         """How the key of an encrypted store is kept; ``None`` where it is not."""
-        encryption = self._folder.encryption
+        encryption = self._folder.config.encryption
         return None if encryption is None else str(encryption["method"])
 
     def remake(self) -> bool:
@@ -1257,7 +1257,7 @@ class Store:
             StoreNotFoundError: Its disk is gone, or the folder holds something else.
         """
         found = remake_folder(self._folder)
-        if found.id == self._folder.id:
+        if found.config.id == self._folder.config.id:
             return False
         self._blocks.close()
         self._folder = found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import FormatError, IntegrityError
@@ -30,7 +30,7 @@ class StoreConfig:
     # Entries from elsewhere are taken only where a trusted key signed them.
     is_signed_only: bool = False
     # Of an encrypted store, where its key is; see ``storage.vault``.
-    encryption: JSON | None = None
+    encryption: JSON | None = field(default=None, hash=False)
 
 
 def config_to_bytes(config: StoreConfig) -> bytes:

@@ -104,7 +104,7 @@ def pull_entry(
     """
     folder = blocks.folder
     signer = check_allowed(client.remote, remote)
-    check_signer(signer, is_signed_only=folder.is_signed_only)
+    check_signer(signer, is_signed_only=folder.config.is_signed_only)
     if remote.block_size != folder.block_size:
         raise KVStoreError(
             f"the remote entry has blocks of {remote.block_size} tokens, and the store"

@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +37,22 @@ class StoreFolder:
     """An existing store."""
 
     path: Path
-    # 32 hex digits, drawn when it was created.
-    id: str
-    # Tokens in a full block.
-    block_size: int
-    # The size limit that was set, or ``None``.
-    chosen_bytes: int | None = None
+    config: StoreConfig
     # Number of the disk that it lies on, as the system counts them.
     device: int = 0
-    # Entries from elsewhere are taken only where a trusted key signed them.
-    is_signed_only: bool = False
-    # Of an encrypted store: where its key is, and what it does.
-    encryption: JSON | None = field(default=None, hash=False)
+    # Of an encrypted store: what its key does.
     cipher: Cipher | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a full block."""
+        return self.config.block_size
 
     @property
     def max_bytes(self) -> int:
         """The size limit: what was set, or a tenth of the disk, at most 50 GB."""
-        if self.chosen_bytes is not None:
-            return self.chosen_bytes
+        if self.config.max_bytes is not None:
+            return self.config.max_bytes
         disk = os.statvfs(self.path)
         return min(disk.f_blocks * disk.f_frsize // 10, _MAX_DEFAULT_BYTES)
 
@@ -150,19 +147,10 @@ def open_folder(path: Path, *, is_borrowed: bool = False) -> StoreFolder:
     for name in [] if is_borrowed else lost:
         with suppress(OSError):  # on a read-only disk nothing is written anyway
             files.write_atomic(path / name, config_to_bytes(config), path / "tmp")
-    device = path.stat().st_dev
-    return StoreFolder(
-        path,
-        config.id,
-        config.block_size,
-        config.max_bytes,
-        device,
-        config.is_signed_only,
-        config.encryption,
-        None
-        if config.encryption is None
-        else Cipher(unlock(config.encryption), config.id),
-    )
+    cipher = None
+    if config.encryption is not None:
+        cipher = Cipher(unlock(config.encryption), config.id)
+    return StoreFolder(path, config, path.stat().st_dev, cipher)
 
 
 def _find_config(path: Path) -> StoreConfig:
@@ -194,17 +182,6 @@ def encryption_of(path: Path) -> JSON | None:
         with suppress(OSError, IntegrityError, FormatError):
             return read_config(path / name).encryption
     return None
-
-
-def config_of(folder: StoreFolder) -> StoreConfig:
-    """Return the configuration of an open store."""
-    return StoreConfig(
-        folder.id,
-        folder.block_size,
-        folder.chosen_bytes,
-        folder.is_signed_only,
-        folder.encryption,
-    )
 
 
 def read_config(path: Path) -> StoreConfig:
@@ -284,14 +261,15 @@ def remake_folder(folder: StoreFolder) -> StoreFolder:
         if _existing(folder.path).stat().st_dev != folder.device:
             raise
     # What was to be encrypted is not to be written in the clear now.
-    made = create_folder(folder.path, folder.block_size, folder.encryption)
-    set_here = made.chosen_bytes, made.is_signed_only
-    if (folder.chosen_bytes, folder.is_signed_only) == set_here:
+    old = folder.config
+    made = create_folder(folder.path, old.block_size, old.encryption)
+    new = made.config
+    if (old.max_bytes, old.is_signed_only) == (new.max_bytes, new.is_signed_only):
         return made
     # Another process may have made it, and set a limit of its own.
-    limit = made.chosen_bytes or folder.chosen_bytes
-    is_strict = made.is_signed_only or folder.is_signed_only
-    return _configured(made, chosen_bytes=limit, is_signed_only=is_strict)
+    limit = new.max_bytes or old.max_bytes
+    is_strict = new.is_signed_only or old.is_signed_only
+    return _configured(made, max_bytes=limit, is_signed_only=is_strict)
 
 
 def _existing(path: Path) -> Path:
@@ -307,7 +285,7 @@ def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
     """
     if max_bytes <= 0:
         raise ArgumentError(f"a size limit is positive: {max_bytes}", hint="in bytes")
-    return _configured(folder, chosen_bytes=max_bytes)
+    return _configured(folder, max_bytes=max_bytes)
 
 
 def restrict_folder(folder: StoreFolder, *, is_signed_only: bool) -> StoreFolder:
@@ -318,9 +296,10 @@ def restrict_folder(folder: StoreFolder, *, is_signed_only: bool) -> StoreFolder
 def _configured(folder: StoreFolder, **changes: Any) -> StoreFolder:
     with files.locked(folder.lock, exclusive=True):
         # What others have set since this process opened the store stays.
-        configured = replace(open_folder(folder.path), **changes)
-        write_config(configured.path, config_of(configured))
-    return configured
+        opened = open_folder(folder.path)
+        config = replace(opened.config, **changes)
+        write_config(folder.path, config)
+    return replace(opened, config=config)
 
 
 def is_store(path: Path) -> bool:

@@ -23,6 +23,7 @@ from kvstore.caches import live as prompt_cache
 from kvstore.format import bundle as bundles
 from kvstore.format import shard as shards
 from kvstore.format.chain import hash_block_tokens
+from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_id
 from kvstore.storage import shards as stored_shards
@@ -178,7 +179,7 @@ def decode(shard):
 def folder_in(path):
     """Return a store in the clear, of which there is `tmp` alone."""
     (path / "tmp").mkdir()
-    return StoreFolder(path, "0" * 32, BLOCK)
+    return StoreFolder(path, StoreConfig("0" * 32, BLOCK))
 
 
 def encode(origin, blocks):

@@ -11,6 +11,7 @@ import kvstore
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import entry as entries
 from kvstore.format.calibration import Measured
+from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import MAX_BYTES, Entry
 from kvstore.storage.blocks import BlockStore
@@ -46,7 +47,7 @@ def folder(tmp_path):
     """A store in the clear, of which there are entries alone."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "entries").mkdir()
-    return StoreFolder(tmp_path, "0" * 32, 16)
+    return StoreFolder(tmp_path, StoreConfig("0" * 32, 16))
 
 
 def write(folder, entry=ENTRY):

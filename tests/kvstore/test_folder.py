@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from kvstore.storage.folder import create_folder
 sys.stdin.readline()
-print(create_folder(Path(sys.argv[1])).id)
+print(create_folder(Path(sys.argv[1])).config.id)
 """
 
 
@@ -67,12 +67,13 @@ def test_what_another_process_has_set_stays(store_path):
         (store_path / CONFIG_COPY).write_bytes(b"damaged")
         assert [finding.kind for finding in early.repair()] == ["damaged-config"]
     now = open_folder(store_path)
-    assert (now.is_signed_only, now.chosen_bytes) == (True, 10**8)
+    assert (now.config.is_signed_only, now.config.max_bytes) == (True, 10**8)
 
 
 def test_two_stores_have_two_ids(tmp_path):
     """An id is drawn for each store."""
-    assert create_folder(tmp_path / "a").id != create_folder(tmp_path / "b").id
+    made = [create_folder(tmp_path / name) for name in "ab"]
+    assert made[0].config.id != made[1].config.id
 
 
 def test_an_empty_folder_becomes_a_store(tmp_path):
@@ -102,7 +103,7 @@ def test_processes_that_create_at_once_get_the_same_store(tmp_path):
         process.stdin.write("\n")
         process.stdin.flush()
     ids = {process.communicate(timeout=300)[0] for process in processes}
-    assert {open_folder(tmp_path / "store").id + "\n"} == ids
+    assert {open_folder(tmp_path / "store").config.id + "\n"} == ids
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])

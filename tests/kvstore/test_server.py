@@ -318,7 +318,7 @@ def test_a_store_that_is_deleted_is_made_again(
     assert tier.flush(30)
     assert any("made again" in line for line in log())
     again = restart(tier, open_tier)
-    assert again.store._folder.chosen_bytes == limit
+    assert again.store._folder.config.max_bytes == limit
     assert again.fetch_nearest_cache(KEY, [*tokens, 1])[1] == [1]
 
 

@@ -16,6 +16,7 @@ from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import shard as shards
 from kvstore.format.block import EXACT_BITS, EncodedBlock, Origin, Part
 from kvstore.format.chain import hash_root, split_tokens
+from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
 from kvstore.storage import files
 from kvstore.storage.folder import StoreFolder
@@ -66,7 +67,7 @@ print(names["write"](Path(sys.argv[2])))
 
 def of(folder):
     """Return a store in the clear."""
-    return StoreFolder(folder, "0" * 32, 16)
+    return StoreFolder(folder, StoreConfig("0" * 32, 16))
 
 
 def write(folder, blocks=None, origin=ORIGIN):

@@ -64,7 +64,7 @@ def import_entry(
             states or windows that the entry needs.
         OSError: The disk is full or fails.
     """
-    check_signer(bundle.signer, is_signed_only=blocks.folder.is_signed_only)
+    check_signer(bundle.signer, is_signed_only=blocks.folder.config.is_signed_only)
     _check_block_size(bundle, blocks.folder)
     name = bundle.entry.name if name is None else name
     with _unpacked(blocks.folder, bundle, like, progress) as found:

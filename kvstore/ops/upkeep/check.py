@@ -28,7 +28,6 @@ from ...storage.entries import (
 )
 from ...storage.folder import (
     StoreFolder,
-    config_of,
     open_folder,
     read_config,
     write_config,
@@ -121,7 +120,7 @@ def repair(folder: StoreFolder) -> list[Finding]:
         for finding in damaged:
             _make_way(folder, folder.path / finding.path)
         if damaged:
-            write_config(folder.path, config_of(_configured(folder)))
+            write_config(folder.path, _configured(folder).config)
         for finding in findings:
             path = folder.path / finding.path
             is_entry = finding.kind == "damaged-entry"
@@ -201,7 +200,7 @@ def _check_config(folder: StoreFolder) -> Iterator[Finding]:
     for name in (CONFIG, CONFIG_COPY):
         path = folder.path / name
         try:
-            if config_of(folder) == read_config(path):
+            if folder.config == read_config(path):
                 continue
             detail = "it differs from the other copy"
         except (IntegrityError, FormatError, OSError) as error:
