@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     from .ops.explain import Explanation
     from .ops.load import Hit, Match, Request
     from .ops.quality import Loss
-    from .ops.tree import Branch
     from .ops.upkeep.check import Finding
     from .ops.upkeep.prune import PrunePlan
     from .ops.upkeep.purge import Traces
@@ -842,29 +841,12 @@ class Store:
         """
         return self._holder(ref)[1]
 
-    def last_uses(self, entries: Sequence[Entry]) -> dict[str, float]:
-        """Return when each entry was saved or last loaded, the later of both.
+    def run(self, work: Callable[[BlockStore], T]) -> T:
+        """Run a job of :mod:`kvstore.ops` that this class has no method for.
 
-        Returns:
-            Unix seconds by entry id. Loads of processes that still run are not in it.
+        Where the index turns out to be damaged, it is rebuilt, and the job run again.
         """
-        from .ops.tree import last_uses
-
-        if not self._folder.index.exists():  # which is not made anew for this
-            return {entry.id: entry.updated_at for entry in entries}
-        return self._blocks.run(lambda: last_uses(self._blocks.index, entries))
-
-    def tree(self, entries: Sequence[Entry]) -> list[Branch]:
-        """Return entries as trees of the prefixes that they share."""
-        from .ops.tree import grow_tree
-
-        return self._blocks.run(lambda: grow_tree(self._blocks, entries))
-
-    def eviction_order(self) -> list[Entry]:
-        """Return what a save at the size limit may evict: the least worth first."""
-        from .ops.upkeep.prune import eviction_order
-
-        return self._blocks.run(lambda: eviction_order(self._blocks))
+        return self._blocks.run(lambda: work(self._blocks))
 
     def chain(self, ref: str) -> list[tuple[Place, StoredBlock]]:
         """Return the blocks of an entry, first to last, and where they lie."""
@@ -1024,15 +1006,6 @@ class Store:
         return self._blocks.run(
             lambda: calibrate_stored(self._blocks, self._catalog.all(), digest, tell)
         )
-
-    def can_be_calibrated(self, fingerprint: Fingerprint) -> bool:
-        """Whether a basis would cover stored layers of a model, and none is measured.
-
-        Of a model that has nothing stored, nobody knows.
-        """
-        from .ops.calibrate import can_be_calibrated
-
-        return self._blocks.run(lambda: can_be_calibrated(self._blocks, fingerprint))
 
     @property
     def remotes(self) -> Remotes:
@@ -1214,11 +1187,6 @@ class Store:
         self._write_notes()
         self._blocks.close()
         return repair(self._folder)
-
-    @property
-    def written_today(self) -> int:
-        """Bytes of shards that any process has written since midnight, UTC."""
-        return self._blocks.run(lambda: self._blocks.index.written_today())
 
     def set_limit(self, max_bytes: int) -> None:
         """Set the size limit of the store, in bytes of shards.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..format.block import BlockHash
 from ..format.entry import Entry
 from ..storage.blocks import BlockStore
-from ..storage.index import Index, Link
+from ..storage.index import Link
 
 Leaf = tuple[Entry, int, float]
 
@@ -30,10 +30,15 @@ class Branch:
     branches: list[Branch] = field(default_factory=list)
 
 
-def last_uses(index: Index, entries: Sequence[Entry]) -> dict[str, float]:
-    """Return when each entry was saved or last hit, the later of both, by its id."""
-    uses = index.uses()
-    return _last_uses(uses, index.links() if uses else {}, entries)
+def last_uses(blocks: BlockStore, entries: Sequence[Entry]) -> dict[str, float]:
+    """Return when each entry was saved or last hit, the later of both, by its id.
+
+    In Unix seconds. Loads of processes that still run are not in it.
+    """
+    if not blocks.folder.index.exists():  # which is not made anew for this
+        return {entry.id: entry.updated_at for entry in entries}
+    uses = blocks.index.uses()
+    return _last_uses(uses, blocks.index.links() if uses else {}, entries)
 
 
 def _last_uses(

@@ -288,7 +288,10 @@ class Writer:
     def _may_write(self, store: Store, nbytes: int) -> bool:
         """Whether so many more bytes are allowed today; the first time not, log it."""
         most, today = self._max_daily_bytes, int(time.time() // 86_400)
-        if most is None or (written := store.written_today) + nbytes <= most:
+        if most is None:
+            return True
+        written = store.run(lambda blocks: blocks.index.written_today())
+        if written + nbytes <= most:
             return True
         if self._full_on != today:
             self._full_on = today

@@ -102,10 +102,10 @@ def test_what_is_pinned_is_marked(ls, forest, run_cli):
 def test_a_list_without_an_index_has_no_uses(ls, monkeypatch):
     """Where another process keeps the index locked, the list comes all the same."""
 
-    def locked(*_):
+    def locked(*_, **__):
         raise kvstore.StoreLockedError("locked")
 
-    monkeypatch.setattr("kvstore.store.Store.last_uses", locked)
+    monkeypatch.setattr("kvstore.ops.tree.last_uses", locked)
     assert len(ls("--json")) == 4
 
 

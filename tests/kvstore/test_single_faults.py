@@ -12,6 +12,7 @@ import pytest
 
 import kvstore
 from kvstore.ops import commit
+from kvstore.ops.upkeep.prune import eviction_order
 from kvstore.storage import blocks as storage_blocks
 from kvstore.storage import entries as storage_entries
 from kvstore.storage import files
@@ -121,7 +122,7 @@ def test_what_lies_in_the_place_of_an_entry_stops_no_eviction(store_path, caches
         for start in range(3):
             tokens, cache = caches.make_conversation(4, start)
             store.save(tokens, cache, caches.MODEL)
-        (first, *_) = store.eviction_order()
+        (first, *_) = store.run(eviction_order)
         file = store_path / "entries" / f"{first.id}.json"
         file.unlink()
         {
@@ -132,7 +133,7 @@ def test_what_lies_in_the_place_of_an_entry_stops_no_eviction(store_path, caches
         store.set_limit(store.stats().nbytes)
         tokens, cache = caches.make_conversation(4, 9)
         store.save(tokens, cache, caches.MODEL)
-        assert first.id not in {entry.id for entry in store.eviction_order()}
+        assert first.id not in {entry.id for entry in store.run(eviction_order)}
         assert not os.path.lexists(file)
         assert store.verify() == []
 

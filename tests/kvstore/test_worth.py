@@ -7,6 +7,7 @@ import pytest
 
 import kvstore
 from kvstore.ops.upkeep import prune
+from kvstore.ops.upkeep.prune import eviction_order
 from kvstore.ops.worth import HALF_LIFE_S, sum_uses
 from kvstore.storage.index import Index
 
@@ -33,7 +34,7 @@ def use(path, tokens, model, times):
 def order(path, names):
     """Return the numbers of conversations as they would be evicted."""
     with kvstore.Store(path) as store:
-        return [names[entry.num_tokens] for entry in store.eviction_order()]
+        return [names[entry.num_tokens] for entry in store.run(eviction_order)]
 
 
 def test_two_uses_at_once_count_as_one_that_is_a_half_life_later():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...format.documents import JSON
     from ...format.entry import Entry
     from ...models.load import LoadedModel
+    from ...storage.blocks import BlockStore
     from ...store import Store
 
 
@@ -230,16 +231,22 @@ def open_models(
     context.call_on_close(partial(_free_tails, store))
     with output_of(context).progress() as bars, bars.spinner("loading the model"):
         loaded = chosen.load(live.draft_model if live else None)
-    could = store.can_be_calibrated(loaded.fingerprint)
-    context.call_on_close(partial(_note_calibration, context, store, loaded, could))
+    from ...ops.calibrate import can_be_calibrated
+
+    could = partial(can_be_calibrated, fingerprint=loaded.fingerprint)
+    if not store.run(could):
+        context.call_on_close(partial(_note_calibration, context, store, loaded, could))
     return store, loaded
 
 
 def _note_calibration(
-    context: click.Context, store: Store, loaded: LoadedModel, could: bool
+    context: click.Context,
+    store: Store,
+    loaded: LoadedModel,
+    can_be_calibrated: Callable[[BlockStore], bool],
 ) -> None:
     """Say, when a model has its first rows in a store, what calibrating would give."""
-    if not could and store.can_be_calibrated(loaded.fingerprint):
+    if store.run(can_be_calibrated):
         output_of(context).note(
             f"`kvstore calibrate --model {loaded.fingerprint.label}` measures once what"
             " storing loses, and may halve what is stored"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -118,7 +119,7 @@ def list_entries(
         return
     entries = list(filter(is_wanted, store.entries()))
     if tree:
-        lines = list(tree_lines(store.tree(entries)))
+        lines = list(tree_lines(store, entries))
     else:
         lines = _list_lines(store, entries)
         lines.sort(key=_ORDERS[order])
@@ -145,17 +146,21 @@ def _print_lines(
 
 
 def _list_lines(store: Store, entries: Sequence[Entry]) -> list[Line]:
+    from ...ops import tree
+
     try:
-        used_at = store.last_uses(entries)
+        used_at = store.run(partial(tree.last_uses, entries=entries))
     except (StoreLockedError, OSError) as error:
         log.info("nobody knows when entries were last loaded: %s", error)
         used_at = {entry.id: entry.updated_at for entry in entries}
     return [Line(e.num_tokens, e.nbytes, e, used_at[e.id]) for e in entries]
 
 
-def tree_lines(roots: Sequence[Branch]) -> Iterator[Line]:
+def tree_lines(store: Store, entries: Sequence[Entry]) -> Iterator[Line]:
     """Yield a line for each entry, and one for what several entries share."""
-    for root in roots:
+    from ...ops.tree import grow_tree
+
+    for root in store.run(partial(grow_tree, entries=entries)):
         model = model_name(_first_entry(root).model)
         label = f"{model}: {format_count(root.num_entries, 'entry')}"
         yield Line(0, 0, label=label)

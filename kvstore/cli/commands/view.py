@@ -68,10 +68,12 @@ def view(context: click.Context, path: Path | None, overwrite: bool) -> None:
 
 def describe(store: Store) -> JSON:
     """Return what the page shows."""
+    from ...ops.upkeep.prune import eviction_order
+
     entries = store.entries()
-    going = {entry.id for entry in store.eviction_order()[:_NUM_NEXT]}
+    going = {entry.id for entry in store.run(eviction_order)[:_NUM_NEXT]}
     by_age = sorted(entries, key=lambda entry: entry.created_at)
-    lines = list(tree_lines(store.tree(entries)))
+    lines = list(tree_lines(store, entries))
     sizes = {line.entry.id: line.nbytes for line in lines if line.entry}
     return {
         "path": str(store.path),
