@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import (
@@ -43,34 +43,6 @@ MAX_TOKENS = 2048
 """Enough for a long reply; a model that finds no end is stopped all the same."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatStats:
-    """Where a chat stands."""
-
-    # Its name, or ``None``.
-    name: str | None
-    # Id of its entry, or ``None`` before the first turn.
-    entry_id: str | None
-    # Turns are saved as they end.
-    is_kept: bool
-    # Nothing that is to be kept waits to be saved.
-    is_saved: bool
-    # Turns, or ``None`` where they cannot be told apart.
-    num_turns: int | None
-    # Tokens of the whole conversation.
-    num_tokens: int
-    # Tokens restored from disk, over all turns of this session.
-    num_restored_tokens: int
-    # Tokens of prompts that were computed, over the same.
-    num_computed_tokens: int
-    # Tokens of replies, over the same.
-    num_generated_tokens: int
-    # What the live cache takes in memory.
-    cache_bytes: int
-    # What the blocks of its entry take on disk, shared ones included.
-    entry_bytes: int
-
-
 class Chat:
     """A conversation with a model, kept in a store.
 
@@ -97,6 +69,9 @@ class Chat:
         base: The entry that the chat began with and leaves as it is, or ``None``.
         is_kept: Each turn is saved as it ends.
         entry: The entry as it was last saved, or ``None``.
+        num_restored: Tokens restored from disk, over all turns of this session.
+        num_computed: Tokens of prompts that were computed, over the same.
+        num_generated: Tokens of replies, over the same.
 
     Raises:
         EntryExistsError: The name has an entry that does not begin with the base.
@@ -145,7 +120,7 @@ class Chat:
         self._num_saved = 0
         # Entries without a name that this chat has made; one at a time is enough.
         self._own: set[str] = set()
-        self._num_restored = self._num_computed = self._num_generated = 0
+        self.num_restored = self.num_computed = self.num_generated = 0
         self._num_loaded = 0
         if name is not None:
             self._resume(name)
@@ -179,25 +154,14 @@ class Chat:
         ).num_tokens
 
     @property
+    def cache_bytes(self) -> int:
+        """What the live cache takes in memory."""
+        return self._live.nbytes
+
+    @property
     def is_saved(self) -> bool:
         """Whether nothing that is to be kept waits to be saved."""
         return not self.is_kept or self._num_saved == len(self._tokens)
-
-    def stats(self) -> ChatStats:
-        """Return where the chat stands."""
-        return ChatStats(
-            name=self.name,
-            entry_id=self.entry.id if self.entry else None,
-            is_kept=self.is_kept,
-            is_saved=self.is_saved,
-            num_turns=self.num_turns,
-            num_tokens=len(self._tokens),
-            num_restored_tokens=self._num_restored,
-            num_computed_tokens=self._num_computed,
-            num_generated_tokens=self._num_generated,
-            cache_bytes=self._live.nbytes,
-            entry_bytes=self.entry.nbytes if self.entry else 0,
-        )
 
     def say(self, text: str) -> Generator[GenerationResponse, None, None]:
         """Say something and generate the reply; both are saved when it ends.
@@ -248,12 +212,12 @@ class Chat:
             self._lose_name()
             raise
         finally:
-            self._num_restored += self._num_loaded
+            self.num_restored += self._num_loaded
             if last is not None:
                 self._begins.append(self._begin_of(prompt))
                 self._tokens = [*prompt, *said]
-                self._num_computed += last.prompt_tokens
-                self._num_generated += len(said)
+                self.num_computed += last.prompt_tokens
+                self.num_generated += len(said)
 
     def save(self) -> Entry | None:
         """Save what is not saved yet, after an error, and return the entry if any.
@@ -455,8 +419,8 @@ class Chat:
                 self._callbacks, on_load=self._note_load, on_saved=on_saved
             ),
         )
-        self._num_restored += self._num_loaded
-        self._num_computed += len(tokens) - num_held
+        self.num_restored += self._num_loaded
+        self.num_computed += len(tokens) - num_held
         return entry
 
     def _note_load(self, done: int, total: int) -> None:

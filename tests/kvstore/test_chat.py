@@ -109,12 +109,9 @@ def test_a_chat_resumes_at_its_last_token(open_chat):
     again = open_chat("daily")
     held = len(again.tokens)
     (response, *_) = again.say(LINES[1])
-    stats = again.stats()
-    assert stats.num_restored_tokens == held
-    assert stats.num_computed_tokens == response.prompt_tokens
-    assert held + response.prompt_tokens + stats.num_generated_tokens == (
-        stats.num_tokens
-    )
+    assert again.num_restored == held
+    assert again.num_computed == response.prompt_tokens
+    assert held + response.prompt_tokens + again.num_generated == len(again.tokens)
 
 
 def test_a_turn_of_a_live_chat_reads_nothing(open_chat, store, monkeypatch):
@@ -123,7 +120,7 @@ def test_a_turn_of_a_live_chat_reads_nothing(open_chat, store, monkeypatch):
     say(chat, LINES[0])
     monkeypatch.setattr(store, "load", None)
     say(chat, LINES[1])
-    assert chat.stats().num_restored_tokens == 0
+    assert chat.num_restored == 0
 
 
 def test_each_turn_writes_what_it_adds(open_chat, store):
@@ -211,7 +208,7 @@ def test_an_open_document_is_left(open_chat, loaded, store):
     chat = open_chat("doc")
     assert (chat.num_turns, chat.tokens) == (0, tokens)
     expected = say(chat, "What does it say?")
-    assert chat.stats().num_restored_tokens == len(tokens)
+    assert chat.num_restored == len(tokens)
     chat.rewind()
     assert entry_tokens(store, "doc") == tokens
     assert say(chat, "What does it say?") == expected
@@ -522,7 +519,7 @@ def test_a_message_without_a_reply_is_taken_back(open_chat, store):
     assert [entry.num_tokens for entry in store.entries()] == [len(tokens)]
     again = open_chat("daily")
     say(again, long)
-    assert again.stats().num_restored_tokens >= (len(tokens) + 64) // 16 * 16
+    assert again.num_restored >= (len(tokens) + 64) // 16 * 16
     straight = open_chat()
     for line in (LINES[0], long):
         say(straight, line)
@@ -626,10 +623,10 @@ def test_what_forgets_is_stopped_resumed_and_taken_back(
     resumed = open_chat("daily")
     assert resumed.num_restorable == len(resumed.tokens)
     say(resumed, LINES[2])
-    num_computed = resumed.stats().num_computed_tokens
+    num_computed = resumed.num_computed
     resumed.rewind()
     assert resumed.tokens == stopped.tokens
-    assert resumed.stats().num_computed_tokens == num_computed
+    assert resumed.num_computed == num_computed
     assert say(resumed, LINES[1]) == expected
     assert resumed.tokens == straight.tokens
 
@@ -655,7 +652,7 @@ def test_a_chat_with_a_draft_model(request, tiny_model, store, open_chat, kind):
     held = len(chat.tokens)
     assert chat.num_restorable == held
     assert [say(chat, line) for line in LINES[2:]] == expected[2:]
-    assert chat.stats().num_restored_tokens == held
+    assert chat.num_restored == held
     chat.rewind(2)
     assert say(chat, LINES[2]) == expected[2]
     with pytest.raises(kvstore.FingerprintError, match="draft"):

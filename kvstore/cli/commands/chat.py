@@ -37,7 +37,7 @@ from .listing import list_named
 
 if TYPE_CHECKING:
     from ...format.block import Progress
-    from ...models.chat import Chat, ChatStats
+    from ...models.chat import Chat
     from ...models.load import LoadedModel
     from ...store import Store
 
@@ -280,7 +280,7 @@ class _Session:
         last: Any = None
         message = "\n\n".join([*self._files, text])
         warn_of_context(self._output, self._model, self._chat.count_tokens(message))
-        before = self._chat.stats()
+        num_before = self._chat.num_restored
         error: Exception | None = None
         try:
             with self._interrupts.deferred(), closing(self._chat.say(message)) as said:
@@ -304,7 +304,7 @@ class _Session:
         if error is not None:
             self._fail(error)
         elif last is not None:
-            self._note(self._told(last, before.num_restored_tokens))
+            self._note(self._told(last, num_before))
             self._warn_of_limit()
         if last is None:
             self._draft = text
@@ -320,13 +320,12 @@ class _Session:
             )
 
     def _told(self, last: Any, num_before: int) -> str:
-        stats = self._chat.stats()
-        num_restored = stats.num_restored_tokens - num_before
+        num_restored = self._chat.num_restored - num_before
         told = f"restored {num_restored:,}, " if num_restored else ""
         told += (
             f"read {last.prompt_tokens:,} ({last.prompt_tps:.0f}/s), wrote"
             f" {last.generation_tokens:,} ({last.generation_tps:.0f}/s):"
-            f" {format_count(stats.num_tokens, 'token')}"
+            f" {format_count(len(self._chat.tokens), 'token')}"
         )
         if last.finish_reason == "length":
             told += "; cut off"
@@ -411,21 +410,21 @@ class _Session:
         self._greet()
 
     def _stats(self, rest: str) -> None:
-        stats = self._chat.stats()
+        chat, entry = self._chat, self._chat.entry
+        turns = "unknown" if chat.num_turns is None else f"{chat.num_turns:,}"
         fields = [
-            ("name", stats.name or "none"),
-            ("entry", stats.entry_id[:12] if stats.entry_id else "none"),
-            ("saved", _describe_saved(stats)),
-            ("turns", "unknown" if stats.num_turns is None else f"{stats.num_turns:,}"),
-            ("tokens", f"{stats.num_tokens:,}"),
+            ("name", chat.name or "none"),
+            ("entry", entry.id[:12] if entry else "none"),
+            ("saved", _describe_saved(chat)),
+            ("turns", turns),
+            ("tokens", f"{len(chat.tokens):,}"),
             (
                 "this session",
-                f"{stats.num_restored_tokens:,} restored,"
-                f" {stats.num_computed_tokens:,} computed,"
-                f" {stats.num_generated_tokens:,} generated",
+                f"{chat.num_restored:,} restored, {chat.num_computed:,} computed,"
+                f" {chat.num_generated:,} generated",
             ),
-            ("in memory", format_bytes(stats.cache_bytes)),
-            ("on disk", format_bytes(stats.entry_bytes)),
+            ("in memory", format_bytes(chat.cache_bytes)),
+            ("on disk", format_bytes(entry.nbytes if entry else 0)),
         ]
         self._output.result("\n".join(format_fields(fields)), None)
 
@@ -460,10 +459,10 @@ def _describe_new(chat: Chat) -> str:
     return "a new chat, no name"
 
 
-def _describe_saved(stats: ChatStats) -> str:
-    if not stats.is_kept:
+def _describe_saved(chat: Chat) -> str:
+    if not chat.is_kept:
         return "nothing is kept until `/name NAME`"
-    return "all" if stats.is_saved else "not all: the last save failed"
+    return "all" if chat.is_saved else "not all: the last save failed"
 
 
 def _check_system_prompt(chat: Chat, system_prompt: str | None) -> None:
