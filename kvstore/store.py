@@ -1239,7 +1239,7 @@ class Store:
 
         def count() -> Stats:
             self._write_notes()
-            return sum_up(self._blocks, known, now=time.time())
+            return sum_up(self._blocks, known)
 
         return self._blocks.run(count)
 

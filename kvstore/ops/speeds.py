@@ -22,30 +22,6 @@ def is_current(timing: Timing, now: float) -> bool:
     return abs(timing.measured_at - now) <= MAX_AGE_S
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSpeeds:
-    """How fast one model's rows are computed, and restored from one codec."""
-
-    # Digest of the model's fingerprint.
-    fingerprint: str
-    # What the model was called.
-    model: str
-    # What rows are restored from, or ``None`` where none were so far.
-    codec: str | None
-    # Tokens computed in a second, or ``None``.
-    prefill_tps: float | None
-    # Tokens restored in a second, or ``None``.
-    load_tps: float | None
-    # Whether restoring pays.
-    verdict: Verdict
-    # From how many tokens on, where it does.
-    break_even_tokens: int | None
-    # When the older of both was measured last, Unix seconds.
-    measured_at: float
-    # That is less than a day ago; else it decides nothing.
-    is_current: bool
-
-
 MIN_PREFILL_TOKENS = 64
 """Fewer are computed in one step, whose time says little of a prefill."""
 MAX_AGE_S = 86_400.0
@@ -146,6 +122,20 @@ class Speeds:
             next((timing for timing in usable if timing.codec is None), None),
             max(loads, key=lambda t: (t.codec == codec, t.measured_at), default=None),
         )
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        """What was observed, of restoring first."""
+        return tuple(one for one in (self.load, self.prefill) if one is not None)
+
+    @property
+    def measured_at(self) -> float:
+        """When the older of both was measured last, Unix seconds."""
+        return min(one.measured_at for one in self.timings)
+
+    def are_current(self, now: float) -> bool:
+        """Whether both were measured within a day; else they decide nothing."""
+        return all(is_current(one, now) for one in self.timings)
 
     @property
     def prefill_tps(self) -> float | None:

@@ -5,7 +5,7 @@ From entries and index alone, so that it takes a moment. Knows no arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..format.safetensors import ITEM_SIZES
 from ..storage import files
 from ..storage.blocks import BlockStore
 from ..storage.index import HASH_PREFIX, Index, Timing
-from .speeds import ModelSpeeds, Speeds, is_current, is_sound
+from .speeds import Speeds, is_sound
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ class Stats:
     # ``reanchored_checks`` requests, or ``None``.
     reanchored_kl: float | None
     # How fast each model's rows are computed and restored.
-    speeds: tuple[ModelSpeeds, ...]
+    speeds: tuple[Speeds, ...]
 
 
 _MAX_NESTING = 8
 _MAX_ROUNDS = 32
 
 
-def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats:
+def sum_up(blocks: BlockStore, entries: Sequence[Entry]) -> Stats:
     """Return sums over a store."""
     folder, index = blocks.folder, blocks.index
     sizes, counters = index.shards(), index.counters()
@@ -106,7 +106,7 @@ def sum_up(blocks: BlockStore, entries: Sequence[Entry], *, now: float) -> Stats
         seconds_saved=None if saved_ms is None else saved_ms / 1000,
         counters=counters,
         reanchored_kl=_mean_kl(counters),
-        speeds=tuple(_speeds(index.timings(), now)),
+        speeds=tuple(_speeds(index.timings())),
     )
 
 
@@ -239,8 +239,8 @@ def _bytes_of(layers: Any, nesting: int) -> int:
     return total
 
 
-def _speeds(timings: Sequence[Timing], now: float) -> Iterable[ModelSpeeds]:
-    """Yield the speeds of each model and codec, what was measured last first."""
+def _speeds(timings: Sequence[Timing]) -> list[Speeds]:
+    """Return the speeds of each model and codec, what was measured last first."""
     sound = [timing for timing in timings if is_sound(timing)]
     prefills = {t.fingerprint: t for t in sound if t.codec is None}
     loads = [timing for timing in sound if timing.codec is not None]
@@ -249,25 +249,8 @@ def _speeds(timings: Sequence[Timing], now: float) -> Iterable[ModelSpeeds]:
         (prefills.get(load.fingerprint), load) for load in loads
     ]
     pairs += [(p, None) for p in prefills.values() if p.fingerprint not in restored]
-    shown = [
-        _describe(Speeds(prefill, load), [t for t in (load, prefill) if t], now)
-        for prefill, load in pairs
-    ]
-    yield from sorted(shown, key=lambda speeds: -speeds.measured_at)
-
-
-def _describe(speeds: Speeds, known: Sequence[Timing], now: float) -> ModelSpeeds:
-    return ModelSpeeds(
-        fingerprint=known[0].fingerprint,
-        model=next((timing.model for timing in known if timing.model), ""),
-        codec=speeds.load.codec if speeds.load else None,
-        prefill_tps=speeds.prefill_tps,
-        load_tps=speeds.load_tps,
-        verdict=speeds.verdict,
-        break_even_tokens=speeds.break_even_tokens,
-        measured_at=min(timing.measured_at for timing in known),
-        is_current=all(is_current(timing, now) for timing in known),
-    )
+    known = [Speeds(*pair) for pair in pairs]
+    return sorted(known, key=lambda speeds: -speeds.measured_at)
 
 
 def _mean_kl(counters: Mapping[str, int]) -> float | None:

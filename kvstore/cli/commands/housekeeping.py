@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,8 @@ from .entries import confirm_removal, entry_data, entry_label, name_entries
 from .scores import print_scores
 
 if TYPE_CHECKING:
-    from ...ops.speeds import ModelSpeeds
+    from ...format.documents import JSON
+    from ...ops.speeds import Speeds
     from ...ops.stats import Stats
     from ...ops.upkeep.check import Finding
     from ...ops.upkeep.prune import PrunePlan
@@ -117,11 +119,7 @@ def stats(context: click.Context, sessions: bool) -> None:
         print_scores(output, open_store(context))
         return
     found = open_store(context).stats()
-    speeds = [
-        asdict(speeds) | {"measured_at": to_rfc3339(speeds.measured_at)}
-        for speeds in found.speeds
-    ]
-    data = asdict(found) | {"speeds": speeds}
+    data = asdict(found) | {"speeds": list(map(_speeds_data, found.speeds))}
     output.result("\n".join(format_fields(stats_fields(found))), data)
     if found.nbytes > found.max_bytes < found.kept_bytes:
         output.hint("`kvstore prune --max-size SIZE --named` evicts what has a name")
@@ -237,7 +235,7 @@ def stats_fields(found: Stats) -> list[tuple[str, str]]:
         ("written", format_bytes(counters.get("written_bytes", 0))),
         ("read", format_bytes(counters.get("read_bytes", 0))),
         *_reanchored_fields(found),
-        *(("speed", _describe_speeds(speeds)) for speeds in found.speeds),
+        *(("speed", _describe_speeds(one)) for one in found.speeds),
     ]
 
 
@@ -271,21 +269,37 @@ def _aside_fields(found: Stats) -> Iterator[tuple[str, str]]:
             yield name, f"{format_count(num, 'file')}, {format_bytes(nbytes)}"
 
 
-def _describe_speeds(speeds: ModelSpeeds) -> str:
+def _speeds_data(speeds: Speeds) -> JSON:
+    known = speeds.timings
+    return {
+        "fingerprint": known[0].fingerprint,
+        "model": next((one.model for one in known if one.model), ""),
+        "codec": speeds.load.codec if speeds.load else None,
+        "prefill_tps": speeds.prefill_tps,
+        "load_tps": speeds.load_tps,
+        "verdict": speeds.verdict,
+        "break_even_tokens": speeds.break_even_tokens,
+        "measured_at": to_rfc3339(speeds.measured_at),
+        "is_current": speeds.are_current(time.time()),
+    }
+
+
+def _describe_speeds(speeds: Speeds) -> str:
+    data = _speeds_data(speeds)
     parts = []
     if speeds.prefill_tps is not None:
         parts.append(f"computes {_rate(speeds.prefill_tps)}")
     if speeds.load_tps is not None:
-        parts.append(f"restores {_rate(speeds.load_tps)} from {speeds.codec}")
+        parts.append(f"restores {_rate(speeds.load_tps)} from {data['codec']}")
     tokens = format_count(speeds.break_even_tokens or 0, "token")
     verdict = {
         "pays": f"loading pays from {tokens} on",
         "never": "loading does not pay",
         "unknown": "too little is measured yet to say when loading pays",
     }[speeds.verdict]
-    if not speeds.is_current:
+    if not data["is_current"]:
         verdict += f" (as of {format_time(speeds.measured_at)}: will be tried again)"
-    model = speeds.model or speeds.fingerprint[:12]
+    model = data["model"] or data["fingerprint"][:12]
     return f"{model}: {', '.join(parts)}; {verdict}"
 
 

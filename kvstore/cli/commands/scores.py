@@ -22,7 +22,7 @@ Line = tuple["Score", float | None]
 
 def print_scores(output: Output, store: Store) -> None:
     """Print what the latest conversations have cost."""
-    speeds = {s.fingerprint: s.prefill_tps for s in store.stats().speeds}
+    speeds = {s.timings[0].fingerprint: s.prefill_tps for s in store.stats().speeds}
     lines: list[Line] = []
     for score in store.scores():
         tps = speeds.get(score.fingerprint)
