@@ -89,10 +89,6 @@ def is_list(cache: Any) -> bool:
 def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
     """Return how a prompt cache is built.
 
-    Args:
-        prompt_cache: mlx-lm's caches, one per layer.
-        num_tokens: How many tokens' rows it must hold.
-
     Raises:
         UnsupportedCacheError: A layer is of a class that cannot be stored.
         ValueError: It is empty, a batch, or holds other than ``num_tokens`` rows.

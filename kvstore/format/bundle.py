@@ -89,12 +89,7 @@ def basis_member(digest: str) -> str:
 
 
 def bundled_entry(entry: Entry, nbytes: int) -> Entry:
-    """Return an entry as its bundle holds it: without what only its store knows.
-
-    Args:
-        entry: The entry in its store.
-        nbytes: Bytes of its blocks in the bundle.
-    """
+    """Return an entry as its bundle holds it: without what only its store knows."""
     return replace(
         entry,
         # A path may have bytes that are not text.

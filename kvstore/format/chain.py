@@ -36,12 +36,7 @@ def is_reanchored(fingerprint: JSON) -> bool:
 
 
 def hash_root(fingerprint: str, layout: Any) -> BlockHash:
-    """Return the hash that stands as parent of the first block.
-
-    Args:
-        fingerprint: Digest of what computed the rows, in hex.
-        layout: JSON value that describes the layers.
-    """
+    """Return the hash that stands as parent of the first block."""
     data = canonical_json(["kvstore root 1", fingerprint, layout])
     return BlockHash(hashlib.sha256(data).digest())
 

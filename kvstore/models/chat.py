@@ -303,11 +303,7 @@ class Chat:
         return self._template.begins_with(self._tokens, system_prompt)
 
     def exchanges(self, num_last: int | None = None) -> list[tuple[str, str]]:
-        """Return what was said and replied in each turn that is known, as text.
-
-        Args:
-            num_last: Only so many of the last turns.
-        """
+        """Return what was said and replied in each known turn, or in the last ones."""
         template = self._template
         if self._why_unknown is not None or template.is_plain:
             return []

@@ -155,19 +155,6 @@ def run_demo(
 ) -> DemoResult:
     """Save a document's prompt cache, and resume it in new processes.
 
-    Args:
-        model: Folder or repository that mlx-lm loads.
-        adapter_path: Folder of an adapter.
-        trust_remote_code: Let the model bring code of its own.
-        document: Text to read; a part of Python's manual by default.
-        question: What to ask about it.
-        num_tokens: How much of the document to read, about; 2,000 tokens by default,
-            and 256 where the model is slow.
-        max_tokens: Tokens of an answer, at most.
-        codecs: What to save with.
-        bar: Returns the progress callback of what is named.
-        note: Called with a sentence on what happens.
-
     Raises:
         CodecError: No such codec.
         UnsupportedCacheError: The model's prompt cache cannot be stored.

@@ -124,12 +124,6 @@ class Disk:
     ) -> tuple[tuple[list[Any], list[int]] | None, str]:
         """Return more of a prompt than memory holds, or ``None``, and why.
 
-        Args:
-            served: The model.
-            tokens: The prompt.
-            num_held: How many of its tokens memory holds.
-            spans: Parts of the prompt that are fed whole.
-
         Returns:
             A prompt cache, evaluated, and the tokens still to be fed; and the reason
             in words.

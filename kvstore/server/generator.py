@@ -37,14 +37,7 @@ _ResponseGenerator: Any = object
 
 
 class Generator(_ResponseGenerator):  # type: ignore[misc]
-    """Is mixed into mlx-lm's ``ResponseGenerator``, and also measures prefills.
-
-    Args:
-        give_up: Called when it ends, with what it has begun.
-        requests: Told of each request's prompt and tokens.
-        model_provider: As mlx-lm's.
-        prompt_cache: As mlx-lm's.
-    """
+    """Is mixed into mlx-lm's ``ResponseGenerator``, and also measures prefills."""
 
     # mlx-lm's class that takes a reply apart; 0.31 reads tokens, not text.
     text_machine: Any = None

@@ -103,11 +103,6 @@ def cut_again(
     """Return a prompt cut where it was before; ``None`` where that leaves a part empty.
 
     In a reply that has changed, it is cut behind as many tokens as before.
-
-    Args:
-        segments: The prompt as it was, in parts.
-        prompt: As it is now.
-        edits: From :func:`replay`.
     """
     found, begin, stop = [], 0, 0
     old = sum(map(len, segments)) + sum(longer for _, longer in edits)

@@ -141,12 +141,6 @@ def watch(
 
     What mlx-lm logs of a request that is wrong, or of an answer that it cannot read,
     is cut before it quotes either, unless debugging was asked for.
-
-    Args:
-        server: The copy of mlx-lm's module.
-        requests: Where requests are noted.
-        cache_of: Returns the prompt cache.
-        note: Told of each request that has ended.
     """
     handler_class = server.APIHandler
     post, send = handler_class.do_POST, handler_class.send_response

@@ -224,11 +224,6 @@ def create_folder(
 ) -> StoreFolder:
     """Return the store at ``path``, made now where there is none.
 
-    Args:
-        path: The folder.
-        block_size: Tokens in a full block.
-        encryption: Where the key is of a store that is to be encrypted.
-
     Raises:
         StoreNotFoundError: The folder holds something else.
     """
@@ -247,9 +242,6 @@ def create_folder(
 
 def remake_folder(folder: StoreFolder) -> StoreFolder:
     """Return the store that lies where one was, made anew if somebody deleted it.
-
-    Args:
-        folder: The store as it was opened.
 
     Raises:
         StoreNotFoundError: Its disk is not there, or the folder holds something else.

@@ -124,12 +124,7 @@ class CacheKind(Protocol):
         return 2
 
     def mismatch(self, saved: SavedCache, like: Any) -> str | None:
-        """Return what keeps a file's cache from being one of the model's, if anything.
-
-        Args:
-            saved: The cache as the file's header has it.
-            like: The model's empty cache in that place.
-        """
+        """Return what keeps a file's cache from being like the model's, if anything."""
         for name in self.fixed_by_model:
             wanted, found = getattr(like, name, None), saved.numbers.get(name)
             if wanted is not None and found != wanted:

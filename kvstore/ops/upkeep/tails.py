@@ -23,11 +23,6 @@ def free_tails(blocks: BlockStore, catalog: Catalog, tips: Iterable[BlockHash]) 
     that counts on such a tail looks for it when it commits, under the same lock, and
     writes it again. Tails with windows or states stay, since only from these can a
     chat go back to where they end.
-
-    Args:
-        blocks: The store's blocks.
-        catalog: Its entries.
-        tips: The last blocks of entries that were saved again or removed.
     """
     found = {tip: shard for tip in tips for shard in _shard_of_tail(blocks, tip)}
     dead = found.keys() - _needed(blocks, catalog)
