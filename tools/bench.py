@@ -471,23 +471,29 @@ def block_hash(number: int) -> bytes:
 
 def fill_index(path: Path, num_blocks: int) -> None:
     """Write an index of chains of 512 blocks, 64 in a shard."""
-    from kvstore.storage.index import Index
+    import numpy as np
 
-    root, batch = bytes(32), 500_000
+    from kvstore.storage.index import _SCHEMA, Index
+
     index = Index(path, create=True)
     index._query("PRAGMA synchronous = OFF")
-    for first in range(0, num_blocks, batch):
-        rows = []
-        with index.transaction():
-            for number in range(first, min(first + batch, num_blocks)):
-                parent = root if number % 512 == 0 else block_hash(number - 1)
-                shard = number // 64 + 1
-                if number % 64 == 0:
-                    index.add_shard(f"{shard:064x}", 69_000, 1.0)
-                rows.append((block_hash(number), parent, shard, 7, 256, 1000, 511, 0))
-            # In the order of the table, which is filled ten times as fast.
-            for row in sorted(rows):
-                index._query("INSERT INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+    later = [line for line in _SCHEMA.split(";") if "CREATE INDEX blocks_by" in line]
+    for line in later:
+        index._query(f"DROP INDEX {line.split()[2]}")
+    hashes = np.frombuffer(b"".join(map(block_hash, range(num_blocks))), "V32")
+    # In the order of the table, and its indexes at last: ten times as fast.
+    order = np.argsort(hashes.view(">u8")[::4], kind="stable")
+    with index.transaction():
+        for shard in range(1, -(-num_blocks // 64) + 1):
+            index.add_shard(f"{shard:064x}", 69_000, 1.0)
+        for number in map(int, order):
+            parent = hashes[number - 1].tobytes() if number % 512 else bytes(32)
+            row = (hashes[number].tobytes(), parent, number // 64 + 1)
+            index._query(
+                "INSERT INTO blocks VALUES (?, ?, ?, 7, 256, 1000, 511, 0)", row
+            )
+    for line in later:
+        index._query(line)
     index.close()
 
 

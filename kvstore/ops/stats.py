@@ -127,10 +127,10 @@ class _Reach:
         self.num_blocks = len(nbytes)
         self.entry_bytes = self.nbytes = 0
         self.raw_bytes = self.coded_bytes = 0  # both of what has raw bytes
-        self._hashes = self._halves(hashes)[:, kept]
+        self._hashes = self._numbers(hashes)[kept]
         del hashes
         # One more stands for what a first block hangs from.
-        self._parent = np.append(self._find(self._halves(parents)[:, kept]), -1)
+        self._parent = np.append(self._find(self._numbers(parents)[kept]), -1)
         self._num_tokens = np.frombuffer(num_tokens, np.int64)[kept]
         self._nbytes = np.append(nbytes, 0)
         self._seen = np.zeros(self.num_blocks + 1, np.bool_)
@@ -143,7 +143,7 @@ class _Reach:
             tips = by_root.setdefault(entry.root, [])
             tips.append(self._index.written(bytes.fromhex(entry.tip))[:HASH_PREFIX])
         for root, tips in by_root.items():
-            found = self._find(self._halves(bytearray(b"".join(tips))))
+            found = self._find(self._numbers(bytearray(b"".join(tips))))
             self.entry_bytes += int(self._totals[found].sum())
             num_tokens, nbytes = self._walk(found)
             self.nbytes += nbytes
@@ -152,40 +152,41 @@ class _Reach:
                 self.raw_bytes += token_bytes * num_tokens
                 self.coded_bytes += nbytes
 
-    def _halves(self, hashes: bytearray) -> Any:
-        """Return hashes as pairs of numbers that have their order."""
-        pairs = self._np.frombuffer(hashes, ">u8").reshape(-1, 2)
-        return self._np.ascontiguousarray(pairs.T, self._np.uint64)
+    def _numbers(self, hashes: bytearray) -> Any:
+        """Return the beginnings of hashes as numbers that have their order."""
+        return self._np.frombuffer(hashes, ">u8").astype(self._np.uint64)
 
     def _with_headers(self, nbytes: Any, shards: Any) -> tuple[Any, Any]:
         """Return bytes with a share of the header, where the shard is known.
 
-        And which those are, as an index of arrays.
+        By its bytes, rounded up; and which those are, as an index of arrays.
         """
         np = self._np
-        rows = [(number, *sizes) for number, sizes in self._index.shard_sizes().items()]
-        known = np.array(sorted(rows), np.int64).reshape(-1, 3).T
-        at = self._find(np.frombuffer(shards, np.int64)[None], known[:1])
+        sizes = self._index.shard_sizes()
+        column, held_by = (np.frombuffer(array, np.int64) for array in (nbytes, shards))
+        numbers = np.unique(held_by)
+        at = np.searchsorted(numbers, held_by)
+        whole = np.array([sizes.get(one, -1) for one in numbers.tolist()], np.int64)
+        inner = np.bincount(at, column).clip(1, 2**62).astype(np.int64)
         # A shard that went between the two queries has no size now. Where there is no
         # such one, nothing is copied.
-        kept = slice(None) if (at >= 0).all() else at >= 0
-        shared = np.frombuffer(nbytes, np.int64)[kept] * known[1, at[kept]]
-        return -(-shared // known[2, at[kept]]), kept
+        kept = slice(None) if (whole >= 0).all() else whole[at] >= 0
+        at = at[kept]
+        return -(-column[kept] * whole[at] // inner[at]), kept
 
-    def _find(self, wanted: Any, among: Any = None) -> Any:
-        """Return where columns of numbers stand, -1 for others; hashes by default."""
-        np, among = self._np, self._hashes if among is None else among
-        if not among.shape[1]:
-            return np.full(wanted.shape[1], -1)
+    def _find(self, wanted: Any) -> Any:
+        """Return where hashes stand, -1 for others."""
+        np, among = self._np, self._hashes
+        if not len(among):
+            return np.full(len(wanted), -1)
         # In their order, which looks at one place of memory after the other.
-        order = np.argsort(wanted[0])
-        found = np.searchsorted(among[0], wanted[0][order])
+        order = np.argsort(wanted)
+        found = np.searchsorted(among, wanted[order])
         at = np.empty_like(found)
         at[order] = found
         del order, found
-        at[at == among.shape[1]] = 0
-        for mine, theirs in zip(among, wanted, strict=True):
-            at[mine[at] != theirs] = -1
+        at[at == len(among)] = 0
+        at[among[at] != wanted] = -1
         return at
 
     def _sum_up(self) -> Any:
@@ -195,8 +196,8 @@ class _Reach:
         for _ in range(_MAX_ROUNDS):
             if (before == -1).all():
                 break
-            totals += totals[before]
-            before = before[before]
+            totals += totals.take(before)
+            before = before.take(before)
         return totals
 
     def _walk(self, tips: Any) -> tuple[int, int]:

@@ -814,8 +814,7 @@ def place_in(shard: str, stored: StoredBlock) -> Place:
         shard,
         len(stored.block.tokens),
         stored.end - stored.begin,
-        stored.is_lossless,
-        stored.bits,
+        2 * stored.bits + stored.is_lossless,
         stored.num_extras,
     )
 

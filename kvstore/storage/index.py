@@ -12,10 +12,12 @@ import os
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
-from itertools import chain, islice, pairwise, takewhile
+from itertools import chain as chained
+from itertools import islice, pairwise, starmap, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,7 +30,7 @@ from . import files
 from .cipher import Cipher
 
 
-# Tuples, since a look makes hundreds, and a dataclass takes twice as long.
+# A row as SQLite returns it, since a look makes hundreds.
 class Place(NamedTuple):
     """Where the index says a block lies, and what may be asked of it."""
 
@@ -40,14 +42,26 @@ class Place(NamedTuple):
     num_tokens: int
     # Its bytes in the shard.
     nbytes: int
-    # Its codec loses nothing.
-    is_lossless: bool
-    # The fewest bits per number that its rows, or rows that they were computed from,
-    # were coded in; ``EXACT_BITS`` where none were, 0 where nobody knows.
-    bits: int
+    # Its bits, doubled; 1 more where its codec loses nothing: of copies with as many
+    # bits, lossless ones win.
+    quality: int
     # How much it holds of windows and states: the rows of all its windows, outweighed
     # by a checkpoint. More makes a copy the better one.
     num_extras: int = 0
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether its codec loses nothing."""
+        return self.quality % 2 == 1
+
+    @property
+    def bits(self) -> int:
+        """The fewest bits per number that its rows were coded in, or others were.
+
+        These are rows that its own were computed from. ``EXACT_BITS`` where none were
+        coded, 0 where nobody knows.
+        """
+        return self.quality // 2
 
     @property
     def is_exact(self) -> bool:
@@ -66,7 +80,7 @@ class Link(NamedTuple):
     nbytes: int
 
 
-HASH_PREFIX = 16
+HASH_PREFIX = 8
 """Leading bytes of a hash that tell it from all others, where nothing depends on it."""
 
 
@@ -268,6 +282,12 @@ _BETTER = f"""
 OR (excluded.extras >= blocks.extras AND excluded.quality >= blocks.quality
     AND (excluded.extras > blocks.extras OR excluded.quality > blocks.quality))
 """
+_SHARD_OF_BLOCK = "SELECT shard FROM blocks WHERE hash = ?1"
+_SHARD_OF_NAME = "SELECT id FROM shards WHERE name = ?1"
+_INSIDE = """SELECT name, 0, 0, 0, 0 FROM shards WHERE id = ({0}) UNION ALL
+SELECT hash, num_tokens, nbytes, quality, extras FROM blocks INDEXED BY blocks_by_shard
+    WHERE shard = ({0})"""
+_INSIDES = (bytes, int, int, int, int)
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
 _SCORE_KEY_BYTES = 32
@@ -383,7 +403,7 @@ class Index:
     def place(self, block: BlockHash) -> Place | None:
         """Return where a block lies, or ``None``."""
         rows = self._select(_PLACE + "WHERE blocks.hash = ?", (block,), _PLACE_KINDS)
-        return _to_place(rows[0]) if rows else None
+        return Place(*rows[0]) if rows else None
 
     def place_of(self, block: Block) -> Place | None:
         """Return where a block lies, as :meth:`places_of` does."""
@@ -396,9 +416,10 @@ class Index:
             IndexDamagedError: The index says otherwise, so it is damaged.
         """
         with self._snapshot():  # `prune` may drop a block between the looks
-            found = list(self._look([block.hash for block in blocks]))
+            hashes = [block.hash for block in blocks]
+            found = list(chained.from_iterable(self._look(hashes)))
             held = [b for b, place in zip(blocks, found, strict=True) if place]
-            told = dict(chain.from_iterable(map(self._told_of, _batched(held))))
+            told = dict(chained.from_iterable(map(self._told_of, _batched(held))))
         for block in held:
             if told.get(block.hash) != len(block.tokens):
                 raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
@@ -420,7 +441,7 @@ class Index:
         keys = [
             (b.parent, self._first_of(b.parent, b.tokens[0]), b.hash) for b in blocks
         ]
-        return self._select(query, list(chain.from_iterable(keys)), (bytes, int))
+        return self._select(query, list(chained.from_iterable(keys)), (bytes, int))
 
     def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
         """Yield the blocks from a tip backwards with their parents, up to a gap.
@@ -434,7 +455,7 @@ class Index:
         while tip not in seen and (rows := self._select(query, (tip,), kinds)):
             seen.add(tip)
             tip = BlockHash(rows[0][6])
-            yield _to_place(rows[0][:6]), tip
+            yield Place(*rows[0][:6]), tip
 
     def all_blocks(self) -> dict[BlockHash, tuple[Place, BlockHash]]:
         """Return where every block lies, and its parent.
@@ -461,7 +482,7 @@ class Index:
         rows = self._checked(self._shown(written), (bytes, *(int,) * 5, bytes))
         return {
             BlockHash(block): (
-                _to_place((block, names[shard], *numbers)),
+                Place(block, names[shard], *numbers),
                 BlockHash(parent),
             )
             for block, shard, *numbers, parent in rows
@@ -472,27 +493,21 @@ class Index:
         """Return the places of the leading blocks of ``chain`` up to the first gap."""
         # One state for the whole walk: `prune` drops blocks in any order.
         with self._snapshot():
-            return cast(list[Place], list(takewhile(bool, self._look(chain))))
+            found = takewhile(bool, chained.from_iterable(self._look(chain)))
+            return cast(list[Place], list(found))
 
-    def _look(self, hashes: Iterable[BlockHash]) -> Iterator[Place | None]:
-        """Yield where blocks lie that were mostly saved side by side."""
-        known: dict[BlockHash, Place] = {}
-        for block in hashes:
-            place = known.get(block)
-            if place is None:
-                # A save put the next ones there too.
-                known = {other[0]: other for other in self._beside(block)}
-                # A flipped bit may hide it there.
-                place = known.get(block) or self.place(block)
-            yield place
-
-    def _beside(self, block: BlockHash) -> list[Place]:
-        """Return the places of all blocks of the shard that a block lies in."""
-        query = (
-            "SELECT id, name FROM shards"
-            " WHERE id = (SELECT shard FROM blocks WHERE hash = ?)"
-        )
-        return self._places_in(query, block)
+    def _look(self, hashes: Sequence[BlockHash]) -> Iterator[list[Place | None]]:
+        """Yield where blocks lie, in runs of those that were saved side by side."""
+        at = 0
+        while at < len(hashes):
+            block = hashes[at]
+            # A save put the next ones there too.
+            known = self._places_in(_SHARD_OF_BLOCK, block)
+            beside = map(known.get, hashes[at + 1 : at + len(known)])
+            # A flipped bit may hide it there.
+            run = [known.get(block) or self.place(block), *takewhile(bool, beside)]
+            yield run
+            at += len(run)
 
     def children(self, parent: BlockHash, first_token: int) -> list[Place]:
         """Return the places of blocks that follow ``parent`` with this token."""
@@ -502,13 +517,13 @@ class Index:
         )
         values = (parent, self._first_of(parent, first_token))
         rows = self._select(_PLACE + query, values, _PLACE_KINDS)
-        return list(map(_to_place, rows))
+        return list(starmap(Place, rows))
 
     def followers(self, parent: BlockHash) -> list[Place]:
         """Return the places of blocks that follow ``parent``, whatever they hold."""
         query = f"WHERE blocks.parent = ? ORDER BY blocks.hash LIMIT {MAX_CHILDREN}"
         rows = self._select(_PLACE + query, (parent,), _PLACE_KINDS)
-        return list(map(_to_place, rows))
+        return list(starmap(Place, rows))
 
     def has_children(self, parent: BlockHash) -> bool:
         """Whether any block follows ``parent``."""
@@ -517,23 +532,21 @@ class Index:
 
     def places_in(self, shard: str) -> list[Place]:
         """Return the places of all blocks that the index puts into a shard."""
-        return self._places_in("SELECT id, name FROM shards WHERE name = ?", shard)
+        return list(self._places_in(_SHARD_OF_NAME, shard).values())
 
-    def _places_in(self, query: str, value: bytes | str) -> list[Place]:
+    def _places_in(self, shard: str, value: bytes | str) -> dict[bytes, Place]:
         """Return the places of all blocks of the shard that a query finds."""
         # They lie side by side in the index of shards, where one costs a tenth of a
-        # look. Their shard is asked once.
-        found = self._select(query, (value,), (int, str))
-        query = (
-            "SELECT hash, num_tokens, nbytes, quality, extras FROM blocks"
-            " INDEXED BY blocks_by_shard WHERE shard = ? ORDER BY hash"
-        )
-        kinds = (bytes, *(int,) * 4)
-        return [
-            place
-            for number, name in found
-            for place in _to_places(self._select(query, (number,), kinds), name)
-        ]
+        # look. The first row is the shard's own; one that it does not know has none.
+        rows = self._query(_INSIDE.format(shard), (value,))
+        if not rows or not isinstance(name := rows[0][0], str):
+            return {}
+        del rows[0]
+        new = tuple.__new__  # which takes half as long as calling the class
+        return {
+            block: new(Place, (block, name, tokens, size, quality, extras))
+            for block, tokens, size, quality, extras in self._checked(rows, _INSIDES)
+        }
 
     def rows_in(self, shard: str) -> list[tuple[Place, BlockHash]]:
         """Return the places of the blocks of a shard with their parents.
@@ -546,7 +559,7 @@ class Index:
             f"{_PLACE_AND_PARENT}WHERE blocks.hash IN ({marks}) ORDER BY blocks.hash"
         )
         rows = self._select(query, hashes, (*_PLACE_KINDS, bytes))
-        return [(_to_place(row[:6]), BlockHash(row[6])) for row in rows]
+        return [(Place(*row[:6]), BlockHash(row[6])) for row in rows]
 
     def lost_blocks(self) -> list[BlockHash]:
         """Return the blocks whose shard the index does not know."""
@@ -598,7 +611,7 @@ class Index:
         found: dict[str, tuple[float, list[Place]]] = {n: (at, []) for n, at in rows}
         for row in self._select(_PLACE + "ORDER BY blocks.hash", (), _PLACE_KINDS):
             if row[1] in found:  # else it was added just now
-                found[row[1]][1].append(_to_place(row))
+                found[row[1]][1].append(Place(*row))
         return found
 
     def added_at(self, shard: str) -> float:
@@ -745,19 +758,21 @@ class Index:
         """Return what every block hangs from and what it takes."""
         query = "SELECT hash, parent, num_tokens, nbytes, shard FROM blocks NOT INDEXED"
         rows = self._select(query, (), (bytes, bytes, int, int, int))
-        sizes = self.shard_sizes()
+        sizes, inner = self.shard_sizes(), Counter[int]()
+        for *_, nbytes, shard in rows:
+            inner[shard] += nbytes
         return {
             BlockHash(block): Link(
                 BlockHash(parent),
                 num_tokens,
-                -(-nbytes * sizes[shard][0] // sizes[shard][1]),
+                -(-nbytes * sizes[shard] // max(1, inner[shard])),
             )
             for block, parent, num_tokens, nbytes, shard in rows
             if shard in sizes
         }
 
     def columns(self) -> Columns:
-        """Return all blocks by columns, which take 56 bytes a block."""
+        """Return all blocks by columns, which take 40 bytes a block."""
         found = Columns(bytearray(), bytearray(), array("q"), array("q"), array("q"))
         with self._translated():
             rows = self._connection.execute(
@@ -765,30 +780,19 @@ class Index:
                 " shard FROM blocks NOT INDEXED",
                 (HASH_PREFIX,),
             )
-            while part := list(islice(rows, 1000)):
-                hashes, parents, *numbers = zip(*part, strict=True)
-                found.hashes.extend(b"".join(hashes))
-                found.parents.extend(b"".join(parents))
-                for column, values in zip(found[2:], numbers, strict=True):
-                    column.extend(values)
+            while part := list(chained.from_iterable(islice(rows, 1000))):
+                found.hashes.extend(b"".join(part[::5]))
+                found.parents.extend(b"".join(part[1::5]))
+                for i, column in enumerate(found[2:], 2):
+                    column.fromlist(part[i::5])
         size = HASH_PREFIX * len(found.nbytes)
         if not len(found.hashes) == len(found.parents) == size:
             raise self._damaged("a hash is too short")
         return found
 
-    def shard_sizes(self) -> dict[int, tuple[int, int]]:
-        """Return the bytes of each shard, and of the blocks in it, by its number.
-
-        A block has its share of the header, rounded up: its bytes times the first, over
-        the second.
-        """
-        query = (
-            "SELECT shards.id, shards.nbytes, sum(blocks.nbytes) FROM blocks"
-            " INDEXED BY blocks_by_shard JOIN shards ON shards.id = blocks.shard"
-            " GROUP BY blocks.shard"
-        )
-        rows = self._select(query, (), (int, int, int))
-        return {number: (whole, max(1, inner)) for number, whole, inner in rows}
+    def shard_sizes(self) -> dict[int, int]:
+        """Return the bytes of each shard by its number."""
+        return dict(self._select("SELECT id, nbytes FROM shards", (), (int, int)))
 
     def entry(self, entry_id: str) -> bytes | None:
         """Return the copy of an entry's file, or ``None``."""
@@ -870,7 +874,7 @@ class Index:
                 self._first_of(block.parent, block.tokens[0]),
                 len(block.tokens),
                 place.nbytes,
-                _quality_of(place),
+                place.quality,
                 place.num_extras,
                 place.shard,
             ),
@@ -902,7 +906,7 @@ class Index:
             (
                 place.shard,
                 place.nbytes,
-                _quality_of(place),
+                place.quality,
                 place.num_extras,
                 place.hash,
                 old,
@@ -1024,9 +1028,7 @@ class Index:
         return self._checked(self._query(sql, values), kinds)
 
     def _checked(self, rows: list[Any], kinds: tuple[type, ...]) -> list[Any]:
-        # By columns, which takes a third of the time.
-        found = (set(map(type, column)) for column in zip(*rows, strict=True))
-        if rows and [*found] != [{kind} for kind in kinds]:
+        if [*map(type, chained.from_iterable(rows))] != [*kinds] * len(rows):
             raise self._damaged("a column is of another type")
         return rows
 
@@ -1194,22 +1196,3 @@ def _touch(path: Path) -> None:
         os.close(files.create(path))
     except FileExistsError:
         return  # another process was faster
-
-
-def _quality_of(place: Place) -> int:
-    """Return the column `quality`: of copies with as many bits, lossless ones win."""
-    return 2 * place.bits + place.is_lossless
-
-
-def _to_places(rows: Iterable[Sequence[Any]], shard: str) -> list[Place]:
-    # A look makes hundreds: this takes half as long as calling the class.
-    new = tuple.__new__
-    return [
-        new(Place, (block, shard, tokens, size, quality % 2 == 1, quality // 2, extras))
-        for block, tokens, size, quality, extras in rows
-    ]
-
-
-def _to_place(row: Sequence[Any]) -> Place:
-    block, shard, *numbers = row
-    return _to_places([(block, *numbers)], shard)[0]

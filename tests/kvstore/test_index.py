@@ -47,7 +47,7 @@ def index(path):
 
 def place_of(block, shard=SHARD, *, lossless=True, bits=EXACT_BITS, nbytes=100):
     """Return a place for a block."""
-    return Place(block.hash, shard, len(block.tokens), nbytes, lossless, bits)
+    return Place(block.hash, shard, len(block.tokens), nbytes, 2 * bits + lossless)
 
 
 def fill(index, blocks=CHAIN, shard=SHARD, **options):

@@ -143,8 +143,8 @@ def test_a_damaged_block_is_dropped_alone(folder, index, reader, flip_bit):
     [
         {"num_tokens": 15},
         {"nbytes": 1},
-        {"bits": 4},
-        {"is_lossless": False, "bits": 4},
+        {"quality": 9},
+        {"quality": 8},
         {"hash": bytes(32)},
     ],
 )

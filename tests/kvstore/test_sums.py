@@ -40,7 +40,7 @@ def forest(tmp_path):
                 parents.append(block)
                 shard, nbytes = f"{draw.randrange(9):064x}", draw.randrange(1, 5000)
                 tokens = tuple(range(draw.randrange(1, 17)))
-                place = Place(block, shard, len(tokens), nbytes, False, 4)
+                place = Place(block, shard, len(tokens), nbytes, 8)
                 index.add_block(Block(block, parent, 0, tokens), place)
                 found.append((root, block))
     yield index, found
