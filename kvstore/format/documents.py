@@ -29,7 +29,10 @@ def canonical_json(value: Any) -> bytes:
 MAX_NESTING = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
-_NO_BRACKETS = bytes(set(range(256)).difference(b"[]{}"))
+# What may stand behind a backslash, which is not to touch a later quote; where anything
+# else does, the parser goes no further.
+_ESCAPED = b"\\/bfnrtu"
+_NO_MARKS = bytes(set(range(256)).difference(b'[]{}"', _ESCAPED))
 
 
 def strict_json(text: bytes | str, *, allow_floats: bool) -> Any:
@@ -53,10 +56,10 @@ def strict_json(text: bytes | str, *, allow_floats: bool) -> Any:
 
 def _refuse_deep(text: str) -> None:
     """Refuse brackets in more than so many others, before a parser follows them."""
+    marks = text.encode(errors="replace").translate(_BRACKETS, _NO_MARKS)
     # Without escaped quotes, every second part between quotes is no string.
-    plain = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
-    marks = "".join(plain).encode(errors="replace")
-    rest = marks.translate(_BRACKETS, _NO_BRACKETS)
+    plain = marks.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    rest = b"".join(plain).translate(None, _ESCAPED)
     for _ in range(MAX_NESTING):
         if b"[]" not in rest:
             break
@@ -85,6 +88,13 @@ def _finite(text: str) -> float:
 def is_count(value: Any, limit: int = 2**63) -> bool:
     """Whether ``value`` is an integer from 0 to below ``limit``."""
     return type(value) is int and 0 <= value < limit
+
+
+def are_integers(values: list[Any], low: int, limit: int) -> bool:
+    """Whether all of ``values`` are integers from ``low`` to below ``limit``."""
+    # Without a loop in Python, since a header has thousands.
+    is_int = {int}.issuperset(map(type, values))
+    return is_int and (not values or low <= min(values) <= max(values) < limit)
 
 
 def blake3_hex(*buffers: bytes | memoryview) -> str:

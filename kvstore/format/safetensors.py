@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from .documents import _SURROGATE, JSON, is_count, strict_json
+from .documents import _SURROGATE, JSON, are_integers, strict_json
 
 MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_TENSORS = 4096
@@ -20,6 +20,7 @@ ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -67,18 +68,18 @@ def _is_text(value: Any) -> bool:
 def _check_tensor(name: str, spec: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not _NAME.fullmatch(name):
         raise ValueError("a tensor's name has other characters than A-Za-z0-9._-")
-    if not isinstance(spec, dict) or set(spec) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise ValueError(f"tensor {name} has other fields than it should")
     dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise ValueError(f"tensor {name} has an unknown dtype")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"tensor {name} has a bad shape")
-    if not all(is_count(size, 2**31) for size in shape):
+    if not are_integers(shape, 0, 2**31):
         raise ValueError(f"tensor {name} has a bad shape")
     if not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {name} has bad offsets")
-    if not all(is_count(offset) for offset in offsets):
+    if not are_integers(offsets, 0, 2**63):
         raise ValueError(f"tensor {name} has bad offsets")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_SIZES[dtype]:

@@ -25,7 +25,14 @@ from .block import (
     StoredBlock,
     TensorSpec,
 )
-from .documents import JSON, blake3_hex, canonical_json, is_count, strict_json
+from .documents import (
+    JSON,
+    are_integers,
+    blake3_hex,
+    canonical_json,
+    is_count,
+    strict_json,
+)
 from .safetensors import MAX_HEADER_BYTES, parse_header
 
 FORMAT = 1
@@ -34,7 +41,6 @@ MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 4096
 _NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]{64}")
-_TOKEN_LIMIT = 2**63
 
 
 def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
@@ -249,10 +255,10 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
         name: TensorSpec(dtype, shape, begin, end, raw.get(name))
         for name, (dtype, shape, begin, end) in parts.items()
     }
-    begin = min(spec.begin for spec in specs.values())
-    end = max(spec.end for spec in specs.values())
+    placed = list(specs.values())  # in the order of their bytes
+    begin, end = placed[0].begin, placed[-1].end
     # One read brings a block, and one digest covers it.
-    if sum(spec.end - spec.begin for spec in specs.values()) != end - begin:
+    if sum(spec.end - spec.begin for spec in placed) != end - begin:
         raise ValueError("a block is scattered over the shard")
     extras = _field(row, "extras", int)
     if not is_count(extras):
@@ -281,11 +287,7 @@ def _parse_chain(row: JSON) -> Block:
     if not all(_HEX.fullmatch(name) for name in names):
         raise ValueError("a hash is not 64 hex digits")
     tokens = _field(row, "tokens", list)
-    # Of thousands of tokens, so without a loop in Python.
-    is_int = {int}.issuperset(map(type, tokens))
-    if not is_int or (
-        tokens and not -_TOKEN_LIMIT <= min(tokens) <= max(tokens) < _TOKEN_LIMIT
-    ):
+    if not are_integers(tokens, -(2**63), 2**63):
         raise ValueError("a token is not a 64-bit integer")
     start = _field(row, "start", int)
     if not tokens or not is_count(start):

@@ -7,7 +7,7 @@ stay unknown where the store has the worse copy no more, or where they were quan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from itertools import chain as joined
@@ -33,13 +33,24 @@ def mark_restored(
     """
     chain, rows = snapshot.chain, snapshot.rows
     assert isinstance(rows, LiveRows)
-    tokens = joined.from_iterable(block.tokens for block in chain.blocks)
     model = digest_fields(chain.origin.fingerprint)
-    # A hit leaves one token to be fed, so there is one more.
-    request = Request(
-        [*tokens, -1], model, wanted=wanted, from_codes=True, blocks=chain.blocks
-    )
-    for hit in find_prefixes(blocks, request):
+
+    def hits(some: Sequence[Block]) -> list[Hit]:
+        tokens = joined.from_iterable(block.tokens for block in some)
+        # A hit leaves one token to be fed, so there is one more.
+        request = Request(
+            [*tokens, -1], model, wanted=wanted, from_codes=True, blocks=some
+        )
+        return find_prefixes(blocks, request)
+
+    def is_other(hit: Hit) -> bool:
+        is_worse = bool(hit.places) and hit.places[0].bits < rows.provenance.bits
+        return is_worse and not _is_of(blocks, hit, chain, rows)
+
+    # Mostly the very first block tells, and nobody has to look for the others.
+    if all(map(is_other, hits(chain.blocks[:1]))):
+        return
+    for hit in hits(chain.blocks):
         if _is_of(blocks, hit, chain, rows):
             has_codes = holds_codes(hit.layout)
             held = zip(_stops(hit), hit.places, strict=True)

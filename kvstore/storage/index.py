@@ -287,11 +287,14 @@ _SHARD_OF_NAME = "SELECT id FROM shards WHERE name = ?1"
 _INSIDE = """SELECT name, 0, 0, 0, 0 FROM shards WHERE id = ({0}) UNION ALL
 SELECT hash, num_tokens, nbytes, quality, extras FROM blocks INDEXED BY blocks_by_shard
     WHERE shard = ({0})"""
+_BESIDE = "blocks INDEXED BY blocks_by_parent WHERE parent = ?1 AND first_token = ?2"
+_TOLD = f"""SELECT hash, num_tokens FROM blocks WHERE hash = ?3 AND iif(
+    EXISTS (SELECT 1 FROM {_BESIDE} LIMIT 1 OFFSET {MAX_CHILDREN - 1}), 1,
+    EXISTS (SELECT 1 FROM {_BESIDE} AND +hash = ?3))"""
 _INSIDES = (bytes, int, int, int, int)
 _PLACE_KINDS = (bytes, str, int, int, int, int)
 _SHARED_BYTES = 65_536
 _SCORE_KEY_BYTES = 32
-_BATCH = 1000
 # How SQLite says that the file system maps no file shared; a full disk is another code.
 _UNSHARED = (apsw.SQLITE_IOERR_SHMMAP, apsw.SQLITE_IOERR_SHMLOCK)
 
@@ -419,7 +422,7 @@ class Index:
             hashes = [block.hash for block in blocks]
             found = list(chained.from_iterable(self._look(hashes)))
             held = [b for b, place in zip(blocks, found, strict=True) if place]
-            told = dict(chained.from_iterable(map(self._told_of, _batched(held))))
+            told = dict(self._told_of(held))
         for block in held:
             if told.get(block.hash) != len(block.tokens):
                 raise self._damaged(f"block {block.hash.hex()[:12]} is another there")
@@ -430,18 +433,15 @@ class Index:
 
         So a prompt that leaves a chain halfway will look for them: by parent and first
         token alone, since a flipped bit may hide a row from one look and not from
-        another.
+        another. Behind a parent of more children than it looks at, all count.
         """
-        query = (
-            f"WITH wanted (parent, first, hash) AS (VALUES {_marks(len(blocks))})"
-            " SELECT blocks.hash, num_tokens FROM wanted CROSS JOIN blocks"
-            " INDEXED BY blocks_by_parent ON blocks.parent = wanted.parent"
-            " AND first_token = first AND +blocks.hash = wanted.hash"
-        )
         keys = [
             (b.parent, self._first_of(b.parent, b.tokens[0]), b.hash) for b in blocks
         ]
-        return self._select(query, list(chained.from_iterable(keys)), (bytes, int))
+        with self._translated():
+            written = [[*map(self.written, key)] for key in keys]
+            rows = self._connection.executemany(_TOLD, written).fetchall()
+        return self._checked(self._shown(rows), (bytes, int))
 
     def chain(self, tip: BlockHash) -> Iterator[tuple[Place, BlockHash]]:
         """Yield the blocks from a tip backwards with their parents, up to a gap.
@@ -1138,15 +1138,6 @@ def is_better(new: tuple[int, int], old: tuple[int, int]) -> bool:
 def _today() -> str:
     """Return the name of the counter of the day, UTC."""
     return _WRITTEN + time.strftime("%Y-%m-%d", time.gmtime(time.time()))
-
-
-def _batched(blocks: Sequence[Block]) -> Iterator[Sequence[Block]]:
-    """Yield as many blocks as one statement takes."""
-    return (blocks[i : i + _BATCH] for i in range(0, len(blocks), _BATCH))
-
-
-def _marks(count: int) -> str:
-    return ", ".join(["(?, ?, ?)"] * count)
 
 
 def index_identity(path: Path) -> tuple[int, int] | None:

@@ -112,6 +112,7 @@ def test_so_many_children_and_no_more(index):
     ]
     fill(index, tails)
     assert MAX_CHILDREN == len(index.children(ROOT, 7))
+    assert list(map(place_of, tails)) == index.places_of(tails)
 
 
 QUALITIES = [(False, 3), (True, 3), (False, 4), (True, 4), (True, EXACT_BITS)]
@@ -448,17 +449,17 @@ def test_a_column_of_the_wrong_type_is_damage_or_answered(path, column, values):
 def test_a_block_that_another_drops_between_two_queries_is_no_damage(index, path):
     """Both queries see one state; the next look finds nothing."""
     fill(index)
-    other, select = Index(path), index._select
+    other, look = Index(path), index._query
 
     def drop_after(*query):
-        found = select(*query)
+        found = look(*query)
         with other.transaction():
             other.drop_shard(SHARD)
         return found
 
-    index._select = drop_after
+    index._query = drop_after
     assert index.place_of(CHAIN[0]) == place_of(CHAIN[0])
-    del index._select
+    del index._query
     assert index.place_of(CHAIN[0]) is None
     other.close()
 
