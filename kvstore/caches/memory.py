@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from struct import pack
 from typing import Any, BinaryIO, cast
@@ -29,11 +30,24 @@ _MAX_S = 0.001
 # Linux has them from 5.14 and 6.1 on, and Python no names for them.
 _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
+# As glibc's malloc.h has it.
+_M_ARENA_MAX = -8
 
 
 def memory_bytes() -> int:
     """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def share_heap() -> None:
+    """Have all threads to come take memory from one heap, where glibc has several.
+
+    What one thread frees, another takes then. Else rows that the disk has taken leave
+    holes in the heap of whoever copied them, beside those of the rows that a server
+    has let go of: half a prompt cache's limit, on a busy machine.
+    """
+    with suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def is_shared() -> bool:

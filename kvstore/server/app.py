@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
+from ..caches.memory import share_heap
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.documents import JSON
@@ -73,6 +74,7 @@ def serve(
         KVStoreError: There is no such model, or mlx-lm runs distributed.
         ValueError: mlx-lm does not take these arguments.
     """
+    share_heap()
     server = _copy_module("mlx_lm.server")
     batches: list[Any] = []
 
