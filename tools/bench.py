@@ -57,6 +57,7 @@ from kvstore.storage.files import sync_file  # noqa: E402
 
 CODECS = ("raw", "planes+zstd", "turbo4", "turbo4+zstd", "turbo3+zstd", "turbo2+zstd")
 GROWTH = (1_000, 4_000, 16_000, 64_000)
+TURN = 256
 # Layers, KV heads and head dimension of a model of 8 billion parameters.
 SHAPE = (32, 8, 128)
 MODEL = kvstore.Fingerprint({"weights": "measured"}, "measured")
@@ -93,7 +94,9 @@ class Row:
     load_peak: float | None
     cold_s: float | None = None
     first_s: float | None = None
+    # Of a turn of 256 tokens, in a store just opened and in the same store the next.
     append_s: float | None = None
+    next_s: float | None = None
 
 
 def main() -> None:
@@ -382,38 +385,41 @@ def measure_growth(like: Cache, options: argparse.Namespace) -> list[Row]:
     keys, rows = like[0].keys, []
     for num_tokens in GROWTH:
         shape = (len(like), keys.shape[1], keys.shape[3], keys.dtype)
-        grown = random_cache(num_tokens + 256, *shape)
-        whole = list(range(num_tokens + 256))
-        trim_prompt_cache(grown, 256)
+        grown = random_cache(num_tokens + 2 * TURN, *shape)
+        whole = list(range(num_tokens + 2 * TURN))
+        trim_prompt_cache(grown, 2 * TURN)
         some = measure(whole[:num_tokens], grown, options, None)
         for row in some:
             if row.what in (options.codec or CODECS):
-                row.append_s = measure_append(row.what, whole, grown, options.repeats)
+                took = measure_appends(row.what, whole, grown, options.repeats)
+                row.append_s, row.next_s = took
         print_table(some, None)
         rows += some
     return rows
 
 
-def measure_append(
+def measure_appends(
     codec: str, tokens: list[int], prompt_cache: Cache, repeats: int
-) -> float:
-    """Return the processor's seconds of a turn of 256 tokens, in a new process's store.
+) -> tuple[float, ...]:
+    """Return the processor's seconds of a turn in a store just opened, and the next.
 
     Rows that a cache was trimmed of are there still.
     """
-    seconds = []
+    seconds: tuple[list[float], ...] = ([], [])
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             with kvstore.Store(folder, codec=codec) as store:
-                store.save(tokens[:-256], prompt_cache, MODEL, name="x")
-            for cache in prompt_cache:
-                cache.offset += 256
+                store.save(tokens[: -2 * TURN], prompt_cache, MODEL, name="x")
             with kvstore.Store(folder, codec=codec) as store:
-                began = time.process_time()
-                store.save(tokens, prompt_cache, MODEL, name="x")
-                seconds.append(time.process_time() - began)
-            trim_prompt_cache(prompt_cache, 256)
-    return statistics.median(seconds)
+                for left, taken in zip((TURN, 0), seconds, strict=True):
+                    for cache in prompt_cache:
+                        cache.offset += TURN
+                    some = tokens[: len(tokens) - left]
+                    began = time.process_time()
+                    store.save(some, prompt_cache, MODEL, name="x")
+                    taken.append(time.process_time() - began)
+            trim_prompt_cache(prompt_cache, 2 * TURN)
+    return tuple(map(statistics.median, seconds))
 
 
 def measure_index(num_blocks: int) -> dict[str, Any]:
@@ -501,8 +507,8 @@ def print_table(rows: Sequence[Row], prefill_s: float | None) -> None:
     """Print what was measured, and how it stands to mlx-lm's own file."""
     print(
         f"\n{'':14} {'TOKENS':>7} {'MB':>8} {'SAVE S':>8} {'CPU S':>7} {'LOAD S':>8}"
-        f" {'CPU S':>7} {'COLD S':>7} {'FIRST S':>7} {'APPEND':>7} {'PEAK':>11}"
-        f" {'SAVE':>6} {'LOAD':>6} {'COLD':>6} {'PREFILL':>7}"
+        f" {'CPU S':>7} {'COLD S':>7} {'FIRST S':>7} {'APPEND':>7} {'NEXT':>7}"
+        f" {'PEAK':>11} {'SAVE':>6} {'LOAD':>6} {'COLD':>6} {'PREFILL':>7}"
     )
     base = next(row for row in rows if row.what == STOCK)
     for row in rows:
@@ -511,7 +517,8 @@ def print_table(rows: Sequence[Row], prefill_s: float | None) -> None:
             f"{row.what:14} {row.num_tokens:7,} {row.nbytes / 1e6:8.2f}"
             f" {row.save_s:8.3f} {row.save_cpu_s:7.3f} {row.load_s:8.3f}"
             f" {row.load_cpu_s:7.3f} {show(row.cold_s)} {show(row.first_s)}"
-            f" {show(row.append_s)} {peaks} {ratio(row.save_s, base.save_s)}"
+            f" {show(row.append_s)} {show(row.next_s)} {peaks}"
+            f" {ratio(row.save_s, base.save_s)}"
             f" {ratio(row.load_s, base.load_s)} {ratio(row.cold_s, base.cold_s)}"
             f" {ratio(prefill_s, row.first_s):>7}"
         )
