@@ -40,12 +40,11 @@ from .storage.blocks import BlockStore
 from .storage.borrowed import open_borrowed
 from .storage.entries import Catalog
 from .storage.folder import (
+    configured,
     create_folder,
     default_path,
-    limit_folder,
     open_folder,
     remake_folder,
-    restrict_folder,
 )
 from .storage.index import Place, Score, Timing
 
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from .codecs import Codec
     from .format.bundle import BundleReader
     from .format.calibration import Calibration
+    from .format.config import StoreConfig
     from .ops.explain import Explanation
     from .ops.load import Hit, Match, Request
     from .ops.quality import Loss
@@ -1194,24 +1194,19 @@ class Store:
         Raises:
             ValueError: It is not positive.
         """
-        self._folder = self._blocks.folder = limit_folder(self._folder, max_bytes)
+        self._configure(max_bytes=max_bytes)
 
     def set_policy(self, *, is_signed_only: bool) -> None:
         """Set whether only what a trusted key signed is taken from elsewhere."""
-        self._folder = self._blocks.folder = restrict_folder(
-            self._folder, is_signed_only=is_signed_only
-        )
+        self._configure(is_signed_only=is_signed_only)
+
+    def _configure(self, **changes: Any) -> None:
+        self._folder = self._blocks.folder = configured(self._folder, **changes)
 
     @property
-    def is_signed_only(self) -> bool:
-        """Whether only what a trusted key signed is taken from elsewhere."""
-        return self._folder.config.is_signed_only
-
-    @property
-    def key_method(self) -> str | None:
-        """How the key of an encrypted store is kept; ``None`` where it is not."""
-        encryption = self._folder.config.encryption
-        return None if encryption is None else str(encryption["method"])
+    def config(self) -> StoreConfig:
+        """What its ``config.json`` says, as far as this object knows."""
+        return self._folder.config
 
     def remake(self) -> bool:
         """Go on with the store that is at the path now, made anew where it was deleted.

@@ -261,7 +261,7 @@ def remake_folder(folder: StoreFolder) -> StoreFolder:
     # Another process may have made it, and set a limit of its own.
     limit = new.max_bytes or old.max_bytes
     is_strict = new.is_signed_only or old.is_signed_only
-    return _configured(made, max_bytes=limit, is_signed_only=is_strict)
+    return configured(made, max_bytes=limit, is_signed_only=is_strict)
 
 
 def _existing(path: Path) -> Path:
@@ -269,23 +269,14 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.absolute().parent)
 
 
-def limit_folder(folder: StoreFolder, max_bytes: int) -> StoreFolder:
-    """Set a store's size limit, in bytes of shards, and return the store.
+def configured(folder: StoreFolder, **changes: Any) -> StoreFolder:
+    """Write fields of a store's configuration, and return the store with them.
 
     Raises:
-        ValueError: It is not positive.
+        ValueError: A size limit is not positive.
     """
-    if max_bytes <= 0:
-        raise ArgumentError(f"a size limit is positive: {max_bytes}", hint="in bytes")
-    return _configured(folder, max_bytes=max_bytes)
-
-
-def restrict_folder(folder: StoreFolder, *, is_signed_only: bool) -> StoreFolder:
-    """Set whether a store takes only what a trusted key signed; return the store."""
-    return _configured(folder, is_signed_only=is_signed_only)
-
-
-def _configured(folder: StoreFolder, **changes: Any) -> StoreFolder:
+    if (limit := changes.get("max_bytes")) is not None and limit <= 0:
+        raise ArgumentError(f"a size limit is positive: {limit}", hint="in bytes")
     with files.locked(folder.lock, exclusive=True):
         # What others have set since this process opened the store stays.
         opened = open_folder(folder.path)

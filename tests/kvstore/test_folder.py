@@ -62,7 +62,7 @@ def test_what_another_process_has_set_stays(store_path):
         late.set_policy(is_signed_only=True)
         assert early.verify() == []
         early.set_limit(10**9)
-        assert early.is_signed_only
+        assert early.config.is_signed_only
         late.set_limit(10**8)
         (store_path / CONFIG_COPY).write_bytes(b"damaged")
         assert [finding.kind for finding in early.repair()] == ["damaged-config"]

@@ -180,7 +180,7 @@ def test_the_policy_outlives_the_store(sent, small):
         store.set_limit(10**9)
         forging.shutil.rmtree(sent[1])
         assert store.remake()
-        assert store.is_signed_only
+        assert store.config.is_signed_only
     assert_refused(sent[1], small.data, SignerError)
 
 

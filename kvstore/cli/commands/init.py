@@ -72,7 +72,7 @@ def init(
             if key_file is not None and not is_store(path):
                 key_file.unlink()  # the folder was refused, and nothing needs it
     store = open_store(context, create=True)
-    method = store.key_method
+    method = (store.config.encryption or {}).get("method")
     how = f", encrypted: the key is kept by {_WAYS[method]}" if method else ""
     data: JSON = {"path": str(store.path), "encrypted_by": method}
     output.result(f"made a store{how}: {store.path}", data, [str(store.path)])

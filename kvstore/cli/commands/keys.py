@@ -83,5 +83,5 @@ def policy(context: click.Context, policy: str | None) -> None:
     store = open_store(context, create=policy is not None)
     if policy is not None:
         store.set_policy(is_signed_only=policy == "signed-only")
-    set_now = _POLICIES[store.is_signed_only]
+    set_now = _POLICIES[store.config.is_signed_only]
     output_of(context).result(set_now, {"policy": set_now}, [set_now])

@@ -205,7 +205,7 @@ def _import_cache_file(
     prompt_cache, layouts = read_cache_file(path, tokens, loaded, model.model)
     # A file that is refused leaves no empty store behind.
     store = open_store(context, create=True, codec=options.codec_of(codec, 0))
-    check_signer("", is_signed_only=store.is_signed_only)
+    check_signer("", is_signed_only=store.config.is_signed_only)
     with output.progress() as bars:
         entry = store.save(
             tokens,
