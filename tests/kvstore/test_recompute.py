@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 from kit import load_beside
 
@@ -11,7 +12,7 @@ import kvstore
 from kvstore.cli import cli
 from kvstore.cli.failures import run
 from kvstore.models.load import load_models
-from kvstore.models.recompute import count_quantized, recompute
+from kvstore.models.recompute import _error, count_quantized, recompute
 from kvstore.models.session import prefill
 from kvstore.storage.folder import create_folder
 
@@ -64,6 +65,16 @@ def test_rows_that_are_no_numbers_are_found(store_path, model):
     with kvstore.Store(store_path, "raw") as store:
         store.save(TOKENS, cache, model.fingerprint, name="doc")
     assert not any(one.is_right for one in look(store_path, model))
+
+
+@pytest.mark.parametrize("num_foreign", [0, 1])
+def test_one_foreign_row_among_many_is_found(num_foreign):
+    """All rows together differ by less than rounding may; the row alone does not."""
+    mx.random.seed(1)
+    wanted = mx.random.normal((1, 2, 256, 8))
+    rows = wanted * 1.01
+    rows[:, :, 100 : 100 + num_foreign] = mx.random.normal((1, 2, num_foreign, 8))
+    assert (_error((rows, 0), (wanted, 0), 0, 256) > 0.1) == bool(num_foreign)
 
 
 @pytest.fixture(scope="module")
