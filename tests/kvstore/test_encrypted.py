@@ -327,6 +327,21 @@ def kv(capsys, *args, code=0):
     return capsys.readouterr()
 
 
+def test_init_does_not_take_the_store_of_another_for_encrypted(
+    tmp_path, capsys, monkeypatch
+):
+    """One that another process makes while a passphrase is typed is in the clear."""
+    store, keep = tmp_path / "store", vault.keep_by_file
+
+    def keep_slowly(*arguments):
+        create_folder(store)
+        return keep(*arguments)
+
+    monkeypatch.setattr(vault, "keep_by_file", keep_slowly)
+    words = ("--store", store, "init", "--encrypt", "--key-file", tmp_path / "key")
+    assert "there is a store already" in kv(capsys, *words, code=1).err
+
+
 def test_init_keeps_the_key_in_a_file(tmp_path, capsys, forgotten):
     """`init --encrypt --key-file` makes a store that only that file opens."""
     key, store = tmp_path / "key", tmp_path / "store"

@@ -59,15 +59,19 @@ def init(
     path = chosen_path(context)
     from ...storage.folder import create_folder, is_store
 
+    there_is_one = KVStoreError(
+        f"there is a store already: {path}",
+        hint="`--store DIR` chooses another folder; entries move by bundles",
+    )
     if is_store(path):
-        raise KVStoreError(
-            f"there is a store already: {path}",
-            hint="`--store DIR` chooses another folder; entries move by bundles",
-        )
+        raise there_is_one
     if encrypt:
         encryption = _encryption(key_file, keychain, recipient)
         try:
-            create_folder(path, encryption=encryption)
+            # Another process may have made it while the passphrase was typed.
+            made = create_folder(path, encryption=encryption)
+            if made.config.encryption != encryption:
+                raise there_is_one
         finally:
             if key_file is not None and not is_store(path):
                 key_file.unlink()  # the folder was refused, and nothing needs it
