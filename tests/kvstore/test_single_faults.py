@@ -619,6 +619,19 @@ def test_a_folder_in_the_index_place_is_replaced(saved, caches):
     assert num_held(path, tokens, caches.MODEL) == len(tokens)
 
 
+def test_a_bad_sector_in_the_index_is_repaired(saved, caches):
+    """What SQLite cannot read is reported, and a repair builds another index."""
+    path, tokens, _ = saved
+    for name in ("index.sqlite-shm", "index.sqlite-wal"):
+        (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / "index.sqlite-shm")  # which is an I/O error
+    with kvstore.Store(path) as store:
+        with pytest.raises(OSError, match="index"):
+            store.load([*tokens, 7], caches.MODEL)
+        assert "damaged-index" in [f.kind for f in store.repair()]
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+
+
 def test_parents_are_private_whatever_the_umask(tmp_path):
     """Nobody else can put another folder in a store's place."""
     path = tmp_path / "parent" / "deep" / "store"

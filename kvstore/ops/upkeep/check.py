@@ -296,28 +296,38 @@ def _check_index(
         return
     try:
         index = Index(folder.index, cipher=folder.cipher)
+        try:
+            yield from _check_rows(folder, index, on_disk, sound, needed)
+        finally:
+            index.close()
     except IndexDamagedError as error:
         yield _finding(folder, "damaged-index", folder.index, str(error))
-        return
     except OSError as error:
         if error.errno in (*READ_ONLY, errno.ENOSPC):
             return  # nobody who reads this store uses its index
-        raise
-    try:
-        for problem in index.check():
-            yield _finding(folder, "damaged-index", folder.index, problem)
-        yield from _compare(folder, index, on_disk)
-        lost = [block for block in needed if index.place(block) is None]
-        # Evicted meanwhile, whose files went before their rows did.
-        lost = [b for b in lost if _read_entry(folder, needed[b].id) == needed[b]]
-        for name in sorted({sound[block][0] for block in lost}):
-            path = shard_path(folder.shards, name)
-            detail = "the index lacks blocks of it that entries need"
-            yield _finding(folder, "unindexed-shard", path, detail)
-    except IndexDamagedError as error:
+        if error.errno != errno.EIO:
+            raise
         yield _finding(folder, "damaged-index", folder.index, str(error))
-    finally:
-        index.close()
+
+
+def _check_rows(
+    folder: StoreFolder,
+    index: Index,
+    on_disk: set[str],
+    sound: Sound,
+    needed: dict[BlockHash, Entry],
+) -> Iterator[Finding]:
+    """Yield what an index that can be opened says wrongly, or does not say."""
+    for problem in index.check():
+        yield _finding(folder, "damaged-index", folder.index, problem)
+    yield from _compare(folder, index, on_disk)
+    lost = [block for block in needed if index.place(block) is None]
+    # Evicted meanwhile, whose files went before their rows did.
+    lost = [b for b in lost if _read_entry(folder, needed[b].id) == needed[b]]
+    for name in sorted({sound[block][0] for block in lost}):
+        path = shard_path(folder.shards, name)
+        detail = "the index lacks blocks of it that entries need"
+        yield _finding(folder, "unindexed-shard", path, detail)
 
 
 def _compare(folder: StoreFolder, index: Index, on_disk: set[str]) -> Iterator[Finding]:
