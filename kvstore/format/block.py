@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, NewType
+from typing import TYPE_CHECKING, Any, NewType
 
 if TYPE_CHECKING:
     from .documents import JSON
@@ -106,8 +106,8 @@ class Origin:
     layout: Any
 
 
-# A tuple, since a header has hundreds.
-class TensorSpec(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
     """A tensor as a shard's header describes it."""
 
     # safetensors name of the element type.
