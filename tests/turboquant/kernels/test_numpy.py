@@ -4,13 +4,13 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
+import reference
 
 from turboquant import (
     decision_boundaries,
     dequantize_polar,
     make_wh_rotation,
     quantize_polar,
-    reference,
     split_planes,
 )
 from turboquant.kernels.numpy import _nearest_indices, decode_into, encode
