@@ -177,6 +177,6 @@ def find_calibration(folder: StoreFolder, fingerprint: str) -> Calibration | Non
     """Return what was measured of a model, or ``None`` where nothing can be read."""
     try:
         return read_calibration(folder, fingerprint)
-    except (IntegrityError, FormatError) as error:
+    except (IntegrityError, FormatError, OSError) as error:
         log.warning("kvstore: what was measured is left out: %s", error)
         return None

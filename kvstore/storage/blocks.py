@@ -733,7 +733,7 @@ class BlockStore:
             yield
         except ValueError as error:
             raise IndexDamagedError(str(error), self.folder.index) from error
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             self._forget_missing(shard)
             raise IntegrityError(
                 f"shard {shard[:12]} is missing",

@@ -632,6 +632,28 @@ def test_a_bad_sector_in_the_index_is_repaired(saved, caches):
     assert num_held(path, tokens, caches.MODEL) == len(tokens)
 
 
+def test_a_file_in_the_place_of_a_folder_of_shards_is_a_miss(saved, caches):
+    """What lay in it is missing, and nothing else."""
+    path, tokens, _ = saved
+    for part in (path / "shards").iterdir():
+        shutil.rmtree(part)
+        part.touch()
+    assert num_held(path, tokens, caches.MODEL) == 0
+
+
+def test_a_calibration_that_cannot_be_read_stops_nothing(saved, caches):
+    """A bad sector under it, or a folder in its place, costs what was measured."""
+    path, _, _ = saved
+    bad = path / "bases" / f"{caches.MODEL.digest}.json"
+    bad.mkdir(parents=True)
+    tokens, cache = caches.make_conversation(4, 7)
+    with kvstore.Store(path, codec="turbo4") as store:
+        store.save(tokens, cache, caches.MODEL, name="lossy")
+        store.loss("lossy")
+        store.plan_prune(now=True).execute()
+        assert [f.path for f in store.verify()] == [str(bad.relative_to(path))]
+
+
 def test_parents_are_private_whatever_the_umask(tmp_path):
     """Nobody else can put another folder in a store's place."""
     path = tmp_path / "parent" / "deep" / "store"

@@ -426,7 +426,7 @@ def _old_bases(blocks: BlockStore, policy: Policy) -> set[str]:
         return set()
     try:
         spared = calibrated_bases(blocks.folder)
-    except (IntegrityError, FormatError):
+    except (IntegrityError, FormatError, OSError):
         return set()
     return {
         basis
