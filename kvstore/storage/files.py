@@ -252,12 +252,18 @@ def remove_any(path: Path) -> None:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a staged file, unless somebody is writing it; whether it is gone."""
+    """Remove a staged file, unless somebody is writing it; whether it is gone.
+
+    Raises:
+        OSError: Too many files are open to tell.
+    """
     try:
         descriptor, _ = open_regular(path)
     except FileNotFoundError:
         return True
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # which tells nothing of the file
         remove_any(path)  # a folder or a pipe is no staged file
         return True
     try:

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -363,3 +364,14 @@ def test_only_what_a_killed_write_has_left_is_removed(tmp_path):
         pass
     assert {*names[:2], "x"} == set(os.listdir(tmp_path))
     assert ["dear"] == os.listdir(tmp_path / names[0])
+
+
+def test_a_file_that_is_being_written_is_not_removed(staging, monkeypatch):
+    """Nor where too many files are open to find out."""
+    with files.staged(staging) as (path, _):
+        assert not files.remove_unused(path)
+        broken = OSError(errno.EMFILE, "too many open files")
+        monkeypatch.setattr(files, "open_regular", Mock(side_effect=broken))
+        with pytest.raises(OSError, match="too many"):
+            files.remove_unused(path)
+        assert path.exists()
