@@ -34,6 +34,7 @@ from .dtypes import MLX_DTYPES
 from .fitted import (
     Fitted,
     FittedLayers,
+    are_strange,
     describe,
     divided,
     fitted_from_file,
@@ -242,10 +243,12 @@ class _Plan:
         wide = self._centred(widen(coded, self._rows.dtype))
         # The scale is rounded to half octaves first and divided by as rounded, so that
         # whoever decodes multiplies by the very same number.
-        exponents = self._exponents(wide)
+        sizes = log_sizes(wide, self._group)
+        exponents = self._exponents(sizes)
         wide /= np.exp2(exponents.astype(np.float32) / 2)[..., None]
         inverse = self._layers.inverse[self._which]
         q, is_exact = self._rounded(_product(wide, inverse) / self._step)
+        is_exact |= are_strange(sizes, self._layers.features[self._which])
         # Of the rows as they were given: what was rotated and rotated back is another
         # number.
         exact = joined(coded, self._group)
@@ -394,9 +397,8 @@ class _Plan:
         size = np.abs(widen(coded, self._rows.dtype)).max(axis=-1, initial=0)
         return np.asarray(~(size < _LARGEST[self._rows.dtype]))
 
-    def _exponents(self, wide: Floats) -> npt.NDArray[np.int8]:
+    def _exponents(self, sizes: Floats) -> npt.NDArray[np.int8]:
         """Return the scale of each row in half octaves, ``(L, G, T)``."""
-        sizes = log_sizes(wide, self._group)
         told = describe(sizes, self._layers.features[self._which])
         weights = self._layers.importance[self._which]
         return exponents_of(told, weights).astype(np.int8)

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from ..blas import one_thread
 from ..caches import live as caches
 from ..caches.kinds.base import rows_of
 from ..caches.layout import Group, group_layers
@@ -54,6 +55,7 @@ _MEASURED = Fingerprint({"weights": "measured"}, "measured")
 TURBO = tuple(f"turbo{bits}+zstd" for bits in (8, 6, 5, 4, 3, 2))
 
 
+@one_thread()
 def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -> bytes:
     """Return a basis that is fitted to a model.
 

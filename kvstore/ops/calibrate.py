@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ..blas import one_thread
 from ..caches.layout import Group, group_layers, layout_from_json
 from ..caches.stored import decode_piece, join_pieces, stored_pieces
 from ..codecs.fitting import (
@@ -85,6 +86,7 @@ def calibrate_stored(
     return found
 
 
+@one_thread()
 def fit_stored(
     blocks: BlockStore,
     entries: Sequence[Entry],

@@ -120,7 +120,7 @@ def plain_basis():
         "scale": np.ones((1, 1)),
         "mean": np.full((1, 1, 16), 0.5),
         "sigma": np.arange(16).reshape(1, 1, 16) * 3 - 10,
-        "features": np.ones((1, 1, 2, 2)),
+        "features": np.full((1, 1, 2, 2), 2.0),
         "importance": np.zeros((1, 1, 6)),
     }
     held = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8}
@@ -297,6 +297,19 @@ def test_rows_that_do_not_fit_are_kept_as_they_are(codec_of, dtype):
     for where in ((0, 0, 3), (0, 1, 4), (1, 0, 5), (1, 1, 6)):
         assert kit.bits_of(x[where]) == kit.bits_of(written[where])
     assert np.isfinite(kit.to_float64(written[1, 1, 7:], dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", kit.FLOATS)
+def test_tokens_unlike_all_that_was_learned_from_are_kept_in_all_layers(
+    codec_of, dtype
+):
+    """Where a value is far too small in one layer, no layer's row is coded."""
+    rows = some_rows(dtype)
+    x = model_rows(rows).copy()
+    x[1, 2, 5] = 0
+    written = check_both(encoded(codec_of("2"), x, rows))
+    assert kit.bits_of(x[:, :, 5]) == kit.bits_of(written[:, :, 5])
+    assert kit.bits_of(x[:, :, 6]) != kit.bits_of(written[:, :, 6])
 
 
 @given(
