@@ -29,9 +29,9 @@ demo: $(STAMP) $(MODEL)/config.json
 test: $(STAMP) $(MODEL)/config.json
 	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 
-# The same without the compiled kernels.
+# The same without the compiled kernels, or some of it: `make test-numpy TESTS=...`.
 test-numpy: $(STAMP) $(MODEL)/config.json
-	TURBOQUANT_KERNELS=numpy $(BIN)/pytest -n auto --dist loadfile -m "not slow"
+	TURBOQUANT_KERNELS=numpy $(BIN)/pytest -n auto --dist loadfile -m "not slow" $(TESTS)
 
 test-031: $(STAMP_031)
 	$(VENV_031)/bin/pytest -n auto --dist loadfile -m "not slow and not model" $(TESTS_031)
