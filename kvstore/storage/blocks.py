@@ -71,7 +71,7 @@ def open_index(folder: StoreFolder) -> Index:
     seen = index_identity(folder.index)
     if seen is not None:
         try:
-            if files.is_regular(folder.index):
+            if all(map(_is_file, (folder.index, *_logs(folder)))):
                 return Index(folder.index, cipher=folder.cipher)
         except IndexDamagedError:
             pass  # rebuilt below, outside of the handler
@@ -100,6 +100,16 @@ def replace_index(folder: StoreFolder, seen: tuple[int, int] | None) -> None:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
+
+
+def _logs(folder: StoreFolder) -> Iterator[Path]:
+    """Yield what SQLite puts beside the index."""
+    return (_beside(folder.index, suffix) for suffix in ("-wal", "-shm"))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path is a file or nothing, and no link, folder or pipe."""
+    return files.is_regular(path) or not os.path.lexists(path)
 
 
 def _set_index_aside(folder: StoreFolder) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from contextlib import contextmanager, suppress
+from unittest.mock import Mock
 
 import pytest
 
@@ -619,16 +620,37 @@ def test_a_folder_in_the_index_place_is_replaced(saved, caches):
     assert num_held(path, tokens, caches.MODEL) == len(tokens)
 
 
-def test_a_bad_sector_in_the_index_is_repaired(saved, caches):
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_lies_beside_the_index_is_put_aside_with_it(
+    saved, caches, tmp_path, kind, suffix
+):
+    """SQLite's own files are files, or the index is built anew."""
+    path, tokens, _ = saved
+    place = path / f"index.sqlite{suffix}"
+    place.unlink(missing_ok=True)
+    {
+        "folder": place.mkdir,
+        "pipe": lambda: os.mkfifo(place),
+        "link": lambda: place.symlink_to(tmp_path / "elsewhere"),
+    }[kind]()
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+    with kvstore.Store(path, codec="raw") as store:
+        tokens, cache = caches.make_conversation(4, 7)
+        store.save(tokens, cache, caches.MODEL, name="more")
+        assert store.verify() == []
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_bad_sector_in_the_index_is_repaired(saved, caches, monkeypatch):
     """What SQLite cannot read is reported, and a repair builds another index."""
     path, tokens, _ = saved
-    for name in ("index.sqlite-shm", "index.sqlite-wal"):
-        (path / name).unlink(missing_ok=True)
-    os.mkfifo(path / "index.sqlite-shm")  # which is an I/O error
-    with kvstore.Store(path) as store:
-        with pytest.raises(OSError, match="index"):
-            store.load([*tokens, 7], caches.MODEL)
-        assert "damaged-index" in [f.kind for f in store.repair()]
+    before = (path / "index.sqlite").stat().st_ino
+    bad = OSError(errno.EIO, "disk I/O error")
+    with kvstore.Store(path) as store, monkeypatch.context() as patch:
+        patch.setattr("kvstore.storage.index.Index.check", Mock(side_effect=bad))
+        assert ["damaged-index"] == [f.kind for f in store.repair()]
+    assert (path / "index.sqlite").stat().st_ino != before
     assert num_held(path, tokens, caches.MODEL) == len(tokens)
 
 
