@@ -18,7 +18,8 @@ the others are stored without loss.
 
 With `--needles`, six digits lie somewhere in each prefix, and are asked for; it counts
 how often all of them are the first choice. With `--keys 4` there are four such keys, of
-four people, and one is asked for.
+four people, and one is asked for. In `code`, a function returns them, and a call of it
+is to be completed.
 
     python tools/quality.py MODEL [--basis F] [--kinds K ...] [--bf16] [--needles N]
 """
@@ -60,6 +61,10 @@ AFFINE_BITS = (8, 6, 5, 4, 3, 2)
 # None of those that `kvstore.models.corpus` takes.
 _MODULES = ("difflib", "plistlib", "zipfile", "optparse", "asyncio.base_events")
 _MAX_LETTERS = 20_000
+_TOLD = "\n\nThe secret pass key{0} is {1}. Remember it: {1}.\n\n"
+_ASKED = "\n\nWhat is the secret pass key{0}? The secret pass key{0} is "
+_TOLD_IN_CODE = "\n\ndef pass_key{0}():\n    return {1}\n\n"
+_ASKED_IN_CODE = "\n\nassert pass_key{0}() == "
 _OWNERS = ("Amber", "Bruno", "Clara", "Dario", "Elena", "Felix", "Greta", "Hanno")
 
 
@@ -129,7 +134,8 @@ def every_context(
         tokens = [tokenizer.encode(text)[len(start) :] for text in texts]
         if options.needles:
             filler = [token for text in tokens for token in text]
-            yield f"{kind}, needles", needles(model, tokenizer, filler, options)
+            hidden = needles(model, tokenizer, filler, options, kind == "code")
+            yield f"{kind}, needles", hidden
             continue
         parts = [start + part for part in cut(tokens, options.contexts, length)]
         made = (
@@ -140,13 +146,19 @@ def every_context(
 
 
 def needles(
-    model: Any, tokenizer: Any, filler: list[int], options: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    filler: list[int],
+    options: argparse.Namespace,
+    is_code: bool,
 ) -> Iterator[Context]:
     """Yield contexts with six digits somewhere in them, and the question for them."""
     chosen = random.Random(5)
     for number in range(options.needles):
         depth = (number + 0.5) / options.needles
-        prefix, question, answer = hide(tokenizer, filler, options, depth, chosen)
+        prefix, question, answer = hide(
+            tokenizer, filler, options, depth, chosen, is_code
+        )
         yield make_context(model, prefix, question + answer, len(answer))
 
 
@@ -156,6 +168,7 @@ def hide(
     options: argparse.Namespace,
     depth: float,
     chosen: random.Random,
+    is_code: bool,
 ) -> tuple[list[int], list[int], list[int]]:
     """Return a prefix with keys in it, the question for the first, and the answer.
 
@@ -165,20 +178,19 @@ def hide(
         options: How many keys, and how long the prefix is.
         depth: Where the first stands, 0 to 1; the others are as far apart as can be.
         chosen: Chooses the keys and what stands around them.
+        is_code: Functions return the keys.
     """
     start = text_start(tokenizer)
-    owners = [f" of {name}" for name in _OWNERS[: options.keys]]
+    told_as, asked = (_TOLD_IN_CODE, _ASKED_IN_CODE) if is_code else (_TOLD, _ASKED)
+    of = "_of_" if is_code else " of "
+    owners = [f"{of}{name}" for name in _OWNERS[: options.keys]]
     if options.keys == 1:
         owners = [""]
     keys = ["".join(chosen.choices("0123456789", k=6)) for _ in owners]
-    told = [
-        f"\n\nThe secret pass key{owner} is {key}. Remember it: {key}.\n\n"
-        for owner, key in zip(owners, keys, strict=True)
-    ]
-    ask = "\n\nWhat is the secret pass key{0}? The secret pass key{0} is "
+    told = [told_as.format(owner, key) for owner, key in zip(owners, keys, strict=True)]
     *hidden, question, answer = (
         tokenizer.encode(text)[len(start) :]
-        for text in (*told, ask.format(owners[0]), keys[0])
+        for text in (*told, asked.format(owners[0]), keys[0])
     )
     count = options.prefix - sum(map(len, hidden)) - len(start)
     if len(filler) <= count:
