@@ -29,7 +29,7 @@ from ..errors import KVStoreError, UnsupportedCacheError
 from ..fingerprint import Fingerprint
 from ..format.block import Progress
 from ..format.calibration import Calibration, Measured
-from ..ops.calibrate import coverable, start_fit
+from ..ops.calibrate import coverable, keep_basis, start_fit
 from ..storage.bases import (
     add_basis,
     read_basis,
@@ -120,7 +120,9 @@ def calibrate_model(
     old = read_calibration(folder, digest)
     basis = old.basis if old else None
     if not measure_only:
-        basis = add_basis(folder, fit_model(model, learned, label, bar("fit")))
+        fitted = fit_model(model, learned, label, bar("fit"))
+        # Whoever stops now goes on with `measure_only`.
+        basis = keep_basis(folder, fitted, loaded.fingerprint.bare).basis
     bases = [read_basis_bytes(folder, basis)] if basis else []
     rates = read_basis(folder, basis).steps if basis else []
     codecs = [*(f"fit{rate}@{basis}+zstd" for rate in rates), *TURBO]

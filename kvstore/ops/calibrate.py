@@ -25,6 +25,7 @@ from ..format.chain import is_reanchored, origin_root
 from ..format.entry import Entry
 from ..storage.bases import add_basis, find_calibration, write_calibration
 from ..storage.blocks import BlockStore
+from ..storage.folder import StoreFolder
 from ..storage.index import Place
 from .bases import own_codecs
 
@@ -73,16 +74,20 @@ def calibrate_stored(
 ) -> Calibration:
     """Fit a basis as :func:`fit_stored` does, and note it for the model."""
     data, model = fit_stored(blocks, entries, fingerprint, progress)
-    model = model.bare
-    old = find_calibration(blocks.folder, model.digest)
+    return keep_basis(blocks.folder, data, model.bare)
+
+
+def keep_basis(folder: StoreFolder, data: bytes, model: Fingerprint) -> Calibration:
+    """Put a model's basis into a store; what was measured before stays."""
+    old = find_calibration(folder, model.digest)
     found = Calibration(
         model.digest,
         model.label,
-        add_basis(blocks.folder, data),
+        add_basis(folder, data),
         old.num_contexts if old else 0,
         old.measured if old else (),
     )
-    write_calibration(blocks.folder, found)
+    write_calibration(folder, found)
     return found
 
 

@@ -320,6 +320,33 @@ def test_a_basis_that_was_pruned_while_it_was_measured_is_there(small, tmp_path)
     assert found == read_calibration(folder, fitted.MODEL.digest)
 
 
+def test_who_is_stopped_while_codecs_are_measured_keeps_the_basis(small, tmp_path):
+    """Measuring alone goes on with it, and no quality chooses it before."""
+    loaded = kit.LoadedModel(architectures.make_model("llama"), None, fitted.MODEL)
+    contexts = np.random.default_rng(1).integers(3, 60, (5, 272)).tolist()
+    folder = create_folder(tmp_path / "store")
+
+    def bar(what):
+        if what == "measure":
+            raise KeyboardInterrupt
+        return lambda done, total: None
+
+    with kvstore.Store(tmp_path / "store") as store:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate.calibrate_model(loaded, store, contexts, bar=bar)
+        left = read_calibration(folder, fitted.MODEL.digest)
+        assert (list_bases(folder), ()) == ([left.basis], left.told)
+        with patch.object(calibrate, "measure", lambda *_: []):
+            found = calibrate.calibrate_model(
+                loaded,
+                store,
+                contexts,
+                measure_only=True,
+                bar=lambda what: lambda done, total: None,
+            )
+    assert left.basis == found.basis
+
+
 class Words:
     """A tokenizer of letters."""
 
