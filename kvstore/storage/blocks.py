@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import struct
 import time
 from collections import OrderedDict
@@ -71,7 +72,7 @@ def open_index(folder: StoreFolder) -> Index:
     seen = index_identity(folder.index)
     if seen is not None:
         try:
-            if all(map(_is_file, (folder.index, *_logs(folder)))):
+            if files.is_regular(folder.index) and all(map(_is_file, _logs(folder))):
                 return Index(folder.index, cipher=folder.cipher)
         except IndexDamagedError:
             pass  # rebuilt below, outside of the handler
@@ -109,7 +110,11 @@ def _logs(folder: StoreFolder) -> Iterator[Path]:
 
 def _is_file(path: Path) -> bool:
     """Whether a path is a file or nothing, and no link, folder or pipe."""
-    return files.is_regular(path) or not os.path.lexists(path)
+    # Asked once: another process that opens or leaves the index makes or removes it.
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return True
 
 
 def _set_index_aside(folder: StoreFolder) -> None:

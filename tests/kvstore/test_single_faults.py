@@ -642,6 +642,28 @@ def test_what_lies_beside_the_index_is_put_aside_with_it(
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+def test_another_process_may_open_the_index_meanwhile(
+    saved, caches, monkeypatch, suffix
+):
+    """SQLite's own files that come while they are looked at cost no good index."""
+    path, tokens, _ = saved
+    place, before = path / f"index.sqlite{suffix}", (path / "index.sqlite").stat()
+    place.unlink(missing_ok=True)
+    lstat = type(path).lstat
+
+    def look(self):
+        try:
+            return lstat(self)
+        finally:
+            if self == place:
+                place.touch()
+
+    monkeypatch.setattr(type(path), "lstat", look)
+    assert num_held(path, tokens, caches.MODEL) == len(tokens)
+    assert (path / "index.sqlite").stat().st_ino == before.st_ino
+
+
 def test_a_bad_sector_in_the_index_is_repaired(saved, caches, monkeypatch):
     """What SQLite cannot read is reported, and a repair builds another index."""
     path, tokens, _ = saved
