@@ -198,7 +198,9 @@ def _checked_parts(path: Path, name: str) -> Iterator[bytes]:
                     hint="`kvstore verify --read-data` finds more",
                 )
             yield bytes(opened.read_header())
-            for data in opened.read(opened.header.blocks):
+            # Whoever else made a shard may have put them in another order.
+            blocks = sorted(opened.header.blocks, key=lambda stored: stored.begin)
+            for data in opened.read(blocks):
                 for begin in range(0, len(data), PART_BYTES):
                     yield bytes(data[begin : begin + PART_BYTES])
     except FileNotFoundError as error:

@@ -8,6 +8,8 @@ from kit import shard_name
 
 import kvstore
 from kvstore.errors import IntegrityError, RemoteError
+from kvstore.format import shard as shards
+from kvstore.format.documents import canonical_json
 from kvstore.remote import client as requests
 from kvstore.remote.client import Client, Limits, Remote
 from kvstore.remote.layout import parse_document, parse_key
@@ -77,6 +79,39 @@ def test_shards_are_sent_as_they_are_and_the_entry_last(server, store, remote, c
     assert (3, 0) == (pushed.num_sent, pushed.num_there)
     total = sum(map(len, sent.values()))
     assert [(total, total)] == seen[-1:]
+
+
+def turned_round(data):
+    """Return a shard with the bytes of its blocks in the opposite order."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:size])
+    meta = json.loads(tensors.pop("__metadata__")["kvstore"]) | {
+        "header_digest": "0" * 64
+    }
+    found, moved = b"", {"__metadata__": {"kvstore": canonical_json(meta).decode()}}
+    for name in sorted(tensors, key=lambda n: -int(n.partition(".")[0])):
+        begin, end = tensors[name]["data_offsets"]
+        place = [len(found), len(found) + end - begin]
+        moved[name] = tensors[name] | {"data_offsets": place}
+        found += data[size + begin : size + end]
+    text = json.dumps(moved).encode()
+    return len(text).to_bytes(8, "little") + shards._seal(text) + found
+
+
+def test_blocks_that_lie_in_another_order_are_sent_as_they_lie(server, store, remote):
+    """A shard that another program wrote arrives with the bytes that it has."""
+    for path in store.glob("shards/*/*"):
+        data = turned_round(path.read_bytes())
+        path.unlink()
+        name = shard_name(data)
+        place = store / "shards" / name[:2] / f"{name}.safetensors"
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(data)
+    for path in store.glob("index.sqlite*"):
+        path.unlink()
+    push(store, remote)
+    sent = {key.rpartition("/")[2]: server.objects[key] for key in server.keys("/v1/s")}
+    assert shards_of(store) == sent
 
 
 def test_what_is_there_is_not_sent_again(server, store, remote):
