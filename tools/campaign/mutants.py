@@ -181,7 +181,8 @@ def _run(words: tuple[str, ...], folder: Path) -> int:
     done = subprocess.run(
         [sys.executable, "-B", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        # Options of an outer pytest, a folder say, are not this one's.
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTEST_ADDOPTS": ""},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         check=False,
