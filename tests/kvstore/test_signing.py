@@ -65,14 +65,19 @@ def test_the_signer_stays_with_the_entry(sent, small):
     assert forging.export(sent[1]) == small.data
 
 
+def save_grown(store, small, caches, name):
+    """Save what an entry holds and three tokens more; return the new entry."""
+    rows = caches.random_rows(3, 6, layers=1, heads=1, dim=8)
+    cache, _ = store.load_entry("doc", caches.MODEL)
+    tokens = [*small.tokens, 1, 2, 3]
+    return store.save(tokens, caches.grow(cache, rows), caches.MODEL, name=name)
+
+
 def test_what_goes_on_from_it_is_not_signed(sent, small, caches):
     """An entry that has grown here is not what was signed."""
     take(sent[1], signed(sent[0], ALICE))
-    more = [*small.tokens, 1, 2, 3]
-    rows = caches.random_rows(3, 6, layers=1, heads=1, dim=8)
     with kvstore.Store(sent[1], "raw") as store:
-        cache, _ = store.load_entry("doc", caches.MODEL)
-        grown = store.save(more, caches.grow(cache, rows), caches.MODEL, name="doc")
+        grown = save_grown(store, small, caches, "doc")
     assert grown.signer == ""
 
 
@@ -102,11 +107,8 @@ def test_rows_that_come_later_are_somebody_elses(sent, small, name, again):
 def test_what_was_signed_is_not_recompressed_by_the_way(sent, small, caches):
     """Another entry that shares its blocks leaves them as they are."""
     take(sent[1], signed(sent[0], ALICE))
-    more = [*small.tokens, 1, 2, 3]
-    rows = caches.random_rows(3, 6, layers=1, heads=1, dim=8)
     with kvstore.Store(sent[1], "raw") as store:
-        cache, _ = store.load_entry("doc", caches.MODEL)
-        store.save(more, caches.grow(cache, rows), caches.MODEL, name="longer")
+        save_grown(store, small, caches, "longer")
         store.recompress("longer", "turbo4")
         assert store.entry("doc").signer == public_key(ALICE)
         assert {stored.codec for _, stored in store.chain("doc")} == {"raw"}

@@ -248,8 +248,8 @@ def admit(
             nbytes = sum(shard.header.nbytes for shard in prepared)
             make_room(blocks, nbytes, lambda: found.chain.hashes)
             with files.locked(blocks.folder.lock, exclusive=True):
-                # Another process may have taken the name meanwhile.
                 _unsign(blocks, catalog, prepared, described.signer)
+                # Another process may have taken the name meanwhile.
                 old = replaceable(catalog, name, found.chain, replace)
                 # The lock keeps `prune` from blocks that no entry needs yet.
                 entry = _publish(blocks, found, held, prepared) and commit(
@@ -282,12 +282,14 @@ def _vouched(found: Incoming, held: Held) -> Entry:
 def _unsign(
     blocks: BlockStore, catalog: Catalog, shards: Sequence[StagedShard], signer: str
 ) -> None:
-    """Take the signature from entries that lack a block, and get one of another's."""
+    """Take the signature from entries that lack a block which somebody else brings."""
     new = {stored.block.hash for shard in shards for stored in shard.header.blocks}
     for entry in catalog.all() if new else ():
         if entry.signer not in ("", signer):
-            tip = BlockHash(bytes.fromhex(entry.tip))
-            if [tip, *(parent for _, parent in blocks.index.chain(tip))][-1] in new:
+            missing = BlockHash(bytes.fromhex(entry.tip))
+            for _, parent in blocks.index.chain(missing):
+                missing = parent  # ends at the first block that the store lacks
+            if missing in new:
                 catalog.commit(changed(entry, signer=""))
 
 

@@ -100,7 +100,7 @@ def _digest_shards(
     found = []
     for group in group_blocks(stored):
         name = hashlib.sha256(shard_header(origin, group)).hexdigest()
-        # Read for once before anything is written: what is damaged shows now.
+        # All is read before anything is written, so that damage ends the export here.
         nbytes = sum(map(len, _contents(blocks, origin, group, count)))
         found.append((name, nbytes, group))
     return origin, found
