@@ -104,7 +104,7 @@ class Fingerprint:
         fields: JSON = {
             "version": VERSION,
             "source": "files",
-            "weights": memory.digest_tensors(_weight_files(folder)),
+            "weights": memory.digest_tensors(weight_files(folder)),
             "config": _read_config(folder),
             "code": memory.digest_files(sorted(folder.glob("*.py"))),
             "adapter": _digest_adapter(adapter_path, memory),
@@ -181,7 +181,12 @@ def refuse_other(label: str, stored: Fingerprint, given: Fingerprint) -> None:
         )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model's folder, sorted.
+
+    Raises:
+        KVStoreError: It has none.
+    """
     found = sorted(folder.glob("model*.safetensors"))
     found = found or sorted(folder.glob("*.safetensors"))
     if not found:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any, NoReturn
 
 from ..caches.memory import share_heap
 from ..errors import KVStoreError
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, read_json, weight_files
 from ..format.documents import JSON
 from ..models.load import find_model
 from ..models.texts import decode
@@ -339,7 +340,8 @@ def _check(cli_args: argparse.Namespace) -> None:
     """Refuse now what the server would find out in a thread, and live on with.
 
     Raises:
-        KVStoreError: There is no such model, or mlx-lm runs distributed.
+        KVStoreError: There is no such model, mlx-lm runs distributed, or nothing can
+            listen there.
         ValueError: There is no such port.
     """
     import mlx.core as mx
@@ -348,13 +350,35 @@ def _check(cli_args: argparse.Namespace) -> None:
         raise ValueError(f"argument --port: {cli_args.port} is not from 0 to 65535")
     for model in (cli_args.model, cli_args.draft_model):
         if model is not None:
-            find_model(model)
+            folder = find_model(model)
+            weight_files(folder)
+            read_json(folder / "config.json")
     # Each process would hold other rows of the same tokens, and all must hit alike.
     if mx.distributed.init().size() > 1:
         raise KVStoreError(
             "the store cannot be shared by the processes of a distributed model",
             hint="run `mlx_lm.server` without a store",
         )
+    _check_address(cli_args.host, cli_args.port)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Listen where the server will, before a model is loaded for it."""
+    try:
+        infos = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = infos[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise KVStoreError(
+            f"cannot listen at {host}:{port}: {why}",
+            hint="choose another place with `--host` and `--port`",
+        ) from error
 
 
 @contextmanager

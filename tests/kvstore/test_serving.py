@@ -650,24 +650,32 @@ def test_an_unknown_option_is_wrong_usage(models, tmp_path):
     assert not store.exists()
 
 
-def test_a_model_that_is_not_there_ends_it_at_once(tmp_path):
+def test_a_model_that_is_not_there_ends_it_at_once(models, tmp_path):
     """No server stays behind that cannot answer, and no empty store."""
-    store = tmp_path / "store"
-    code, lines = fail(["--store", store, "serve", "--model", tmp_path / "no"])
-    assert code == 1
-    assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
-    assert str(tmp_path / "no") in lines[0]
-    assert not store.exists()
+    store, empty = tmp_path / "store", tmp_path / "empty"
+    empty.mkdir()
+    bare = shutil.copytree(models["tiny"], tmp_path / "bare")
+    (bare / "config.json").unlink()
+    for model in (tmp_path / "no", empty, bare):
+        code, lines = fail(["--store", store, "serve", "--model", model])
+        assert code == 1
+        assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
+        assert str(model) in lines[0]
+        assert not store.exists()
 
 
-def test_a_taken_port_ends_it(models, tmp_path):
+def test_where_nothing_can_listen_it_ends_at_once(models, tmp_path):
     """It says so and ends, instead of living on where nobody can reach it."""
+    store = tmp_path / "store"
+    command = ("--store", store, "serve", "--model", models["tiny"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = ("--store", tmp_path / "store", "serve", "--model", models["tiny"])
-        code, lines = fail([*command, "--port", port])
-    assert code == 1
-    assert "error: address already in use" in "\n".join(lines)
+        for words in (["--port", port], ["--host", "no host"], ["--host", "é" * 99]):
+            code, lines = fail([*command, *words])
+            assert code == 1
+            assert [line.split(":")[0] for line in lines] == ["error", "hint"], lines
+            assert lines[0].startswith("error: cannot listen at ")
+            assert not store.exists()
 
 
 def test_a_folder_that_is_no_store_is_left_alone(models, tmp_path):
