@@ -207,7 +207,7 @@ def _write_missing(
 ) -> None:
     """Encode and write every block that the store lacks.
 
-    No lock is held while a codec works. While one shard is hashed, written and synced,
+    No lock is held while a codec works. While a shard is synced another is written, and
     the blocks of the next are encoded.
     """
     chain = encoder.snapshot.chain
@@ -223,7 +223,7 @@ def _write_missing(
     try:
         found = batches(encoder.encode(_missing(blocks, encoder)))
         staged = map_in_order(
-            stage, found, 2, nbytes=shards.nbytes_of, max_bytes=shards.MAX_BYTES
+            stage, found, 2, nbytes=shards.nbytes_of, max_bytes=2 * shards.MAX_BYTES
         )
         with closing(staged):
             for stack, shard in staged:

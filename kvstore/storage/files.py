@@ -21,6 +21,10 @@ from ..errors import KVStoreError, StoreLockedError
 
 # What one call of the system takes, on Linux and on macOS.
 _MAX_BUFFERS = 1024
+# What is written at a time: of less the system makes many small pages, and of more such
+# of 2 MB, which a virtual machine may have given back, and each then takes ten times as
+# long.
+_PIECE = 1024 * 1024
 CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
     b"# This folder is a cache of kvstore; backups may skip it.\n"
@@ -62,10 +66,26 @@ def create(path: Path) -> int:
 
 def write_all(descriptor: int, *buffers: bytes | memoryview) -> None:
     """Write every byte of some buffers, however short the single writes are."""
-    for buffer in buffers:
-        rest = memoryview(buffer).cast("B")
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+    rest = [memoryview(buffer).cast("B") for buffer in buffers]
+    while rest:
+        piece, room = [], _PIECE
+        for buffer in rest[:_MAX_BUFFERS]:
+            piece.append(buffer[:room])
+            room -= len(piece[-1])
+            if not room:
+                break
+        _drop(rest, os.writev(descriptor, piece))
+
+
+def _drop(rest: list[memoryview], count: int) -> None:
+    """Take off what one call has moved, which may end in the middle of a buffer."""
+    done = 0
+    while done < len(rest) and count >= len(rest[done]):
+        count -= len(rest[done])
+        done += 1
+    del rest[:done]
+    if count:
+        rest[0] = rest[0][count:]
 
 
 def sync(descriptor: int) -> None:
@@ -316,18 +336,11 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int) -> No
     """
     rest = [buffer for buffer in buffers if len(buffer)]
     while rest:
-        # One call fills as many buffers as it likes, and may end in the middle of one.
         count = os.preadv(descriptor, rest[:_MAX_BUFFERS], offset)
         if count == 0:
             raise EOFError(f"file ends at byte {offset}")
         offset += count
-        done = 0
-        while done < len(rest) and count >= len(rest[done]):
-            count -= len(rest[done])
-            done += 1
-        del rest[:done]
-        if count:
-            rest[0] = rest[0][count:]
+        _drop(rest, count)
 
 
 def forget_cached(descriptor: int) -> None:

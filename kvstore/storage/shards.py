@@ -81,14 +81,14 @@ def staged_shard(
     """
     stored = [describe_block(block) for block in blocks]
     header = shard_header(origin, stored)
-    written: Iterable[bytes | memoryview]
-    written = chain([header], (data for block in blocks for data in block.buffers))
+    pieces = (block.buffers for block in blocks)
+    written: Iterable[Sequence[bytes | memoryview]] = chain([[header]], pieces)
     if folder.cipher is not None:
-        pieces = (block.buffers for block in blocks)
-        written = seal_shard(folder.cipher, header, stored, pieces)
+        sealed = seal_shard(folder.cipher, header, stored, pieces)
+        written = ([part] for part in sealed)
     with files.staged(folder.staging) as (path, descriptor):
-        for data in written:
-            files.write_all(descriptor, data)
+        for buffers in written:
+            files.write_all(descriptor, *buffers)
         # Nobody is to write to it again: its name tells its bytes.
         os.fchmod(descriptor, 0o400)
         files.sync(descriptor)

@@ -615,7 +615,7 @@ def count_calls(monkeypatch, name, when=None, error=None):
     return seen
 
 
-CALLS = ["write", "fsync", "replace", "open", "unlink", "fchmod", "close"]
+CALLS = ["writev", "fsync", "replace", "open", "unlink", "fchmod", "close"]
 
 
 def save_third(broken):
@@ -678,16 +678,16 @@ def test_a_full_disk_from_some_call_on_loses_nothing(broken, monkeypatch):
     """A disk that stays full fails the save, and nothing else."""
     for when in (1, 2, 3, 5, 8):
         with monkeypatch.context() as patch:
-            original, calls = os.write, SimpleNamespace(count=0)
+            original, calls = os.writev, SimpleNamespace(count=0)
 
             def write(descriptor, data, original=original, calls=calls, when=when):
                 calls.count += 1
                 if calls.count >= when:
-                    original(descriptor, data[: len(data) // 2])
+                    original(descriptor, [data[0][: len(data[0]) // 2]])
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return original(descriptor, data)
 
-            patch.setattr(os, "write", write)
+            patch.setattr(os, "writev", write)
             with suppress(OSError):
                 save_third(broken)
                 assert calls.count < when

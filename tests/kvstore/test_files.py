@@ -73,7 +73,7 @@ def record_calls(monkeypatch):
 
         monkeypatch.setattr(os, name, wrapped)
 
-    for name in ("write", "fsync", "replace", "unlink"):
+    for name in ("writev", "fsync", "replace", "unlink"):
         wrap(name)
     return calls
 
@@ -86,7 +86,7 @@ def test_an_atomic_write_puts_the_bytes_there(tmp_path, staging):
     assert [] == os.listdir(staging)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "replace"])
 def test_an_interrupted_write_leaves_the_old_bytes_or_the_new(
     tmp_path, staging, monkeypatch, call
 ):
@@ -126,7 +126,9 @@ def test_bytes_are_synced_before_the_rename_and_the_folder_after(
     """The order is write, sync, rename, sync of the folder."""
     calls = record_calls(monkeypatch)
     files.write_atomic(tmp_path / "x", b"hello", staging)
-    assert ["write", "fsync", "replace", "fsync"] == [c for c in calls if c != "unlink"]
+    assert ["writev", "fsync", "replace", "fsync"] == [
+        call for call in calls if call != "unlink"
+    ]
 
 
 def test_a_new_folder_is_synced_into_its_parent(tmp_path, staging, monkeypatch):
@@ -134,7 +136,7 @@ def test_a_new_folder_is_synced_into_its_parent(tmp_path, staging, monkeypatch):
     calls = record_calls(monkeypatch)
     files.write_atomic(tmp_path / "new" / "x", b"hello", staging)
     assert ["fsync", "fsync", "replace", "fsync"] == [
-        call for call in calls if call not in ("write", "unlink")
+        call for call in calls if call not in ("writev", "unlink")
     ]
 
 
@@ -149,11 +151,30 @@ def test_a_removal_is_synced(tmp_path, monkeypatch):
 @pytest.mark.parametrize("most", [1, 2, 3, 7])
 def test_short_writes_lose_nothing(tmp_path, staging, monkeypatch, most):
     """A system call that writes less than it was given is asked again."""
-    original = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, data[:most]))
+    original = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, data: original(fd, [data[0][:most]]))
     data = bytes(range(100))
     files.write_atomic(tmp_path / "x", data, staging)
     assert data == (tmp_path / "x").read_bytes()
+
+
+@pytest.mark.parametrize("most", [1, 4, 5, 100])
+def test_many_buffers_are_written_in_pieces(tmp_path, monkeypatch, most):
+    """No call is given more than a piece, and what it leaves is written next."""
+    original = os.writev
+    given = []
+
+    def writev(descriptor, buffers):
+        given.append(sum(map(len, buffers)))
+        return original(descriptor, [b"".join(buffers)[:most]])
+
+    monkeypatch.setattr(os, "writev", writev)
+    monkeypatch.setattr(files, "_PIECE", 5)
+    descriptor = files.create(tmp_path / "x")
+    files.write_all(descriptor, b"", b"ab", b"", memoryview(b"cdefghijk"), b"lm", b"")
+    os.close(descriptor)
+    assert b"abcdefghijklm" == (tmp_path / "x").read_bytes()
+    assert 5 == max(given)
 
 
 def test_short_reads_lose_nothing(tmp_path, monkeypatch):
@@ -190,8 +211,10 @@ def test_a_failed_sync_is_raised_and_never_retried(
 def test_what_reads_otherwise_is_not_published(tmp_path, staging, monkeypatch):
     """A disk that writes other bytes than it was given fails, by name."""
     files.write_atomic(tmp_path / "x", b"good", staging)
-    original = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: original(fd, b"\0" * len(data)))
+    original = os.writev
+    monkeypatch.setattr(
+        os, "writev", lambda fd, data: original(fd, [bytes(len(part)) for part in data])
+    )
     with pytest.raises(OSError, match="reads otherwise") as caught:
         files.write_atomic(tmp_path / "x", b"hello", staging)
     assert (errno.EIO, str(tmp_path / "x")) == (

@@ -210,7 +210,8 @@ CALLS = ["fsync", "rename", "unlink", "pwrite64", "write", "openat", "fdatasync"
 
 def names_of(call):
     """Return all names under which a system call goes."""
-    return "rename,renameat,renameat2" if call == "rename" else call
+    names = {"rename": "rename,renameat,renameat2", "write": "write,writev"}
+    return names.get(call, call)
 
 
 def trace(worker, *options):

@@ -527,8 +527,10 @@ def test_short_writes_and_reads_give_the_same_shard(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     name = write(tmp_path)
     expected = read(tmp_path, name)
-    original_write, original_read = os.write, os.preadv
-    monkeypatch.setattr(os, "write", lambda fd, data: original_write(fd, data[:13]))
+    original_write, original_read = os.writev, os.preadv
+    monkeypatch.setattr(
+        os, "writev", lambda fd, data: original_write(fd, [data[0][:13]])
+    )
     monkeypatch.setattr(
         os, "preadv", lambda fd, buffers, at: original_read(fd, [buffers[0][:11]], at)
     )
