@@ -76,7 +76,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Outcome:
     """What a process did, with the model loaded and the tokens ready."""
 
     # Seconds to have the prompt cache of the document.
@@ -270,7 +270,9 @@ class _Demo:
         computed = observe(digest, None, len(document), seconds=prefill_s, at=now)
         return Speeds(computed, known).break_even_tokens
 
-    def _make_row(self, way: str, run: Run, without: Run, **saved: Any) -> DemoRow:
+    def _make_row(
+        self, way: str, run: Outcome, without: Outcome, **saved: Any
+    ) -> DemoRow:
         return DemoRow(
             way,
             run.load_s,
@@ -360,7 +362,7 @@ def _read(
 
 def _answer(
     loaded: LoadedModel, prompt_cache: list[Any], job: Job, before_s: float
-) -> Run:
+) -> Outcome:
     """Feed the question, its first token alone, and answer it greedily."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
@@ -380,10 +382,10 @@ def _answer(
         if token in loaded.tokenizer.eos_token_ids:
             break
         answer.append(int(token))
-    return Run(before_s, first_s, answer_s, answer)
+    return Outcome(before_s, first_s, answer_s, answer)
 
 
-def _start_process(job: Job) -> Run:
+def _start_process(job: Job) -> Outcome:
     """Resume and answer in a new process, which is told nothing but the job."""
     finished = subprocess.run(
         [sys.executable, "-m", __name__],
@@ -400,10 +402,10 @@ def _start_process(job: Job) -> Run:
     reply = json.loads(finished.stdout)
     if "error" in reply:
         raise KVStoreError(reply["error"], hint=reply["hint"])
-    return Run(**reply)
+    return Outcome(**reply)
 
 
-def _resume(job: Job) -> Run:
+def _resume(job: Job) -> Outcome:
     """Restore the prompt cache and answer; runs in the new process."""
     loaded = _load(job.model, job.adapter_path, job.trust_remote_code)
     from mlx_lm.models.cache import load_prompt_cache

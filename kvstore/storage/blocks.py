@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import stat
 import struct
 import time
 from collections import OrderedDict
@@ -51,6 +50,8 @@ T = TypeVar("T")
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a store that can be read and not be written to."""
 _NO_FILE = (*READ_ONLY, errno.ENOSPC)
+# What SQLite puts beside the index.
+_LOGS = ("-wal", "-shm")
 # A bad sector, or something else in a shard's place: a folder, a link, another's file.
 _UNREADABLE = (
     errno.EIO,
@@ -72,7 +73,10 @@ def open_index(folder: StoreFolder) -> Index:
     seen = index_identity(folder.index)
     if seen is not None:
         try:
-            if files.is_regular(folder.index) and all(map(_is_file, _logs(folder))):
+            if files.is_regular(folder.index) and all(
+                files.is_regular(_beside(folder.index, suffix), or_missing=True)
+                for suffix in _LOGS
+            ):
                 return Index(folder.index, cipher=folder.cipher)
         except IndexDamagedError:
             pass  # rebuilt below, outside of the handler
@@ -103,25 +107,11 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _logs(folder: StoreFolder) -> Iterator[Path]:
-    """Yield what SQLite puts beside the index."""
-    return (_beside(folder.index, suffix) for suffix in ("-wal", "-shm"))
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a path is a file or nothing, and no link, folder or pipe."""
-    # Asked once: another process that opens or leaves the index makes or removes it.
-    try:
-        return stat.S_ISREG(path.lstat().st_mode)
-    except FileNotFoundError:
-        return True
-
-
 def _set_index_aside(folder: StoreFolder) -> None:
     aside = folder.quarantine / f"index-{secrets.token_hex(4)}.sqlite"
     # The log first: were it left behind alone, SQLite would replay it over the next
     # file.
-    for suffix in ("-wal", "-shm", ""):
+    for suffix in (*_LOGS, ""):
         with suppress(FileNotFoundError):
             files.publish(_beside(folder.index, suffix), _beside(aside, suffix))
 
@@ -149,7 +139,7 @@ def _build_index(folder: StoreFolder) -> None:
             with closing(Index(folder.index, cipher=folder.cipher)) as index:
                 index_folder(index, folder)
         finally:
-            for suffix in ("-wal", "-shm"):
+            for suffix in _LOGS:
                 _beside(path, suffix).unlink(missing_ok=True)
 
 

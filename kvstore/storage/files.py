@@ -320,12 +320,13 @@ def open_regular(path: Path) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
-def is_regular(path: Path) -> bool:
-    """Whether a path is a file, and not a link to one."""
+def is_regular(path: Path, or_missing: bool = False) -> bool:
+    """Whether a path is a file, and no link, folder or pipe; or nothing, if asked."""
+    # Asked once: another process may make or remove it meanwhile.
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
-        return False
+        return or_missing
 
 
 def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int) -> None:

@@ -150,10 +150,11 @@ def examine_back_end() -> Diagnosis:
     return Diagnosis("back end", "good", detail, values=values)
 
 
-def _measure_flops(size: int = 1024) -> float:
+def _measure_flops() -> float:
     """Return how many float32 operations a second a product of matrices gets."""
     import mlx.core as mx
 
+    size = 1024
     x = mx.ones((size, size))
     mx.eval(x @ x)
     begin = time.perf_counter()
@@ -301,18 +302,19 @@ def _gigabytes(nbytes: int) -> str:
 
 def _examine_disk(folder: Path) -> Diagnosis:
     try:
-        values: JSON = measure_disk(folder)
+        speed = measure_disk(folder)
     except OSError as error:
         return Diagnosis(
             "disk", "bad", f"cannot be written: {error.strerror}: {folder}",
             "check owner, mode and free space, or choose another folder with `--store`",
         )  # fmt: skip
-    write_bps, read_bps, sync_s = values.values()
+    values: JSON = {**speed}
     detail = (
-        f"writes {write_bps / 1e6:,.0f} MB/s, reads {read_bps / 1e6:,.0f} MB/s, a sync"
-        f" takes {sync_s * 1e3:.1f} ms"
+        f"writes {speed['write_bps'] / 1e6:,.0f} MB/s, reads"
+        f" {speed['read_bps'] / 1e6:,.0f} MB/s, a sync takes"
+        f" {speed['sync_s'] * 1e3:.1f} ms"
     )
-    if sync_s > _SLOW_SYNC_S or write_bps < _SLOW_BPS:
+    if speed["sync_s"] > _SLOW_SYNC_S or speed["write_bps"] < _SLOW_BPS:
         return Diagnosis(
             "disk", "warning", f"{detail}: slow",
             "every save waits for a few syncs; keep the store on a faster disk, with"
