@@ -334,7 +334,7 @@ template <int BITS> INLINE vf look_up(const float* table, vi index) {
 template <int R> INLINE void butterflies(vf* x) {
 #pragma GCC unroll 4
   for (int half = R / 2; half; half /= 2)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < R; i++)
       if (!(i & half)) {
         vf a = x[i], b = x[i + half];
@@ -349,16 +349,18 @@ template <int R> INLINE void stages(float* columns, int size, int block) {
   for (float* x = columns; x < columns + size * LANES; x += block * LANES)
     for (int j = 0; j < step; j += VW) {
       vf v[R];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < R; i++) v[i] = load<vf>(x + i * step + j);
       butterflies<R>(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < R; i++) store(x + i * step + j, v[i]);
     }
 }
 
 void transform_block(float* columns, int size) {
   int block = size;
+  if constexpr (VW == 16)  // which has 32 registers
+    for (; block >= 16; block /= 16) stages<16>(columns, size, block);
   for (; block >= 8; block /= 8) stages<8>(columns, size, block);
   if (block == 4) stages<4>(columns, size, block);
   if (block == 2) stages<2>(columns, size, block);
@@ -457,13 +459,21 @@ void unpack_plane(const uint8_t* bytes, int dim, int width, int shift, bool is_f
     }
 }
 
+// The levels of symbols, (D, 16), or of a plane that has all their bits where they can be
+// looked up at once, (D * width / 8, 16).
 template <int BITS>
-void look_up_levels(const uint8_t* symbols, const float* levels, int dim, float* out) {
-  if constexpr (CAN_LOOK_UP)
-    for (int i = 0; i < dim * LANES; i += VW)
-      store(out + i, look_up<BITS>(levels, load_bytes(symbols + i)));
-  else
-    for (int i = 0; i < dim * LANES; i++) out[i] = levels[symbols[i]];
+void look_up_levels(const uint8_t* bytes, int width, const float* levels, int dim,
+                    float* out) {
+  if constexpr (!CAN_LOOK_UP) {
+    for (int i = 0; i < dim * LANES; i++) out[i] = levels[bytes[i]];
+    return;
+  }
+  const int size = dim * width / 8 * LANES;
+  for (int shift = 0; shift < 8; shift += width, out += size)
+    for (int i = 0; i < size; i += VW) {
+      const vi field = load_bytes(bytes + i) >> shift & ((1 << BITS) - 1);
+      store(out + i, look_up<BITS>(levels, field));
+    }
 }
 
 INLINE vf clamp(vf x, vf most) {
@@ -520,6 +530,7 @@ void decode_group(const Job& job, int head, int64_t first, int count, Buffers& u
   const int64_t row = head * job.num_rows + first;
   prefetch<1>(job, job.heads[head] + first * job.row_stride, job.dim * sizeof(E));
   int shift = job.bits, plane = 0;
+  const bool is_one = CAN_LOOK_UP && !(job.bits & (job.bits - 1));
   for (int width : WIDTHS)
     if (job.bits & width) {
       shift -= width;
@@ -527,11 +538,14 @@ void decode_group(const Job& job, int head, int64_t first, int count, Buffers& u
       const uint8_t* rows[LANES];
       point(rows, (const uint8_t*)job.planes[plane] + row * len, len, count);
       bytes_to_columns(rows, len, use.bytes);
-      unpack_plane(use.bytes, job.dim, width, shift, plane++ == 0, use.symbols);
+      if (!is_one)
+        unpack_plane(use.bytes, job.dim, width, shift, plane++ == 0, use.symbols);
     }
+  const uint8_t* from = is_one ? use.bytes : use.symbols;
+  const int width = is_one ? job.bits : 8;
   switch (job.bits) {
 #define CASE(BITS) \
-  case BITS: look_up_levels<BITS>(use.symbols, job.levels, job.dim, use.columns); break;
+  case BITS: look_up_levels<BITS>(from, width, job.levels, job.dim, use.columns); break;
     CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
   }
