@@ -94,6 +94,14 @@ class Verb(click.Command):
         super().__init__(*args, **options)
         self.params += _general_options(hidden=True)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options; an error names this verb."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
         lines = EXAMPLES.get(ctx.command_path.partition(" ")[2])

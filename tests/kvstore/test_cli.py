@@ -218,6 +218,14 @@ def test_a_closed_stream_is_an_empty_one(two_entries, words, closed, code):
     assert "internal error" not in finished.stderr
 
 
+def test_an_option_without_its_argument_is_told_where_options_are_listed(run_cli):
+    """The hint names the verb, of which the parser knows nothing."""
+    for verb in (("save",), ("remote", "ls")):
+        code, _, err = run_cli(*verb, "--store")
+        assert code == 2
+        assert f"hint: `kvstore {' '.join(verb)} -h` shows" in err
+
+
 def test_a_prompt_from_stdin_must_be_utf8(run_cli, monkeypatch):
     """Bytes that are none are told in one sentence."""
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
