@@ -9,9 +9,10 @@ nats), how often the first choice is the same, and the change in perplexity.
 With `--basis`, a file in `bases/` of a store, its `fit` codecs are measured beside the
 others. The texts are then for reports: none that `kvstore calibrate` learns from, nor
 any by which something of the codecs was chosen (those were Vim's reference and Node's).
-`--kinds` names what to read: `english` (licences, the Perl manual), `code`, `chat`,
-`json`, or a language that Vim's tutor is in, such as `de`. Without a basis they are
-Python's language reference, which `calibrate` learns from.
+`--kinds` names what to read: `english` (the system's licences and Perl's messages),
+`licences` (of Python packages), `code`, `chat`, `json`, or a language that Vim's tutor
+is in, such as `de`. Without a basis they are Python's language reference, which
+`calibrate` learns from.
 
 Of a model with sliding windows, bits are those of the layers that attend to everything:
 the others are stored without loss.
@@ -237,10 +238,12 @@ def texts_of(kind: str, tokenizer: Any) -> list[str]:
 
         return ["\n\n".join(topics[name] for name in sorted(topics))]
     if kind == "english":
-        manual = [
-            text[20_000:60_000] for text in system_texts("perl/*/pod/perldiag.pod")
-        ]
-        return [text[:_MAX_LETTERS] for text in (*licences(), *manual)]
+        messages = "".join(system_texts("perl/*/pod/perldiag.pod"))
+        parts = [messages[begin:] for begin in range(20_000, len(messages), 80_000)]
+        texts = *system_texts("common-licenses/*-[0-9]*"), *parts
+        return [text[:_MAX_LETTERS] for text in texts]
+    if kind == "licences":
+        return [text[:_MAX_LETTERS] for text in licences()]
     if kind == "code":
         return [inspect.getsource(importlib.import_module(name)) for name in _MODULES]
     if kind == "chat":
@@ -251,8 +254,8 @@ def texts_of(kind: str, tokenizer: Any) -> list[str]:
 
 
 def system_texts(pattern: str) -> list[str]:
-    """Return what the system has of such files."""
-    found = sorted(Path("/usr/share").glob(pattern))
+    """Return what the system has of such files, each once."""
+    found = sorted({path.resolve() for path in Path("/usr/share").glob(pattern)})
     return [path.read_text(errors="replace") for path in found]
 
 

@@ -25,7 +25,7 @@ from .floats import Floats, narrow, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
-RATES = ("1", "1.25", "1.5", "1.75", "2", "2.25", "2.5", "3", "4")
+RATES = ("1", "1.25", "1.5", "1.75", "2", "2.25", "2.5", "2.75", "3", "4")
 """Bits per number that each step is chosen for."""
 MAX_WIDTH = 512
 """Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
