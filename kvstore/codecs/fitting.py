@@ -25,8 +25,9 @@ from .floats import Floats, narrow, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
-RATES = ("1", "1.25", "1.5", "1.75", "2", "2.25", "2.5", "2.75", "3", "4")
-"""Bits per number that each step is chosen for."""
+_EIGHTHS = (8, 9, 10, 12, 13, 14, 16, 18, 20, 22, 24, 32)
+RATES = tuple(f"{eighths / 8:g}" for eighths in _EIGHTHS)
+"""Bits per number that a step is chosen for each, as dense as steps are at first."""
 MAX_WIDTH = 512
 """Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
 VALUE_RATIO = 2.4
