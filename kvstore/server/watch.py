@@ -142,19 +142,33 @@ def watch(
     What mlx-lm logs of a request that is wrong, or of an answer that it cannot read,
     is cut before it quotes either, unless debugging was asked for.
     """
-    handler_class = server.APIHandler
-    post, send = handler_class.do_POST, handler_class.send_response
-    one, usage = (
-        handler_class.generate_response,
-        handler_class.completion_usage_response,
-    )
-    end_headers = handler_class.end_headers
-    handle = handler_class.handle_one_request
-    scan = server.scan_cache_dir
 
     def lookup() -> Lookup | None:
         prompt = requests.current.prompt
         return None if prompt is None else cache_of().lookup_of(prompt)
+
+    def end(served: Served) -> None:
+        try:
+            found = lookup()
+            _log_request(served, found)
+            if note is not None:
+                note(served, found)
+        finally:
+            requests.end()
+
+    quiet = {say.__name__: _unquoted(say) for say in (logging.warning, logging.error)}
+    server.logging = SimpleNamespace(**vars(logging) | quiet)
+    server.scan_cache_dir = _scan_or_nothing(server.scan_cache_dir)
+    _watch_posts(server.APIHandler, requests, end)
+    _watch_lines(server.APIHandler)
+    _add_lookups(server.APIHandler, lookup)
+
+
+def _watch_posts(
+    handler_class: Any, requests: Requests, end: Callable[[Served], None]
+) -> None:
+    """Note how each request to generate begins, is answered, and ends."""
+    post, send = handler_class.do_POST, handler_class.send_response
 
     def do_post(handler: Any) -> None:
         served = requests.begin(_escaped(handler.path.partition("?")[0]))
@@ -170,18 +184,20 @@ def watch(
             served.given_up = "the server stops"
             handler.close_connection = True
         finally:
-            try:
-                found = lookup()
-                _log_request(served, found)
-                if note is not None:
-                    note(served, found)
-            finally:
-                requests.end()
+            end(served)
 
     def send_response(handler: Any, code: int, message: str | None = None) -> None:
         if handler.command == "POST":
             requests.current.status = code
         send(handler, code, message)
+
+    handler_class.do_POST = do_post
+    handler_class.send_response = send_response
+
+
+def _watch_lines(handler_class: Any) -> None:
+    """Log what is asked besides, and connections that break, in a line each."""
+    handle = handler_class.handle_one_request
 
     def log_request(handler: Any, code: Any = "-", size: Any = "-") -> None:
         if handler.command != "POST":  # which has a line of its own
@@ -197,6 +213,15 @@ def watch(
         except ConnectionError:
             handler.close_connection = True
             log.info("kvstore: %s: the client hung up", _name(handler))
+
+    handler_class.log_request = log_request
+    handler_class.log_message = log_message
+    handler_class.handle_one_request = handle_one_request
+
+
+def _add_lookups(handler_class: Any, lookup: Callable[[], Lookup | None]) -> None:
+    """Have answers say what came from disk and memory, in headers and in the usage."""
+    end_headers = handler_class.end_headers
 
     def with_headers(handler: Any) -> None:
         if handler.command == "POST" and (found := lookup()) is not None:
@@ -215,6 +240,12 @@ def watch(
 
         return made
 
+    handler_class.end_headers = with_headers
+    for name in ("generate_response", "completion_usage_response"):
+        setattr(handler_class, name, with_source(getattr(handler_class, name)))
+
+
+def _scan_or_nothing(scan: Callable[[], Any]) -> Callable[[], Any]:
     def scan_cache_dir() -> Any:
         try:
             return scan()
@@ -222,17 +253,7 @@ def watch(
             log.debug("kvstore: no models of the Hugging Face Hub: %s", error)
             return SimpleNamespace(repos=())
 
-    quiet = {say.__name__: _unquoted(say) for say in (logging.warning, logging.error)}
-    server.logging = SimpleNamespace(**vars(logging) | quiet)
-    handler_class.do_POST = do_post
-    handler_class.send_response = send_response
-    handler_class.log_request = log_request
-    handler_class.log_message = log_message
-    handler_class.handle_one_request = handle_one_request
-    handler_class.end_headers = with_headers
-    handler_class.generate_response = with_source(one)
-    handler_class.completion_usage_response = with_source(usage)
-    server.scan_cache_dir = scan_cache_dir
+    return scan_cache_dir
 
 
 def _unquoted(say: Callable[..., None]) -> Callable[..., None]:
