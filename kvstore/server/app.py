@@ -76,89 +76,104 @@ def serve(
         ValueError: mlx-lm does not take these arguments.
     """
     share_heap()
-    server = _copy_module("mlx_lm.server")
-    batches: list[Any] = []
-
-    def give_up() -> None:
-        for batch in batches:
-            batch.give_up()
-        batches.clear()
-
-    requests = Requests()
-    generator_class = mixed_generator(server)
-    providers: list[Any] = []
-    opened: list[DiskPromptCache] = []
-    generators: list[Any] = []
-
-    def make_provider(cli_args: argparse.Namespace) -> Any:
-        def note_kl(kl: float) -> None:
-            opened[-1].store.notes.add_reanchored(kl)
-
-        made = Provider(cli_args, give_up, reanchor=reanchor, note_kl=note_kl)
-        providers.append(made)
-        return made
-
-    def make_prompt_cache(max_size: int) -> DiskPromptCache:
-        opened.append(make_cache(providers[-1].describe, max_size))
-        # mlx-lm has set up its log only now.
-        log.info("kvstore: the store is shown at /kvstore%s", pages.login)
-        return opened[-1]
-
-    def make_generator(*parts: Any) -> Any:
-        generators.append(generator_class(give_up, requests, *parts))
-        if warm:
-            options = providers[-1].cli_args
-            start_warming(options.host, options.port, pages.token, warm)
-        return generators[-1]
-
+    server: Any = _copy_module("mlx_lm.server")
+    parts = _Parts(server, make_cache, pages, reanchor, warm)
     # mlx-lm's own parser would read the command line of this process.
-    server.argparse = SimpleNamespace(  # type: ignore[attr-defined]
+    server.argparse = SimpleNamespace(
         **{**vars(argparse), "ArgumentParser": _parser_class(args)}
     )
-    server.ModelProvider = make_provider  # type: ignore[attr-defined]
-    server.LRUPromptCache = make_prompt_cache  # type: ignore[attr-defined]
-    server.ResponseGenerator = make_generator  # type: ignore[attr-defined]
-
-    def keep(tokens: list[int], prompt_cache: list[Any]) -> None:
-        key = providers[-1].model_key
-        opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
-
-    def keep_prefill(tokens: list[int], prompt_cache: list[Any]) -> None:
-        opened[-1].keep_prefill(providers[-1].model_key, tokens, prompt_cache)
-
-    stream_generate = server.stream_generate
-
-    # A request that is served alone goes past the batch; what it computes is kept too.
-    def stream(**options: Any) -> Iterator[Any]:
-        generator = generators[-1]
-        return stream_alone(
-            stream_generate,
-            generator.key_alone,
-            keep_prefill,
-            lambda: generator._stop,
-            **options,
-        )
-
-    server.stream_generate = stream  # type: ignore[attr-defined]
-
-    def make_batch(*parts: Any, **options: Any) -> Any:
-        # There is one at a time.
-        batches[:] = [Batch(keep, keep_prefill, *parts, **options)]
-        return batches[0]
-
-    server.BatchGenerator = make_batch  # type: ignore[attr-defined]
-    _check_requests(server.APIHandler, requests, tenant_header)
+    server.ModelProvider = parts.make_provider
+    server.LRUPromptCache = parts.make_prompt_cache
+    server.ResponseGenerator = parts.make_generator
+    server.stream_generate = parts.stream
+    server.BatchGenerator = parts.make_batch
+    _check_requests(server.APIHandler, parts.requests, tenant_header)
     drift = Drift()
 
     def note(served: Served, found: Lookup | None) -> None:
         if pages.metrics:
             pages.metrics.note(served, found)
         if found is not None:
-            _compare(providers[-1], opened[-1], drift, served, found)
+            _compare(parts.providers[-1], parts.opened[-1], drift, served, found)
 
-    watch(server, requests, lambda: opened[-1], note)
+    watch(server, parts.requests, lambda: parts.opened[-1], note)
     pages.attach(server.APIHandler)
-    _run(server, generators, opened, requests)
+    _run(server, parts.generators, parts.opened, parts.requests)
+
+
+class _Parts:
+    """Ours, in the place of mlx-lm's; each list has one, once mlx-lm has made it."""
+
+    def __init__(
+        self,
+        server: Any,
+        make_cache: MakeCache,
+        pages: Pages,
+        reanchor: float | None,
+        warm: Mapping[str, JSON] | None,
+    ) -> None:
+        self._make_cache, self._pages = make_cache, pages
+        self._reanchor, self._warm = reanchor, warm
+        self._generator_class = mixed_generator(server)
+        self._stream_generate = server.stream_generate
+        self._batches: list[Any] = []
+        self.requests = Requests()
+        self.providers: list[Any] = []
+        self.opened: list[DiskPromptCache] = []
+        self.generators: list[Any] = []
+
+    def make_provider(self, cli_args: argparse.Namespace) -> Any:
+        def note_kl(kl: float) -> None:
+            self.opened[-1].store.notes.add_reanchored(kl)
+
+        reanchor = self._reanchor
+        made = Provider(cli_args, self._give_up, reanchor=reanchor, note_kl=note_kl)
+        self.providers.append(made)
+        return made
+
+    def make_prompt_cache(self, max_size: int) -> DiskPromptCache:
+        self.opened.append(self._make_cache(self.providers[-1].describe, max_size))
+        # mlx-lm has set up its log only now.
+        log.info("kvstore: the store is shown at /kvstore%s", self._pages.login)
+        return self.opened[-1]
+
+    def make_generator(self, *given: Any) -> Any:
+        made = self._generator_class(self._give_up, self.requests, *given)
+        self.generators.append(made)
+        if self._warm:
+            options = self.providers[-1].cli_args
+            start_warming(options.host, options.port, self._pages.token, self._warm)
+        return made
+
+    def make_batch(self, *given: Any, **options: Any) -> Any:
+        # There is one at a time.
+        self._batches[:] = [Batch(self._keep, self._keep_prefill, *given, **options)]
+        return self._batches[0]
+
+    def stream(self, **options: Any) -> Iterator[Any]:
+        # A request that is served alone goes past the batch; what it computes is kept
+        # too.
+        generator = self.generators[-1]
+        return stream_alone(
+            self._stream_generate,
+            generator.key_alone,
+            self._keep_prefill,
+            lambda: generator._stop,
+            **options,
+        )
+
+    def _give_up(self) -> None:
+        for batch in self._batches:
+            batch.give_up()
+        self._batches.clear()
+
+    def _keep(self, tokens: list[int], prompt_cache: list[Any]) -> None:
+        key = self.providers[-1].model_key
+        self.opened[-1].insert_cache(key, tokens, prompt_cache, cache_type="user")
+
+    def _keep_prefill(self, tokens: list[int], prompt_cache: list[Any]) -> None:
+        key = self.providers[-1].model_key
+        self.opened[-1].keep_prefill(key, tokens, prompt_cache)
 
 
 def _compare(
