@@ -446,6 +446,11 @@ def model_options(command: F, *, is_needed: bool = True) -> F:
     )(command)
 
 
+def _note(key: str, context: click.Context, _: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta[key] = value
+
+
 def prompt_options(command: F, *, is_argument: bool = True) -> F:
     """Add the options that make a prompt; they come as one ``PromptOptions``."""
     prompt = option(
@@ -461,13 +466,8 @@ def prompt_options(command: F, *, is_argument: bool = True) -> F:
         metavar="[PROMPT]",
         required=False,
         expose_value=False,
-        callback=_note_argument,
+        callback=functools.partial(_note, _ARGUMENT),
     )(command)
-
-
-def _note_argument(context: click.Context, _: click.Parameter, value: Any) -> None:
-    if value is not None:
-        context.meta[_ARGUMENT] = value
 
 
 _template_options = all_of(
@@ -628,17 +628,12 @@ def _codec_or_quality(
     return codec or quality
 
 
-def _note_quality(context: click.Context, _: click.Parameter, value: Any) -> None:
-    if value is not None:
-        context.meta[_QUALITY] = value
-
-
 _quality = option(
     "--quality",
     type=click.Choice(QUALITIES),
     expose_value=False,
     is_eager=True,
-    callback=_note_quality,
+    callback=functools.partial(_note, _QUALITY),
     help="Store with the smallest codec that `kvstore calibrate` has measured to change"
     " what this model says by no more: KL 0.001 for high, 0.003 for balanced, 0.01 for"
     " small. Of a model that is not measured: "
