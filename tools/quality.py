@@ -283,6 +283,8 @@ def fit_codecs(basis: bytes | None) -> list[str]:
 def cut(texts: Sequence[list[int]], count: int, length: int) -> list[list[int]]:
     """Return ``count`` stretches of ``length`` tokens, evenly spread over the texts."""
     tokens = [token for text in texts for token in text]
+    if not tokens:
+        sys.exit("error: the system has no such texts; give others with `--texts`")
     if len(tokens) < count * length:
         sys.exit(f"error: the texts have {len(tokens)} tokens, not {count * length}")
     step = len(tokens) // count

@@ -25,6 +25,7 @@ _HINTS = {
     errno.EPERM: "check owner and mode of the folder, or choose another",
     errno.EROFS: "choose a folder that can be written, with `--store DIR`",
     errno.EIO: "the disk fails: look at the system's log before you write to it again",
+    errno.EADDRINUSE: "another program listens there: choose another with `--port`",
     errno.EMFILE: "raise the limit of open files, with `ulimit -n`",
     errno.EFBIG: "raise the limit of the size of files, with `ulimit -f`",
     errno.ENOENT: "check the path",

@@ -27,7 +27,7 @@ from .rotary import angles, rotate
 Doubles = npt.NDArray[np.float64]
 _EIGHTHS = (8, 9, 10, 12, 13, 14, 16, 18, 20, 22, 24, 32)
 RATES = tuple(f"{eighths / 8:g}" for eighths in _EIGHTHS)
-"""Bits per number that a step is chosen for each, as dense as steps are at first."""
+"""Bits per number; the lower ones are about as close as steps are."""
 MAX_WIDTH = 512
 """Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
 VALUE_RATIO = 2.4

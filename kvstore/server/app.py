@@ -102,7 +102,7 @@ def serve(
 
 
 class _Parts:
-    """Ours, in the place of mlx-lm's; each list has one, once mlx-lm has made it."""
+    """Ours, in the place of mlx-lm's; each list has one at most, which mlx-lm makes."""
 
     def __init__(
         self,
@@ -387,11 +387,11 @@ def _check_address(host: str, port: int) -> None:
         with socket.socket(family, kind, protocol) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen()
+            listener.listen()  # two may be bound to one port, and one can listen
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise KVStoreError(
-            f"cannot listen at {host}:{port}: {why}",
+            f"cannot listen at {host}, port {port}: {why}",
             hint="choose another place with `--host` and `--port`",
         ) from error
 

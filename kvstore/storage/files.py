@@ -21,9 +21,8 @@ from ..errors import KVStoreError, StoreLockedError
 
 # What one call of the system takes, on Linux and on macOS.
 _MAX_BUFFERS = 1024
-# What is written at a time: of less the system makes many small pages, and of more such
-# of 2 MB, which a virtual machine may have given back, and each then takes ten times as
-# long.
+# What is written at a time. Smaller writes make many small pages. Of larger ones come
+# pages of 2 MB, ten times as slow where a virtual machine has given them back.
 _PIECE = 1024 * 1024
 CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"
@@ -320,7 +319,7 @@ def open_regular(path: Path) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
-def is_regular(path: Path, or_missing: bool = False) -> bool:
+def is_regular(path: Path, *, or_missing: bool = False) -> bool:
     """Whether a path is a file, and no link, folder or pipe; or nothing, if asked."""
     # Asked once: another process may make or remove it meanwhile.
     try:
