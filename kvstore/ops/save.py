@@ -36,6 +36,8 @@ from .commit import commit, make_room, replaceable
 
 # Of rows that are being encoded.
 _MAX_BYTES = 256 * 1024 * 1024
+# Of two shards under way, each of which ends in a block that goes past its limit.
+_MAX_STAGED = 3 * shards.MAX_BYTES
 # How often blocks that `prune` takes away meanwhile are written again.
 _TRIES = 3
 
@@ -223,7 +225,7 @@ def _write_missing(
     try:
         found = batches(encoder.encode(_missing(blocks, encoder)))
         staged = map_in_order(
-            stage, found, 2, nbytes=shards.nbytes_of, max_bytes=2 * shards.MAX_BYTES
+            stage, found, 2, nbytes=shards.nbytes_of, max_bytes=_MAX_STAGED
         )
         with closing(staged):
             for stack, shard in staged:

@@ -1,12 +1,16 @@
 """What a store promises: right rows, shared blocks, names, exactness."""
 
 import copy
+import threading
+from contextlib import contextmanager
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
 
 import kvstore
+from kvstore.format import shard
+from kvstore.ops import save
 from kvstore.storage.folder import create_folder
 
 BLOCK = 16
@@ -492,6 +496,27 @@ def test_many_blocks_make_several_shards(path):
         store.save(tokens, cache, MODEL, name="x")
         assert len(stored_bytes(store)) == 3
         assert rows_of(store.load_entry("x", MODEL)[0]) == rows_of(cache)
+
+
+def test_a_shard_is_written_while_the_one_before_is_synced(path, monkeypatch):
+    """Also where blocks do not fill a shard to the byte."""
+    both = threading.Barrier(2)
+    staged_shard, block_bytes = save.staged_shard, 2 * 2 * BLOCK * 64 * 2
+
+    @contextmanager
+    def meet(*given):
+        with staged_shard(*given) as staged:
+            both.wait(timeout=60)
+            yield staged
+
+    monkeypatch.setattr(save, "staged_shard", meet)
+    factor, most = save._MAX_STAGED // shard.MAX_BYTES, block_bytes * 3 // 2
+    monkeypatch.setattr(shard, "MAX_BYTES", most)
+    monkeypatch.setattr(save, "_MAX_STAGED", factor * most)
+    cache = make_cache(4 * BLOCK, layers=1, heads=2)
+    with kvstore.Store(path, codec="raw") as store:
+        store.save(list(range(4 * BLOCK)), cache, MODEL, name="x")
+        assert len(stored_bytes(store)) == 2
 
 
 def test_a_prompt_may_leave_many_conversations(path):
