@@ -34,7 +34,7 @@ _WINDOW = "RotatingKVCache"
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class MovedRun:
     """Tokens that a stored prompt and another have in common, at other places."""
 
     # Of the first one, in what is stored and in the prompt.
@@ -42,11 +42,11 @@ class Moved:
     target: int
     size: int
 
-    def behind(self, begin: int) -> Moved:
+    def behind(self, begin: int) -> MovedRun:
         """Return the part of it that begins there in the prompt, or later."""
         skipped = max(0, begin - self.target)
         places = self.source + skipped, self.target + skipped
-        return Moved(*places, max(0, self.size - skipped))
+        return MovedRun(*places, max(0, self.size - skipped))
 
 
 class Reanchoring:
@@ -86,7 +86,7 @@ class Reanchoring:
         """Return how many rows of a prompt cache were taken over, at most."""
         return read_provenance(prompt_cache).num_moved
 
-    def gain(self, runs: Sequence[Moved]) -> int:
+    def gain(self, runs: Sequence[MovedRun]) -> int:
         """Return of how many tokens rows are taken over from some runs."""
         return sum(run.size - self.num_fresh for run in runs)
 
@@ -106,7 +106,7 @@ class Reanchoring:
         prompt_cache: PromptCache,
         prompt: Sequence[int],
         source: PromptCache,
-        runs: Sequence[Moved],
+        runs: Sequence[MovedRun],
     ) -> None:
         """Grow a prompt cache by rows of another one, and by what it computes.
 
@@ -219,7 +219,7 @@ class Sketch:
         return cls(array, grams, marks)
 
 
-def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Moved]:
+def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[MovedRun]:
     """Return what both have in common behind small changes, in the order of both.
 
     Args:
@@ -233,7 +233,7 @@ def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Mov
     left = np.searchsorted(known, given.grams, "left")
     right = np.searchsorted(known, given.grams, "right")
     places = np.flatnonzero(left < right)
-    found: list[Moved] = []
+    found: list[MovedRun] = []
     # From where both part, though more may be had of another prompt: what stands there
     # tells which places are the same ones.
     source = target = done = _common(stored.tokens, given.tokens)
@@ -250,7 +250,7 @@ def find_runs(stored: Sketch, given: Sketch, begin: int, least: int) -> list[Mov
         changed = max(target - done, place - source)
         if size >= max(least, _SHARE * changed):
             source = place
-            found.append(Moved(source, target, size))
+            found.append(MovedRun(source, target, size))
             source, target = source + size, target + size
             done = target
         else:

@@ -25,9 +25,10 @@ from .floats import Floats, narrow, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
-_EIGHTHS = (8, 9, 10, 12, 13, 14, 16, 18, 20, 22, 24, 32)
-RATES = tuple(f"{eighths / 8:g}" for eighths in _EIGHTHS)
-"""Bits per number; the lower ones are about as close as steps are."""
+RATES = (
+    "1", "1.125", "1.25", "1.5", "1.625", "1.75", "2", "2.25", "2.5", "2.75", "3", "4",
+)  # fmt: skip
+"""Bits per number that a step is chosen for. Below 2, nearly every step has a rate."""
 MAX_WIDTH = 512
 """Of a part, where a head's key and value are not longer: what a CPU decodes fast."""
 VALUE_RATIO = 2.4

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..caches.layout import flatten, has_only_rows
 from ..caches.live import PromptCache
-from ..caches.reanchor import MIN_MOVED, Moved, Reanchoring, Sketch, find_runs, head
+from ..caches.reanchor import MIN_MOVED, MovedRun, Reanchoring, Sketch, find_runs, head
 from ..errors import FormatError, IntegrityError
 from ..format.block import Progress
 from ..format.chain import common_run
@@ -98,7 +98,7 @@ def _behind_changes(
             return None
     source, hit = restore(blocks, hit, progress)
     runs = [
-        Moved(run.source, run.target, size)
+        MovedRun(run.source, run.target, size)
         for run in runs
         if (size := min(run.size, hit.num_tokens - run.source)) >= least
     ]

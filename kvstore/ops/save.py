@@ -36,7 +36,7 @@ from .commit import commit, make_room, replaceable
 
 # Of rows that are being encoded.
 _MAX_BYTES = 256 * 1024 * 1024
-# Of two shards under way, each of which ends in a block that goes past its limit.
+# Of two shards under way. The last block of a shard may go past the shard's limit.
 _MAX_STAGED = 3 * shards.MAX_BYTES
 # How often blocks that `prune` takes away meanwhile are written again.
 _TRIES = 3

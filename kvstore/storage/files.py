@@ -21,8 +21,8 @@ from ..errors import KVStoreError, StoreLockedError
 
 # What one call of the system takes, on Linux and on macOS.
 _MAX_BUFFERS = 1024
-# What is written at a time. Smaller writes make many small pages. Of larger ones come
-# pages of 2 MB, ten times as slow where a virtual machine has given them back.
+# Bytes that one call writes. Smaller writes make many small pages. Larger writes get
+# pages of 2 MB, which are slow where a virtual machine has given memory back.
 _PIECE = 1024 * 1024
 CACHEDIR_TAG = (
     b"Signature: 8a477f597d28d172789f06886806bc55\n"

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import kvstore
 from kvstore.caches.live import read_provenance
 from kvstore.caches.provenance import Provenance
-from kvstore.caches.reanchor import NUM_FRESH, Moved, Sketch, find_runs
+from kvstore.caches.reanchor import NUM_FRESH, MovedRun, Sketch, find_runs
 from kvstore.cli import cli
 from kvstore.format.chain import common_run
 from kvstore.server import DiskPromptCache, ServedModel
@@ -453,11 +453,14 @@ def test_runs_are_found_in_order_and_at_their_full_length():
     """Wherever they stand, and however often a token comes."""
     rng = random.Random(3)
     a, b, c = ([rng.randrange(50) for _ in range(n)] for n in (200, 200, 50))
-    assert runs(a + b, [1, 2, *a, *c, *b]) == [Moved(0, 2, 200), Moved(200, 252, 200)]
+    assert runs(a + b, [1, 2, *a, *c, *b]) == [
+        MovedRun(0, 2, 200),
+        MovedRun(200, 252, 200),
+    ]
     # Parts in another order: only what is in the order of both.
-    assert runs(a + b + c, a + c + b) == [Moved(200, 250, 200)]
+    assert runs(a + b + c, a + c + b) == [MovedRun(200, 250, 200)]
     assert runs(a, a[:39] + c) == []
-    assert runs([5] * 100, [7] + [5] * 80) == [Moved(0, 1, 80)]
+    assert runs([5] * 100, [7] + [5] * 80) == [MovedRun(0, 1, 80)]
     assert runs(a, []) == runs([], a) == []
 
 
@@ -466,11 +469,11 @@ def test_runs_of_what_is_had_already_are_cut():
     rng = random.Random(3)
     a, b = ([rng.randrange(50) for _ in range(200)] for _ in range(2))
     stored, given = Sketch.of([1, *a, *b]), Sketch.of([2, 3, *a, 4, *b])
-    whole = [Moved(1, 2, 200), Moved(201, 203, 200)]
+    whole = [MovedRun(1, 2, 200), MovedRun(201, 203, 200)]
     assert find_runs(stored, given, 0, 40) == whole
-    assert find_runs(stored, given, 102, 40) == [Moved(101, 102, 100), whole[1]]
+    assert find_runs(stored, given, 102, 40) == [MovedRun(101, 102, 100), whole[1]]
     assert find_runs(stored, given, 170, 40) == whole[1:]
-    assert find_runs(stored, given, 300, 40) == [Moved(298, 300, 103)]
+    assert find_runs(stored, given, 300, 40) == [MovedRun(298, 300, 103)]
     assert find_runs(stored, given, 390, 40) == []
 
 
