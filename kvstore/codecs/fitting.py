@@ -8,10 +8,8 @@ head is taken to matter alike.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,7 @@ from ..format.documents import JSON
 from .base import Array, Codec, Rows
 from .fit import NUM_SINKS, Fit, exponents_of
 from .fitted import describe, fitted_from_file, joined, log_sizes
-from .floats import Floats, narrow, widen
+from .floats import Floats, widen
 from .rotary import angles, rotate
 
 Doubles = npt.NDArray[np.float64]
@@ -99,12 +97,15 @@ def make_group(
 class GroupFit:
     """Fits layers of equal shape, sample by sample.
 
-    Samples are held, in files, to learn from all of them how the scale of a row is
-    told. Of those for which there is no room only sums are kept.
+    Samples are held as they are given, to learn from all of them how the scale of a row
+    is told. Of those for which there is no room only sums are kept.
 
     Args:
         group: The layers.
         rotation: How positions rotate keys.
+
+    Attributes:
+        is_full: Of what is added now, only sums are kept.
     """
 
     def __init__(self, group: BasisGroup, rotation: Rotation) -> None:
@@ -112,9 +113,8 @@ class GroupFit:
         self.samples: list[Sample] = []
         self._frequencies = np.tile(rotation.frequencies, (len(group.layers), 1))
         self._held_bytes = 0
-        self._is_begun = False
+        self.is_full = False
         self._num_rows = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="kvstore-")
         parts = (len(group.layers), group.num_parts)
         self._covariance = np.zeros((*parts, group.width, group.width))
         heads = 2 * group.num_joined
@@ -122,17 +122,17 @@ class GroupFit:
 
     def add(self, sample: Sample) -> None:
         """Learn from a sample; all have gradients, or none has."""
-        if self._is_begun:
+        if self.is_full:
             self._sum(sample)
             return
-        self.samples.append(self._held(sample))
-        self._held_bytes += self.samples[-1].nbytes
+        self.samples.append(sample)
+        self._held_bytes += sample.nbytes
         if self._held_bytes > _MAX_HELD_BYTES:
             self._begin()
 
     def finish(self) -> None:
         """Learn from what is held; nothing can be added any more."""
-        if not self._is_begun:
+        if not self.is_full:
             self._begin()
         self._covariance /= self._num_rows
         self._metric /= self._num_rows
@@ -166,7 +166,7 @@ class GroupFit:
 
     def _begin(self) -> None:
         """Learn how scales are told, and sum up what was held."""
-        self._is_begun = True
+        self.is_full = True
         means = [self._long(s, s.x).mean(axis=-2) for s in self.samples]
         counts = [s.x.shape[2] - _num_sinks(s) for s in self.samples]
         self._mean = np.average(means, axis=0, weights=counts).astype(np.float32)
@@ -188,17 +188,6 @@ class GroupFit:
             self._sum(sample)
         del self.samples[2:]  # the others are needed no more
         self.samples = [s.in_memory() for s in self.samples]
-        self._folder.cleanup()
-
-    def _held(self, sample: Sample) -> Sample:
-        """Return a sample that lies in files, its gradients in 16 bits."""
-        drawn = [narrow(each.astype(np.float32), "BF16") for each in sample.gradients]
-        found = []
-        for number, array in enumerate([sample.x, *drawn]):
-            path = Path(self._folder.name, f"{len(self.samples)}-{number}.npy")
-            np.save(path, array)
-            found.append(np.load(path, mmap_mode="r"))
-        return replace(sample, x=found[0], gradients=tuple(found[1:]))
 
     def _centred(self, sample: Sample) -> Floats:
         return np.asarray(self._long(sample, sample.x) - self._mean[:, :, None])

@@ -40,6 +40,7 @@ from ..storage.bases import (
 from ..storage.folder import create_folder, open_folder
 from ..store import Store
 from .corpus import Stretches
+from .held import hold
 from .load import LoadedModel
 from .session import prefill, usual_step_size
 
@@ -78,6 +79,8 @@ def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -
         if not fits:
             pairs = zip(groups, samples, strict=True)
             fits = [start_fit(group, [sample]) for group, sample in pairs]
+        if not all(fit.is_full for fit in fits):
+            samples = hold(samples)
         for fit, sample in zip(fits, samples, strict=True):
             fit.add(sample)
     progress(len(contexts), len(contexts))

@@ -2,6 +2,10 @@
 
 import io
 import json
+import mmap
+import os
+import sys
+import tempfile
 from dataclasses import asdict, replace
 from unittest.mock import patch
 
@@ -16,6 +20,7 @@ from kvstore.cli import cli
 from kvstore.cli.commands.calibrate import format_calibration
 from kvstore.cli.output import format_codec
 from kvstore.codecs import fitting
+from kvstore.codecs.floats import narrow
 from kvstore.errors import IntegrityError
 from kvstore.format.block import StoredBlock
 from kvstore.format.calibration import (
@@ -28,7 +33,7 @@ from kvstore.format.calibration import (
 )
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_to_bytes, parse_entry
-from kvstore.models import calibrate, corpus
+from kvstore.models import calibrate, corpus, held
 from kvstore.ops.quality import find_loss
 from kvstore.storage.bases import (
     basis_path,
@@ -191,6 +196,44 @@ def test_a_basis_is_made_of_what_is_stored(saved):
         loaded, _ = store.load([*fitted.TOKENS, 7], fitted.MODEL)
     error = fitted.relative_error(fitted.rows_of(cache), fitted.rows_of(loaded))
     assert error < 0.05
+
+
+def test_calibrating_from_a_store_writes_no_rows_to_files(saved, tmp_path, monkeypatch):
+    """Those of an encrypted store would lie there in the clear."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    created = []
+
+    def note(event, arguments):
+        if event == "open" and created is not None:
+            path, _, flags = arguments
+            written = flags & (os.O_WRONLY | os.O_RDWR)
+            if written and not str(path).startswith(str(saved.path)):
+                created.append(path)
+
+    sys.addaudithook(note)
+    basis = saved.calibrate().basis
+    found, created = created, None
+    assert basis in list_bases(open_folder(saved.path))
+    assert ([], []) == (found, list(temporary.iterdir()))
+
+
+def test_samples_are_held_in_files_without_names(tmp_path, monkeypatch):
+    """They are as they were, gradients in 16 bits, and no folder shows them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    random = np.random.default_rng(1)
+    rows = random.integers(0, 2**16, (1, 2, 8, 4)).astype(np.uint16)
+    gradient = random.standard_normal(rows.shape, np.float32)
+    given = fitting.Sample(0, "BF16", rows, (gradient,))
+    one, other = held.hold([given, replace(given, x=gradient, dtype="F32")])
+    assert [] == list(tmp_path.iterdir())
+    assert isinstance(one.x.base.base.obj, mmap.mmap)
+    assert ("BF16", kit.bits_of(rows)) == (one.dtype, kit.bits_of(one.x))
+    assert ("F32", kit.bits_of(gradient)) == (other.dtype, kit.bits_of(other.x))
+    for sample in (one, other):
+        expected = kit.bits_of(narrow(gradient, "BF16"))
+        assert [expected] == [kit.bits_of(each) for each in sample.gradients]
 
 
 def test_a_purge_names_the_bases_of_stored_rows(saved):
