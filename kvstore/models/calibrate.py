@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,14 +128,26 @@ def calibrate_model(
         # Whoever stops now goes on with `measure_only`.
         basis = keep_basis(folder, fitted, loaded.fingerprint.bare).basis
     bases = [read_basis_bytes(folder, basis)] if basis else []
-    rates = read_basis(folder, basis).steps if basis else []
-    codecs = [*(f"fit{rate}@{basis}+zstd" for rate in rates), *TURBO]
-    measured = measure(model, left_out, codecs, bases, bar("measure"))
+    names = _names(basis, read_basis(folder, basis).steps) if basis else {}
+    names |= {codec: [codec] for codec in TURBO}
+    figures = measure(model, left_out, [*names], bases, bar("measure"))
+    measured = [replace(one, codec=n) for one in figures for n in names[one.codec]]
     found = Calibration(digest, label, basis, len(left_out), tuple(measured))
     for data in bases:
         add_basis(folder, data)  # measuring took long, and `prune` may have run
     write_calibration(folder, found)
     return found
+
+
+def _names(basis: str, steps: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the names of the codecs in a basis, all of one step under their first.
+
+    They are one codec, which is measured once.
+    """
+    found: dict[int, list[str]] = {}
+    for rate, step in steps.items():
+        found.setdefault(step, []).append(f"fit{rate}@{basis}+zstd")
+    return {names[0]: names for names in found.values()}
 
 
 def measure(

@@ -40,6 +40,7 @@ from kvstore.storage.bases import (
     calibrated_bases,
     calibration_path,
     list_bases,
+    read_basis,
     read_calibration,
     write_calibration,
 )
@@ -337,6 +338,31 @@ def test_a_model_is_calibrated(small, tmp_path):
     assert found == read_calibration(
         open_folder(tmp_path / "store"), fitted.MODEL.digest
     )
+
+
+def test_rates_of_one_step_are_measured_once(small, tmp_path, monkeypatch):
+    """Both names have the figures; of each name a quality may be chosen."""
+    monkeypatch.setattr(fitting, "RATES", ("2", "2.001", "4"))
+    asked = []
+
+    def measure(model, contexts, codecs, *_):
+        asked.extend(codecs)
+        return [Measured(codec, 2.0, 0.1 * n, 0, 1) for n, codec in enumerate(codecs)]
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    loaded = kit.LoadedModel(architectures.make_model("llama"), None, fitted.MODEL)
+    contexts = np.random.default_rng(1).integers(3, 60, (5, 272)).tolist()
+    with kvstore.Store(tmp_path / "store") as store:
+        found = calibrate.calibrate_model(
+            loaded, store, contexts, bar=lambda what: lambda done, total: None
+        )
+    steps = read_basis(open_folder(tmp_path / "store"), found.basis).steps
+    assert steps["2"] == steps["2.001"] > steps["4"]
+    first, same, finer, turbo = found.measured
+    assert [first.codec, finer.codec, turbo.codec] == asked
+    assert f"fit2.001@{found.basis}+zstd" == same.codec
+    assert first == replace(same, codec=first.codec)
+    assert finer.kl > first.kl
 
 
 def test_a_basis_that_was_pruned_while_it_was_measured_is_there(small, tmp_path):
