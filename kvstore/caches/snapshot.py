@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from ..codecs.base import Codec, Layers, Parts
+from ..codecs.base import Array, Codec, Layers, Parts
 from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..codecs.turbo import Turbo
 from ..format.block import Block, BlockHash, Origin
@@ -30,6 +30,7 @@ from ..format.entry import Entry
 from . import live as caches
 from .kinds.base import Held
 from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
+from .layer_errors import SAMPLE, is_measured, sample_blocks, sample_layers
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .memory import is_shared
 from .provenance import Provenance
@@ -127,24 +128,32 @@ def read_layers(held: Sequence[Held], piece: Piece) -> Layers:
 
 
 def _encode_layers(
-    held: Sequence[Held], piece: Piece, codec: Codec | None, num_blocks: int = 1
+    held: Sequence[Held],
+    piece: Piece,
+    block: Block,
+    codec: Codec | None,
+    num_blocks: int = 1,
 ) -> dict[str, mx.array] | None:
     """Return a codec's parts of rows of some blocks, where a GPU can encode them.
 
     Args:
         held: What the caches hold.
         piece: What the first of the blocks has of an array.
+        block: The first of the blocks.
         codec: The codec, if any.
         num_blocks: How many blocks like it there are, one behind the other.
 
     Returns:
-        Arrays that are not evaluated, with an axis for the blocks before all others.
+        Parts, and a sample of the rows where errors are measured: arrays that are not
+        evaluated, with an axis for the blocks before all others.
     """
     encode = getattr(codec.array, "encode_on_device", None) if codec else None
-    if encode is None or piece.rows.side not in CODABLE:
+    if codec is None or encode is None or piece.rows.side not in CODABLE:
         return None
     x = _stack(_find_rows(held, piece, num_blocks))
     parts: dict[str, mx.array] | None = encode(x, piece.rows, num_blocks)
+    if parts is not None and is_measured(block, codec):
+        parts[SAMPLE] = _as_bits(sample_blocks(x, num_blocks))
     return parts
 
 
@@ -188,16 +197,21 @@ def _likeness(item: tuple[int, _Wanted]) -> tuple[Any, ...]:
     sides = [piece.rows.side for piece in pieces]
     # The first block of a sequence has rows that are coded otherwise.
     where = block.start - number * size, block.start == 0, number // _MAX_RUN
-    return *where, size, codec.name, shapes, sides
+    return *where, size, codec.name, is_measured(block, codec), shapes, sides
 
 
-def _take(piece: Piece, x: Layers | Parts, codec: Codec) -> Layers | Parts:
+def _take(piece: Piece, x: Layers | Parts, wanted: _Wanted) -> Layers | Parts:
     """Return codes of rows where they are made as fast as a copy, else a copy."""
-    turbo, rows = codec.array, piece.rows
+    turbo, rows = wanted.codec.array, piece.rows
     if not isinstance(turbo, Turbo) or isinstance(x, Mapping):
         return copied(x)
     is_codable = rows.side in CODABLE and turbo.is_quick(rows)
-    return cast("Parts", turbo.encode(x, rows)) if is_codable else copied(x)
+    if not is_codable:
+        return copied(x)
+    parts = cast("dict[str, Array]", turbo.encode(x, rows))
+    if is_measured(wanted.block, wanted.codec):
+        parts[SAMPLE] = sample_layers(x)
+    return parts
 
 
 class LiveRows:
@@ -249,7 +263,9 @@ class LiveRows:
             if rows.side in CODED:
                 members = [self._caches[layer] for layer in group.layers]
                 codes = read_codes(codec_of(group.layout), members, rows)
-            if codes is None and (made := _encode_layers(self._held, piece, codec)):
+            if codes is None and (
+                made := _encode_layers(self._held, piece, block, codec)
+            ):
                 mx.eval(made)
                 codes = {name: np.asarray(part)[0] for name, part in made.items()}
             yield piece, read_layers(self._held, piece) if codes is None else codes
@@ -280,7 +296,7 @@ class LiveRows:
             item: tuple[_Wanted, list[tuple[Piece, Layers | Parts]]],
         ) -> tuple[_Wanted, list[tuple[Piece, Taken]]]:
             one, read = item
-            return one, [(piece, _take(piece, x, one.codec)) for piece, x in read]
+            return one, [(piece, _take(piece, x, one)) for piece, x in read]
 
         read = ((one, list(self.read(one.block))) for one in wanted)
         return map_in_order(take, read, NUM_THREADS, nbytes=lambda _: 0, max_bytes=0)
@@ -297,7 +313,7 @@ class LiveRows:
         all_made: list[mx.array | dict[str, mx.array]] = []
         for _, alike in groupby(enumerate(wanted), key=_likeness):
             run = [one for _, one in alike]
-            made = [self._make(p, run[0].codec, len(run)) for p in run[0].pieces]
+            made = [self._make(p, run[0], len(run)) for p in run[0].pieces]
             mx.async_eval(made)
             all_made += made
             for number, one in enumerate(run):
@@ -307,10 +323,11 @@ class LiveRows:
         return found
 
     def _make(
-        self, piece: Piece, codec: Codec, num_blocks: int
+        self, piece: Piece, first: _Wanted, num_blocks: int
     ) -> mx.array | dict[str, mx.array]:
         """Return what is taken of an array of some blocks, not evaluated yet."""
-        made = _encode_layers(self._held, piece, codec, num_blocks)
+        block, codec, _ = first
+        made = _encode_layers(self._held, piece, block, codec, num_blocks)
         return made or _as_bits(_stack(_find_rows(self._held, piece, num_blocks)))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import IntegrityError
-from ..format.block import EXACT_BITS, Part, TensorSpec
+from ..format.block import EXACT_BITS, Part, TensorSpec, describe_parts
 from .dtypes import NUMPY_DTYPES
 from .zstd import Zstd
 
@@ -217,6 +217,24 @@ class Codec:
         if check is not None:
             check(opened, rows)
         return opened
+
+    def decode_parts(self, parts: Sequence[Part], rows: Rows, prefix: str) -> Array:
+        """Return the rows that :meth:`encode` made parts of, ``(L, H, T, D)``.
+
+        Raises:
+            IntegrityError: The parts are not what this codec makes of such rows.
+        """
+        opened = self.open_parts(parts, rows, prefix)
+        found = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
+        self.array.decode_into(opened, rows, list(found))
+        return found
+
+    def open_parts(
+        self, parts: Sequence[Part], rows: Rows, prefix: str
+    ) -> dict[str, Array]:
+        """Return what :meth:`open` does, of parts that are in no shard yet."""
+        data = b"".join(octets for part in parts for octets in part.buffers)
+        return self.open(memoryview(data), 0, describe_parts(parts), rows, prefix)
 
     def _compressor_of(self, part: str) -> Zstd | None:
         return self.compressor if self.array.is_compressible(part) else None

@@ -1,11 +1,11 @@
-"""Plain values that the parts of the store hand to each other. No behaviour."""
+"""Plain values that the parts of the store hand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NewType
+from typing import TYPE_CHECKING, Any, NamedTuple, NewType
 
 if TYPE_CHECKING:
     from .documents import JSON
@@ -66,6 +66,17 @@ class Part:
         return sum(map(len, self.buffers))
 
 
+class LayerError(NamedTuple):
+    """How far what a lossy codec stored of a layer is from what it was given."""
+
+    # Its number, caches in a ``CacheList`` counted one by one.
+    layer: int
+    # ``k`` for keys, ``v`` for values.
+    side: str
+    # Root of the mean square of the errors, in that of the rows.
+    error: float
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedBlock:
     """A block and its parts."""
@@ -81,6 +92,8 @@ class EncodedBlock:
     parts: tuple[Part, ...]
     # As in :class:`Place`.
     num_extras: int = 0
+    # Of some lossy blocks, those of their layers; of others nothing.
+    errors: tuple[LayerError, ...] = ()
     # BLAKE3 of all parts, made by the thread that made them: they are in its cache.
     digest: str = field(init=False)
 
@@ -121,6 +134,17 @@ class TensorSpec:
     raw_nbytes: int | None
 
 
+def describe_parts(parts: Iterable[Part]) -> dict[str, TensorSpec]:
+    """Return how a header describes parts of which the first begins the data."""
+    found, end = {}, 0
+    for part in parts:
+        begin, end = end, end + part.nbytes
+        found[part.name] = TensorSpec(
+            part.dtype, part.shape, begin, end, part.raw_nbytes
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
     """A block as a shard's header describes it."""
@@ -142,6 +166,8 @@ class StoredBlock:
     end: int
     # Its parts by name, in the order of their bytes.
     tensors: dict[str, TensorSpec]
+    # As in :class:`EncodedBlock`; advisory.
+    errors: tuple[LayerError, ...] = ()
 
     @property
     def is_exact(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from struct import pack
 from typing import Any
 
@@ -19,11 +20,13 @@ from .block import (
     Block,
     BlockHash,
     EncodedBlock,
+    LayerError,
     Origin,
     Part,
     ShardHeader,
     StoredBlock,
     TensorSpec,
+    describe_parts,
 )
 from .documents import (
     JSON,
@@ -39,6 +42,7 @@ FORMAT = 1
 MAX_BLOCKS = 64
 MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 4096
+_MAX_ERRORS = 8192
 _NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -62,6 +66,7 @@ def as_written(stored: StoredBlock, data: memoryview) -> EncodedBlock:
         stored.bits,
         parts,
         stored.num_extras,
+        stored.errors,
     )
 
 
@@ -137,13 +142,7 @@ def shard_header(origin: Origin, blocks: Sequence[StoredBlock]) -> bytes:
 
 def describe_block(encoded: EncodedBlock) -> StoredBlock:
     """Return a block as the header of a shard of its own would describe it."""
-    tensors: dict[str, TensorSpec] = {}
-    begin = end = 0
-    for part in encoded.parts:
-        begin, end = end, end + part.nbytes
-        tensors[part.name] = TensorSpec(
-            part.dtype, part.shape, begin, end, part.raw_nbytes
-        )
+    tensors = describe_parts(encoded.parts)
     return StoredBlock(
         encoded.block,
         encoded.codec,
@@ -152,8 +151,9 @@ def describe_block(encoded: EncodedBlock) -> StoredBlock:
         encoded.num_extras,
         encoded.digest,
         0,
-        end,
+        nbytes_of([encoded]),
         tensors,
+        encoded.errors,
     )
 
 
@@ -174,6 +174,7 @@ def _row(stored: StoredBlock) -> JSON:
             for name, spec in stored.tensors.items()
             if spec.raw_nbytes is not None
         },
+        **({"errors": stored.errors} if stored.errors else {}),
     }
 
 
@@ -279,7 +280,25 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
         begin,
         end,
         specs,
+        _parse_errors(row.get("errors", [])),
     )
+
+
+def _parse_errors(rows: Any) -> tuple[LayerError, ...]:
+    """Return errors by layer, each layer's of a side once and in order."""
+    if not isinstance(rows, list) or len(rows) > _MAX_ERRORS:
+        raise ValueError("errors of layers are no list of so many")
+    found = tuple(map(_parse_error, rows))
+    if any(one[:2] >= next_one[:2] for one, next_one in pairwise(found)):
+        raise ValueError("errors of layers are not in order")
+    return found
+
+
+def _parse_error(row: Any) -> LayerError:
+    match row:
+        case [layer, "k" | "v" as side, float(error)] if is_count(layer) and error >= 0:
+            return LayerError(layer, side, error)
+    raise ValueError("an error of a layer is none")
 
 
 def _parse_chain(row: JSON) -> Block:

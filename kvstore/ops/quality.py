@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
-from ..format.block import EXACT_BITS, StoredBlock
+from ..format.block import EXACT_BITS, LayerError, StoredBlock
 from ..format.calibration import Measured, rank
 from ..format.chain import is_reanchored
 from ..format.entry import Entry
@@ -82,6 +83,32 @@ def find_loss(
         return Loss(unknown=why)
     worst = max((known[codec] for codec in lossy), key=lambda one: one.kl, default=None)
     return Loss(worst, is_told=worst is not None and worst.codec not in measured)
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """How far stored rows are from those that were given, in some of the blocks."""
+
+    # Lossy blocks, and those in which it was measured.
+    num_lossy: int
+    num_measured: int
+    # Over all of these, by layer and side.
+    layers: tuple[LayerError, ...]
+
+
+def errors_of(stored: Iterable[StoredBlock]) -> Errors:
+    """Return the errors that the lossy ones of some blocks tell."""
+    lossy = [block for block in stored if not block.is_lossless]
+    measured = [block for block in lossy if block.errors]
+    squares: dict[tuple[int, str], list[float]] = {}
+    for block in measured:
+        for layer, side, error in block.errors:
+            squares.setdefault((layer, side), []).append(error**2)
+    layers = tuple(
+        LayerError(*where, math.sqrt(sum(found) / len(found)))
+        for where, found in sorted(squares.items())
+    )
+    return Errors(len(lossy), len(measured), layers)
 
 
 def refuse_loss(loss: Loss, max_kl: float) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, suppress
 import numpy as np
 
 from ..caches.kinds.turboquant import CODED, codec_of
+from ..caches.layer_errors import errors_of, is_measured
 from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
@@ -20,6 +21,7 @@ from ..format.block import (
     Block,
     BlockHash,
     EncodedBlock,
+    LayerError,
     Part,
     Progress,
     StoredBlock,
@@ -344,16 +346,26 @@ def encode_block(
     """
     twin = lossless_twin(codec)
     parts: list[Part] = []
+    errors: list[LayerError] = []
     for piece, layers in _join(pieces) if codec.is_joint else pieces:
         name = piece.rows.side
         array_codec = codec if name in CODABLE else twin
         if name in CODED and isinstance(layers, Mapping):
             array_codec = Codec(codec_of(piece.group.layout), twin.compressor)
-        parts += array_codec.encode(layers, piece.rows, f"{piece.number}.{name}.")
+        made = array_codec.encode(layers, piece.rows, f"{piece.number}.{name}.")
+        if is_measured(block, codec):
+            errors += errors_of(array_codec, piece, layers, made)
+        parts += made
     # Windows have moved on and states were elsewhere; only tokens are left.
     parts = parts or [Part("nothing", "U8", (1,), bytes(1))]
     return EncodedBlock(
-        block, codec.name, codec.is_lossless, bits, tuple(parts), num_extras
+        block,
+        codec.name,
+        codec.is_lossless,
+        bits,
+        tuple(parts),
+        num_extras,
+        tuple(sorted(errors)),
     )
 
 

@@ -14,7 +14,7 @@ import safetensors
 
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.format import shard as shards
-from kvstore.format.block import EXACT_BITS, EncodedBlock, Origin, Part
+from kvstore.format.block import EXACT_BITS, EncodedBlock, LayerError, Origin, Part
 from kvstore.format.chain import hash_root, split_tokens
 from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
@@ -52,7 +52,8 @@ def encode(number, block):
         make_part("0.k.mean", "F16", (2, 2, 5), number + 100),
         make_part("0.v.rows", "F32", (2, 1, 3), number + 200),
     )
-    return EncodedBlock(block, "turbo4+zstd", False, 4, parts)
+    errors = (LayerError(0, "k", 0.125), LayerError(3, "v", 0.0)) if number else ()
+    return EncodedBlock(block, "turbo4+zstd", False, 4, parts, errors=errors)
 
 
 ENCODED = [encode(number, block) for number, block in enumerate(BLOCKS)]
@@ -458,6 +459,16 @@ HOSTILE = {
     "bits of text": edit_row(bits="4"),
     "bits below none": edit_row(bits=-1),
     "bits of exact rows": edit_row(bits=255),
+    "errors that are an object": edit_row(errors={}),
+    "an error that is text": edit_row(errors=["x"]),
+    "an error of no layer": edit_row(errors=[[-1, "k", 0.1]]),
+    "an error of layer true": edit_row(errors=[[True, "k", 0.1]]),
+    "an error of no side": edit_row(errors=[[0, "x", 0.1]]),
+    "an error that is an integer": edit_row(errors=[[0, "k", 1]]),
+    "an error below nothing": edit_row(errors=[[0, "k", -0.1]]),
+    "two errors of a layer": edit_row(errors=[[0, "k", 0.1], [0, "k", 0.2]]),
+    "errors in no order": edit_row(errors=[[1, "k", 0.1], [0, "k", 0.1]]),
+    "errors without number": edit_row(errors=[[n, "k", 0.1] for n in range(9000)]),
     **{
         f"no {name}": drop(name)
         for name in ("hash", "parent", "start", "tokens", "codec", "lossless",

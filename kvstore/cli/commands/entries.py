@@ -37,7 +37,7 @@ from ..output import (
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
     from ...format.block import StoredBlock
-    from ...ops.quality import Loss
+    from ...ops.quality import Errors, Loss
     from ...ops.upkeep.purge import Traces
     from ...storage.index import Place
 
@@ -121,19 +121,24 @@ def inspect_entry(context: click.Context, ref: str) -> None:
 
     REF is a name, an id, or the start of an id.
     """
+    from ...ops.quality import errors_of
+
     output = output_of(context)
     store = open_store(context)
     entry = store.entry(ref)
     fingerprint = store.fingerprint_of(entry.id)
     chain = store.chain(entry.id)
     loss = store.loss(entry.id)
+    errors = errors_of(stored for _, stored in chain)
     data = {
         "entry": entry_data(entry),
         "loss": {"kl": loss.kl, "unknown": loss.unknown or None},
+        "errors": asdict(errors) | {"layers": [e._asdict() for e in errors.layers]},
         "fingerprint": {"digest": fingerprint.digest, **fingerprint.fields},
         "blocks": [_block_data(place, stored) for place, stored in chain],
     }
-    lines = format_fields(_entry_fields(entry, fingerprint, chain, loss))
+    fields = _entry_fields(entry, fingerprint, chain, loss, errors)
+    lines = format_fields(fields)
     table = format_table(_by_shard(chain), _shard_columns(chain), terminal_width())
     output.result("\n".join([*lines, "", *table]), data, [entry.id])
 
@@ -333,7 +338,11 @@ def _print_removed(
 
 
 def _entry_fields(
-    entry: Entry, fingerprint: Fingerprint, chain: Blocks, loss: Loss
+    entry: Entry,
+    fingerprint: Fingerprint,
+    chain: Blocks,
+    loss: Loss,
+    errors: Errors,
 ) -> list[tuple[str, str]]:
     codecs = Counter(stored.codec for _, stored in chain)
     config = fingerprint.fields.get("config")
@@ -356,6 +365,7 @@ def _entry_fields(
             else "no: near to what the model computed; a reply may differ in words",
         ),
         ("quality", loss_words(loss)),
+        *([("errors", error_words(errors))] if errors.layers else []),
         ("pinned", "yes: it is never evicted" if entry.pinned else "no"),
         ("model", entry.model),
         ("type", str(config.get("model_type")) if isinstance(config, dict) else "-"),
@@ -389,6 +399,19 @@ def loss_words(loss: Loss) -> str:
         f"KL {one.kl:.2g}, the first choice the same in {one.same_choice:.1%}, measured"
         f" on other texts with {format_codec(one.codec)}{source}"
     )
+
+
+def error_words(errors: Errors) -> str:
+    """Return how far stored rows are from those that were given, and where farthest."""
+    sides = []
+    for name, side in (("keys", "k"), ("values", "v")):
+        if found := [one for one in errors.layers if one.side == side]:
+            mean = sum(one.error for one in found) / len(found)
+            worst = max(found, key=lambda one: one.error)
+            most = f"at most {worst.error:.1%}, in layer {worst.layer}"
+            sides.append(f"{name} {mean:.1%} of their size ({most})")
+    blocks = format_count(errors.num_lossy, "lossy block")
+    return f"{', '.join(sides)}; measured in {errors.num_measured:,} of {blocks}"
 
 
 def codec_label(codec: str) -> str:

@@ -1,0 +1,81 @@
+"""How far the rows that a lossy codec stored are from those it was given, by layer.
+
+It is measured on a sample: of one block in 16, one token in 64. Where rows are encoded
+before they are handed on, their sample goes with the codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..codecs.base import Array, Codec, Layers, Parts
+from ..codecs.floats import Floats, widen
+from ..format.block import Block, LayerError, Part
+from .stored import Piece
+
+SAMPLE = "sample"
+"""Names the sample among the parts of codes; it is no part, and never stored."""
+_EVERY_BLOCK = 16
+# Not the first: the first rows of a prompt are kept as they are.
+_TOKENS = slice(7, None, 64)
+
+
+def is_measured(block: Block, codec: Codec) -> bool:
+    """Whether errors are measured in a block that a codec encodes."""
+    period = _EVERY_BLOCK * len(block.tokens)
+    return not codec.is_lossless and block.start % period == 0
+
+
+def sample_layers(layers: Layers) -> Array:
+    """Return the rows of some tokens of a block, ``(L, H, T / 64, D)``."""
+    return np.stack([x[:, _TOKENS] for x in layers])
+
+
+def sample_blocks(x: mx.array, num_blocks: int) -> mx.array:
+    """Return the same of several blocks ``(L, H, blocks * T, D)``, blocks first."""
+    blocks = x.reshape(*x.shape[:2], num_blocks, -1, x.shape[-1])
+    return mx.moveaxis(blocks[..., _TOKENS, :], 2, 0)
+
+
+def errors_of(
+    codec: Codec, piece: Piece, layers: Layers | Parts, parts: Sequence[Part]
+) -> Iterator[LayerError]:
+    """Yield the errors in each layer of a piece of a block.
+
+    Of codes without a sample, and of broken rows, nothing is known.
+
+    Args:
+        codec: What encoded it.
+        piece: What it is.
+        layers: Its rows, or codes of them.
+        parts: What the codec made of them.
+    """
+    if codec.is_lossless or (exact := _sample_of(layers)) is None:
+        return
+    rows = piece.rows
+    found = codec.decode_parts(parts, rows, f"{piece.number}.{rows.side}.")
+    pairs = (widen(x, rows.dtype) for x in (exact, found[:, :, _TOKENS]))
+    # Of both sides, the heads of the keys come first.
+    halves = (np.split(x, len(rows.side), axis=1) for x in pairs)
+    for side, *both in zip(rows.side, *halves, strict=True):
+        for layer, *pair in zip(piece.group.layers, *both, strict=True):
+            error = _relative_error(*pair)
+            if math.isfinite(error):
+                yield LayerError(layer, side, error)
+
+
+def _sample_of(layers: Layers | Parts) -> Array | None:
+    return layers.get(SAMPLE) if isinstance(layers, Mapping) else sample_layers(layers)
+
+
+def _relative_error(exact: Floats, found: Floats) -> float:
+    """Return the root of the mean square of errors over that of the rows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        size, error = np.square(exact).sum(), np.square(found - exact).sum()
+        ratio = math.sqrt(error / size) if size else 0.0
+    # Machines that add up in another order say the same to so many digits.
+    return float(f"{ratio:.3g}")
