@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -23,7 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant.kernels import best_kernels
-from turboquant.kernels.native import Basis, Coefficients, NativeKernels
+from turboquant.kernels.native import (
+    Basis,
+    Coefficients,
+    NativeKernels,
+    WholeMatrices,
+)
 
 from ..blas import one_thread
 from ..errors import CodecError, IntegrityError
@@ -47,10 +52,7 @@ from .planes import Planes
 from .rotary import angles, rotate, rotate_on_device
 from .streams import (
     FIRST_CODED,
-    NUM_CLASSES,
-    STREAMS,
     Integers,
-    Stream,
     are_packed,
     pack_integers,
     unpack_integers,
@@ -198,21 +200,19 @@ class _Plan:
     def __init__(self, rows: Rows, layers: FittedLayers, step: int) -> None:
         self._rows, self._layers, self._group = rows, layers, layers.group
         self._which = layers.indices(rows.layers)
-        self._step = np.float32(2.0 ** (step / 4))
+        self._layout = layers.layout(rows.layers, step)
+        self._whole_layers = layers.rounded(step)
         # The first rows of a prompt are unlike all others and attention rests on them:
         # they are kept as they are.
         self._sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
         self._num_coded = rows.shape[2] - self._sinks
-        # Integers alone, so that who reads and who wrote cannot disagree.
-        sigma = layers.sigma[self._which].astype(np.int64)
-        self._classes = np.clip(sigma - step + 12, 0, NUM_CLASSES - 1)
 
     def parts(self) -> PartSpecs:
         """Return dtype and shape of every part."""
         layers, heads, _, dim = self._rows.shape
         coded = (layers, self._group.num_parts, self._num_coded)
         specs: PartSpecs = {"exponents": ("U8", coded)}
-        for stream, holds in self._streams():
+        for stream, holds in self._layout.streams:
             count, octets = int(holds.sum()), -(-self._num_coded // 8)
             width = stream.width(self._num_coded)
             specs[f"c{stream.first}"] = ("U8", (count, width))
@@ -233,7 +233,7 @@ class _Plan:
             raise IntegrityError("an exponent is out of range")
         if int(is_exact.sum()) != len(parts["exact"]):
             raise IntegrityError("there are more or fewer exact rows than marks")
-        for stream, _ in self._streams():
+        for stream, _ in self._layout.streams:
             if not are_packed(parts[f"c{stream.first}"], stream):
                 raise IntegrityError("a coefficient is out of range")
 
@@ -247,7 +247,7 @@ class _Plan:
         exponents = self._exponents(sizes)
         wide /= np.exp2(exponents.astype(np.float32) / 2)[..., None]
         inverse = self._layers.inverse[self._which]
-        q, is_exact = self._rounded(_product(wide, inverse) / self._step)
+        q, is_exact = self._rounded(_product(wide, inverse) / self._layout.step)
         is_exact |= are_strange(sizes, self._layers.features[self._which])
         # Of the rows as they were given: what was rotated and rotated back is another
         # number.
@@ -260,7 +260,7 @@ class _Plan:
             "exact": exact[is_exact],
         }
         by_coefficient = q.swapaxes(-1, -2)
-        for stream, holds in self._streams():
+        for stream, holds in self._layout.streams:
             packed, low = pack_integers(by_coefficient[holds], stream)
             parts[f"c{stream.first}"] = packed
             parts[f"b{stream.first}"] = low
@@ -302,24 +302,42 @@ class _Plan:
         layers: Sequence[Array],
     ) -> None:
         """Write all rows behind the sinks, those that are exact as zero."""
-        found = Coefficients(self._classes.shape)
-        for stream, holds in self._streams():
+        found = Coefficients(self._layout.places)
+        for stream, _ in self._layout.streams:
             low = parts[f"b{stream.first}"] if stream.low_bits else None
-            packed = parts[f"c{stream.first}"]
-            found.add(holds, packed, low, stream.limit, stream.per_byte)
-        scales = self._scales(parts["exponents"])[..., 0] * self._step
-        turns = [x[:, 0].swapaxes(-1, -2) for x in self._angles(self._which)]
+            found.add(parts[f"c{stream.first}"], low, stream.limit, stream.per_byte)
+        scales = self._scales(parts["exponents"])[..., 0] * self._layout.step
+        turns = [
+            np.ascontiguousarray(x[:, 0].swapaxes(-1, -2))
+            for x in self._angles(self._which)
+        ]
         for number, out in enumerate(layers):
             which = self._which[number]
+            cos, sin = (x[min(number, len(x) - 1)] for x in turns)
             basis = Basis(
                 self._group.num_joined,
                 self._group.is_traditional,
                 self._layers.matrix[which],
                 self._layers.mean[which],
                 scales[number],
-                *(x[min(number, len(x) - 1)] for x in turns),
+                cos,
+                sin,
+                self._whole(kernels, number),
             )
             kernels.restore_long(found, number, basis, out[:, self._sinks :])
+
+    def _whole(self, kernels: NativeKernels, number: int) -> WholeMatrices | None:
+        """Return a layer's matrices as integers, which are made once for all blocks."""
+        if self._rows.dtype == "F32":
+            return None
+        which = self._which[number]
+        found = self._whole_layers.get(which)
+        # Two threads may make the same ones: either are right.
+        if found is None:
+            counts = self._layout.places.counts[number]
+            found = kernels.round_matrices(self._layers.matrix[which], counts)
+            self._whole_layers[which] = found
+        return found
 
     def decode(self, parts: Mapping[str, Array]) -> mx.array:
         """Return all rows, ``(L, 2 H, T, D)``, computed on MLX's device."""
@@ -345,19 +363,12 @@ class _Plan:
             return decoded
         return mx.concatenate([mx.array(parts["sinks"]).view(dtype), decoded], axis=2)
 
-    def _streams(self) -> Iterator[tuple[Stream, Bools]]:
-        """Yield the streams that hold something, and of what, ``(L, G, N)``."""
-        for stream in STREAMS:
-            holds = (self._classes >= stream.first) & (self._classes <= stream.last)
-            if holds.any():
-                yield stream, holds
-
     def _products(self, parts: Mapping[str, Array], layer: int) -> Floats:
         """Return one layer's rows, neither scaled nor moved, ``(G, T, N)``."""
         coefficients = self._integers(parts, layer, layer + 1)[0]
         matrix = self._layers.matrix[self._which[layer]]
         found = np.empty((len(matrix), self._num_coded, self._group.width), np.float32)
-        for number, is_coded in enumerate(self._classes[layer] >= FIRST_CODED):
+        for number, is_coded in enumerate(self._layout.classes[layer] >= FIRST_CODED):
             # Half of them are not coded at low rates, and cost nothing.
             some = coefficients[number][is_coded]
             with one_thread():
@@ -366,16 +377,16 @@ class _Plan:
 
     def _integers(self, parts: Mapping[str, Array], first: int, last: int) -> Floats:
         """Return the coefficients of some layers, ``(L, G, N, T)``."""
-        shape = (last - first, *self._classes.shape[1:], self._num_coded)
+        shape = (last - first, *self._layout.classes.shape[1:], self._num_coded)
         out = np.zeros(shape, np.float32)
-        for stream, holds in self._streams():
+        for stream, holds in self._layout.streams:
             begin, end = int(holds[:first].sum()), int(holds[:last].sum())
             low = parts[f"b{stream.first}"][:, begin:end] if stream.low_bits else _NONE
             packed = parts[f"c{stream.first}"][begin:end]
             out[holds[first:last]] = unpack_integers(
                 packed, low, stream, self._num_coded
             )
-        out *= self._step
+        out *= self._layout.step
         return out
 
     def _rounded(self, y: Floats) -> tuple[Integers, Bools]:
@@ -383,8 +394,8 @@ class _Plan:
 
         Both are ``(L, G, T)`` and, of the integers, ``N``.
         """
-        most = np.zeros(self._classes.shape, np.float32)
-        for stream, holds in self._streams():
+        most = np.zeros(self._layout.classes.shape, np.float32)
+        for stream, holds in self._layout.streams:
             most[holds] = stream.most
         rounded = np.clip(np.rint(y), -most[:, :, None], most[:, :, None])
         error = np.square(y - rounded).mean(axis=-1)

@@ -845,29 +845,39 @@ template <int SIZE, bool IS_SPLIT> void move_bytes(const Bytes& job) {
 
 // --- Integers in a basis, to rows ---
 
+constexpr int NUM_GROUPS = VW == 16 ? 2 : 1;  // of 16 rows that are multiplied at once
+
 // 16 rows at a time as columns, as everywhere here.
 struct LongBuffers {
   char* memory;
   float* panels;   // (groups of 16 rows, coefficients, 16)
-  float* columns;  // (2, width, 16)
-  char* typed;     // (width, 16) of up to 4 bytes
+  float* columns;  // (NUM_GROUPS, dim, 16), one head of them
+  char* typed;     // (dim, 16) of up to 4 bytes
+  float* cos;      // (num_pairs, NUM_GROUPS, 16)
+  float* sin;
   float* row;      // one coefficient of all rows, or two as integers
   float* factors;  // what the integers of each row of the matrix count
   int16_t* whole;  // (width, width), the matrix as integers
   char* spare;     // a row that nobody wants
 
-  LongBuffers(int width, int64_t num_rows, int dim) {
-    const int64_t padded = (num_rows + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-    const int64_t floats = padded * width + (3 * LANES + 1) * width + 2 * (padded + LANES);
-    const int64_t nbytes = floats * 4 + (int64_t)width * width * 2 + dim * 4;
+  explicit LongBuffers(const Long& job) {
+    constexpr int AT_ONCE = NUM_GROUPS * LANES;
+    const int64_t width = 2 * job.num_joined * job.dim;
+    const int64_t padded = (job.num_rows + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+    const int64_t head = job.dim * LANES, turns = job.num_pairs * AT_ONCE;
+    const int64_t floats = padded * width + (NUM_GROUPS + 1) * head + 2 * turns +
+                           2 * (padded + LANES) + width + job.dim;
+    const int64_t nbytes = floats * 4 + width * width * 2;
     memory = (char*)aligned_alloc(64, (nbytes + 63) / 64 * 64);
     panels = (float*)memory;
     columns = panels + padded * width;
-    typed = (char*)(columns + 2 * LANES * width);
-    row = (float*)(typed + LANES * width * 4);
+    typed = (char*)(columns + NUM_GROUPS * head);
+    cos = columns + (NUM_GROUPS + 1) * head;
+    sin = cos + turns;
+    row = sin + turns;
     factors = row + 2 * (padded + LANES);
     whole = (int16_t*)(factors + width);
-    spare = (char*)(whole + (int64_t)width * width);
+    spare = (char*)(whole + width * width);
   }
   ~LongBuffers() { free(memory); }
 };
@@ -889,8 +899,9 @@ void make_digits(const Stream& stream, Digits& digits) {
 
 // One coefficient of all rows; beyond them some numbers may be written.
 template <class N>
-void unpack_row(const Stream& stream, const Digits& digits, const uint8_t* packed,
-                const uint8_t* low, int64_t num_rows, N* row) {
+void unpack_row(const Stream& stream, const Digits& digits, int64_t rank,
+                int64_t num_rows, N* row) {
+  const uint8_t* packed = stream.packed + rank * stream.packed_stride;
   if (stream.per_byte > 1) {
     for (int64_t t = 0; t < num_rows; t += stream.per_byte)
       digits.of(*(N(*)[4])(row + t), *packed++);
@@ -900,19 +911,24 @@ void unpack_row(const Stream& stream, const Digits& digits, const uint8_t* packe
     for (int64_t t = 0; t < num_rows; t++) row[t] = packed[t] - stream.limit;
     return;
   }
+  const uint8_t* low = stream.low + rank * stream.low_stride;
   for (int64_t t = 0; t < num_rows; t++) {
     int number = (packed[t] - stream.limit) * (1 << stream.low_bits);
     for (int bit = 0; bit < stream.low_bits; bit++)
-      number |= (low[bit * stream.low_stride + t / 8] >> (7 - t % 8) & 1) << bit;
+      number |= (low[bit * stream.plane_stride + t / 8] >> (7 - t % 8) & 1) << bit;
     row[t] = number;
   }
 }
 
-int count_coded(const Long& job, int part) {
-  const int width = 2 * job.num_joined * job.dim;
-  int count = width;
-  while (count && !job.packed[(int64_t)part * width + count - 1]) count--;
-  return count;
+// A coefficient of a part in all rows, and zeros up to so many; false where it is zero.
+template <class N>
+bool unpack_one(const Long& job, int64_t number, const Digits* digits, int64_t padded,
+                N* row) {
+  const int kind = job.kinds[number];
+  if (kind == NO_STREAM) return false;
+  unpack_row(job.streams[kind], digits[kind], job.ranks[number], job.num_rows, row);
+  memset(row + job.num_rows, 0, (padded - job.num_rows) * sizeof(N));
+  return true;
 }
 
 void unpack_part(const Long& job, int part, int count, const Digits* digits,
@@ -920,16 +936,10 @@ void unpack_part(const Long& job, int part, int count, const Digits* digits,
   const int64_t groups = (job.num_rows + LANES - 1) / LANES;
   const int64_t first = (int64_t)part * 2 * job.num_joined * job.dim;
   for (int c = 0; c < count; c++) {
-    const uint8_t* packed = job.packed[first + c];
     float* to = use.panels + c * LANES;
-    if (packed) {
-      const int kind = job.kinds[first + c];
-      unpack_row(job.streams[kind], digits[kind], packed, job.low[first + c],
-                 job.num_rows, use.row);
-      memset(use.row + job.num_rows, 0, (groups * LANES - job.num_rows) * 4);
-    }
+    const bool is_coded = unpack_one(job, first + c, digits, groups * LANES, use.row);
     for (int64_t g = 0; g < groups; g++, to += count * LANES)
-      if (packed)
+      if (is_coded)
         memcpy(to, use.row + g * LANES, LANES * 4);
       else
         memset(to, 0, LANES * 4);
@@ -961,7 +971,14 @@ INLINE void multiply(const float* matrix, int width, const float* panel, int cou
 // one is to 1 in 65,534: rows of 16 bits are rounded hundreds of times coarser. Sums are
 // exact, and so the same on any machine.
 
-constexpr int NUM_GROUPS = VW == 16 ? 2 : 1;  // of 16 rows that are multiplied at once
+int largest_of(const int16_t* row, int64_t count) {
+  int16_t most = 0, least = 0;
+  for (int64_t t = 0; t < count; t++) {
+    most = row[t] > most ? row[t] : most;
+    least = row[t] < least ? row[t] : least;
+  }
+  return most > -least ? most : -least;
+}
 
 // Coefficients two by two; returns the sum of the largest of each.
 int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
@@ -975,21 +992,10 @@ int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
   for (int c = 0; c < count; c += 2) {
     for (int k = 0; k < 2; k++) {
       int16_t* row = rows + k * stride;
-      const uint8_t* packed = c + k < count ? job.packed[first + c + k] : nullptr;
-      int16_t most = 0, least = 0;
-      if (packed) {
-        const int kind = job.kinds[first + c + k];
-        unpack_row(job.streams[kind], digits[kind], packed, job.low[first + c + k],
-                   job.num_rows, row);
-        memset(row + job.num_rows, 0, (padded - job.num_rows) * 2);
-        for (int64_t t = 0; t < padded; t++) {
-          most = row[t] > most ? row[t] : most;
-          least = row[t] < least ? row[t] : least;
-        }
-      } else {
+      if (c + k < count && unpack_one(job, first + c + k, digits, padded, row))
+        sum += largest_of(row, padded);
+      else
         memset(row, 0, padded * 2);
-      }
-      sum += most > -least ? most : -least;
     }
     int16_t* to = (int16_t*)use.panels + c * LANES;
     for (int64_t t = 0; t < padded; t += LANES, to += (count + count % 2) * LANES)
@@ -1001,176 +1007,220 @@ int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
   return sum;
 }
 
+constexpr int NUM_WHOLE = 8;  // rows of the matrix whose integers lie together
+
+// The largest magnitude of some numbers, or a very small one.
+float largest_size(const float* row, int count) {
+  const int whole = count / VW * VW;
+  vf largest = splat(0x1p-100f);
+  for (int c = 0; c < whole; c += VW) {
+    const vf size = (vf)(load<vi>(row + c) & 0x7fffffff);
+    largest = choose(size > largest, size, largest);
+  }
+  float most = 0;
+  for (int i = 0; i < VW; i++) most = largest[i] > most ? largest[i] : most;
+  for (int c = whole; c < count; c++) {
+    const float size = row[c] < 0 ? -row[c] : row[c];
+    most = size > most ? size : most;
+  }
+  return most;
+}
+
 // The matrix as integers up to a limit, which is below 2**15.
-void round_matrix(const float* matrix, int width, int count, int limit,
-                  LongBuffers& use) {
-  const int even = count + count % 2, whole = count / VW * VW;
+void round_matrix(const float* matrix, int width, int count, int limit, int16_t* whole,
+                  float* factors) {
+  const int even = count + count % 2;
   // Behind the point of a number of this size no bits are left.
   const float round = 0x1.8p23f;
   for (int n = 0; n < width; n++) {
     const float* row = matrix + (int64_t)n * width;
-    vf largest = splat(0x1p-100f);
-    for (int c = 0; c < whole; c += VW) {
-      const vf size = (vf)(load<vi>(row + c) & 0x7fffffff);
-      largest = choose(size > largest, size, largest);
-    }
-    float most = 0;
-    for (int i = 0; i < VW; i++) most = largest[i] > most ? largest[i] : most;
-    for (int c = whole; c < count; c++) {
-      const float size = row[c] < 0 ? -row[c] : row[c];
-      most = size > most ? size : most;
-    }
-    const float factor = limit / most;
-    use.factors[n] = most / limit;
-    int16_t* to = use.whole + (int64_t)n * even;
-    for (int c = 0; c < count; c++) {
-      const float rounded = row[c] * factor + round;
+    const float most = largest_size(row, count), factor = limit / most;
+    factors[n] = most / limit;
+    int16_t* to = whole + (int64_t)(n / NUM_WHOLE) * NUM_WHOLE * even + n % NUM_WHOLE * 2;
+    for (int c = 0; c < even; c++) {
+      const float rounded = (c < count ? row[c] : 0) * factor + round;
       uint32_t bits;
       memcpy(&bits, &rounded, 4);
-      to[c] = bits;  // its last bits are those of the integer
+      to[c / 2 * 2 * NUM_WHOLE + c % 2] = bits;  // its last bits are the integer's
     }
-    if (count < even) to[count] = 0;
   }
 }
 
-// Of each lane two products of 16 bits, added.
-INLINE vi add_products(vi a, vi b) {
-#if defined(__AVX512BW__) && VW == 16
-  return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+// A sum, and of each lane two products of 16 bits.
+INLINE vi add_products(vi sum, vi a, vi b) {
+#if defined(__AVX512VNNI__) && VW == 16
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__) && VW == 16
+  return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__) && VW == 8
-  return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__) && VW == 4
-  return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+  return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  return (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 
-// Sums of R numbers of G groups of 16 rows.
-template <int R, int G>
-INLINE void multiply_pairs(const int16_t* matrix, int width, int count,
+constexpr int NUM_SUMS = VW == 4 ? 2 : VW == 8 ? 4 : 8;
+
+// Sums of a few numbers of some groups of 16 rows.
+INLINE void multiply_pairs(const int16_t* matrix, int dim, int count,
                            const int16_t* panels, const vf* scale, const float* factors,
                            const float* mean, float* columns) {
-  constexpr int K = LANES / VW * G;  // vectors of rows
-  vi sums[R][K] = {};
+  constexpr int K = LANES / VW * NUM_GROUPS;  // vectors of rows
+  vi sums[NUM_SUMS][K] = {};
   for (int c = 0; c < count; c += 2) {
     vi x[K];
 #pragma GCC unroll 16
     for (int i = 0; i < K; i++)
       x[i] = load<vi>(panels + (i * VW / LANES * count + c) * LANES + i * VW % LANES * 2);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
+    for (int r = 0; r < NUM_SUMS; r++) {
       int32_t pair;
-      memcpy(&pair, matrix + (int64_t)r * count + c, 4);
+      memcpy(&pair, matrix + c * NUM_WHOLE + r * 2, 4);
 #pragma GCC unroll 16
-      for (int i = 0; i < K; i++) sums[r][i] += add_products(x[i], pair - (vi){});
+      for (int i = 0; i < K; i++) sums[r][i] = add_products(sums[r][i], x[i], pair - (vi){});
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
+  for (int r = 0; r < NUM_SUMS; r++)
 #pragma GCC unroll 16
     for (int i = 0; i < K; i++) {
       const vf sum = __builtin_convertvector(sums[r][i], vf);
-      const int column = i * VW / LANES * width + r;
+      const int column = i * VW / LANES * dim + r;
       store(columns + column * LANES + i * VW % LANES,
             sum * (scale[i] * splat(factors[r])) + splat(mean[r]));
     }
 }
 
-// Turns the keys among columns to their positions.
-void turn(const Long& job, int64_t first, int count, float* columns) {
+// Turns the columns of a key to their positions.
+void turn(const Long& job, const float* cos, const float* sin, float* columns) {
+  const int far = job.is_traditional ? 1 : job.num_pairs;
   for (int pair = 0; pair < job.num_pairs; pair++) {
-    alignas(64) float cos[LANES] = {}, sin[LANES] = {};
-    memcpy(cos, job.cos + pair * job.num_rows + first, count * 4);
-    memcpy(sin, job.sin + pair * job.num_rows + first, count * 4);
-    for (int head = 0; head < job.num_joined; head++) {
-      const int number = job.is_traditional ? 2 * pair : pair;
-      float* one = columns + ((int64_t)head * job.dim + number) * LANES;
-      float* two = one + (job.is_traditional ? 1 : job.num_pairs) * LANES;
-      for (int i = 0; i < LANES; i += VW) {
-        const vf a = load<vf>(one + i), b = load<vf>(two + i);
-        const vf c = load<vf>(cos + i), s = load<vf>(sin + i);
-        store(one + i, a * c - b * s);
-        store(two + i, a * s + b * c);
-      }
+    float* one = columns + (job.is_traditional ? 2 * pair : pair) * LANES;
+    float* two = one + far * LANES;
+    const int at = pair * NUM_GROUPS * LANES;
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += VW) {
+      const vf a = load<vf>(one + i), b = load<vf>(two + i);
+      const vf c = load<vf>(cos + at + i), s = load<vf>(sin + at + i);
+      store(one + i, a * c - b * s);
+      store(two + i, a * s + b * c);
     }
   }
 }
 
-template <int TYPE>
-void write_columns(const Long& job, int part, int64_t first, int count,
-                   const float* columns, LongBuffers& use) {
-  typedef typename Element<TYPE>::E E;
-  const vf most = splat(largest<TYPE>());
-  const int heads = job.num_joined;
-  for (int i = 0; i < 2 * heads * job.dim * LANES; i += VW)
-    narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(columns + i), most));
-  for (int head = 0; head < 2 * heads; head++) {
-    const int side = head / heads;
-    const int number = (side * job.num_parts + part) * heads + head % heads;
-    char* rows[LANES];
-    point(rows, job.heads[number] + first * job.row_stride, job.row_stride, count);
-    for (int r = count; r < LANES; r++) rows[r] = use.spare;
-    columns_to_rows<E>((const E*)use.typed + head * job.dim * LANES, job.dim, rows);
+// Cosine and sine of some rows, and zeros behind them.
+void load_turns(const Long& job, int64_t first, int count, LongBuffers& use) {
+  constexpr int AT_ONCE = NUM_GROUPS * LANES;
+  for (int pair = 0; pair < job.num_pairs; pair++) {
+    const float* from[] = {job.cos, job.sin};
+    float* to[] = {use.cos, use.sin};
+    for (int k = 0; k < 2; k++) {
+      memcpy(to[k] + pair * AT_ONCE, from[k] + pair * job.num_rows + first, count * 4);
+      memset(to[k] + pair * AT_ONCE + count, 0, (AT_ONCE - count) * 4);
+    }
   }
 }
 
-constexpr int NUM_SUMS = VW == 4 ? 2 : VW == 8 ? 4 : 8;
+// Writes the columns of one head, which is one of a part's.
+template <int TYPE>
+void write_columns(const Long& job, int part, int head, int64_t first, int count,
+                   const float* columns, LongBuffers& use) {
+  typedef typename Element<TYPE>::E E;
+  const vf most = splat(largest<TYPE>());
+  for (int i = 0; i < job.dim * LANES; i += VW)
+    narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(columns + i), most));
+  const int heads = job.num_joined, side = head / heads;
+  const int number = (side * job.num_parts + part) * heads + head % heads;
+  char* rows[LANES];
+  point(rows, job.heads[number] + first * job.row_stride, job.row_stride, count);
+  for (int r = count; r < LANES; r++) rows[r] = use.spare;
+  columns_to_rows<E>((const E*)use.typed, job.dim, rows);
+}
 
-// Writes the columns of 16 rows that lie in a panel.
-void multiply_panel(const float* matrix, int width, const float* panel, int count,
-                    const vf* scale, const float* mean, float* columns) {
-  for (int n = 0; n < width; n += NUM_SUMS)
+// Writes some columns of 16 rows that lie in a panel.
+void multiply_panel(const float* matrix, int width, int num_columns, const float* panel,
+                    int count, const vf* scale, const float* mean, float* columns) {
+  for (int n = 0; n < num_columns; n += NUM_SUMS)
     multiply<NUM_SUMS>(matrix + (int64_t)n * width, width, panel, count, scale, mean + n,
                        columns + n * LANES);
 }
 
+// One part's matrix, as floats or as integers.
+struct PartMatrix {
+  int count;
+  const float* numbers;
+  const int16_t* whole;  // or null
+  const float* factors;
+};
+
+// Unpacks a part's coefficients, and says what to multiply them with.
 template <int TYPE>
-void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
-  const int width = 2 * job.num_joined * job.dim;
+PartMatrix prepare(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+  const int width = 2 * job.num_joined * job.dim, count = job.counts[part];
   const float* matrix = job.matrix + (int64_t)part * width * width;
-  const float* mean = job.mean + (int64_t)part * width;
-  const int count = count_coded(job, part), even = count + count % 2;
   int64_t limit = 0;
   if (TYPE != F32) {
     const int64_t sum = unpack_pairs(job, part, count, digits, use);
     limit = INT32_MAX / (sum ? sum : 1);
     limit = limit < INT16_MAX ? limit : INT16_MAX;
   }
+  if (limit == INT16_MAX && job.whole)
+    return {count, matrix, job.whole[part], job.factors + (int64_t)part * width};
   // With fewer bits the matrix would be too coarse.
-  const bool is_whole = limit > INT16_MAX / 4;
-  if (is_whole)
-    round_matrix(matrix, width, count, limit, use);
+  if (limit > INT16_MAX / 4) {
+    round_matrix(matrix, width, count, limit, use.whole, use.factors);
+    return {count, matrix, use.whole, use.factors};
+  }
+  unpack_part(job, part, count, digits, use);
+  return {count, matrix, nullptr, nullptr};
+}
+
+// Writes the columns of one head of some groups of 16 rows.
+void multiply_head(const PartMatrix& matrix, const Long& job, int head, int64_t first,
+                   const vf* scale, const float* mean, LongBuffers& use) {
+  const int dim = job.dim, width = 2 * job.num_joined * dim;
+  const int count = matrix.count, even = count + count % 2, begin = head * dim;
+  if (matrix.whole)
+    for (int n = begin; n < begin + dim; n += NUM_SUMS)
+      multiply_pairs(matrix.whole + (int64_t)(n / NUM_WHOLE) * NUM_WHOLE * even +
+                         n % NUM_WHOLE * 2,
+                     dim, even, (int16_t*)use.panels + first * even, scale,
+                     matrix.factors + n, mean + n, use.columns + (n - begin) * LANES);
   else
-    unpack_part(job, part, count, digits, use);
-  const int groups = is_whole ? NUM_GROUPS : 1;
-  for (int64_t first = 0; first < job.num_rows; first += groups * LANES) {
+    multiply_panel(matrix.numbers + (int64_t)begin * width, width, dim,
+                   use.panels + first * count, count, scale, mean + begin, use.columns);
+}
+
+template <int TYPE>
+void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+  const int width = 2 * job.num_joined * job.dim;
+  const float* mean = job.mean + (int64_t)part * width;
+  const PartMatrix matrix = prepare<TYPE>(job, part, digits, use);
+  const int at_once = (matrix.whole ? NUM_GROUPS : 1) * LANES;
+  for (int64_t first = 0; first < job.num_rows; first += at_once) {
     const int64_t left = job.num_rows - first;
+    const int count = left < at_once ? left : at_once;
     alignas(64) float scales[NUM_GROUPS * LANES] = {};
-    memcpy(scales, job.scales + part * job.num_rows + first,
-           (left < groups * LANES ? left : groups * LANES) * 4);
+    memcpy(scales, job.scales + part * job.num_rows + first, count * 4);
     vf scale[NUM_GROUPS * LANES / VW];
     memcpy(scale, scales, sizeof scale);
-    if (is_whole)
-      for (int n = 0; n < width; n += NUM_SUMS)
-        multiply_pairs<NUM_SUMS, NUM_GROUPS>(
-            use.whole + (int64_t)n * even, width, even,
-            (int16_t*)use.panels + first * even, scale, use.factors + n, mean + n,
-            use.columns + n * LANES);
-    else
-      multiply_panel(matrix, width, use.panels + first * count, count, scale, mean,
-                     use.columns);
-    for (int g = 0; g < groups && g * LANES < left; g++) {
-      float* columns = use.columns + (int64_t)g * width * LANES;
-      const int rows = left - g * LANES < LANES ? left - g * LANES : LANES;
-      turn(job, first + g * LANES, rows, columns);
-      write_columns<TYPE>(job, part, first + g * LANES, rows, columns, use);
+    load_turns(job, first, count, use);
+    for (int head = 0; head < 2 * job.num_joined; head++) {
+      multiply_head(matrix, job, head, first, scale, mean, use);
+      for (int g = 0; g < count; g += LANES) {
+        float* columns = use.columns + g * job.dim;
+        if (head < job.num_joined) turn(job, use.cos + g, use.sin + g, columns);
+        const int rows = count - g < LANES ? count - g : LANES;
+        write_columns<TYPE>(job, part, head, first + g, rows, columns, use);
+      }
     }
   }
 }
 
 template <int TYPE> int restore_long(const Long& job, int num_streams) {
-  LongBuffers use(2 * job.num_joined * job.dim, job.num_rows, job.dim);
+  LongBuffers use(job);
   Digits* digits = (Digits*)malloc(num_streams * sizeof(Digits));
   if (use.memory && digits) {
     for (int i = 0; i < num_streams; i++) make_digits(job.streams[i], digits[i]);
@@ -1199,7 +1249,7 @@ int multiply_rows(const Product& job) {
     char* rows[LANES];
     point(rows, (char*)job.rows + first * size, size, count);
     rows_to_columns<uint32_t>(rows, job.width, (uint32_t*)panel);
-    multiply_panel(job.matrix, job.width, panel, job.width, one, zero, columns);
+    multiply_panel(job.matrix, job.width, job.width, panel, job.width, one, zero, columns);
     point(rows, (char*)job.out + first * size, size, count);
     for (int r = count; r < LANES; r++) rows[r] = spare;
     columns_to_rows<uint32_t>((const uint32_t*)columns, job.width, rows);
@@ -1248,4 +1298,9 @@ EXPORT int JOIN(turboquant_restore_, ISA)(const Long* job, int num_streams) {
 
 EXPORT int JOIN(turboquant_multiply_, ISA)(const Product* job) {
   return multiply_rows(*job);
+}
+
+EXPORT int JOIN(turboquant_round_, ISA)(const Rounding* job) {
+  round_matrix(job->matrix, job->width, job->count, INT16_MAX, job->whole, job->factors);
+  return 0;
 }

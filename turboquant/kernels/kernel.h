@@ -44,8 +44,15 @@ struct Stream {
   int32_t limit;     // the largest magnitude of what stands in a byte
   int32_t per_byte;  // 1 to 3 coefficients, the first in the lowest place
   int32_t low_bits;  // how many lie apart, a plane for each
-  int64_t low_stride;  // from a plane to the next
+  const uint8_t* packed;  // the first coefficient's bytes
+  int64_t packed_stride;  // from a coefficient to the next
+  const uint8_t* low;     // its first plane
+  int64_t low_stride;
+  int64_t plane_stride;  // from a plane to the next
 };
+
+// Stands for a stream where a coefficient has none: all of its numbers are zero.
+constexpr int NO_STREAM = 255;
 
 // Rows of some heads joined, as integers in a basis.
 struct Long {
@@ -60,15 +67,18 @@ struct Long {
   char* const* heads;  // the first row of each: all keys, then all values
   const Stream* streams;
   // (num_parts, width), width being 2 * num_joined * dim: of each coefficient its
-  // stream, its bytes, or null where it is zero, and its first plane of low bits.
+  // stream, and which one of that stream it is.
   const uint8_t* kinds;
-  const uint8_t* const* packed;
-  const uint8_t* const* low;
+  const int32_t* ranks;
+  const int32_t* counts;  // from which coefficient of a part on none has a stream
   const float* matrix;  // (num_parts, width, width): a row for each number
-  const float* mean;    // (num_parts, width)
+  const float* mean;     // (num_parts, width)
   const float* scales;  // (num_parts, num_rows)
   const float* cos;     // (num_pairs, num_rows)
   const float* sin;
+  // What `round` makes of each part's matrix, or null.
+  const int16_t* const* whole;
+  const float* factors;  // (num_parts, width), or null
 };
 
 // Rows times a matrix.
@@ -78,4 +88,14 @@ struct Product {
   const float* rows;    // (num_rows, width)
   const float* matrix;  // (width, width): a row for each number of a row that is made
   float* out;           // (num_rows, width)
+};
+
+// A matrix, rounded to integers.
+struct Rounding {
+  int32_t width;        // a multiple of 16
+  int32_t count;        // how many numbers of each row
+  const float* matrix;  // (width, width)
+  // (width / 8, ceil(count / 2), 8, 2): of 8 rows at a time the numbers two by two.
+  int16_t* whole;
+  float* factors;  // width: what the integers of each row count
 };

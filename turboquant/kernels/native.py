@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,20 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 3
+_ABI = 4
 # Best first.
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "sse2")
+_VERBS = (
+    "encode", "decode", "sum", "split", "join", "restore", "multiply", "round",
+)  # fmt: skip
 # As in kernel.h; uint16 holds bfloat16 bits.
 _DTYPES = {
     np.dtype(np.float32): 0,
     np.dtype(np.float16): 1,
     np.dtype(np.uint16): 2,
 }
+# As in kernel.h.
+_NO_STREAM = 255
 # The least that the kernels read of a table.
 _TABLE_FLOATS = 16
 
@@ -93,7 +98,11 @@ class _Stream(ctypes.Structure):
         ("limit", ctypes.c_int32),
         ("per_byte", ctypes.c_int32),
         ("low_bits", ctypes.c_int32),
+        ("packed", ctypes.c_void_p),
+        ("packed_stride", ctypes.c_int64),
+        ("low", ctypes.c_void_p),
         ("low_stride", ctypes.c_int64),
+        ("plane_stride", ctypes.c_int64),
     )
 
 
@@ -112,13 +121,15 @@ class _Long(ctypes.Structure):
         ("heads", ctypes.c_void_p),
         ("streams", ctypes.c_void_p),
         ("kinds", ctypes.c_void_p),
-        ("packed", ctypes.c_void_p),
-        ("low", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
         ("matrix", ctypes.c_void_p),
         ("mean", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("cos", ctypes.c_void_p),
         ("sin", ctypes.c_void_p),
+        ("whole", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
     )
 
 
@@ -134,17 +145,49 @@ class _Product(ctypes.Structure):
     )
 
 
-class Coefficients:
-    """Small integers as they lie in bytes, of layers of ``G`` parts of ``N`` numbers.
+class _Rounding(ctypes.Structure):
+    """`Rounding` of kernel.h, field by field."""
+
+    _fields_ = (
+        ("width", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("matrix", ctypes.c_void_p),
+        ("whole", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+    )
+
+
+class Places:
+    """In which stream of bytes each coefficient is, of layers of ``G`` parts.
 
     Args:
         shape: ``(L, G, N)``.
+        streams: Which coefficients each stream holds, of that shape.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.kinds = np.zeros(shape, np.uint8)
-        self.packed = np.zeros(shape, np.uintp)
-        self.low = np.zeros(shape, np.uintp)
+    def __init__(
+        self, shape: tuple[int, int, int], streams: Sequence[NDArray[np.bool_]]
+    ) -> None:
+        self.kinds = np.full(shape, _NO_STREAM, np.uint8)
+        self.ranks = np.zeros(shape, np.int32)
+        for number, holds in enumerate(streams):
+            self.kinds[holds] = number
+            self.ranks[holds] = np.arange(np.count_nonzero(holds))
+        self.sizes = [np.count_nonzero(holds) for holds in streams]
+        behind = np.where(self.kinds == _NO_STREAM, 0, np.arange(1, shape[2] + 1))
+        # From which coefficient of a part on there is none.
+        self.counts = behind.max(axis=2, initial=0).astype(np.int32)
+
+
+class Coefficients:
+    """Small integers as they lie in bytes.
+
+    Args:
+        places: Where each is.
+    """
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self.streams: list[_Stream] = []
         # Of how many rows there is a coefficient in every stream.
         self.num_rows = sys.maxsize
@@ -152,33 +195,47 @@ class Coefficients:
 
     def add(
         self,
-        holds: NDArray[np.bool_],
         packed: NDArray[Any],
         low: NDArray[Any] | None,
         limit: int,
         per_byte: int,
     ) -> None:
-        """Say where some of them are.
+        """Give the bytes of the next stream.
 
         Args:
-            holds: Of which, ``(L, G, N)``.
-            packed: A row of bytes for each of those.
+            packed: A row of bytes for each coefficient of the stream.
             low: Planes of their low bits, each a row for each of them, or nothing.
             limit: The largest magnitude of what is packed.
             per_byte: How many rows share a byte.
+
+        Raises:
+            ValueError: There are more or fewer than the stream holds.
         """
-        arrays = [np.ascontiguousarray(packed)]
-        self.packed[holds] = _row_addresses(arrays[0])
+        size = self.places.sizes[len(self.streams)]
+        if len(packed) != size or (low is not None and low.shape[1] != size):
+            raise ValueError(f"a stream of {size} has bytes of {len(packed)}")
+        packed = np.ascontiguousarray(packed)
+        stream = _Stream(limit, per_byte)
+        stream.packed, stream.packed_stride = packed.ctypes.data, packed.shape[1]
         self.num_rows = min(self.num_rows, packed.shape[1] * per_byte)
-        bits, stride = 0, 0
+        self._held.append(packed)  # alive for as long as its address is
         if low is not None:
-            arrays.append(np.ascontiguousarray(low))
-            bits, stride = len(low), low[0].nbytes
-            self.low[holds] = _row_addresses(arrays[1][0])
+            low = np.ascontiguousarray(low)
+            stream.low_bits, stream.low_stride = len(low), low.shape[2]
+            stream.low, stream.plane_stride = low.ctypes.data, size * low.shape[2]
             self.num_rows = min(self.num_rows, low.shape[2] * 8)
-        self.kinds[holds] = len(self.streams)
-        self.streams.append(_Stream(limit, per_byte, bits, stride))
-        self._held += arrays  # alive for as long as their addresses are
+            self._held.append(low)
+        self.streams.append(stream)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeMatrices:
+    """The matrices of one layer, rounded to integers of 16 bits."""
+
+    # Of each part ``(N / 8, C / 2, 8, 2)``: as many columns as its coefficients need.
+    numbers: Sequence[NDArray[np.int16]]
+    # What the integers of each row count, ``(G, N)``.
+    factors: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +254,9 @@ class Basis:
     # Cosine and sine, ``(pairs, T)``.
     cos: Floats
     sin: Floats
+    # What `round_matrices` makes of the matrix, or nothing: rows of 16 bits have it
+    # rounded anew.
+    whole: WholeMatrices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +281,7 @@ class NativeKernels:
     _join: Callable[..., int]
     _restore: Callable[..., int]
     _multiply: Callable[..., int]
+    _round: Callable[..., int]
 
     def encode_block(
         self,
@@ -282,7 +343,7 @@ class NativeKernels:
             MemoryError: The kernels find no memory to work in.
             ValueError: A shape does not fit.
         """
-        _check_long(coefficients, basis, out)
+        _check_long(coefficients, layer, basis, out)
         if not out.shape[1]:
             return
         target = _with_one_stride([_writable(out)])[0]
@@ -292,9 +353,11 @@ class NativeKernels:
             for table in (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
         ]
         streams = (_Stream * len(coefficients.streams))(*coefficients.streams)
-        places = (coefficients.kinds, coefficients.packed, coefficients.low)
+        places, whole = coefficients.places, basis.whole
+        numbers = [x.ctypes.data for x in whole.numbers] if whole else []
+        pointers = (ctypes.c_void_p * len(numbers))(*numbers)
         job = _Long(
-            coefficients.kinds.shape[1],
+            places.kinds.shape[1],
             basis.num_joined,
             out.shape[2],
             len(basis.cos),
@@ -304,13 +367,44 @@ class NativeKernels:
             target.strides[1],
             heads.ctypes.data,
             ctypes.addressof(streams),
-            *(array[layer].ctypes.data for array in places),
+            *(
+                x[layer].ctypes.data
+                for x in (places.kinds, places.ranks, places.counts)
+            ),
             *(table.ctypes.data for table in tables),
+            ctypes.addressof(pointers) if whole else None,
+            whole.factors.ctypes.data if whole else None,
         )
         if self._restore(ctypes.byref(job), len(streams)):
             raise MemoryError("the kernels found no memory to work in")
         if target is not out:
             out[...] = target
+
+    def round_matrices(
+        self, matrices: Floats, counts: NDArray[np.int32]
+    ) -> WholeMatrices:
+        """Round the matrices of one layer, as restoring rows of 16 bits does.
+
+        Args:
+            matrices: ``(G, N, N)``.
+            counts: How many columns of each are needed.
+
+        Raises:
+            ValueError: A shape does not fit.
+        """
+        parts, width = matrices.shape[:2]
+        if width % 16 or matrices.shape[2] != width or counts.shape != (parts,):
+            raise ValueError(f"{counts.shape} columns of matrices {matrices.shape}")
+        if counts.max(initial=0) > width or counts.min(initial=0) < 0:
+            raise ValueError(f"more or fewer columns than there are: {counts}")
+        matrices = np.ascontiguousarray(matrices, np.float32)
+        factors = np.empty((parts, width), np.float32)
+        numbers = [np.empty(_whole_shape(width, count), np.int16) for count in counts]
+        for part, count in enumerate(counts):
+            tables = (matrices[part], numbers[part], factors[part])
+            addresses = (x.ctypes.data for x in tables)
+            self._round(ctypes.byref(_Rounding(width, int(count), *addresses)))
+        return WholeMatrices(numbers, factors)
 
     def multiply(self, rows: Floats, matrix: Floats) -> Floats:
         """Return rows ``(T, N)`` times the transpose of a matrix ``(N, N)``.
@@ -417,9 +511,12 @@ class _Call:
             raise MemoryError("the kernels found no memory to work in")
 
 
-def _check_long(coefficients: Coefficients, basis: Basis, out: NDArray[Any]) -> None:
+def _check_long(
+    coefficients: Coefficients, layer: int, basis: Basis, out: NDArray[Any]
+) -> None:
     """Refuse what the kernels would read or write beyond its end."""
-    _, parts, width = coefficients.kinds.shape
+    places = coefficients.places
+    _, parts, width = places.kinds.shape
     heads, num_rows, dim = out.shape
     joined, pairs = basis.num_joined, len(basis.cos)
     tables = (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
@@ -431,8 +528,21 @@ def _check_long(coefficients: Coefficients, basis: Basis, out: NDArray[Any]) -> 
         tuple(table.shape for table in tables) != shapes
         or (heads, width) != (2 * joined * parts, 2 * joined * dim)
         or (dim % 8 or 2 * pairs > dim or num_rows > coefficients.num_rows)
+        or len(coefficients.streams) != len(places.sizes)
     ):
         raise ValueError(f"coefficients and a basis of other rows than {out.shape}")
+    whole = basis.whole
+    if whole is not None and (
+        whole.factors.shape != (parts, width)
+        or [x.shape for x in whole.numbers]
+        != [_whole_shape(width, count) for count in places.counts[layer]]
+    ):
+        raise ValueError("matrices were rounded for other coefficients")
+
+
+def _whole_shape(width: int, count: int) -> tuple[int, int, int, int]:
+    """Return the shape of a matrix's integers, of so many columns."""
+    return width // 8, (int(count) + 1) // 2, 8, 2
 
 
 def _can_move(layers: Sequence[NDArray[Any]]) -> bool:
@@ -517,9 +627,9 @@ def _has_products(kernels: NativeKernels) -> bool:
     matrix = np.arange(width * width, dtype=np.float32).reshape(1, width, width) % 5 - 2
     mean = np.arange(width, dtype=np.float32)[None]
     wide = q @ matrix[0].T
-    coefficients = Coefficients((1, 1, width))
-    holds = np.ones((1, 1, width), np.bool_)
-    coefficients.add(holds, (q.T + 127).astype(np.uint8), None, 127, 1)
+    places = Places((1, 1, width), [np.ones((1, 1, width), np.bool_)])
+    coefficients = Coefficients(places)
+    coefficients.add((q.T + 127).astype(np.uint8), None, 127, 1)
     # A quarter of a turn: of each pair the second is taken off, and the two swapped.
     zero, one = (np.full((8, num_rows), x, np.float32) for x in (0, 1))
     basis = Basis(1, False, matrix, mean, np.ones((1, num_rows), np.float32), zero, one)
@@ -528,8 +638,9 @@ def _has_products(kernels: NativeKernels) -> bool:
     first, second, values = np.split(wide + mean, [8, 16], axis=1)
     expected = np.concatenate([-second, first, values], axis=1)
     # Of rows of 16 bits the matrix is rounded, to integers.
+    whole = kernels.round_matrices(matrix, places.counts[0])
     halves = np.zeros(out.shape, np.uint16)
-    kernels.restore_long(coefficients, 0, basis, halves)
+    kernels.restore_long(coefficients, 0, replace(basis, whole=whole), halves)
     rows = np.concatenate((halves.astype(np.uint32) << 16).view(np.float32), axis=1)
     return (
         np.array_equal(np.concatenate(out, axis=1), expected)
@@ -539,10 +650,7 @@ def _has_products(kernels: NativeKernels) -> bool:
 
 
 def _functions(library: ctypes.CDLL, name: str) -> list[Callable[..., int]]:
-    return [
-        getattr(library, f"turboquant_{verb}_{name}")
-        for verb in ("encode", "decode", "sum", "split", "join", "restore", "multiply")
-    ]
+    return [getattr(library, f"turboquant_{verb}_{name}") for verb in _VERBS]
 
 
 def _with_one_stride(layers: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
@@ -562,11 +670,6 @@ def _writable(layer: NDArray[Any]) -> NDArray[Any]:
 def _head_addresses(layer: NDArray[Any]) -> NDArray[np.int64]:
     steps = np.arange(layer.shape[0], dtype=np.int64) * layer.strides[0]
     return steps + layer.ctypes.data
-
-
-def _row_addresses(rows: NDArray[Any]) -> NDArray[np.uintp]:
-    steps = np.arange(len(rows), dtype=np.int64) * rows.strides[0]
-    return (steps + rows.ctypes.data).astype(np.uintp)
 
 
 @lru_cache
