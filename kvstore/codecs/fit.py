@@ -27,6 +27,7 @@ from turboquant.kernels.native import (
     Basis,
     Coefficients,
     NativeKernels,
+    Places,
     WholeMatrices,
 )
 
@@ -52,7 +53,10 @@ from .planes import Planes
 from .rotary import angles, rotate, rotate_on_device
 from .streams import (
     FIRST_CODED,
+    NUM_CLASSES,
+    STREAMS,
     Integers,
+    Stream,
     are_packed,
     pack_integers,
     unpack_integers,
@@ -70,6 +74,43 @@ _MAX_ERROR = 0.5
 _PLANES = Planes()
 
 
+class _Layout:
+    """In which streams the coefficients of some layers lie, at one rate.
+
+    Args:
+        sigma: Expected sizes of the coefficients in quarter octaves, ``(L, G, N)``.
+        step: What they are rounded to, in quarter octaves.
+    """
+
+    def __init__(self, sigma: npt.NDArray[np.int8], step: int) -> None:
+        self.step = np.float32(2.0 ** (step / 4))
+        # Integers alone, so that who reads and who wrote cannot disagree.
+        wide = sigma.astype(np.int64)
+        self.classes = np.clip(wide - step + 12, 0, NUM_CLASSES - 1)
+        # Those that hold something, and of what, ``(L, G, N)``.
+        self.streams: list[tuple[Stream, Bools]] = []
+        for stream in STREAMS:
+            holds = (self.classes >= stream.first) & (self.classes <= stream.last)
+            if holds.any():
+                self.streams.append((stream, holds))
+        self.places = Places(self.classes.shape, [holds for _, holds in self.streams])
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What was worked out once for all blocks of a codec.
+
+    Two threads may work out the same: either is right.
+    """
+
+    # By the numbers of the layers.
+    layouts: dict[tuple[FittedLayers, tuple[int, ...]], _Layout] = field(
+        default_factory=dict
+    )
+    # By where a layer is in the arrays.
+    whole: dict[tuple[FittedLayers, int], WholeMatrices] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """Codes of one rate in one basis.
@@ -85,6 +126,7 @@ class Fit:
     digest: str
     fitted: Fitted = field(repr=False, compare=False)
     is_lossless: bool = False
+    kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
     is_joint: ClassVar[bool] = True
     # Entropy is all that is left in streams: repetitions are not worth looking for.
     compressor: ClassVar[Zstd] = Zstd(finds_matches=False)
@@ -146,7 +188,12 @@ class Fit:
         layers = self.fitted.covering(rows)
         if layers is None or rows.dtype not in _LARGEST:
             return None
-        return _Plan(rows, layers, self.fitted.steps[self.rate])
+        layout = self.kept.layouts.get((layers, rows.layers))
+        if layout is None:
+            sigma = layers.sigma[layers.indices(rows.layers)]
+            layout = _Layout(sigma, self.fitted.steps[self.rate])
+            self.kept.layouts[layers, rows.layers] = layout
+        return _Plan(rows, layers, layout, self.kept)
 
 
 class FitFamily:
@@ -163,6 +210,8 @@ class FitFamily:
         self._fitted = lru_cache(maxsize=4)(
             lambda digest: fitted_from_file(read(digest))
         )
+        # What each keeps is half as large as its basis, or less.
+        self._codecs = lru_cache(maxsize=2)(self._codec)
 
     def from_name(self, name: str) -> Fit | None:
         """Return the codec that a name such as ``fit2@`` and a digest means.
@@ -174,7 +223,9 @@ class FitFamily:
         match = _NAME.fullmatch(name)
         if not match:
             return None
-        rate, digest = match.groups()
+        return self._codecs(*match.groups())
+
+    def _codec(self, rate: str, digest: str) -> Fit:
         fitted = self._fitted(digest)
         if rate not in fitted.steps:
             raise CodecError(
@@ -194,14 +245,16 @@ class _Plan:
     Args:
         rows: What they are.
         layers: What the basis says of their layers.
-        step: In quarter octaves.
+        layout: Where their coefficients are.
+        kept: What is known of all blocks.
     """
 
-    def __init__(self, rows: Rows, layers: FittedLayers, step: int) -> None:
+    def __init__(
+        self, rows: Rows, layers: FittedLayers, layout: _Layout, kept: _Kept
+    ) -> None:
         self._rows, self._layers, self._group = rows, layers, layers.group
         self._which = layers.indices(rows.layers)
-        self._layout = layers.layout(rows.layers, step)
-        self._whole_layers = layers.rounded(step)
+        self._layout, self._kept = layout, kept
         # The first rows of a prompt are unlike all others and attention rests on them:
         # they are kept as they are.
         self._sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
@@ -330,13 +383,12 @@ class _Plan:
         """Return a layer's matrices as integers, which are made once for all blocks."""
         if self._rows.dtype == "F32":
             return None
-        which = self._which[number]
-        found = self._whole_layers.get(which)
-        # Two threads may make the same ones: either are right.
+        key = self._layers, self._which[number]
+        found = self._kept.whole.get(key)
         if found is None:
             counts = self._layout.places.counts[number]
-            found = kernels.round_matrices(self._layers.matrix[which], counts)
-            self._whole_layers[which] = found
+            found = kernels.round_matrices(self._layers.matrix[key[1]], counts)
+            self._kept.whole[key] = found
         return found
 
     def decode(self, parts: Mapping[str, Array]) -> mx.array:

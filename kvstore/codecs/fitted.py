@@ -8,7 +8,7 @@ times ``inverse`` it gives coefficients; ``matrix`` takes them back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -16,13 +16,8 @@ import numpy.typing as npt
 
 from ..blas import one_thread
 from ..errors import IntegrityError
-from .layout import Layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from turboquant.kernels.native import WholeMatrices
-
     from ..format.basis import BasisFile, BasisGroup
     from .base import Array, Rows
     from .floats import Bools, Floats
@@ -34,7 +29,7 @@ _DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int
 _FAR = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FittedLayers:
     """Some layers of equal shape, each array ``(L, G, …)``."""
 
@@ -58,22 +53,6 @@ class FittedLayers:
         with one_thread():
             found = np.linalg.inv(self.matrix.astype(np.float64))
         return found.astype(np.float32)
-
-    @cached_property
-    def layout(self) -> Callable[[tuple[int, ...], int], Layout]:
-        """What returns the layout of layers of the model at a step; it keeps a few."""
-        return lru_cache(maxsize=8)(
-            lambda layers, step: Layout(self.sigma[self.indices(layers)], step)
-        )
-
-    @cached_property
-    def rounded(self) -> Callable[[int], dict[int, WholeMatrices]]:
-        """What returns what matrices were rounded to, by their place, of a step.
-
-        Others fill it. Those of two steps are kept, which together are as large as the
-        matrices.
-        """
-        return lru_cache(maxsize=2)(lambda step: {})
 
     def indices(self, layers: tuple[int, ...]) -> list[int]:
         """Return where layers of the model are in the arrays."""
