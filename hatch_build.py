@@ -32,15 +32,14 @@ FLAGS = shlex.split(
     " -ffp-contract=off -fno-math-errno"
 )
 # Name, floats in a vector, and flags of each instruction set of a machine.
+_AVX512 = (
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mf16c -mprefer-vector-width=512"
+)
 _X86 = [
     ("sse2", 4, ""),
     ("avx2", 8, "-mavx2 -mf16c"),
-    (
-        "avx512",
-        16,
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mf16c"
-        " -mprefer-vector-width=512",
-    ),
+    ("avx512", 16, _AVX512),
+    ("avx512vnni", 16, f"{_AVX512} -mavx512vnni"),
 ]
 _ARM = [("neon", 4, "")]
 SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}

@@ -38,7 +38,8 @@ SHAPE = (2, 37)  # heads, rows
 def main() -> int:
     """Write, compile and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("isa", choices=["sse2", "avx2", "avx512", "neon"])
+    sets = ["sse2", "avx2", "avx512", "avx512vnni", "neon"]
+    parser.add_argument("isa", choices=sets)
     parser.add_argument("--compiler", default="c++")
     parser.add_argument("--runner", default="", help="what runs the program")
     parser.add_argument("--folder", type=Path, help="write there, and run nothing")

@@ -10,6 +10,8 @@ EXPORT int turboquant_abi() { return 4; }
 EXPORT int turboquant_supports(const char* isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (!strcmp(isa, "avx512vnni"))
+    return turboquant_supports("avx512") && __builtin_cpu_supports("avx512vnni");
   if (!strcmp(isa, "avx512"))
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -39,7 +39,7 @@ Floats = NDArray[np.float32]
 LIBRARY = Path(__file__).with_name("_native.so")
 _ABI = 4
 # Best first.
-_INSTRUCTION_SETS = ("avx512", "avx2", "neon", "sse2")
+_INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "neon", "sse2")
 _VERBS = (
     "encode", "decode", "sum", "split", "join", "restore", "multiply", "round",
 )  # fmt: skip
