@@ -51,7 +51,9 @@ def run(command: click.Command, args: Sequence[str] | None) -> int:
         # quiet itself when nobody reads stdout any more.
         code = command.main(args, prog_name="kvstore", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt) as error:
-        hint = getattr(error, "hint", "the same command goes on from what is kept")
+        # In place of Ctrl-C, click raises its own.
+        stop = error.__cause__ or error
+        hint = getattr(stop, "hint", "the same command goes on from what is kept")
         print_failure("interrupted", hint, INTERRUPTED, as_json=as_json)
         return INTERRUPTED
     except Exception as error:

@@ -12,6 +12,8 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,10 @@ from ..storage.bases import (
     read_calibration,
     write_calibration,
 )
-from ..storage.folder import create_folder, open_folder
+from ..storage.folder import StoreFolder, create_folder, open_folder
 from ..store import Store
 from .corpus import Stretches
-from .held import hold
+from .held import HeldSamples, Outline
 from .load import LoadedModel
 from .session import prefill, usual_step_size
 
@@ -58,7 +60,13 @@ TURBO = tuple(f"turbo{bits}+zstd" for bits in (8, 6, 5, 4, 3, 2))
 
 
 @one_thread()
-def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -> bytes:
+def fit_model(
+    model: Any,
+    contexts: Stretches,
+    label: str,
+    progress: Progress,
+    held: HeldSamples | None = None,
+) -> bytes:
     """Return a basis that is fitted to a model.
 
     Args:
@@ -66,22 +74,28 @@ def fit_model(model: Any, contexts: Stretches, label: str, progress: Progress) -
         contexts: Each of ``CONTEXT`` tokens.
         label: What the model is called.
         progress: Called with (contexts read, contexts in all).
+        held: Where their samples lie; by default for this run only.
 
     Raises:
+        KVStoreError: The disk has no room for what is learned from.
         UnsupportedCacheError: None of its layers can be coded in a basis.
     """
+    held = held or HeldSamples()
+    groups = _groups(model, contexts[0][0])
+    outlines = [_outline(group) for group in groups]
     fits: list[GroupFit] = []
     for number, tokens in enumerate(contexts):
         progress(number, len(contexts))
-        prompt_cache = _read(model, tokens[:PREFIX])
-        groups = _groups(prompt_cache)
-        seeds = range(number * NUM_DRAWN, (number + 1) * NUM_DRAWN)
-        samples = _samples(model, prompt_cache, groups, tokens[PREFIX:], seeds)
+        seeds = [*range(number * NUM_DRAWN, (number + 1) * NUM_DRAWN)]
+        compute = partial(_samples, model, groups, tokens, seeds)
+        if fits and all(fit.is_full for fit in fits):
+            samples = compute()
+        else:
+            which = {"tokens": tokens, "prefix": PREFIX, "seeds": seeds}
+            samples = held.get(which, outlines, compute)
         if not fits:
             pairs = zip(groups, samples, strict=True)
             fits = [start_fit(group, [sample]) for group, sample in pairs]
-        if not all(fit.is_full for fit in fits):
-            samples = hold(samples)
         for fit, sample in zip(fits, samples, strict=True):
             fit.add(sample)
     progress(len(contexts), len(contexts))
@@ -123,8 +137,9 @@ def calibrate_model(
     folder = open_folder(store.path)
     old = read_calibration(folder, digest)
     basis = old.basis if old else None
+    held = _held_samples(folder, digest)
     if not measure_only:
-        fitted = fit_model(model, learned, label, bar("fit"))
+        fitted = fit_model(model, learned, label, bar("fit"), held)
         # Whoever stops now goes on with `measure_only`.
         basis = keep_basis(folder, fitted, loaded.fingerprint.bare).basis
     bases = [read_basis_bytes(folder, basis)] if basis else []
@@ -136,7 +151,25 @@ def calibrate_model(
     for data in bases:
         add_basis(folder, data)  # measuring took long, and `prune` may have run
     write_calibration(folder, found)
+    held.remove()
     return found
+
+
+def _held_samples(folder: StoreFolder, model: str) -> HeldSamples:
+    """Return where samples lie: in the store for a later run, unless it is encrypted.
+
+    They are in the clear. What a model computes depends on the device too, and on how
+    MLX and mlx-lm compute it, in the last places.
+    """
+    if folder.cipher is not None:
+        return HeldSamples()
+    about = {
+        "model": model,
+        "device": str(mx.default_device()),
+        "step_size": usual_step_size(),
+        "versions": [version(name) for name in ("mlx", "mlx-lm")],
+    }
+    return HeldSamples(folder.staging, about)
 
 
 def _names(basis: str, steps: Mapping[str, int]) -> dict[str, list[str]]:
@@ -241,9 +274,10 @@ def _count_numbers(prompt_cache: Sequence[Any]) -> int:
     return sum(array.size for arrays in held for array, _ in arrays.values())
 
 
-def _groups(prompt_cache: Sequence[Any]) -> list[Group]:
-    layout = caches.read_layout(prompt_cache, PREFIX)
-    groups = coverable(group_layers(layout))
+def _groups(model: Any, token: int) -> list[Group]:
+    """Return the layers that can be coded in a basis; the token may be any."""
+    prompt_cache = _read(model, [token])
+    groups = coverable(group_layers(caches.read_layout(prompt_cache, 1)))
     if not groups or any(caches.is_list(cache) for cache in prompt_cache):
         raise UnsupportedCacheError(
             "none of this model's layers can be coded in a basis",
@@ -252,13 +286,16 @@ def _groups(prompt_cache: Sequence[Any]) -> list[Group]:
     return groups
 
 
+def _outline(group: Group) -> Outline:
+    layers, heads, tokens, dim = rows_of(group, "k", 0, PREFIX).shape
+    return Outline(group.spec("k").dtype, (layers, 2 * heads, tokens, dim), NUM_DRAWN)
+
+
 def _samples(
-    model: Any,
-    prompt_cache: list[Any],
-    groups: Sequence[Group],
-    following: Sequence[int],
-    seeds: Sequence[int],
+    model: Any, groups: Sequence[Group], tokens: Sequence[int], seeds: Sequence[int]
 ) -> list[Sample]:
+    """Return what a context has of each group."""
+    prompt_cache, following = _read(model, tokens[:PREFIX]), tokens[PREFIX:]
     layers = [layer for group in groups for layer in group.layers]
     held = caches.hold(prompt_cache)
     drawn = [

@@ -2,7 +2,6 @@
 
 import io
 import json
-import mmap
 import os
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from kvstore.cli import cli
 from kvstore.cli.commands.calibrate import format_calibration
 from kvstore.cli.output import format_codec
 from kvstore.codecs import fitting
-from kvstore.codecs.floats import narrow
 from kvstore.errors import IntegrityError
 from kvstore.format.block import StoredBlock
 from kvstore.format.calibration import (
@@ -33,7 +31,7 @@ from kvstore.format.calibration import (
 )
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_to_bytes, parse_entry
-from kvstore.models import calibrate, corpus, held
+from kvstore.models import calibrate, corpus
 from kvstore.ops.quality import find_loss
 from kvstore.storage.bases import (
     basis_path,
@@ -220,23 +218,6 @@ def test_calibrating_from_a_store_writes_no_rows_to_files(saved, tmp_path, monke
     assert ([], []) == (found, list(temporary.iterdir()))
 
 
-def test_samples_are_held_in_files_without_names(tmp_path, monkeypatch):
-    """They are as they were, gradients in 16 bits, and no folder shows them."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    random = np.random.default_rng(1)
-    rows = random.integers(0, 2**16, (1, 2, 8, 4)).astype(np.uint16)
-    gradient = random.standard_normal(rows.shape, np.float32)
-    given = fitting.Sample(0, "BF16", rows, (gradient,))
-    one, other = held.hold([given, replace(given, x=gradient, dtype="F32")])
-    assert [] == list(tmp_path.iterdir())
-    assert isinstance(one.x.base.base.obj, mmap.mmap)
-    assert ("BF16", kit.bits_of(rows)) == (one.dtype, kit.bits_of(one.x))
-    assert ("F32", kit.bits_of(gradient)) == (other.dtype, kit.bits_of(other.x))
-    for sample in (one, other):
-        expected = kit.bits_of(narrow(gradient, "BF16"))
-        assert [expected] == [kit.bits_of(each) for each in sample.gradients]
-
-
 def test_a_purge_names_the_bases_of_stored_rows(saved):
     """One that a calibration needs stays, and says so; an old one goes."""
     basis = saved.calibrate().basis
@@ -311,9 +292,8 @@ def test_gradients_say_what_an_error_does(small):
     """They are what the log-probability of drawn tokens changes by."""
     model = architectures.make_model("llama")
     tokens = np.random.default_rng(1).integers(3, 60, 272).tolist()
-    prompt_cache = calibrate._read(model, tokens[:256])
-    groups = calibrate._groups(prompt_cache)
-    (sample,) = calibrate._samples(model, prompt_cache, groups, tokens[256:], (1, 2))
+    groups = calibrate._groups(model, tokens[0])
+    (sample,) = calibrate._samples(model, groups, tokens, (1, 2))
     one, other = sample.gradients
     assert not np.array_equal(one, other)
     assert one.shape == sample.x.shape

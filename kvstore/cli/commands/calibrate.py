@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ...storage.folder import encryption_of
 from ..main import Verb, open_store, output_of
 from ..options import ModelOptions, model_options, option
 from ..output import Column, format_codec, format_table, terminal_width
@@ -16,6 +17,7 @@ from ..output import Column, format_codec, format_table, terminal_width
 if TYPE_CHECKING:
     from ...format.calibration import Calibration, Measured
     from ...models.load import LoadedModel
+    from ...store import Store
 
 
 @click.command(cls=Verb)
@@ -53,7 +55,7 @@ def calibrate(
 
     The basis that is made lies in the store, and what is saved with a `--quality` from
     then on takes the smallest codec that was measured to meet it. Nothing that is
-    stored already is changed.
+    stored already is changed. The same command goes on where it was stopped.
     """
     if from_store and (measure_only or texts):
         raise click.UsageError(
@@ -86,14 +88,27 @@ def _run_model(
     store, loaded = open_models(context, options, None)
     from ...models.calibrate import calibrate_model
 
+    learned = _contexts(loaded, texts, count)
     with output_of(context).progress() as bars:
-        return calibrate_model(
-            loaded,
-            store,
-            _contexts(loaded, texts, count),
-            measure_only=measure_only,
-            bar=bars.bar,
+        try:
+            return calibrate_model(
+                loaded, store, learned, measure_only=measure_only, bar=bars.bar
+            )
+        except KeyboardInterrupt as error:
+            error.hint = _hint(store, measure_only)  # type: ignore[attr-defined]
+            raise
+
+
+def _hint(store: Store, measure_only: bool) -> str:
+    """Return what somebody can do who has stopped the command."""
+    if measure_only:
+        return "what was measured is not kept; run the same command again"
+    if encryption_of(store.path) is not None:
+        return (
+            "an encrypted store keeps no rows of texts; run it again, with"
+            " `--measure-only` if it was measuring"
         )
+    return "what was computed is kept; run the same command to go on"
 
 
 def _contexts(
