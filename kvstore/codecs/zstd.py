@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,10 +41,21 @@ class Zstd:
             # The declared size is allocated at once, whatever limit is set.
             if zstandard.frame_content_size(data) != nbytes:
                 raise ValueError("zstd frame of another size than its header says")
-            decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
-            return decompressor.decompress(data, allow_extra_data=False)
+            return _decompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ValueError(f"bad zstd frame: {error}") from error
+
+
+_own = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """Return this thread's, whose tables take longer to set up than a small frame."""
+    found: zstandard.ZstdDecompressor | None = getattr(_own, "decompressor", None)
+    if found is None:
+        found = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+        _own.decompressor = found
+    return found
 
 
 def _entropy_only() -> zstandard.ZstdCompressionParameters:
