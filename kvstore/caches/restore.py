@@ -275,8 +275,13 @@ class HostRestoring:
         if which.start == 0 and len(sides) == 1:
             codec.array.decode_into(parts, rows, [buffer for (buffer,) in buffers])
             return
-        # Keys and values in one piece, or rows from the middle of a block, are decoded
-        # aside and cut: a codec fills buffers from its first row on.
+        # Of a codec that takes keys and values together.
+        into_sides = getattr(codec.array, "decode_sides_into", None)
+        if into_sides and which == slice(0, rows.shape[2]) and len(sides) == 2:
+            into_sides(parts, rows, [(keys, values) for keys, values in buffers])
+            return
+        # Rows from the middle of a block, or fewer than all, are decoded aside and cut:
+        # a codec fills buffers from its first row on.
         whole = np.empty(rows.shape, buffers[0][0].dtype)
         codec.array.decode_into(parts, rows, list(whole))
         for several, decoded in zip(buffers, whole, strict=True):

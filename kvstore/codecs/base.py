@@ -68,9 +68,11 @@ PartSpecs = dict[str, tuple[str, tuple[int, ...]]]
 class ArrayCodec(Protocol):
     """Rows to named arrays; it may lose something.
 
-    It may have two methods more. ``check(parts, rows)`` raises ``IntegrityError`` for
+    It may have three methods more. ``check(parts, rows)`` raises ``IntegrityError`` for
     parts that no encoding gives, though their shapes fit. ``runs(rows)``, where the
     kernels of a GPU can read its parts, returns the :class:`Run` of a block's rows.
+    ``decode_sides_into(parts, rows, layers)``, where keys and values are coded
+    together, writes those of each layer into two buffers.
     """
 
     @property

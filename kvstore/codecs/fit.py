@@ -36,7 +36,7 @@ from ..errors import CodecError, IntegrityError
 from ..format.basis import BasisFile
 from ..format.calibration import nominal_bits
 from .base import Array, Encoded, PartSpecs, Rows
-from .dtypes import MLX_DTYPES
+from .dtypes import MLX_DTYPES, NUMPY_DTYPES
 from .fitted import (
     Fitted,
     FittedLayers,
@@ -72,6 +72,8 @@ _EXACT = 255
 # Of a row that is kept as it is: the mean square of its errors, in squared steps.
 _MAX_ERROR = 0.5
 _PLANES = Planes()
+Sides = tuple[Array, Array]
+"""Buffers for the keys and for the values of one layer, each ``(H, T, D)``."""
 
 
 class _Layout:
@@ -173,11 +175,25 @@ class Fit:
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
     ) -> None:
         """Decode into buffers."""
+        half = rows.shape[1] // 2
+        sides = [(layer[:half], layer[half:]) for layer in layers]
+        self.decode_sides_into(parts, rows, sides)
+
+    def decode_sides_into(
+        self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Sides]
+    ) -> None:
+        """Decode into a buffer for each layer's keys and one for its values.
+
+        Each has the shape ``(H, T, D)``.
+        """
         plan = self._plan(rows)
-        if plan is None:
-            _PLANES.decode_into(parts, rows, layers)
+        if plan:
+            plan.decode_into(parts, layers)
             return
-        plan.decode_into(parts, layers)
+        whole = np.empty(rows.shape, NUMPY_DTYPES[rows.dtype])
+        _PLANES.decode_into(parts, rows, list(whole))
+        for sides, found in zip(layers, whole, strict=True):
+            _put(found, sides)
 
     def decode(self, parts: Mapping[str, Array], rows: Rows) -> mx.array:
         """Decode all layers on the device."""
@@ -321,23 +337,32 @@ class _Plan:
             parts["sinks"] = x[:, :, : self._sinks]
         return parts
 
-    def decode_into(self, parts: Mapping[str, Array], layers: Sequence[Array]) -> None:
-        """Write each layer's rows into its buffer, ``(2 H, T, D)``."""
+    def decode_into(self, parts: Mapping[str, Array], layers: Sequence[Sides]) -> None:
+        """Write each layer's rows into its buffers."""
+        coded = [
+            (keys[:, self._sinks :], values[:, self._sinks :])
+            for keys, values in layers
+        ]
         kernels = _kernels_for(self._rows.shape[3])
         if kernels:
-            self._restore(kernels, parts, layers)
+            self._restore(kernels, parts, coded)
         else:
-            for number, out in enumerate(layers):
-                out[:, self._sinks :] = self._decoded(parts, number)
+            for number, sides in enumerate(coded):
+                _put(self._decoded(parts, number), sides)
+        for number, (keys, values) in enumerate(layers if self._sinks else ()):
+            sinks = keys[:, : self._sinks], values[:, : self._sinks]
+            _put(parts["sinks"][number], sinks)
+        self._put_exact(parts, coded)
+
+    def _put_exact(self, parts: Mapping[str, Array], coded: Sequence[Sides]) -> None:
+        """Write the rows that are kept as they are over others."""
+        if not len(parts["exact"]):
+            return
         is_exact = parts["exponents"] == _EXACT
         ends = np.cumsum(is_exact.sum(axis=(1, 2)))
-        for number, out in enumerate(layers):
-            if self._sinks:
-                out[:, : self._sinks] = parts["sinks"][number]
-            where = is_exact[number]
-            if where.any():
-                exact = parts["exact"][ends[number] - where.sum() : ends[number]]
-                put_long(out[:, self._sinks :], self._group, where, exact)
+        for end, where, sides in zip(ends, is_exact, coded, strict=True):
+            exact = parts["exact"][end - where.sum() : end]
+            put_long(sides, self._group, where, exact)
 
     def _decoded(self, parts: Mapping[str, Array], layer: int) -> Array:
         """Return one layer's rows behind the sinks."""
@@ -352,7 +377,7 @@ class _Plan:
         self,
         kernels: NativeKernels,
         parts: Mapping[str, Array],
-        layers: Sequence[Array],
+        layers: Sequence[Sides],
     ) -> None:
         """Write all rows behind the sinks, those that are exact as zero."""
         found = Coefficients(self._layout.places)
@@ -364,7 +389,7 @@ class _Plan:
             np.ascontiguousarray(x[:, 0].swapaxes(-1, -2))
             for x in self._angles(self._which)
         ]
-        for number, out in enumerate(layers):
+        for number, sides in enumerate(layers):
             which = self._which[number]
             cos, sin = (x[min(number, len(x) - 1)] for x in turns)
             basis = Basis(
@@ -377,7 +402,7 @@ class _Plan:
                 sin,
                 self._whole(kernels, number),
             )
-            kernels.restore_long(found, number, basis, out[:, self._sinks :])
+            kernels.restore_long(found, number, basis, sides)
 
     def _whole(self, kernels: NativeKernels, number: int) -> WholeMatrices | None:
         """Return a layer's matrices as integers, which are made once for all blocks."""
@@ -408,8 +433,9 @@ class _Plan:
             for layer, where in enumerate(is_exact):
                 begin = int(is_exact[:layer].sum())
                 exact = parts["exact"][begin : begin + int(where.sum())]
-                put_long(held[layer], self._group, where, exact)
-                put_long(mask[layer], self._group, where, np.ones_like(exact, np.bool_))
+                marks = np.ones_like(exact, np.bool_)
+                for array, rows in ((held, exact), (mask, marks)):
+                    put_long(np.split(array[layer], 2), self._group, where, rows)
             decoded = mx.where(mx.array(mask), mx.array(held).view(dtype), decoded)
         if not self._sinks:
             return decoded
@@ -517,6 +543,12 @@ class _Plan:
 
 
 _NONE = np.zeros((0, 0, 0), np.uint8)
+
+
+def _put(rows: Array, sides: Sides) -> None:
+    """Write rows ``(2 H, T, D)`` into two buffers."""
+    keys, values = sides
+    keys[...], values[...] = rows[: len(keys)], rows[len(keys) :]
 
 
 def _kernels_for(head_dim: int) -> NativeKernels | None:

@@ -18,6 +18,8 @@ from ..blas import one_thread
 from ..errors import IntegrityError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..format.basis import BasisFile, BasisGroup
     from .base import Array, Rows
     from .floats import Bools, Floats
@@ -132,17 +134,21 @@ def divided(long: Floats, group: BasisGroup) -> Floats:
     return x.reshape(*more, 2 * group.num_heads, tokens, group.head_dim)
 
 
-def put_long(x: Array, group: BasisGroup, where: Bools, long: Array) -> None:
-    """Write long rows, ``(n, N)``, over some of ``x``, ``(2 H, T, D)``.
+def put_long(
+    sides: Sequence[Array], group: BasisGroup, where: Bools, long: Array
+) -> None:
+    """Write long rows, ``(n, N)``, over some of keys and values, each ``(H, T, D)``.
 
     Args:
-        x: Keys and values.
+        sides: Keys and values.
         group: How they are joined.
         where: Over which, ``(G, T)``.
         long: The rows, in that order.
     """
-    parts = np.moveaxis(_heads(x, group), (-4, -2), (-5, -4))
-    parts[where] = long.reshape(-1, 2, group.num_joined, group.head_dim)
+    rows = long.reshape(-1, 2, group.num_joined, group.head_dim)
+    for number, side in enumerate(sides):
+        parts = side.reshape(group.num_parts, group.num_joined, *side.shape[1:])
+        parts.swapaxes(1, 2)[where] = rows[:, number]
 
 
 def describe(sizes: Floats, features: Floats) -> Floats:

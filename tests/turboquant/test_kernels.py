@@ -332,10 +332,10 @@ def test_integers_of_any_size_become_rows(kernels, most, count) -> None:
     tables = [x[None].astype(np.float32) for x in (matrix, mean, scales)]
     out = np.zeros((2, rows, 128), np.uint16)
     basis = native.Basis(1, False, *tables, none, none)
-    kernels.restore_long(found, 0, basis, out)
+    kernels.restore_long(found, 0, basis, [out])
     whole = kernels.round_matrices(basis.matrix, found.places.counts[0])
     again = np.zeros_like(out)
-    kernels.restore_long(found, 0, replace(basis, whole=whole), again)
+    kernels.restore_long(found, 0, replace(basis, whole=whole), [again[:1], again[1:]])
     assert (out == again).all()
     expected = q.T @ matrix.T[:count] / 8 + mean
     made = (out.astype(np.uint32) << 16).view(np.float32)
@@ -442,11 +442,11 @@ def test_a_basis_of_another_shape_is_refused(kernels, name, shape) -> None:
     """What a kernel would read beyond its end never gets there."""
     coefficients, basis = integers()
     out = np.empty((2, 5, 16), np.float32)
-    kernels.restore_long(coefficients, 0, basis, out)
+    kernels.restore_long(coefficients, 0, basis, [out])
     assert (out == 1).sum() == out[1].size  # the mean; keys are turned to nothing
     other = replace(basis, **{name: np.zeros(shape, np.float32)})
     with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(coefficients, 0, other, out)
+        kernels.restore_long(coefficients, 0, other, [out])
 
 
 @every_set
@@ -454,10 +454,13 @@ def test_a_basis_of_another_shape_is_refused(kernels, name, shape) -> None:
 def test_rows_of_another_shape_are_not_restored(kernels, shape) -> None:
     """Nothing is written beyond a buffer, and no coefficient read that is not there."""
     with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(*integers()[:1], 0, integers()[1], np.empty(shape, "f4"))
+        kernels.restore_long(*integers()[:1], 0, integers()[1], [np.empty(shape, "f4")])
+    two = [np.empty((1, 5, 16), dtype) for dtype in (np.float32, np.uint16)]
+    with pytest.raises(ValueError, match="of other rows"):
+        kernels.restore_long(*integers()[:1], 0, integers()[1], two)
     short, basis = integers(4)
     with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(short, 0, basis, np.empty((2, 5, 16), np.float32))
+        kernels.restore_long(short, 0, basis, [np.empty((2, 5, 16), np.float32)])
 
 
 @every_set
@@ -470,7 +473,7 @@ def test_streams_of_other_coefficients_are_refused(kernels) -> None:
             native.Coefficients(places).add(rows, planes, 127, 1)
     none, basis = native.Coefficients(places), integers()[1]
     with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(none, 0, basis, np.empty((2, 5, 16), np.float32))
+        kernels.restore_long(none, 0, basis, [np.empty((2, 5, 16), np.float32)])
 
 
 @every_set
@@ -482,7 +485,7 @@ def test_matrices_rounded_for_others_are_refused(kernels) -> None:
     good = kernels.round_matrices(basis.matrix, np.array([31], np.int32))
     for whole in (few, replace(good, factors=good.factors[:, :16])):
         with pytest.raises(ValueError, match="for other coefficients"):
-            kernels.restore_long(coefficients, 0, replace(basis, whole=whole), out)
+            kernels.restore_long(coefficients, 0, replace(basis, whole=whole), [out])
     for matrix, count in ((basis.matrix, 33), (basis.matrix[:, :, :16], 3)):
         with pytest.raises(ValueError, match="columns"):
             kernels.round_matrices(matrix, np.array([count], np.int32))

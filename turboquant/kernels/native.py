@@ -323,12 +323,14 @@ class NativeKernels:
         norms = np.ascontiguousarray(norms, np.float32)
         call = _Call(targets, planes, norms, mean, _decoding_tables(bits, rotation))
         call.run(self._decode, bits)
-        for target, buffer in zip(targets, buffers, strict=True):
-            if target is not buffer:
-                buffer[...] = target
+        _copy_back(targets, buffers)
 
     def restore_long(
-        self, coefficients: Coefficients, layer: int, basis: Basis, out: NDArray[Any]
+        self,
+        coefficients: Coefficients,
+        layer: int,
+        basis: Basis,
+        out: Sequence[NDArray[Any]],
     ) -> None:
         """Write one layer's rows, which are small integers in a basis.
 
@@ -336,18 +338,20 @@ class NativeKernels:
             coefficients: Of all layers.
             layer: Which of them.
             basis: What takes them to rows.
-            out: Keys, then values, ``(2 H, T, D)``, of any strides, of the dtypes that
-                `encode_block` takes; ``D`` is a multiple of 8.
+            out: Keys, then values, in one array ``(2 H, T, D)`` or several of some
+                heads each, of any strides, of the dtypes that `encode_block` takes;
+                ``D`` is a multiple of 8.
 
         Raises:
             MemoryError: The kernels find no memory to work in.
             ValueError: A shape does not fit.
         """
         _check_long(coefficients, layer, basis, out)
-        if not out.shape[1]:
+        _, num_rows, dim = out[0].shape
+        if not num_rows:
             return
-        target = _with_one_stride([_writable(out)])[0]
-        heads = _head_addresses(target)
+        targets = _with_one_stride([_writable(x) for x in out])
+        heads = np.concatenate([_head_addresses(x) for x in targets])
         tables = [
             np.ascontiguousarray(table, np.float32)
             for table in (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
@@ -359,12 +363,12 @@ class NativeKernels:
         job = _Long(
             places.kinds.shape[1],
             basis.num_joined,
-            out.shape[2],
+            dim,
             len(basis.cos),
             basis.is_traditional,
-            _DTYPES[out.dtype],
-            out.shape[1],
-            target.strides[1],
+            _DTYPES[out[0].dtype],
+            num_rows,
+            targets[0].strides[1],
             heads.ctypes.data,
             ctypes.addressof(streams),
             *(
@@ -377,8 +381,7 @@ class NativeKernels:
         )
         if self._restore(ctypes.byref(job), len(streams)):
             raise MemoryError("the kernels found no memory to work in")
-        if target is not out:
-            out[...] = target
+        _copy_back(targets, out)
 
     def round_matrices(
         self, matrices: Floats, counts: NDArray[np.int32]
@@ -512,12 +515,12 @@ class _Call:
 
 
 def _check_long(
-    coefficients: Coefficients, layer: int, basis: Basis, out: NDArray[Any]
+    coefficients: Coefficients, layer: int, basis: Basis, out: Sequence[NDArray[Any]]
 ) -> None:
     """Refuse what the kernels would read or write beyond its end."""
     places = coefficients.places
     _, parts, width = places.kinds.shape
-    heads, num_rows, dim = out.shape
+    heads, (num_rows, dim) = sum(map(len, out)), out[0].shape[1:]
     joined, pairs = basis.num_joined, len(basis.cos)
     tables = (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
     shapes = (
@@ -529,8 +532,10 @@ def _check_long(
         or (heads, width) != (2 * joined * parts, 2 * joined * dim)
         or (dim % 8 or 2 * pairs > dim or num_rows > coefficients.num_rows)
         or len(coefficients.streams) != len(places.sizes)
+        or len({(x.shape[1:], x.dtype) for x in out}) > 1
     ):
-        raise ValueError(f"coefficients and a basis of other rows than {out.shape}")
+        shape = heads, num_rows, dim
+        raise ValueError(f"coefficients and a basis of other rows than {shape}")
     whole = basis.whole
     if whole is not None and (
         whole.factors.shape != (parts, width)
@@ -634,13 +639,13 @@ def _has_products(kernels: NativeKernels) -> bool:
     zero, one = (np.full((8, num_rows), x, np.float32) for x in (0, 1))
     basis = Basis(1, False, matrix, mean, np.ones((1, num_rows), np.float32), zero, one)
     out = np.empty((2, num_rows, width // 2), np.float32)
-    kernels.restore_long(coefficients, 0, basis, out)
+    kernels.restore_long(coefficients, 0, basis, [out])
     first, second, values = np.split(wide + mean, [8, 16], axis=1)
     expected = np.concatenate([-second, first, values], axis=1)
     # Of rows of 16 bits the matrix is rounded, to integers.
     whole = kernels.round_matrices(matrix, places.counts[0])
     halves = np.zeros(out.shape, np.uint16)
-    kernels.restore_long(coefficients, 0, replace(basis, whole=whole), halves)
+    kernels.restore_long(coefficients, 0, replace(basis, whole=whole), [halves])
     rows = np.concatenate((halves.astype(np.uint32) << 16).view(np.float32), axis=1)
     return (
         np.array_equal(np.concatenate(out, axis=1), expected)
@@ -659,6 +664,15 @@ def _with_one_stride(layers: Sequence[NDArray[Any]]) -> Sequence[NDArray[Any]]:
     if len(strides) == 1 and strides.pop()[1] == layers[0].itemsize:
         return layers
     return [np.array(layer, order="C") for layer in layers]
+
+
+def _copy_back(
+    targets: Sequence[NDArray[Any]], buffers: Sequence[NDArray[Any]]
+) -> None:
+    """Write what was written aside, since buffers had other strides."""
+    for target, buffer in zip(targets, buffers, strict=True):
+        if target is not buffer:
+            buffer[...] = target
 
 
 def _writable(layer: NDArray[Any]) -> NDArray[Any]:

@@ -282,6 +282,26 @@ def test_every_instruction_set_decodes_the_same_bits(codec_of, monkeypatch, dtyp
     assert len(decoded) == bool(native.load_all())
 
 
+@pytest.mark.parametrize("kernels", [*native.load_all()[:1], NumpyKernels()])
+@pytest.mark.parametrize("layers", [LAYERS, (0, 1)])
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_keys_and_values_go_to_buffers_of_their_own(
+    codec_of, monkeypatch, kernels, layers, is_strided
+):
+    """Rows are those of one buffer for both, of rows that no basis covers too."""
+    monkeypatch.setattr(fit, "best_kernels", lambda: kernels)
+    rows = some_rows("BF16", start=2, layers=layers)
+    x = model_rows(rows, 3)
+    x[0, 1, 7] = 100  # a row that is kept as it is
+    found = encoded(codec_of("2"), x, rows)
+    keys, values = (np.zeros((2, 2, 64, 16 + 8 * n), x.dtype) for n in (0, is_strided))
+    sides = [(keys[n], values[n, ..., :16]) for n in range(2)]
+    found.codec.array.decode_sides_into(found.open(), rows, sides)
+    made = np.stack([np.concatenate(each) for each in sides])
+    assert kit.bits_of(found.decode_into(found.open())) == kit.bits_of(made)
+    assert not values[..., 16:].any()
+
+
 def test_matrices_are_rounded_once_for_all_blocks(codec_of, basis, monkeypatch):
     """Of 16-bit rows each layer's are, and two rates' are kept: rows stay the same."""
     if fit._kernels_for(16) is None:
