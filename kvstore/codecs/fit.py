@@ -281,8 +281,9 @@ class _Plan:
         layers, heads, _, dim = self._rows.shape
         coded = (layers, self._group.num_parts, self._num_coded)
         specs: PartSpecs = {"exponents": ("U8", coded)}
-        for stream, holds in self._layout.streams:
-            count, octets = int(holds.sum()), -(-self._num_coded // 8)
+        octets = -(-self._num_coded // 8)
+        sizes = self._layout.places.sizes
+        for (stream, _), count in zip(self._layout.streams, sizes, strict=True):
             width = stream.width(self._num_coded)
             specs[f"c{stream.first}"] = ("U8", (count, width))
             if stream.low_bits:
@@ -385,10 +386,7 @@ class _Plan:
             low = parts[f"b{stream.first}"] if stream.low_bits else None
             found.add(parts[f"c{stream.first}"], low, stream.limit, stream.per_byte)
         scales = self._scales(parts["exponents"])[..., 0] * self._layout.step
-        turns = [
-            np.ascontiguousarray(x[:, 0].swapaxes(-1, -2))
-            for x in self._angles(self._which)
-        ]
+        turns = self._turns()
         for number, sides in enumerate(layers):
             which = self._which[number]
             cos, sin = (x[min(number, len(x) - 1)] for x in turns)
@@ -534,6 +532,15 @@ class _Plan:
             keys, cos, sin, is_traditional=self._group.is_traditional
         )
         return mx.concatenate([keys, values], axis=1)
+
+    def _turns(self) -> list[Floats]:
+        """Return cosine and sine as kernels take them, ``(L, T / 16, pairs, 16)``."""
+        start = self._rows.start + self._sinks
+        frequencies = self._layers.frequencies[self._which]
+        groups = -(-self._num_coded // 16)
+        found = angles(frequencies, start, groups * 16)
+        split = (x.reshape(len(x), groups, 16, x.shape[2]) for x in found)
+        return [np.ascontiguousarray(x.swapaxes(2, 3)) for x in split]
 
     def _angles(self, which: list[int]) -> tuple[Floats, Floats]:
         """Return cosine and sine for every coded row, ``(L, 1, T, pairs)``."""

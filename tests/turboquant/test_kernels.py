@@ -328,7 +328,7 @@ def test_integers_of_any_size_become_rows(kernels, most, count) -> None:
     packed = ((q >> len(low)) + 128).astype(np.uint8)
     found.add(packed, planes, 128, 1)
     matrix, mean = random.uniform(0.5, 1, (width, width)), random.random(width)
-    scales, none = np.full(rows, 2.0**-3), np.zeros((0, rows), np.float32)
+    scales, none = np.full(rows, 2.0**-3), np.zeros((3, 0, 16), np.float32)
     tables = [x[None].astype(np.float32) for x in (matrix, mean, scales)]
     out = np.zeros((2, rows, 128), np.uint16)
     basis = native.Basis(1, False, *tables, none, none)
@@ -420,7 +420,7 @@ def integers(num_rows: int = 5):
     places = native.Places((1, 1, 32), [np.ones((1, 1, 32), np.bool_)])
     found = native.Coefficients(places)
     found.add(np.full((32, num_rows), 127, np.uint8), None, 127, 1)
-    turns = np.zeros((8, 5), np.float32)
+    turns = np.zeros((1, 8, 16), np.float32)
     matrix, mean, scales = (
         np.ones(shape, np.float32) for shape in ((1, 32, 32), (1, 32), (1, 5))
     )
@@ -434,8 +434,10 @@ def integers(num_rows: int = 5):
         ("matrix", (1, 32, 16)),
         ("mean", (1, 16)),
         ("scales", (1, 4)),
-        ("cos", (9, 5)),
-        ("sin", (7, 5)),
+        ("cos", (1, 9, 16)),
+        ("cos", (2, 8, 16)),
+        ("cos", (1, 8, 8)),
+        ("sin", (1, 7, 16)),
     ],
 )
 def test_a_basis_of_another_shape_is_refused(kernels, name, shape) -> None:

@@ -853,8 +853,6 @@ struct LongBuffers {
   float* panels;   // (groups of 16 rows, coefficients, 16)
   float* columns;  // (NUM_GROUPS, dim, 16), one head of them
   char* typed;     // (dim, 16) of up to 4 bytes
-  float* cos;      // (num_pairs, NUM_GROUPS, 16)
-  float* sin;
   float* row;      // one coefficient of all rows, or two as integers
   float* factors;  // what the integers of each row of the matrix count
   int16_t* whole;  // (width, width), the matrix as integers
@@ -864,17 +862,15 @@ struct LongBuffers {
     constexpr int AT_ONCE = NUM_GROUPS * LANES;
     const int64_t width = 2 * job.num_joined * job.dim;
     const int64_t padded = (job.num_rows + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
-    const int64_t head = job.dim * LANES, turns = job.num_pairs * AT_ONCE;
-    const int64_t floats = padded * width + (NUM_GROUPS + 1) * head + 2 * turns +
+    const int64_t head = job.dim * LANES;
+    const int64_t floats = padded * width + (NUM_GROUPS + 1) * head +
                            2 * (padded + LANES) + width + job.dim;
     const int64_t nbytes = floats * 4 + width * width * 2;
     memory = (char*)aligned_alloc(64, (nbytes + 63) / 64 * 64);
     panels = (float*)memory;
     columns = panels + padded * width;
     typed = (char*)(columns + NUM_GROUPS * head);
-    cos = columns + (NUM_GROUPS + 1) * head;
-    sin = cos + turns;
-    row = sin + turns;
+    row = columns + (NUM_GROUPS + 1) * head;
     factors = row + 2 * (padded + LANES);
     whole = (int16_t*)(factors + width);
     spare = (char*)(whole + width * width);
@@ -1093,32 +1089,20 @@ INLINE void multiply_pairs(const int16_t* matrix, int dim, int count,
     }
 }
 
-// Turns the columns of a key to their positions.
-void turn(const Long& job, const float* cos, const float* sin, float* columns) {
+// Turns the columns of a key to their positions, of which the first is given.
+void turn(const Long& job, int64_t first, float* columns) {
+  const float* cos = job.cos + first * job.num_pairs;
+  const float* sin = job.sin + first * job.num_pairs;
   const int far = job.is_traditional ? 1 : job.num_pairs;
   for (int pair = 0; pair < job.num_pairs; pair++) {
     float* one = columns + (job.is_traditional ? 2 * pair : pair) * LANES;
     float* two = one + far * LANES;
-    const int at = pair * NUM_GROUPS * LANES;
 #pragma GCC unroll 4
     for (int i = 0; i < LANES; i += VW) {
       const vf a = load<vf>(one + i), b = load<vf>(two + i);
-      const vf c = load<vf>(cos + at + i), s = load<vf>(sin + at + i);
+      const vf c = load<vf>(cos + pair * LANES + i), s = load<vf>(sin + pair * LANES + i);
       store(one + i, a * c - b * s);
       store(two + i, a * s + b * c);
-    }
-  }
-}
-
-// Cosine and sine of some rows, and zeros behind them.
-void load_turns(const Long& job, int64_t first, int count, LongBuffers& use) {
-  constexpr int AT_ONCE = NUM_GROUPS * LANES;
-  for (int pair = 0; pair < job.num_pairs; pair++) {
-    const float* from[] = {job.cos, job.sin};
-    float* to[] = {use.cos, use.sin};
-    for (int k = 0; k < 2; k++) {
-      memcpy(to[k] + pair * AT_ONCE, from[k] + pair * job.num_rows + first, count * 4);
-      memset(to[k] + pair * AT_ONCE + count, 0, (AT_ONCE - count) * 4);
     }
   }
 }
@@ -1206,12 +1190,11 @@ void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& 
     memcpy(scales, job.scales + part * job.num_rows + first, count * 4);
     vf scale[NUM_GROUPS * LANES / VW];
     memcpy(scale, scales, sizeof scale);
-    load_turns(job, first, count, use);
     for (int head = 0; head < 2 * job.num_joined; head++) {
       multiply_head(matrix, job, head, first, scale, mean, use);
       for (int g = 0; g < count; g += LANES) {
         float* columns = use.columns + g * job.dim;
-        if (head < job.num_joined) turn(job, use.cos + g, use.sin + g, columns);
+        if (head < job.num_joined) turn(job, first + g, columns);
         const int rows = count - g < LANES ? count - g : LANES;
         write_columns<TYPE>(job, part, head, first + g, rows, columns, use);
       }

@@ -74,7 +74,7 @@ struct Long {
   const float* matrix;  // (num_parts, width, width): a row for each number
   const float* mean;     // (num_parts, width)
   const float* scales;  // (num_parts, num_rows)
-  const float* cos;     // (num_pairs, num_rows)
+  const float* cos;     // (ceil(num_rows / 16), num_pairs, 16)
   const float* sin;
   // What `round` makes of each part's matrix, or null.
   const int16_t* const* whole;

@@ -37,7 +37,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 4
+_ABI = 5
 # Best first.
 _INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "neon", "sse2")
 _VERBS = (
@@ -173,7 +173,7 @@ class Places:
         for number, holds in enumerate(streams):
             self.kinds[holds] = number
             self.ranks[holds] = np.arange(np.count_nonzero(holds))
-        self.sizes = [np.count_nonzero(holds) for holds in streams]
+        self.sizes = [int(np.count_nonzero(holds)) for holds in streams]
         behind = np.where(self.kinds == _NO_STREAM, 0, np.arange(1, shape[2] + 1))
         # From which coefficient of a part on there is none.
         self.counts = behind.max(axis=2, initial=0).astype(np.int32)
@@ -251,7 +251,7 @@ class Basis:
     mean: Floats
     # Of each row, ``(G, T)``.
     scales: Floats
-    # Cosine and sine, ``(pairs, T)``.
+    # Cosine and sine of 16 rows at a time, ``(ceil(T / 16), pairs, 16)``.
     cos: Floats
     sin: Floats
     # What `round_matrices` makes of the matrix, or nothing: rows of 16 bits have it
@@ -364,7 +364,7 @@ class NativeKernels:
             places.kinds.shape[1],
             basis.num_joined,
             dim,
-            len(basis.cos),
+            basis.cos.shape[1],
             basis.is_traditional,
             _DTYPES[out[0].dtype],
             num_rows,
@@ -521,16 +521,16 @@ def _check_long(
     places = coefficients.places
     _, parts, width = places.kinds.shape
     heads, (num_rows, dim) = sum(map(len, out)), out[0].shape[1:]
-    joined, pairs = basis.num_joined, len(basis.cos)
+    joined, turns = basis.num_joined, basis.cos.shape
     tables = (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
     shapes = (
         (parts, width, width), (parts, width), (parts, num_rows),
-        (pairs, num_rows), (pairs, num_rows),
+        (-(-num_rows // 16), *turns[1:2], 16), turns,
     )  # fmt: skip
     if (
         tuple(table.shape for table in tables) != shapes
         or (heads, width) != (2 * joined * parts, 2 * joined * dim)
-        or (dim % 8 or 2 * pairs > dim or num_rows > coefficients.num_rows)
+        or (dim % 8 or 2 * turns[1] > dim or num_rows > coefficients.num_rows)
         or len(coefficients.streams) != len(places.sizes)
         or len({(x.shape[1:], x.dtype) for x in out}) > 1
     ):
@@ -636,7 +636,7 @@ def _has_products(kernels: NativeKernels) -> bool:
     coefficients = Coefficients(places)
     coefficients.add((q.T + 127).astype(np.uint8), None, 127, 1)
     # A quarter of a turn: of each pair the second is taken off, and the two swapped.
-    zero, one = (np.full((8, num_rows), x, np.float32) for x in (0, 1))
+    zero, one = (np.full((2, 8, 16), x, np.float32) for x in (0, 1))
     basis = Basis(1, False, matrix, mean, np.ones((1, num_rows), np.float32), zero, one)
     out = np.empty((2, num_rows, width // 2), np.float32)
     kernels.restore_long(coefficients, 0, basis, [out])
