@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .format.bundle import BundleReader
     from .format.calibration import Calibration
     from .format.config import StoreConfig
+    from .format.probe import Probe
     from .ops.explain import Explanation
     from .ops.load import Hit, Match, Request
     from .ops.quality import Loss
@@ -864,6 +865,28 @@ class Store:
             return loss_of(blocks, entry, (b for _, b in blocks.chain(entry)))
 
         return self._with_entry(ref, look)
+
+    def blocks_digest(self, ref: str) -> str:
+        """Return what tells an entry's blocks, as they are now, from all others."""
+        from .ops.quality import digest_of
+
+        return digest_of(stored for _, stored in self.chain(ref))
+
+    def note_probe(self, entry: Entry, probe: Probe) -> Entry:
+        """Keep with an entry what was measured of it, if it is still the same.
+
+        It counts in :meth:`loss` while the entry's blocks are what they were then.
+
+        Args:
+            entry: As it was when it was measured.
+            probe: With the :meth:`blocks_digest` of before.
+
+        Returns:
+            The entry, as it is now.
+        """
+        from .ops.quality import note_probe
+
+        return self.run(lambda blocks: note_probe(blocks, self._catalog, entry, probe))
 
     def fingerprint_of(self, ref: str) -> Fingerprint:
         """Return the fingerprint of what made an entry."""

@@ -52,8 +52,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache  # noqa: E402
 
 import kvstore  # noqa: E402
 from kvstore.format.basis import basis_digest, parse_basis  # noqa: E402
-from kvstore.models.calibrate import compare, log_probabilities  # noqa: E402
 from kvstore.models.corpus import chat_of, text_start, tools_of  # noqa: E402
+from kvstore.models.probe import compare, log_probabilities  # noqa: E402
 from kvstore.storage.bases import add_basis  # noqa: E402
 from kvstore.storage.folder import create_folder  # noqa: E402
 

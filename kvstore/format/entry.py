@@ -16,6 +16,7 @@ import blake3
 from ..errors import ArgumentError, FormatError, IntegrityError
 from .calibration import Measured, parse_measured
 from .documents import JSON, canonical_json, strict_json
+from .probe import Probe, parse_probe
 
 MAX_NAME = 200
 MAX_LABEL = 1000
@@ -58,6 +59,7 @@ def make_entry(
         pinned=old.pinned if old else False,
         title=clean_title(title),
         receipts=receipts,
+        probe=old.probe if old and old.tip == tip else None,
     )
 
 
@@ -164,6 +166,8 @@ class Entry:
     title: str = ""
     # What its lossy codecs were measured to do; nothing where one was not.
     receipts: tuple[Measured, ...] = ()
+    # What was measured of itself, where that was asked for.
+    probe: Probe | None = None
     # The public key that signed it where it came from, in hex, or nothing.
     signer: str = ""
 
@@ -177,7 +181,7 @@ MAX_BYTES = 65_536
 _ID = re.compile(r"[0-9a-f]{32}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _STAMPED = {"created_at", "updated_at"}
-_OPTIONAL = {"title", "receipts", "signer"}
+_OPTIONAL = {"title", "receipts", "probe", "signer"}
 _MAX_RECEIPTS = 32
 
 
@@ -259,7 +263,9 @@ def _build(path: Path, body: JSON, entry_id: str) -> Entry:
 
 def to_entry(body: JSON) -> Entry:
     """Return an entry from its fields in JSON, which were checked."""
-    return Entry(**body | {"receipts": _receipts(body.get("receipts", []))})
+    probe = parse_probe(body["probe"]) if "probe" in body else None
+    receipts = _receipts(body.get("receipts", []))
+    return Entry(**body | {"receipts": receipts, "probe": probe})
 
 
 def _receipts(found: list[JSON]) -> tuple[Measured, ...]:
@@ -277,6 +283,13 @@ def _are_receipts(value: Any) -> bool:
     return codecs == sorted(set(codecs))
 
 
+def _is_probe(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and parse_probe(value) is not None
+    except (ValueError, TypeError):
+        return False
+
+
 def _fits(name: str, value: Any) -> bool:
     """Whether ``value`` is of the type that the field ``name`` has."""
     if name == "name":
@@ -285,6 +298,8 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, str) and value != "" and value == clean_title(value)
     if name == "receipts":
         return _are_receipts(value)
+    if name == "probe":
+        return _is_probe(value)
     if name == "pinned":
         return isinstance(value, bool)
     if name in _STAMPED:

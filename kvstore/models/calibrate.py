@@ -45,6 +45,7 @@ from ..store import Store
 from .corpus import Stretches
 from .held import HeldSamples, Outline
 from .load import LoadedModel
+from .probe import compare, log_probabilities
 from .session import prefill, usual_step_size
 
 PREFIX = 1024
@@ -218,23 +219,6 @@ def measure(
                 rows[codec].append((nbytes * 8 / count, kl.mean(), same.mean()))
                 progress(number * (1 + len(codecs)) + done, total)
     return [_sum_up(codec, *np.transpose(rows[codec])) for codec in codecs]
-
-
-def log_probabilities(
-    model: Any, prompt_cache: list[Any], tokens: Sequence[int]
-) -> mx.array:
-    """Return those of all tokens behind each of some, ``(T, V)``."""
-    logits = model(mx.array([list(tokens)]), cache=prompt_cache)[0].astype(mx.float32)
-    found: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    mx.eval(found)
-    return found
-
-
-def compare(exact: mx.array, found: mx.array) -> tuple[Any, Any]:
-    """Return KL divergence, and whether the first choice is the same, by token."""
-    kl = (mx.exp(exact) * (exact - found)).sum(axis=-1)
-    same = exact.argmax(axis=-1) == found.argmax(axis=-1)
-    return np.asarray(kl, np.float64), np.asarray(same)
 
 
 def _save(

@@ -9,9 +9,11 @@ from contextlib import closing, suppress
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
+from ..format.block import EXACT_BITS, Progress
 from ..format.entry import Entry
 from ..store import Store
 from .load import LoadedModel
+from .probe import measure_entry
 from .session import (
     CacheOptions,
     Callbacks,
@@ -116,6 +118,7 @@ def save_prompt(
     cache: CacheOptions = CacheOptions(),
     prefilling: PrefillOptions = PrefillOptions(),
     live: LiveCache | None = None,
+    measure: Progress | None = None,
     callbacks: Callbacks = Callbacks(),
 ) -> tuple[Entry, int]:
     """Compute what a store lacks of a prompt, and save it.
@@ -124,13 +127,22 @@ def save_prompt(
     ``live``, nothing is computed where it, or the store, holds all. The rows of a draft
     model are computed and saved too. ``callbacks.should_stop`` is not asked.
 
+    With ``measure``, only exact rows are restored, and how what is stored changes what
+    the model says next is noted with the entry; it is called with (tokens said, tokens
+    to say). What is measured cannot be held ``live``.
+
     Returns:
         The entry, and how many tokens were held instead of computed.
 
     Raises:
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored.
+        ValueError: Both ``live`` and ``measure`` are given.
     """
+    if measure is not None:
+        if live is not None:
+            raise ValueError("what is measured grows, and cannot be held live")
+        cache = dataclasses.replace(cache, min_bits=EXACT_BITS)
     session = Session(
         model,
         tokens,
@@ -142,13 +154,19 @@ def save_prompt(
         callbacks=dataclasses.replace(callbacks, should_stop=None),
     )
     session.begin(cache, 0 if live is not None else 1)
+    logits = None
     try:
         if session.rest:
-            session.feed(with_last=True)
+            session.feed()
+            logits = session.feed_last()
     except KeyboardInterrupt:
         session.finish(is_interrupted=True)
         raise
-    return session.keep(), session.num_restored
+    entry = session.keep()
+    if measure is not None and logits is not None:
+        held = session.prompt_cache
+        entry = measure_entry(model, store, entry, held, logits, measure)
+    return entry, session.num_restored
 
 
 def continue_entry(

@@ -405,11 +405,8 @@ class Session:
         should_stop = self._callbacks.should_stop
         return should_stop is not None and should_stop()
 
-    def feed(self, *, with_last: bool = False) -> None:
-        """Have the models compute the rows of the rest, a step at a time.
-
-        The last token goes alone, if at all: so it has the same bits that mlx-lm gives
-        it when it begins a reply.
+    def feed(self) -> None:
+        """Have the models compute the rows of the rest but the last, step by step.
 
         Raises:
             Stopped: The run is to end, and no step is under way.
@@ -419,14 +416,29 @@ class Session:
         parts = self.model.parts(self.prompt_cache)
         streams: list[Any] = [generation_stream]
         with wired_limit(self.model.model, streams):
-            for tokens in (self.rest[:-1], self.rest[-1:] if with_last else []):
-                start = self.num_restored + fed
-                for done, took in compute(parts, tokens, self._prefill, start):
-                    seconds += took
-                    self.note(fed + done, total)
-                fed += len(tokens)
+            start = self.num_restored
+            for done, took in compute(parts, self.rest[:-1], self._prefill, start):
+                seconds, fed = seconds + took, done
+                self.note(fed, total)
         if fed:
             self._store.note_prefill(self.model.fingerprint, fed, seconds)
+
+    def feed_last(self) -> mx.array:
+        """Have the models compute the rows of the last token, behind all others.
+
+        It goes alone: so it has the same bits that mlx-lm gives it when it begins a
+        reply.
+
+        Returns:
+            What the model says next, ``(V,)``: logits, not evaluated.
+        """
+        parts = self.model.parts(self.prompt_cache)
+        streams: list[Any] = [generation_stream]
+        with wired_limit(self.model.model, streams):
+            logits, *_ = (_feed(model, self.rest[-1:], part) for model, part in parts)
+        self.note(len(self.rest), len(self.rest))
+        said: mx.array = logits[0, -1]
+        return said
 
     def _save_blocks(self, done: int, *, is_last: bool) -> None:
         """Store what a long prefill has computed so far.
@@ -631,15 +643,17 @@ def _process_all(
     return processor(mx.concatenate([before.astype(tokens.dtype), tokens]), logits)
 
 
-def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> None:
+def _feed(model: Any, tokens: Sequence[int], prompt_cache: list[Any]) -> Any:
+    """Compute the rows of some tokens, and return the logits, not evaluated."""
     if not tokens:
-        return
+        return None
     with mx.stream(generation_stream):
-        model(mx.array(list(tokens))[None], cache=prompt_cache)
+        logits = model(mx.array(list(tokens))[None], cache=prompt_cache)
         # Step by step: a lazy graph of the whole prompt would keep the memory of all
         # steps.
         mx.eval([cache.state for cache in prompt_cache])
     mx.clear_cache()
+    return logits
 
 
 def _check_draft(empty: list[Any], is_divided: bool) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import KVStoreError
 from ..fingerprint import Fingerprint
 from ..format.block import EXACT_BITS, LayerError, StoredBlock
 from ..format.calibration import Measured, rank
 from ..format.chain import is_reanchored
+from ..format.documents import blake3_hex
 from ..format.entry import Entry
+from ..format.probe import Probe
+from ..storage import files
 from ..storage.bases import find_calibration
 from ..storage.blocks import BlockStore, Described
+from ..storage.entries import Catalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +30,20 @@ class Loss:
     unknown: str = ""
     # That is the word of whoever saved it: this store has not measured the codec.
     is_told: bool = False
+    # What was measured of the entry itself, with the blocks that it has now.
+    probe: Probe | None = None
 
     @property
     def kl(self) -> float | None:
         """KL divergence in nats of what the model says next; ``None`` if unknown.
 
-        That is of the calibration: of other texts, coded whole.
+        Of the calibration, which is of other texts, and of the entry itself, the larger
+        one that is known.
         """
-        if self.unknown:
-            return None
-        return self.worst.kl if self.worst else 0.0
+        known = [self.probe.kl] if self.probe else []
+        if not self.unknown:
+            known.append(self.worst.kl if self.worst else 0.0)
+        return max(known, default=None)
 
 
 Blocks = Sequence[StoredBlock | Described]
@@ -44,11 +52,28 @@ Blocks = Sequence[StoredBlock | Described]
 
 def loss_of(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> Loss:
     """Return what is known of an entry, by its blocks as they are stored."""
-    model = Fingerprint(blocks.origin(entry).fingerprint)
+    model, held = Fingerprint(blocks.origin(entry).fingerprint), list(stored)
     if is_reanchored(model.fields):
         return Loss(unknown="its rows were computed behind other words")
     found = find_calibration(blocks.folder, model.bare.digest)
-    return find_loss(list(stored), found.told if found else (), entry.receipts)
+    loss = find_loss(held, found.told if found else (), entry.receipts)
+    probe = entry.probe
+    is_current = probe is not None and probe.blocks == digest_of(held)
+    return replace(loss, probe=probe if is_current else None)
+
+
+def digest_of(stored: Iterable[StoredBlock]) -> str:
+    """Return what tells some blocks, as they are stored, from all others."""
+    return blake3_hex(*(block.digest.encode() for block in stored))
+
+
+def note_probe(
+    blocks: BlockStore, catalog: Catalog, entry: Entry, probe: Probe
+) -> Entry:
+    """Keep with an entry what was measured of it, if it is still the same."""
+    with files.locked(blocks.folder.lock, exclusive=True):
+        found = catalog.find(entry.id)
+        return catalog.commit(replace(found, probe=probe)) if found == entry else found
 
 
 def find_loss(
@@ -120,7 +145,8 @@ def refuse_loss(loss: Loss, max_kl: float) -> None:
     if loss.kl is None:
         raise KVStoreError(
             f"nobody knows what was lost: {loss.unknown}",
-            hint="`kvstore calibrate --model MODEL --measure-only` measures codecs",
+            hint="`kvstore calibrate --model MODEL --measure-only` measures codecs,"
+            " `kvstore save --measure` one entry",
         )
     if loss.kl > max_kl:
         raise KVStoreError(

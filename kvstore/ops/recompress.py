@@ -118,4 +118,5 @@ def _described(
         receipts=receipts_of(blocks, blocks.origin(entry), stored, (entry,)),
         updated_at=time.time(),
         signer="",  # of other bytes
+        probe=None,
     )

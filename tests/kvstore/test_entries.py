@@ -14,6 +14,7 @@ from kvstore.format.calibration import Measured
 from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import MAX_BYTES, Entry
+from kvstore.format.probe import Probe
 from kvstore.storage.blocks import BlockStore
 from kvstore.storage.entries import (
     list_ids,
@@ -38,6 +39,7 @@ ENTRY = Entry(
     pinned=False,
     title="First words",
     receipts=(Measured("turbo4+zstd", 4.2, 0.004, 0.0005, 0.97),),
+    probe=Probe(0.004, 0.97, 64, "0a" * 32),
     signer="ef" * 32,
 )
 

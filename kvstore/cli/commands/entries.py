@@ -37,6 +37,7 @@ from ..output import (
 if TYPE_CHECKING:
     from ...fingerprint import Fingerprint
     from ...format.block import StoredBlock
+    from ...format.probe import Probe
     from ...ops.quality import Errors, Loss
     from ...ops.upkeep.purge import Traces
     from ...storage.index import Place
@@ -61,8 +62,8 @@ _SHORT = 12
 @option(
     "--max-kl KL",
     type=click.FloatRange(min=0),
-    help="Refuse rows whose codec `kvstore calibrate` has measured to move what the"
-    " model says by more, or has not measured: 0.003.",
+    help="Refuse rows that were measured to move what the model says by more, or were"
+    " not measured: their codec by `calibrate`, the entry by `save --measure`: 0.003.",
 )
 @click.pass_context
 def load(
@@ -365,6 +366,7 @@ def _entry_fields(
             else "no: near to what the model computed; a reply may differ in words",
         ),
         ("quality", loss_words(loss)),
+        *([("measured", probe_words(loss.probe))] if loss.probe else []),
         *([("errors", error_words(errors))] if errors.layers else []),
         ("pinned", "yes: it is never evicted" if entry.pinned else "no"),
         ("model", entry.model),
@@ -398,6 +400,14 @@ def loss_words(loss: Loss) -> str:
     return (
         f"KL {one.kl:.2g}, the first choice the same in {one.same_choice:.1%}, measured"
         f" on other texts with {format_codec(one.codec)}{source}"
+    )
+
+
+def probe_words(probe: Probe) -> str:
+    """Return what was measured of an entry itself."""
+    return (
+        f"KL {probe.kl:.2g}, the first choice the same in {probe.same_choice:.1%} of"
+        f" {format_count(probe.num_tokens, 'token')} that the model said behind it"
     )
 
 

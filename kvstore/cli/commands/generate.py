@@ -15,10 +15,16 @@ from ...errors import KVStoreError
 from .. import options
 from ..interrupts import Interrupts
 from ..main import Verb, chosen_path, log, open_store, output_of
-from ..options import ModelOptions, PromptOptions, model_options, prompt_options
+from ..options import (
+    ModelOptions,
+    PromptOptions,
+    model_options,
+    option,
+    prompt_options,
+)
 from ..output import Output, format_bytes, format_codec, format_count
 from ..settings import setting, some_bytes
-from .entries import entry_data, entry_label
+from .entries import entry_data, entry_label, probe_words
 
 if TYPE_CHECKING:
     from ...format.documents import JSON
@@ -39,6 +45,11 @@ if TYPE_CHECKING:
 @options.min_bits
 @options.prefill_step_size
 @options.checkpoint_every
+@option(
+    "--measure",
+    help="Go on from exact rows only, let the model say 64 tokens, and note with the"
+    " entry how what is stored changes what it says. Needs memory for the rows twice.",
+)
 @click.pass_context
 def save(
     context: click.Context,
@@ -52,6 +63,7 @@ def save(
     min_bits: int,
     prefill_step_size: int | None,
     checkpoint_every: int,
+    measure: bool,
 ) -> None:
     """Compute the prompt cache of a prompt and keep it.
 
@@ -81,6 +93,7 @@ def save(
                     replace=replace,
                     cache=CacheOptions(min_bits=least),
                     prefilling=options.prefilling(prefill_step_size, checkpoint_every),
+                    measure=bars.bar("measure") if measure else None,
                     callbacks=Callbacks(
                         on_load=bars.bar("restore"),
                         on_prefill=bars.bar("prefill"),
@@ -306,10 +319,11 @@ def _print_saved(
         "num_computed_tokens": num_computed,
         "elapsed_s": round(seconds, 3),
     }
+    measured = f"\n{probe_words(entry.probe)}" if entry.probe else ""
     output.result(
         f"saved {format_count(entry.num_tokens, 'token')} as {entry_label(entry)}:"
         f" {num_restored:,} restored, {num_computed:,} computed in {seconds:.2f} s;"
-        f" {format_bytes(entry.nbytes)}, {format_codec(entry.codec)}",
+        f" {format_bytes(entry.nbytes)}, {format_codec(entry.codec)}{measured}",
         data,
         [entry.id],
     )
