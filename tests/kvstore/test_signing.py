@@ -11,9 +11,10 @@ from kit import load_beside
 import kvstore
 from kvstore.cli import cli
 from kvstore.cli.failures import run
-from kvstore.errors import IntegrityError, SignerError
+from kvstore.errors import EntryExistsError, IntegrityError, SignerError
 from kvstore.format import bundle as bundles
 from kvstore.format.signature import new_secret, public_key, sign, signature_to_bytes
+from kvstore.ops.transfer import admit
 from kvstore.storage import keys
 
 BLOCK = 16
@@ -102,6 +103,24 @@ def test_rows_that_come_later_are_somebody_elses(sent, small, name, again):
     with kvstore.Store(sent[1], "raw") as store:
         assert store.entry("doc").signer == (public_key(ALICE) if again else "")
         assert store.verify() == []
+
+
+def test_what_is_refused_takes_no_signature(sent, small, caches, monkeypatch):
+    """Where another process takes the name in the last moment, no block comes."""
+    take(sent[1], signed(sent[0], ALICE))
+    with kvstore.Store(sent[1], "raw") as store:
+        place, _ = store.chain("doc")[-2]
+        with store._blocks.index.transaction():
+            store._blocks.index.drop_block(place.hash, place.shard)
+
+        def take_name(*_):
+            tokens, cache = caches.make_conversation(1, 7)
+            store.save(tokens, cache, caches.MODEL, name="other")
+
+        monkeypatch.setattr(admit, "make_room", take_name)
+        with pytest.raises(EntryExistsError):
+            take(sent[1], signed(sent[0], None), name="other")
+        assert store.entry("doc").signer == public_key(ALICE)
 
 
 def test_what_was_signed_is_not_recompressed_by_the_way(sent, small, caches):

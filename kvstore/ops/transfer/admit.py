@@ -248,8 +248,10 @@ def admit(
             nbytes = sum(shard.header.nbytes for shard in prepared)
             make_room(blocks, nbytes, lambda: found.chain.hashes)
             with files.locked(blocks.folder.lock, exclusive=True):
+                # Another process may have taken the name meanwhile. What is refused
+                # takes no signature away.
+                replaceable(catalog, name, found.chain, replace)
                 _unsign(blocks, catalog, prepared, described.signer)
-                # Another process may have taken the name meanwhile.
                 old = replaceable(catalog, name, found.chain, replace)
                 # The lock keeps `prune` from blocks that no entry needs yet.
                 entry = _publish(blocks, found, held, prepared) and commit(
