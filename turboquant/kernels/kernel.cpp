@@ -893,6 +893,18 @@ void make_digits(const Stream& stream, Digits& digits) {
       digits.numbers[i][k] = digits.integers[i][k] = left % levels - stream.limit;
 }
 
+// The low bits of a coefficient in 8 rows, a byte for each.
+INLINE uint64_t low_bits(const Stream& stream, const uint8_t* low) {
+  uint64_t found = 0;
+  for (int bit = 0; bit < stream.low_bits; bit++) {
+    // The first row's is the highest bit of its plane's byte.
+    const uint64_t apart = low[bit * stream.plane_stride] * 0x0101010101010101u;
+    const uint64_t ones = (apart & 0x0102040810204080u) + 0x7f7f7f7f7f7f7f7fu;
+    found |= (ones >> 7 & 0x0101010101010101u) << bit;
+  }
+  return found;
+}
+
 // One coefficient of all rows; beyond them some numbers may be written.
 template <class N>
 void unpack_row(const Stream& stream, const Digits& digits, int64_t rank,
@@ -908,11 +920,13 @@ void unpack_row(const Stream& stream, const Digits& digits, int64_t rank,
     return;
   }
   const uint8_t* low = stream.low + rank * stream.low_stride;
-  for (int64_t t = 0; t < num_rows; t++) {
-    int number = (packed[t] - stream.limit) * (1 << stream.low_bits);
-    for (int bit = 0; bit < stream.low_bits; bit++)
-      number |= (low[bit * stream.plane_stride + t / 8] >> (7 - t % 8) & 1) << bit;
-    row[t] = number;
+  for (int64_t t = 0; t < num_rows; t += 8) {
+    const uint64_t found = low_bits(stream, low + t / 8);
+    uint8_t bits[8];
+    memcpy(bits, &found, 8);
+    const int count = num_rows - t < 8 ? num_rows - t : 8;
+    for (int i = 0; i < count; i++)
+      row[t + i] = (packed[t + i] - stream.limit) * (1 << stream.low_bits) + bits[i];
   }
 }
 
@@ -995,9 +1009,9 @@ int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
     }
     int16_t* to = (int16_t*)use.panels + c * LANES;
     for (int64_t t = 0; t < padded; t += LANES, to += (count + count % 2) * LANES)
-      for (int i = 0; i < LANES; i++) {
-        to[2 * i] = rows[t + i];
-        to[2 * i + 1] = rows[stride + t + i];
+      for (int i = 0; i < LANES; i += VW) {
+        const vu first = load_high(rows + t + i) >> 16;
+        store(to + 2 * i, first | load_high(rows + stride + t + i));
       }
   }
   return sum;
