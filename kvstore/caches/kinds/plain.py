@@ -59,11 +59,7 @@ class PlainRows(CacheKind):
         cache: Any = KVCache()
         if buffers:
             cache.keys = buffers["k"]
-            # An indexer has keys only. Nothing is held of the rest, so nobody else sees
-            # to it that another thread finds it computed.
-            none = mx.zeros((*cache.keys.shape[:3], 0), cache.keys.dtype)
-            mx.eval(none)
-            cache.values = buffers.get("v", none)
+            cache.values = buffers["v"] if "v" in buffers else _no_values(cache.keys)
             cache.offset = num_tokens
         return cache
 
@@ -110,3 +106,12 @@ class ConcatenatedRows(PlainRows):
             cache.values = buffers["v"][..., :num_tokens, :]
             cache.offset = num_tokens
         return cache
+
+
+def _no_values(keys: mx.array) -> mx.array:
+    """Return values of no dimension: an indexer has keys only."""
+    found = mx.zeros((*keys.shape[:3], 0), keys.dtype)
+    # Nothing is held of it, so nobody else sees to it that another thread finds it
+    # computed.
+    mx.eval(found)
+    return found
