@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -23,13 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant.kernels import best_kernels
-from turboquant.kernels.native import (
+from turboquant.kernels.long_rows import (
+    Bases,
     Basis,
     Coefficients,
-    NativeKernels,
     Places,
+    Turns,
     WholeMatrices,
 )
+from turboquant.kernels.native import NativeKernels
 
 from ..blas import one_thread
 from ..errors import CodecError, IntegrityError
@@ -98,19 +101,64 @@ class _Layout:
         self.places = Places(self.classes.shape, [holds for _, holds in self.streams])
 
 
-@dataclass(frozen=True, slots=True)
 class _Kept:
-    """What was worked out once for all blocks of a codec.
+    """What was worked out once for all blocks of a codec."""
 
-    Two threads may work out the same: either is right.
-    """
+    def __init__(self) -> None:
+        # By the numbers of the layers.
+        self._layouts: dict[tuple[FittedLayers, tuple[int, ...]], _Layout] = {}
+        self._bases: dict[tuple[_Layout, bool], Bases] = {}
+        # By where a layer is in the arrays.
+        self._whole: dict[tuple[FittedLayers, int], WholeMatrices] = {}
+        # Threads that decode the first blocks need the same at the same time.
+        self._lock = threading.Lock()
 
-    # By the numbers of the layers.
-    layouts: dict[tuple[FittedLayers, tuple[int, ...]], _Layout] = field(
-        default_factory=dict
-    )
-    # By where a layer is in the arrays.
-    whole: dict[tuple[FittedLayers, int], WholeMatrices] = field(default_factory=dict)
+    def layout(self, layers: FittedLayers, rows: Rows, step: int) -> _Layout:
+        """Return the layout of rows that a basis covers."""
+        key = layers, rows.layers
+        with self._lock:
+            if key not in self._layouts:
+                sigma = layers.sigma[layers.indices(rows.layers)]
+                self._layouts[key] = _Layout(sigma, step)
+            return self._layouts[key]
+
+    def bases(
+        self, kernels: NativeKernels, rows: Rows, layers: FittedLayers, layout: _Layout
+    ) -> Bases:
+        """Return what takes coefficients to rows of their dtype."""
+        key = layout, rows.dtype == "F32"
+        with self._lock:
+            if key not in self._bases:
+                made = [
+                    self._basis(kernels, layers, which, None if key[1] else counts)
+                    for which, counts in zip(
+                        layers.indices(rows.layers), layout.places.counts, strict=True
+                    )
+                ]
+                group = layers.group
+                self._bases[key] = Bases(
+                    layout.places,
+                    made,
+                    num_joined=group.num_joined,
+                    is_traditional=group.is_traditional,
+                )
+            return self._bases[key]
+
+    def _basis(
+        self,
+        kernels: NativeKernels,
+        layers: FittedLayers,
+        which: int,
+        counts: npt.NDArray[np.int32] | None,
+    ) -> Basis:
+        """Return the basis of one layer, rounded where it is to be."""
+        matrix, mean = layers.matrix[which], layers.mean[which]
+        if counts is None:
+            return Basis(matrix, mean)
+        key = layers, which
+        if key not in self._whole:
+            self._whole[key] = kernels.round_matrices(matrix, counts)
+        return Basis(matrix, mean, self._whole[key])
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +252,7 @@ class Fit:
         layers = self.fitted.covering(rows)
         if layers is None or rows.dtype not in _LARGEST:
             return None
-        layout = self.kept.layouts.get((layers, rows.layers))
-        if layout is None:
-            sigma = layers.sigma[layers.indices(rows.layers)]
-            layout = _Layout(sigma, self.fitted.steps[self.rate])
-            self.kept.layouts[layers, rows.layers] = layout
+        layout = self.kept.layout(layers, rows, self.fitted.steps[self.rate])
         return _Plan(rows, layers, layout, self.kept)
 
 
@@ -386,33 +430,8 @@ class _Plan:
             low = parts[f"b{stream.first}"] if stream.low_bits else None
             found.add(parts[f"c{stream.first}"], low, stream.limit, stream.per_byte)
         scales = self._scales(parts["exponents"])[..., 0] * self._layout.step
-        turns = self._turns()
-        for number, sides in enumerate(layers):
-            which = self._which[number]
-            cos, sin = (x[min(number, len(x) - 1)] for x in turns)
-            basis = Basis(
-                self._group.num_joined,
-                self._group.is_traditional,
-                self._layers.matrix[which],
-                self._layers.mean[which],
-                scales[number],
-                cos,
-                sin,
-                self._whole(kernels, number),
-            )
-            kernels.restore_long(found, number, basis, sides)
-
-    def _whole(self, kernels: NativeKernels, number: int) -> WholeMatrices | None:
-        """Return a layer's matrices as integers, which are made once for all blocks."""
-        if self._rows.dtype == "F32":
-            return None
-        key = self._layers, self._which[number]
-        found = self._kept.whole.get(key)
-        if found is None:
-            counts = self._layout.places.counts[number]
-            found = kernels.round_matrices(self._layers.matrix[key[1]], counts)
-            self._kept.whole[key] = found
-        return found
+        bases = self._kept.bases(kernels, self._rows, self._layers, self._layout)
+        kernels.restore_long(found, bases, scales, self._turns(), layers)
 
     def decode(self, parts: Mapping[str, Array]) -> mx.array:
         """Return all rows, ``(L, 2 H, T, D)``, computed on MLX's device."""
@@ -533,14 +552,14 @@ class _Plan:
         )
         return mx.concatenate([keys, values], axis=1)
 
-    def _turns(self) -> list[Floats]:
-        """Return cosine and sine as kernels take them, ``(L, T / 16, pairs, 16)``."""
+    def _turns(self) -> Turns:
+        """Return cosine and sine as kernels take them."""
         start = self._rows.start + self._sinks
         frequencies = self._layers.frequencies[self._which]
         groups = -(-self._num_coded // 16)
         found = angles(frequencies, start, groups * 16)
         split = (x.reshape(len(x), groups, 16, x.shape[2]) for x in found)
-        return [np.ascontiguousarray(x.swapaxes(2, 3)) for x in split]
+        return Turns(*(np.ascontiguousarray(x.swapaxes(2, 3)) for x in split))
 
     def _angles(self, which: list[int]) -> tuple[Floats, Floats]:
         """Return cosine and sine for every coded row, ``(L, 1, T, pairs)``."""

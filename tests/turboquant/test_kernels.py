@@ -313,37 +313,6 @@ def test_kernels_that_are_wrong_are_not_used(monkeypatch, recwarn) -> None:
     assert "the wrong kernels" in str(recwarn[0].message)
 
 
-@every_set
-@pytest.mark.parametrize("most", [3, 127, 4095])
-@pytest.mark.parametrize("count", [1, 129, 256])
-def test_integers_of_any_size_become_rows(kernels, most, count) -> None:
-    """Sums that 32 bits would not hold are right too, of rows of 16 bits."""
-    random, width, rows = np.random.default_rng(most), 256, 33
-    q = random.integers(-most, most, (count, rows), endpoint=True)
-    q[:, 5] = most
-    low = [(q >> n) & 1 != 0 for n in range(5)] if most > 127 else []
-    planes = np.stack([np.packbits(x, axis=1) for x in low]) if low else None
-    holds = (np.arange(width) < count)[None, None]
-    found = native.Coefficients(native.Places((1, 1, width), [holds]))
-    packed = ((q >> len(low)) + 128).astype(np.uint8)
-    found.add(packed, planes, 128, 1)
-    matrix, mean = random.uniform(0.5, 1, (width, width)), random.random(width)
-    scales, none = np.full(rows, 2.0**-3), np.zeros((3, 0, 16), np.float32)
-    tables = [x[None].astype(np.float32) for x in (matrix, mean, scales)]
-    out = np.zeros((2, rows, 128), np.uint16)
-    basis = native.Basis(1, False, *tables, none, none)
-    kernels.restore_long(found, 0, basis, [out])
-    whole = kernels.round_matrices(basis.matrix, found.places.counts[0])
-    again = np.zeros_like(out)
-    kernels.restore_long(found, 0, replace(basis, whole=whole), [again[:1], again[1:]])
-    assert (out == again).all()
-    expected = q.T @ matrix.T[:count] / 8 + mean
-    made = (out.astype(np.uint32) << 16).view(np.float32)
-    made = made.transpose(1, 0, 2).reshape(rows, width)
-    near = 2.0**-8 * np.abs(expected) + 2.0**-13 * np.abs(expected).max()
-    assert (np.abs(made - expected) <= near).all()
-
-
 def test_numpy_can_be_wanted(monkeypatch) -> None:
     """TURBOQUANT_KERNELS=numpy keeps to NumPy; another value is refused."""
     from turboquant.kernels import best_kernels
@@ -413,84 +382,6 @@ def test_one_wrong_kernel_is_enough(kernels, verb) -> None:
         return status
 
     assert not native.agrees(replace(kernels, **{f"_{verb}": wrong}))
-
-
-def integers(num_rows: int = 5):
-    """Return coefficients of so many rows, and a basis of five rows of 16."""
-    places = native.Places((1, 1, 32), [np.ones((1, 1, 32), np.bool_)])
-    found = native.Coefficients(places)
-    found.add(np.full((32, num_rows), 127, np.uint8), None, 127, 1)
-    turns = np.zeros((1, 8, 16), np.float32)
-    matrix, mean, scales = (
-        np.ones(shape, np.float32) for shape in ((1, 32, 32), (1, 32), (1, 5))
-    )
-    return found, native.Basis(1, False, matrix, mean, scales, turns, turns)
-
-
-@every_set
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("matrix", (1, 32, 16)),
-        ("mean", (1, 16)),
-        ("scales", (1, 4)),
-        ("cos", (1, 9, 16)),
-        ("cos", (2, 8, 16)),
-        ("cos", (1, 8, 8)),
-        ("sin", (1, 7, 16)),
-    ],
-)
-def test_a_basis_of_another_shape_is_refused(kernels, name, shape) -> None:
-    """What a kernel would read beyond its end never gets there."""
-    coefficients, basis = integers()
-    out = np.empty((2, 5, 16), np.float32)
-    kernels.restore_long(coefficients, 0, basis, [out])
-    assert (out == 1).sum() == out[1].size  # the mean; keys are turned to nothing
-    other = replace(basis, **{name: np.zeros(shape, np.float32)})
-    with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(coefficients, 0, other, [out])
-
-
-@every_set
-@pytest.mark.parametrize("shape", [(2, 6, 16), (2, 5, 8), (4, 5, 16)])
-def test_rows_of_another_shape_are_not_restored(kernels, shape) -> None:
-    """Nothing is written beyond a buffer, and no coefficient read that is not there."""
-    with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(*integers()[:1], 0, integers()[1], [np.empty(shape, "f4")])
-    two = [np.empty((1, 5, 16), dtype) for dtype in (np.float32, np.uint16)]
-    with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(*integers()[:1], 0, integers()[1], two)
-    short, basis = integers(4)
-    with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(short, 0, basis, [np.empty((2, 5, 16), np.float32)])
-
-
-@every_set
-def test_streams_of_other_coefficients_are_refused(kernels) -> None:
-    """No stream has more or fewer rows of bytes than coefficients, and none lacks."""
-    places = native.Places((1, 1, 32), [np.ones((1, 1, 32), np.bool_)])
-    packed, low = np.zeros((32, 5), np.uint8), np.zeros((1, 31, 1), np.uint8)
-    for rows, planes in ((packed[:31], None), (packed, low)):
-        with pytest.raises(ValueError, match="a stream of 32"):
-            native.Coefficients(places).add(rows, planes, 127, 1)
-    none, basis = native.Coefficients(places), integers()[1]
-    with pytest.raises(ValueError, match="of other rows"):
-        kernels.restore_long(none, 0, basis, [np.empty((2, 5, 16), np.float32)])
-
-
-@every_set
-def test_matrices_rounded_for_others_are_refused(kernels) -> None:
-    """A matrix of fewer columns, or of fewer rows, is never read beyond its end."""
-    coefficients, basis = integers()
-    out = np.empty((2, 5, 16), np.uint16)
-    few = kernels.round_matrices(basis.matrix, np.array([30], np.int32))
-    good = kernels.round_matrices(basis.matrix, np.array([31], np.int32))
-    for whole in (few, replace(good, factors=good.factors[:, :16])):
-        with pytest.raises(ValueError, match="for other coefficients"):
-            kernels.restore_long(coefficients, 0, replace(basis, whole=whole), [out])
-    for matrix, count in ((basis.matrix, 33), (basis.matrix[:, :, :16], 3)):
-        with pytest.raises(ValueError, match="columns"):
-            kernels.round_matrices(matrix, np.array([count], np.int32))
 
 
 @every_set

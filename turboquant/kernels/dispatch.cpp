@@ -5,7 +5,7 @@
 #include <string.h>
 
 // Raised when a struct or a function changes: native.py refuses a library of another one.
-EXPORT int turboquant_abi() { return 5; }
+EXPORT int turboquant_abi() { return 6; }
 
 EXPORT int turboquant_supports(const char* isa) {
 #if defined(__x86_64__)

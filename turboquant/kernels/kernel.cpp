@@ -878,6 +878,16 @@ struct LongBuffers {
   ~LongBuffers() { free(memory); }
 };
 
+// All that is known of one layer.
+struct OneLayer : Long, LongLayer {
+  OneLayer(const Long& job, int number) : Long(job), LongLayer(job.layers[number]) {
+    heads += (int64_t)number * 2 * num_joined * num_parts;
+    scales += number * num_parts * num_rows;
+    cos += number * turn_stride;
+    sin += number * turn_stride;
+  }
+};
+
 struct Digits {
   float numbers[256][4];
   int16_t integers[256][4];
@@ -887,6 +897,7 @@ struct Digits {
 };
 
 void make_digits(const Stream& stream, Digits& digits) {
+  if (stream.per_byte == 1) return;  // which are looked up nowhere
   const int levels = 2 * stream.limit + 1;
   for (int i = 0; i < 256; i++)
     for (int k = 0, left = i; k < 4; k++, left /= levels)
@@ -932,7 +943,7 @@ void unpack_row(const Stream& stream, const Digits& digits, int64_t rank,
 
 // A coefficient of a part in all rows, and zeros up to so many; false where it is zero.
 template <class N>
-bool unpack_one(const Long& job, int64_t number, const Digits* digits, int64_t padded,
+bool unpack_one(const OneLayer& job, int64_t number, const Digits* digits, int64_t padded,
                 N* row) {
   const int kind = job.kinds[number];
   if (kind == NO_STREAM) return false;
@@ -941,7 +952,7 @@ bool unpack_one(const Long& job, int64_t number, const Digits* digits, int64_t p
   return true;
 }
 
-void unpack_part(const Long& job, int part, int count, const Digits* digits,
+void unpack_part(const OneLayer& job, int part, int count, const Digits* digits,
                  LongBuffers& use) {
   const int64_t groups = (job.num_rows + LANES - 1) / LANES;
   const int64_t first = (int64_t)part * 2 * job.num_joined * job.dim;
@@ -991,7 +1002,7 @@ int largest_of(const int16_t* row, int64_t count) {
 }
 
 // Coefficients two by two; returns the sum of the largest of each.
-int64_t unpack_pairs(const Long& job, int part, int count, const Digits* digits,
+int64_t unpack_pairs(const OneLayer& job, int part, int count, const Digits* digits,
                      LongBuffers& use) {
   constexpr int AT_ONCE = NUM_GROUPS * LANES;
   const int64_t padded = (job.num_rows + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
@@ -1104,7 +1115,7 @@ INLINE void multiply_pairs(const int16_t* matrix, int dim, int count,
 }
 
 // Turns the columns of a key to their positions, of which the first is given.
-void turn(const Long& job, int64_t first, float* columns) {
+void turn(const OneLayer& job, int64_t first, float* columns) {
   const float* cos = job.cos + first * job.num_pairs;
   const float* sin = job.sin + first * job.num_pairs;
   const int far = job.is_traditional ? 1 : job.num_pairs;
@@ -1123,7 +1134,7 @@ void turn(const Long& job, int64_t first, float* columns) {
 
 // Writes the columns of one head, which is one of a part's.
 template <int TYPE>
-void write_columns(const Long& job, int part, int head, int64_t first, int count,
+void write_columns(const OneLayer& job, int part, int head, int64_t first, int count,
                    const float* columns, LongBuffers& use) {
   typedef typename Element<TYPE>::E E;
   const vf most = splat(largest<TYPE>());
@@ -1155,7 +1166,7 @@ struct PartMatrix {
 
 // Unpacks a part's coefficients, and says what to multiply them with.
 template <int TYPE>
-PartMatrix prepare(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+PartMatrix prepare(const OneLayer& job, int part, const Digits* digits, LongBuffers& use) {
   const int width = 2 * job.num_joined * job.dim, count = job.counts[part];
   const float* matrix = job.matrix + (int64_t)part * width * width;
   int64_t limit = 0;
@@ -1176,7 +1187,7 @@ PartMatrix prepare(const Long& job, int part, const Digits* digits, LongBuffers&
 }
 
 // Writes the columns of one head of some groups of 16 rows.
-void multiply_head(const PartMatrix& matrix, const Long& job, int head, int64_t first,
+void multiply_head(const PartMatrix& matrix, const OneLayer& job, int head, int64_t first,
                    const vf* scale, const float* mean, LongBuffers& use) {
   const int dim = job.dim, width = 2 * job.num_joined * dim;
   const int count = matrix.count, even = count + count % 2, begin = head * dim;
@@ -1192,7 +1203,7 @@ void multiply_head(const PartMatrix& matrix, const Long& job, int head, int64_t 
 }
 
 template <int TYPE>
-void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& use) {
+void restore_part(const OneLayer& job, int part, const Digits* digits, LongBuffers& use) {
   const int width = 2 * job.num_joined * job.dim;
   const float* mean = job.mean + (int64_t)part * width;
   const PartMatrix matrix = prepare<TYPE>(job, part, digits, use);
@@ -1216,13 +1227,16 @@ void restore_part(const Long& job, int part, const Digits* digits, LongBuffers& 
   }
 }
 
-template <int TYPE> int restore_long(const Long& job, int num_streams) {
+template <int TYPE> int restore_long(const Long& job) {
   LongBuffers use(job);
-  Digits* digits = (Digits*)malloc(num_streams * sizeof(Digits));
+  Digits* digits = (Digits*)malloc(job.num_streams * sizeof(Digits));
   if (use.memory && digits) {
-    for (int i = 0; i < num_streams; i++) make_digits(job.streams[i], digits[i]);
-    for (int part = 0; part < job.num_parts; part++)
-      restore_part<TYPE>(job, part, digits, use);
+    for (int i = 0; i < job.num_streams; i++) make_digits(job.streams[i], digits[i]);
+    for (int number = 0; number < job.num_layers; number++) {
+      const OneLayer layer(job, number);
+      for (int part = 0; part < job.num_parts; part++)
+        restore_part<TYPE>(layer, part, digits, use);
+    }
   }
   const bool has_failed = !use.memory || !digits;
   free(digits);
@@ -1289,8 +1303,8 @@ EXPORT int JOIN(turboquant_join_, ISA)(const Bytes* job) {
   return 0;
 }
 
-EXPORT int JOIN(turboquant_restore_, ISA)(const Long* job, int num_streams) {
-  return BY_TYPE(restore_long)(*job, num_streams);
+EXPORT int JOIN(turboquant_restore_, ISA)(const Long* job) {
+  return BY_TYPE(restore_long)(*job);
 }
 
 EXPORT int JOIN(turboquant_multiply_, ISA)(const Product* job) {

@@ -54,31 +54,40 @@ struct Stream {
 // Stands for a stream where a coefficient has none: all of its numbers are zero.
 constexpr int NO_STREAM = 255;
 
-// Rows of some heads joined, as integers in a basis.
-struct Long {
-  int32_t num_parts;  // of a layer, each with as many heads
-  int32_t num_joined;
-  int32_t dim;        // of a head: a multiple of 8
-  int32_t num_pairs;  // of numbers of a key that its position turns
-  int32_t is_traditional;  // whether those are neighbours
-  int32_t dtype;
-  int64_t num_rows;
-  int64_t row_stride;
-  char* const* heads;  // the first row of each: all keys, then all values
-  const Stream* streams;
-  // (num_parts, width), width being 2 * num_joined * dim: of each coefficient its
-  // stream, and which one of that stream it is.
+// What takes the coefficients of one layer to its rows. They have a width of
+// 2 * num_joined * dim numbers.
+struct LongLayer {
+  // (num_parts, width): of each coefficient its stream, and which one of that it is.
   const uint8_t* kinds;
   const int32_t* ranks;
   const int32_t* counts;  // from which coefficient of a part on none has a stream
-  const float* matrix;  // (num_parts, width, width): a row for each number
-  const float* mean;     // (num_parts, width)
-  const float* scales;  // (num_parts, num_rows)
-  const float* cos;     // (ceil(num_rows / 16), num_pairs, 16)
-  const float* sin;
+  const float* matrix;    // (num_parts, width, width): a row for each number
+  const float* mean;      // (num_parts, width)
   // What `round` makes of each part's matrix, or null.
   const int16_t* const* whole;
   const float* factors;  // (num_parts, width), or null
+};
+
+// Rows of some heads joined, as integers in a basis.
+struct Long {
+  int32_t num_layers;
+  int32_t num_parts;  // of a layer, each with as many heads
+  int32_t num_joined;
+  int32_t dim;             // of a head: a multiple of 8
+  int32_t num_pairs;       // of numbers of a key that its position turns
+  int32_t is_traditional;  // whether those are neighbours
+  int32_t dtype;
+  int32_t num_streams;
+  int64_t num_rows;
+  int64_t row_stride;
+  // The first row of each: of each layer all keys, then all values.
+  char* const* heads;
+  const Stream* streams;
+  const LongLayer* layers;
+  const float* scales;  // (num_layers, num_parts, num_rows)
+  const float* cos;     // of a layer (ceil(num_rows / 16), num_pairs, 16)
+  const float* sin;
+  int64_t turn_stride;  // floats from a layer's to the next layer's, or 0
 };
 
 // Rows times a matrix.

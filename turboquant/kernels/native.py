@@ -7,9 +7,8 @@ Codes and norms are the bytes of `turboquant.kernels.numpy`.
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codebook import decision_boundaries
+from turboquant.kernels.long_rows import (
+    Bases,
+    Basis,
+    Coefficients,
+    Long,
+    Places,
+    Rounding,
+    Stream,
+    Turns,
+    WholeMatrices,
+    check_long,
+    whole_shape,
+)
 from turboquant.kernels.numpy import (
     BlockCodes,
     NumpyKernels,
@@ -37,7 +49,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 LIBRARY = Path(__file__).with_name("_native.so")
-_ABI = 5
+_ABI = 6
 # Best first.
 _INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "neon", "sse2")
 _VERBS = (
@@ -49,8 +61,6 @@ _DTYPES = {
     np.dtype(np.float16): 1,
     np.dtype(np.uint16): 2,
 }
-# As in kernel.h.
-_NO_STREAM = 255
 # The least that the kernels read of a table.
 _TABLE_FLOATS = 16
 
@@ -91,48 +101,6 @@ class _Bytes(ctypes.Structure):
     )
 
 
-class _Stream(ctypes.Structure):
-    """`Stream` of kernel.h, field by field."""
-
-    _fields_ = (
-        ("limit", ctypes.c_int32),
-        ("per_byte", ctypes.c_int32),
-        ("low_bits", ctypes.c_int32),
-        ("packed", ctypes.c_void_p),
-        ("packed_stride", ctypes.c_int64),
-        ("low", ctypes.c_void_p),
-        ("low_stride", ctypes.c_int64),
-        ("plane_stride", ctypes.c_int64),
-    )
-
-
-class _Long(ctypes.Structure):
-    """`Long` of kernel.h, field by field."""
-
-    _fields_ = (
-        ("num_parts", ctypes.c_int32),
-        ("num_joined", ctypes.c_int32),
-        ("dim", ctypes.c_int32),
-        ("num_pairs", ctypes.c_int32),
-        ("is_traditional", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("num_rows", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("heads", ctypes.c_void_p),
-        ("streams", ctypes.c_void_p),
-        ("kinds", ctypes.c_void_p),
-        ("ranks", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("mean", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("cos", ctypes.c_void_p),
-        ("sin", ctypes.c_void_p),
-        ("whole", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-    )
-
-
 class _Product(ctypes.Structure):
     """`Product` of kernel.h, field by field."""
 
@@ -143,120 +111,6 @@ class _Product(ctypes.Structure):
         ("matrix", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
     )
-
-
-class _Rounding(ctypes.Structure):
-    """`Rounding` of kernel.h, field by field."""
-
-    _fields_ = (
-        ("width", ctypes.c_int32),
-        ("count", ctypes.c_int32),
-        ("matrix", ctypes.c_void_p),
-        ("whole", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-    )
-
-
-class Places:
-    """In which stream of bytes each coefficient is, of layers of ``G`` parts.
-
-    Args:
-        shape: ``(L, G, N)``.
-        streams: Which coefficients each stream holds, of that shape.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int, int], streams: Sequence[NDArray[np.bool_]]
-    ) -> None:
-        self.kinds = np.full(shape, _NO_STREAM, np.uint8)
-        self.ranks = np.zeros(shape, np.int32)
-        for number, holds in enumerate(streams):
-            self.kinds[holds] = number
-            self.ranks[holds] = np.arange(np.count_nonzero(holds))
-        self.sizes = [int(np.count_nonzero(holds)) for holds in streams]
-        behind = np.where(self.kinds == _NO_STREAM, 0, np.arange(1, shape[2] + 1))
-        # From which coefficient of a part on there is none.
-        self.counts = behind.max(axis=2, initial=0).astype(np.int32)
-
-
-class Coefficients:
-    """Small integers as they lie in bytes.
-
-    Args:
-        places: Where each is.
-    """
-
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self.streams: list[_Stream] = []
-        # Of how many rows there is a coefficient in every stream.
-        self.num_rows = sys.maxsize
-        self._held: list[NDArray[Any]] = []
-
-    def add(
-        self,
-        packed: NDArray[Any],
-        low: NDArray[Any] | None,
-        limit: int,
-        per_byte: int,
-    ) -> None:
-        """Give the bytes of the next stream.
-
-        Args:
-            packed: A row of bytes for each coefficient of the stream.
-            low: Planes of their low bits, each a row for each of them, or nothing.
-            limit: The largest magnitude of what is packed.
-            per_byte: How many rows share a byte.
-
-        Raises:
-            ValueError: There are more or fewer than the stream holds.
-        """
-        size = self.places.sizes[len(self.streams)]
-        if len(packed) != size or (low is not None and low.shape[1] != size):
-            raise ValueError(f"a stream of {size} has bytes of {len(packed)}")
-        packed = np.ascontiguousarray(packed)
-        stream = _Stream(limit, per_byte)
-        stream.packed, stream.packed_stride = packed.ctypes.data, packed.shape[1]
-        self.num_rows = min(self.num_rows, packed.shape[1] * per_byte)
-        self._held.append(packed)  # alive for as long as its address is
-        if low is not None:
-            low = np.ascontiguousarray(low)
-            stream.low_bits, stream.low_stride = len(low), low.shape[2]
-            stream.low, stream.plane_stride = low.ctypes.data, size * low.shape[2]
-            self.num_rows = min(self.num_rows, low.shape[2] * 8)
-            self._held.append(low)
-        self.streams.append(stream)
-
-
-@dataclass(frozen=True, slots=True)
-class WholeMatrices:
-    """The matrices of one layer, rounded to integers of 16 bits."""
-
-    # Of each part ``(N / 8, C / 2, 8, 2)``: as many columns as its coefficients need.
-    numbers: Sequence[NDArray[np.int16]]
-    # What the integers of each row count, ``(G, N)``.
-    factors: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """What takes the coefficients of one layer to its rows."""
-
-    # Heads whose keys and values make one part.
-    num_joined: int
-    # Whether neighbours are the pairs that a key's position turns.
-    is_traditional: bool
-    # ``(G, N, N)`` and ``(G, N)``.
-    matrix: Floats
-    mean: Floats
-    # Of each row, ``(G, T)``.
-    scales: Floats
-    # Cosine and sine of 16 rows at a time, ``(ceil(T / 16), pairs, 16)``.
-    cos: Floats
-    sin: Floats
-    # What `round_matrices` makes of the matrix, or nothing: rows of 16 bits have it
-    # rounded anew.
-    whole: WholeMatrices | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,60 +182,59 @@ class NativeKernels:
     def restore_long(
         self,
         coefficients: Coefficients,
-        layer: int,
-        basis: Basis,
-        out: Sequence[NDArray[Any]],
+        bases: Bases,
+        scales: Floats,
+        turns: Turns,
+        out: Sequence[Sequence[NDArray[Any]]],
     ) -> None:
-        """Write one layer's rows, which are small integers in a basis.
+        """Write the rows of some layers, which are small integers in bases.
 
         Args:
             coefficients: Of all layers.
-            layer: Which of them.
-            basis: What takes them to rows.
-            out: Keys, then values, in one array ``(2 H, T, D)`` or several of some
-                heads each, of any strides, of the dtypes that `encode_block` takes;
-                ``D`` is a multiple of 8.
+            bases: What takes them to rows.
+            scales: What each row is multiplied with, ``(L, G, T)``.
+            turns: How keys are turned.
+            out: Of each layer keys, then values, in one array ``(2 H, T, D)`` or
+                several of some heads each, of any strides, of the dtypes that
+                `encode_block` takes; ``D`` is a multiple of 8.
 
         Raises:
             MemoryError: The kernels find no memory to work in.
             ValueError: A shape does not fit.
         """
-        _check_long(coefficients, layer, basis, out)
-        _, num_rows, dim = out[0].shape
+        check_long(coefficients, bases, scales, turns, out)
+        buffers = [_writable(x) for sides in out for x in sides]
+        _, num_rows, dim = buffers[0].shape
         if not num_rows:
             return
-        targets = _with_one_stride([_writable(x) for x in out])
+        targets = _with_one_stride(buffers)
         heads = np.concatenate([_head_addresses(x) for x in targets])
-        tables = [
-            np.ascontiguousarray(table, np.float32)
-            for table in (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
-        ]
-        streams = (_Stream * len(coefficients.streams))(*coefficients.streams)
-        places, whole = coefficients.places, basis.whole
-        numbers = [x.ctypes.data for x in whole.numbers] if whole else []
-        pointers = (ctypes.c_void_p * len(numbers))(*numbers)
-        job = _Long(
-            places.kinds.shape[1],
-            basis.num_joined,
-            dim,
-            basis.cos.shape[1],
-            basis.is_traditional,
-            _DTYPES[out[0].dtype],
-            num_rows,
-            targets[0].strides[1],
-            heads.ctypes.data,
-            ctypes.addressof(streams),
-            *(
-                x[layer].ctypes.data
-                for x in (places.kinds, places.ranks, places.counts)
-            ),
-            *(table.ctypes.data for table in tables),
-            ctypes.addressof(pointers) if whole else None,
-            whole.factors.ctypes.data if whole else None,
+        streams = (Stream * len(coefficients.streams))(*coefficients.streams)
+        scales, cos, sin = (
+            np.ascontiguousarray(x, np.float32) for x in (scales, turns.cos, turns.sin)
         )
-        if self._restore(ctypes.byref(job), len(streams)):
+        job = Long(
+            num_layers=len(out),
+            num_parts=scales.shape[1],
+            num_joined=bases.num_joined,
+            dim=dim,
+            num_pairs=cos.shape[2],
+            is_traditional=bases.is_traditional,
+            dtype=_DTYPES[buffers[0].dtype],
+            num_streams=len(streams),
+            num_rows=num_rows,
+            row_stride=targets[0].strides[1],
+            heads=heads.ctypes.data,
+            streams=ctypes.addressof(streams),
+            layers=ctypes.addressof(bases.table),
+            scales=scales.ctypes.data,
+            cos=cos.ctypes.data,
+            sin=sin.ctypes.data,
+            turn_stride=cos[0].size if len(cos) > 1 else 0,
+        )
+        if self._restore(ctypes.byref(job)):
             raise MemoryError("the kernels found no memory to work in")
-        _copy_back(targets, out)
+        _copy_back(targets, buffers)
 
     def round_matrices(
         self, matrices: Floats, counts: NDArray[np.int32]
@@ -402,11 +255,11 @@ class NativeKernels:
             raise ValueError(f"more or fewer columns than there are: {counts}")
         matrices = np.ascontiguousarray(matrices, np.float32)
         factors = np.empty((parts, width), np.float32)
-        numbers = [np.empty(_whole_shape(width, count), np.int16) for count in counts]
+        numbers = [np.empty(whole_shape(width, count), np.int16) for count in counts]
         for part, count in enumerate(counts):
             tables = (matrices[part], numbers[part], factors[part])
             addresses = (x.ctypes.data for x in tables)
-            self._round(ctypes.byref(_Rounding(width, int(count), *addresses)))
+            self._round(ctypes.byref(Rounding(width, int(count), *addresses)))
         return WholeMatrices(numbers, factors)
 
     def multiply(self, rows: Floats, matrix: Floats) -> Floats:
@@ -514,42 +367,6 @@ class _Call:
             raise MemoryError("the kernels found no memory to work in")
 
 
-def _check_long(
-    coefficients: Coefficients, layer: int, basis: Basis, out: Sequence[NDArray[Any]]
-) -> None:
-    """Refuse what the kernels would read or write beyond its end."""
-    places = coefficients.places
-    _, parts, width = places.kinds.shape
-    heads, (num_rows, dim) = sum(map(len, out)), out[0].shape[1:]
-    joined, turns = basis.num_joined, basis.cos.shape
-    tables = (basis.matrix, basis.mean, basis.scales, basis.cos, basis.sin)
-    shapes = (
-        (parts, width, width), (parts, width), (parts, num_rows),
-        (-(-num_rows // 16), *turns[1:2], 16), turns,
-    )  # fmt: skip
-    if (
-        tuple(table.shape for table in tables) != shapes
-        or (heads, width) != (2 * joined * parts, 2 * joined * dim)
-        or (dim % 8 or 2 * turns[1] > dim or num_rows > coefficients.num_rows)
-        or len(coefficients.streams) != len(places.sizes)
-        or len({(x.shape[1:], x.dtype) for x in out}) > 1
-    ):
-        shape = heads, num_rows, dim
-        raise ValueError(f"coefficients and a basis of other rows than {shape}")
-    whole = basis.whole
-    if whole is not None and (
-        whole.factors.shape != (parts, width)
-        or [x.shape for x in whole.numbers]
-        != [_whole_shape(width, count) for count in places.counts[layer]]
-    ):
-        raise ValueError("matrices were rounded for other coefficients")
-
-
-def _whole_shape(width: int, count: int) -> tuple[int, int, int, int]:
-    """Return the shape of a matrix's integers, of so many columns."""
-    return width // 8, (int(count) + 1) // 2, 8, 2
-
-
 def _can_move(layers: Sequence[NDArray[Any]]) -> bool:
     """Whether the kernels move the bytes of such numbers, head by head."""
     first = layers[0]
@@ -636,16 +453,18 @@ def _has_products(kernels: NativeKernels) -> bool:
     coefficients = Coefficients(places)
     coefficients.add((q.T + 127).astype(np.uint8), None, 127, 1)
     # A quarter of a turn: of each pair the second is taken off, and the two swapped.
-    zero, one = (np.full((2, 8, 16), x, np.float32) for x in (0, 1))
-    basis = Basis(1, False, matrix, mean, np.ones((1, num_rows), np.float32), zero, one)
-    out = np.empty((2, num_rows, width // 2), np.float32)
-    kernels.restore_long(coefficients, 0, basis, [out])
-    first, second, values = np.split(wide + mean, [8, 16], axis=1)
-    expected = np.concatenate([-second, first, values], axis=1)
+    zero, one = (np.full((1, 2, 8, 16), x, np.float32) for x in (0, 1))
+    scales, turns = np.ones((1, 1, num_rows), np.float32), Turns(zero, one)
     # Of rows of 16 bits the matrix is rounded, to integers.
     whole = kernels.round_matrices(matrix, places.counts[0])
+    basis = Basis(matrix, mean, whole)
+    bases = Bases(places, [basis], num_joined=1, is_traditional=False)
+    out = np.empty((2, num_rows, width // 2), np.float32)
     halves = np.zeros(out.shape, np.uint16)
-    kernels.restore_long(coefficients, 0, replace(basis, whole=whole), [halves])
+    for each in (out, halves):
+        kernels.restore_long(coefficients, bases, scales, turns, [[each]])
+    first, second, values = np.split(wide + mean, [8, 16], axis=1)
+    expected = np.concatenate([-second, first, values], axis=1)
     rows = np.concatenate((halves.astype(np.uint32) << 16).view(np.float32), axis=1)
     return (
         np.array_equal(np.concatenate(out, axis=1), expected)
