@@ -1132,18 +1132,35 @@ void turn(const OneLayer& job, int64_t first, float* columns) {
   }
 }
 
+// A head's first row in memory, of the heads whose keys and values make one part.
+INLINE char* first_row(const OneLayer& job, int part, int head) {
+  const int heads = job.num_joined, side = head / heads;
+  return job.heads[(side * job.num_parts + part) * heads + head % heads];
+}
+
+// Some rows of one head, that are to be written.
+struct HeadRows {
+  char* row;
+  int64_t stride;
+  int count, nbytes;
+
+  // Has the memory of its share of them fetched while what is written there is computed.
+  void fetch(int begin, int end, int of) const {
+    for (int r = begin * count / of; r < end * count / of; r++)
+      for (int i = 0; i < nbytes; i += 64) __builtin_prefetch(row + r * stride + i, 1);
+  }
+};
+
 // Writes the columns of one head, which is one of a part's.
 template <int TYPE>
-void write_columns(const OneLayer& job, int part, int head, int64_t first, int count,
-                   const float* columns, LongBuffers& use) {
+void write_columns(const OneLayer& job, char* row, int count, const float* columns,
+                   LongBuffers& use) {
   typedef typename Element<TYPE>::E E;
   const vf most = splat(largest<TYPE>());
   for (int i = 0; i < job.dim * LANES; i += VW)
     narrow<TYPE>(use.typed + i * sizeof(E), clamp(load<vf>(columns + i), most));
-  const int heads = job.num_joined, side = head / heads;
-  const int number = (side * job.num_parts + part) * heads + head % heads;
   char* rows[LANES];
-  point(rows, job.heads[number] + first * job.row_stride, job.row_stride, count);
+  point(rows, row, job.row_stride, count);
   for (int r = count; r < LANES; r++) rows[r] = use.spare;
   columns_to_rows<E>((const E*)use.typed, job.dim, rows);
 }
@@ -1188,18 +1205,24 @@ PartMatrix prepare(const OneLayer& job, int part, const Digits* digits, LongBuff
 
 // Writes the columns of one head of some groups of 16 rows.
 void multiply_head(const PartMatrix& matrix, const OneLayer& job, int head, int64_t first,
-                   const vf* scale, const float* mean, LongBuffers& use) {
+                   const vf* scale, const float* mean, const HeadRows& rows,
+                   LongBuffers& use) {
   const int dim = job.dim, width = 2 * job.num_joined * dim;
   const int count = matrix.count, even = count + count % 2, begin = head * dim;
-  if (matrix.whole)
-    for (int n = begin; n < begin + dim; n += NUM_SUMS)
-      multiply_pairs(matrix.whole + (int64_t)(n / NUM_WHOLE) * NUM_WHOLE * even +
-                         n % NUM_WHOLE * 2,
-                     dim, even, (int16_t*)use.panels + first * even, scale,
-                     matrix.factors + n, mean + n, use.columns + (n - begin) * LANES);
-  else
+  if (!matrix.whole) {
     multiply_panel(matrix.numbers + (int64_t)begin * width, width, dim,
                    use.panels + first * count, count, scale, mean + begin, use.columns);
+    return;
+  }
+  for (int n = 0; n < dim; n += NUM_SUMS) {
+    rows.fetch(n, n + NUM_SUMS, dim);
+    const int number = begin + n;
+    const int16_t* whole = matrix.whole +
+                           (int64_t)(number / NUM_WHOLE) * NUM_WHOLE * even +
+                           number % NUM_WHOLE * 2;
+    multiply_pairs(whole, dim, even, (int16_t*)use.panels + first * even, scale,
+                   matrix.factors + number, mean + number, use.columns + n * LANES);
+  }
 }
 
 template <int TYPE>
@@ -1216,12 +1239,14 @@ void restore_part(const OneLayer& job, int part, const Digits* digits, LongBuffe
     vf scale[NUM_GROUPS * LANES / VW];
     memcpy(scale, scales, sizeof scale);
     for (int head = 0; head < 2 * job.num_joined; head++) {
-      multiply_head(matrix, job, head, first, scale, mean, use);
+      char* row = first_row(job, part, head) + first * job.row_stride;
+      const HeadRows rows = {row, job.row_stride, count, job.dim * (TYPE == F32 ? 4 : 2)};
+      multiply_head(matrix, job, head, first, scale, mean, rows, use);
       for (int g = 0; g < count; g += LANES) {
         float* columns = use.columns + g * job.dim;
         if (head < job.num_joined) turn(job, first + g, columns);
-        const int rows = count - g < LANES ? count - g : LANES;
-        write_columns<TYPE>(job, part, head, first + g, rows, columns, use);
+        const int some = count - g < LANES ? count - g : LANES;
+        write_columns<TYPE>(job, row + g * job.row_stride, some, columns, use);
       }
     }
   }
