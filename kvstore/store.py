@@ -311,16 +311,15 @@ class Store:
         live = self._snapshot(tokens, prompt_cache, fingerprint)
         codec = self._codec_for(fingerprint)
         if reserve is None or reserve(live.chain.hashes):
-            missing = self._blocks.run(
-                lambda: missing_blocks(self._blocks, codec, live)
+            wanted = self._blocks.run(
+                lambda: missing_blocks(self._blocks, codec, live, without)
             )
             if (base := self._base) is not None:
                 # What the base has as good as it is copied from there.
-                better = base.run(lambda: missing_blocks(base, codec, live))
-                missing = [block for block in missing if block in better]
+                better = base.run(lambda: missing_blocks(base, codec, live, without))
+                wanted = [block for block in wanted if block in better]
         else:
-            missing = list(live.chain.blocks)
-        wanted = [block for block in missing if block.hash not in without]
+            wanted = [b for b in live.chain.blocks if b.hash not in without]
         return take_rows(self._blocks, codec, live, wanted)
 
     def save_snapshot(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -135,11 +134,8 @@ def _provenance_of(number: int, cache: Any) -> Provenance:
     # What a cache of codes was decoded to says so itself.
     coded = getattr(cache, "coded_tokens", 0)
     bits = getattr(cache, "coded_bits", 0) if coded else EXACT_BITS
-    return replace(
-        kept,
-        coded_tokens=max(kept.coded_tokens, coded),
-        bits=min(kept.bits, bits, kind_of(number, cache).bits(cache)),
-    )
+    own = Provenance(coded, min(bits, kind_of(number, cache).bits(cache)))
+    return kept.joined(own)
 
 
 def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 
 import numpy as np
@@ -185,13 +185,23 @@ def take_rows(
     return snapshot.take(wanted, _Encoder(blocks, codec, snapshot).codec_of)
 
 
-def missing_blocks(blocks: BlockStore, codec: Codec, snapshot: Snapshot) -> list[Block]:
-    """Return the blocks that the store lacks, or has no copy of as good as these."""
-    return _missing(blocks, _Encoder(blocks, codec, snapshot))
+def missing_blocks(
+    blocks: BlockStore,
+    codec: Codec,
+    snapshot: Snapshot,
+    without: Container[BlockHash] = (),
+) -> list[Block]:
+    """Return the blocks that the store lacks, or has no copy of as good as these.
+
+    It is not asked for those in ``without``, which count as there.
+    """
+    return _missing(blocks, _Encoder(blocks, codec, snapshot), without)
 
 
-def _missing(blocks: BlockStore, encoder: _Encoder) -> list[Block]:
-    chain = encoder.snapshot.blocks
+def _missing(
+    blocks: BlockStore, encoder: _Encoder, without: Container[BlockHash] = ()
+) -> list[Block]:
+    chain = [b for b in encoder.snapshot.blocks if b.hash not in without]
     places = blocks.index.places_of(chain)
     held = blocks.held(place for place in places if place)
 
