@@ -40,8 +40,11 @@ def test_a_store_of_format_1_is_read(tmp_path):
         assert store.verify() != []  # there is no index yet
         cache, tokens = store.load_entry("golden", MODEL)
         assert store.verify() == []
-        # It does not say how many bits the codes have, so they count for none.
-        assert [stored.bits for _, stored in store.chain("golden")] == [0, 0, 255]
+        stored = [stored for _, stored in store.chain("golden")]
+        assert [4, 4, 255] == [block.bits for block in stored]
+        assert [True, False, False] == [bool(block.errors) for block in stored]
+        loss = store.loss("golden")
+        assert (0.004, 0.0035) == (loss.worst.kl, loss.probe.kl)
     assert tokens == TOKENS
     saved = make_cache()
     rows, kept = cache[0].keys[..., :40, :], saved[0].keys[..., :40, :]
