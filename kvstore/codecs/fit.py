@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,12 +24,8 @@ import numpy.typing as npt
 
 from turboquant.kernels import best_kernels
 from turboquant.kernels.long_rows import (
-    Bases,
-    Basis,
     Coefficients,
-    Places,
     Turns,
-    WholeMatrices,
 )
 from turboquant.kernels.native import NativeKernels
 
@@ -52,14 +47,12 @@ from .fitted import (
     put_long,
 )
 from .floats import Bools, Floats, narrow, widen
+from .kept import Kept, Layout
 from .planes import Planes
 from .rotary import angles, rotate, rotate_on_device
 from .streams import (
     FIRST_CODED,
-    NUM_CLASSES,
-    STREAMS,
     Integers,
-    Stream,
     are_packed,
     pack_integers,
     unpack_integers,
@@ -79,88 +72,6 @@ Sides = tuple[Array, Array]
 """Buffers for the keys and for the values of one layer, each ``(H, T, D)``."""
 
 
-class _Layout:
-    """In which streams the coefficients of some layers lie, at one rate.
-
-    Args:
-        sigma: Expected sizes of the coefficients in quarter octaves, ``(L, G, N)``.
-        step: What they are rounded to, in quarter octaves.
-    """
-
-    def __init__(self, sigma: npt.NDArray[np.int8], step: int) -> None:
-        self.step = np.float32(2.0 ** (step / 4))
-        # Integers alone, so that who reads and who wrote cannot disagree.
-        wide = sigma.astype(np.int64)
-        self.classes = np.clip(wide - step + 12, 0, NUM_CLASSES - 1)
-        # Those that hold something, and of what, ``(L, G, N)``.
-        self.streams: list[tuple[Stream, Bools]] = []
-        for stream in STREAMS:
-            holds = (self.classes >= stream.first) & (self.classes <= stream.last)
-            if holds.any():
-                self.streams.append((stream, holds))
-        self.places = Places(self.classes.shape, [holds for _, holds in self.streams])
-
-
-class _Kept:
-    """What was worked out once for all blocks of a codec."""
-
-    def __init__(self) -> None:
-        # By the numbers of the layers.
-        self._layouts: dict[tuple[FittedLayers, tuple[int, ...]], _Layout] = {}
-        self._bases: dict[tuple[_Layout, bool], Bases] = {}
-        # By where a layer is in the arrays.
-        self._whole: dict[tuple[FittedLayers, int], WholeMatrices] = {}
-        # Threads that decode the first blocks need the same at the same time.
-        self._lock = threading.Lock()
-
-    def layout(self, layers: FittedLayers, rows: Rows, step: int) -> _Layout:
-        """Return the layout of rows that a basis covers."""
-        key = layers, rows.layers
-        with self._lock:
-            if key not in self._layouts:
-                sigma = layers.sigma[layers.indices(rows.layers)]
-                self._layouts[key] = _Layout(sigma, step)
-            return self._layouts[key]
-
-    def bases(
-        self, kernels: NativeKernels, rows: Rows, layers: FittedLayers, layout: _Layout
-    ) -> Bases:
-        """Return what takes coefficients to rows of their dtype."""
-        key = layout, rows.dtype == "F32"
-        with self._lock:
-            if key not in self._bases:
-                made = [
-                    self._basis(kernels, layers, which, None if key[1] else counts)
-                    for which, counts in zip(
-                        layers.indices(rows.layers), layout.places.counts, strict=True
-                    )
-                ]
-                group = layers.group
-                self._bases[key] = Bases(
-                    layout.places,
-                    made,
-                    num_joined=group.num_joined,
-                    is_traditional=group.is_traditional,
-                )
-            return self._bases[key]
-
-    def _basis(
-        self,
-        kernels: NativeKernels,
-        layers: FittedLayers,
-        which: int,
-        counts: npt.NDArray[np.int32] | None,
-    ) -> Basis:
-        """Return the basis of one layer, rounded where it is to be."""
-        matrix, mean = layers.matrix[which], layers.mean[which]
-        if counts is None:
-            return Basis(matrix, mean)
-        key = layers, which
-        if key not in self._whole:
-            self._whole[key] = kernels.round_matrices(matrix, counts)
-        return Basis(matrix, mean, self._whole[key])
-
-
 @dataclass(frozen=True, slots=True)
 class Fit:
     """Codes of one rate in one basis.
@@ -176,7 +87,7 @@ class Fit:
     digest: str
     fitted: Fitted = field(repr=False, compare=False)
     is_lossless: bool = False
-    kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
+    kept: Kept = field(default_factory=Kept, repr=False, compare=False)
     is_joint: ClassVar[bool] = True
     # Entropy is all that is left in streams: repetitions are not worth looking for.
     compressor: ClassVar[Zstd] = Zstd(finds_matches=False)
@@ -310,7 +221,7 @@ class _Plan:
     """
 
     def __init__(
-        self, rows: Rows, layers: FittedLayers, layout: _Layout, kept: _Kept
+        self, rows: Rows, layers: FittedLayers, layout: Layout, kept: Kept
     ) -> None:
         self._rows, self._layers, self._group = rows, layers, layers.group
         self._which = layers.indices(rows.layers)

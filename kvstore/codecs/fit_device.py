@@ -18,7 +18,7 @@ from .fit import MAX_EXPONENT, NUM_SINKS, Fit
 from .fitted import FittedLayers
 from .floats import Bools, Floats
 from .rotary import angles, rotate_on_device
-from .streams import FIRST_CODED, NUM_CLASSES, STREAMS, Stream
+from .streams import FIRST_CODED, Stream
 
 # Stands where a row has no exponent, being kept as it is.
 _EXACT = 255
@@ -55,9 +55,7 @@ class FitOnDevice:
         self.num_sinks = max(0, min(NUM_SINKS - rows.start, rows.shape[2]))
         self.num_coded = rows.shape[2] - self.num_sinks
         step = fit.fitted.steps[fit.rate]
-        self._step = np.float32(2.0 ** (step / 4))
-        sigma = covering.sigma[self._which].astype(np.int64)
-        self._classes = np.clip(sigma - step + 12, 0, NUM_CLASSES - 1)
+        self._layout = fit.kept.layout(covering, rows, step)
         self._places, self.nbytes = self._lay_out(alignment)
 
     def names(self) -> list[str]:
@@ -105,7 +103,7 @@ class FitOnDevice:
         q = self._coefficients(layer, data)
         wide = q @ matrix.swapaxes(-1, -2)
         halves = mx.minimum(exponents[layer], 2 * MAX_EXPONENT).astype(mx.float32)
-        scales = mx.power(2.0, (halves - MAX_EXPONENT) / 2) * float(self._step)
+        scales = mx.power(2.0, (halves - MAX_EXPONENT) / 2) * float(self._layout.step)
         wide = wide * scales[..., None]
         wide = wide + mx.array(self._layers.mean[which])[:, None]
         shape = (group.num_parts, -1, 2, group.num_joined, group.head_dim)
@@ -159,12 +157,9 @@ class FitOnDevice:
             begin, end = end, end + -(-size // alignment) * alignment
             return begin
 
-        for stream in STREAMS:
-            classes = self._classes
-            holds = (classes >= stream.first) & (classes <= stream.last)
-            if not holds.any():
-                continue
-            count, octets = int(holds.sum()), -(-self.num_coded // 8)
+        octets = -(-self.num_coded // 8)
+        sizes = self._layout.places.sizes
+        for (stream, holds), count in zip(self._layout.streams, sizes, strict=True):
             packed = lay(count * stream.width(self.num_coded))
             low = lay(stream.low_bits * count * octets) if stream.low_bits else 0
             places.append(_Place(stream, holds, packed, low))
@@ -185,7 +180,7 @@ class FitOnDevice:
 
     def _coefficients(self, layer: int, data: mx.array) -> mx.array:
         """Return a layer's coefficients in steps, ``(G, B * T, N)``."""
-        blocks, (parts, width) = data.shape[0], self._classes.shape[1:]
+        blocks, (parts, width) = data.shape[0], self._layout.classes.shape[1:]
         order = np.full(parts * width, -1, np.int32)
         unpacked, count = [], 0
         for place in self._places:
@@ -195,7 +190,7 @@ class FitOnDevice:
             if len(held):
                 unpacked.append(self._unpack(place, layer, data))
         # What is not coded is a coefficient of zeros, behind all others.
-        order[self._classes[layer].ravel() < FIRST_CODED] = count
+        order[self._layout.classes[layer].ravel() < FIRST_CODED] = count
         unpacked.append(mx.zeros((blocks, 1, self.num_coded), mx.int16))
         q = mx.take(mx.concatenate(unpacked, axis=1), mx.array(order), axis=1)
         q = q.reshape(blocks, parts, width, self.num_coded).transpose(1, 0, 3, 2)

@@ -60,7 +60,10 @@ ALLOWED = {
     "rich": {"cli"},
     "mlx_lm": {"caches", "fingerprint", "models", "server", "cli"},
     "transformers": {"models", "server"},
-    "turboquant": {"codecs.turbo", "codecs.planes", "codecs.fit", "caches", "models"},
+    "turboquant": {
+        *("codecs.turbo", "codecs.planes", "codecs.fit", "codecs.kept"),
+        *("caches", "models"),
+    },
     "zstandard": {"codecs.zstd"},
     "safetensors": {"ops.upkeep.check"},
     "obstore": {"remote.client"},
