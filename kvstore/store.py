@@ -866,13 +866,13 @@ class Store:
         return self._with_entry(ref, look)
 
     def blocks_digest(self, ref: str) -> str:
-        """Return what tells an entry's blocks, as they are now, from all others."""
+        """Return a digest of what an entry's blocks are now."""
         from .ops.quality import digest_of
 
         return digest_of(stored for _, stored in self.chain(ref))
 
     def note_probe(self, entry: Entry, probe: Probe) -> Entry:
-        """Keep with an entry what was measured of it, if it is still the same.
+        """Keep with an entry what was measured of it, and return the entry.
 
         It counts in :meth:`loss` while the entry's blocks are what they were then.
 
@@ -880,8 +880,9 @@ class Store:
             entry: As it was when it was measured.
             probe: With the :meth:`blocks_digest` of before.
 
-        Returns:
-            The entry, as it is now.
+        Raises:
+            EntryNotFoundError: It is gone.
+            KVStoreError: It has changed meanwhile.
         """
         from .ops.quality import note_probe
 

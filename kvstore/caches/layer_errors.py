@@ -1,13 +1,14 @@
 """How far the rows that a lossy codec stored are from those it was given, by layer.
 
-It is measured on a sample: of one block in 16, one token in 64. Where rows are encoded
-before they are handed on, their sample goes with the codes.
+It is measured on a sample: one token in 64, of one block in 16. Where rows are encoded
+before they are handed on, their sample goes with the codes. A block of which a layer is
+broken tells nothing: what it said of the others would be taken for the whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ..codecs.base import Array, Codec, Layers, Parts
 from ..codecs.floats import Floats, widen
 from ..format.block import Block, LayerError, Part
+from ..format.shard import MAX_ERROR
 from .stored import Piece
 
 SAMPLE = "sample"
@@ -46,7 +48,7 @@ def errors_of(
 ) -> Iterator[LayerError]:
     """Yield the errors in each layer of a piece of a block.
 
-    Of codes without a sample, and of broken rows, nothing is known.
+    Of codes without a sample nothing is known. The error of broken rows is infinite.
 
     Args:
         codec: What encoded it.
@@ -63,9 +65,13 @@ def errors_of(
     halves = (np.split(x, len(rows.side), axis=1) for x in pairs)
     for side, *both in zip(rows.side, *halves, strict=True):
         for layer, *pair in zip(piece.group.layers, *both, strict=True):
-            error = _relative_error(*pair)
-            if math.isfinite(error):
-                yield LayerError(layer, side, error)
+            yield LayerError(layer, side, _relative_error(*pair))
+
+
+def known_errors(errors: Iterable[LayerError]) -> tuple[LayerError, ...]:
+    """Return the errors of a block in order, or nothing where one is too large."""
+    found = tuple(sorted(errors))
+    return found if all(one.error <= MAX_ERROR for one in found) else ()
 
 
 def _sample_of(layers: Layers | Parts) -> Array | None:
@@ -75,7 +81,13 @@ def _sample_of(layers: Layers | Parts) -> Array | None:
 def _relative_error(exact: Floats, found: Floats) -> float:
     """Return the root of the mean square of errors over that of the rows."""
     with np.errstate(over="ignore", invalid="ignore"):
-        size, error = np.square(exact).sum(), np.square(found - exact).sum()
-        ratio = math.sqrt(error / size) if size else 0.0
-    # Machines that add up in another order say the same to so many digits.
-    return float(f"{ratio:.3g}")
+        size = _sum_of_squares(exact)
+        error = _sum_of_squares(found - exact)
+    if not math.isfinite(size + error) or (error and not size):
+        return math.inf
+    # Added up in numbers of 64 bits, machines of another order say the same.
+    return float(f"{math.sqrt(error / size) if error else 0.0:.3g}")
+
+
+def _sum_of_squares(x: Floats) -> float:
+    return float(np.square(x, dtype=np.float64).sum())

@@ -98,6 +98,7 @@ def bundled_entry(entry: Entry, nbytes: int) -> Entry:
         updated_at=entry.created_at,
         pinned=False,
         signer="",  # who gives it on signs anew, or does not
+        probe=None,  # its word would count as that of who takes it
     )
 
 

@@ -12,6 +12,8 @@ from .documents import JSON, canonical_json, strict_json
 
 FORMAT = 1
 MAX_BYTES = 65_536
+MAX_MEASURED = 1e6
+"""Larger numbers are none that somebody measured."""
 MIN_CONTEXTS = 4
 """Contexts that tell how far a mean over them may be off."""
 Quality = Literal["exact", "high", "balanced", "small"]
@@ -155,8 +157,8 @@ def parse_measured(value: JSON) -> Measured:
         raise ValueError("a codec has no name")
     if not all(type(number) in (int, float) for number in numbers):
         raise ValueError("what was measured is no number")
-    if min(numbers) < 0:
-        raise ValueError("what was measured is less than nothing")
+    if not all(0 <= number <= MAX_MEASURED for number in numbers):
+        raise ValueError("what was measured is less than nothing, or too much")
     return found
 
 

@@ -59,7 +59,6 @@ def make_entry(
         pinned=old.pinned if old else False,
         title=clean_title(title),
         receipts=receipts,
-        probe=old.probe if old and old.tip == tip else None,
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from .calibration import MAX_MEASURED
 from .documents import JSON, is_count
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -14,7 +14,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How what a model says behind an entry differs from what it says without it."""
+    """How far what a model says behind stored rows is from what it says otherwise."""
 
     # Mean KL divergence over the tokens, in nats.
     kl: float
@@ -35,7 +35,7 @@ def parse_probe(value: JSON) -> Probe:
     """
     found = Probe(**value)
     is_sound = (
-        _is_number(found.kl, math.inf)
+        _is_number(found.kl, MAX_MEASURED)
         and _is_number(found.same_choice, 1)
         and is_count(found.num_tokens)
         and found.num_tokens > 0
@@ -43,7 +43,7 @@ def parse_probe(value: JSON) -> Probe:
         and _DIGEST.fullmatch(found.blocks)
     )
     if not is_sound:
-        raise ValueError("what an entry says of itself cannot be")
+        raise ValueError("nobody can have measured that")
     return found
 
 

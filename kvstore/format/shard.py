@@ -42,6 +42,8 @@ FORMAT = 1
 MAX_BLOCKS = 64
 MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 4096
+MAX_ERROR = 1e6
+"""Of a layer, that is told."""
 _MAX_ERRORS = 8192
 _NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -285,20 +287,20 @@ def _parse_block(row: JSON, parts: JSON) -> StoredBlock:
 
 
 def _parse_errors(rows: Any) -> tuple[LayerError, ...]:
-    """Return errors by layer, each layer's of a side once and in order."""
+    """Return errors by layer, or none where they cannot be: they are only advice."""
     if not isinstance(rows, list) or len(rows) > _MAX_ERRORS:
-        raise ValueError("errors of layers are no list of so many")
-    found = tuple(map(_parse_error, rows))
-    if any(one[:2] >= next_one[:2] for one, next_one in pairwise(found)):
-        raise ValueError("errors of layers are not in order")
-    return found
+        return ()
+    found = [row for row in rows if _is_error(row)]
+    errors = tuple(LayerError(*row) for row in found)
+    is_ordered = all(left[:2] < right[:2] for left, right in pairwise(errors))
+    return errors if is_ordered and len(found) == len(rows) else ()
 
 
-def _parse_error(row: Any) -> LayerError:
+def _is_error(row: Any) -> bool:
     match row:
-        case [layer, "k" | "v" as side, float(error)] if is_count(layer) and error >= 0:
-            return LayerError(layer, side, error)
-    raise ValueError("an error of a layer is none")
+        case [layer, "k" | "v", error] if type(error) in (float, int):
+            return is_count(layer) and 0 <= error <= MAX_ERROR
+    return False
 
 
 def _parse_chain(row: JSON) -> Block:

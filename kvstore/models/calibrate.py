@@ -86,6 +86,7 @@ def fit_model(
     outlines = [_outline(group) for group in groups]
     fits: list[GroupFit] = []
     for number, tokens in enumerate(contexts):
+        held.touch()
         progress(number, len(contexts))
         seeds = [*range(number * NUM_DRAWN, (number + 1) * NUM_DRAWN)]
         compute = partial(_samples, model, groups, tokens, seeds)
@@ -146,7 +147,13 @@ def calibrate_model(
     bases = [read_basis_bytes(folder, basis)] if basis else []
     names = _names(basis, read_basis(folder, basis).steps) if basis else {}
     names |= {codec: [codec] for codec in TURBO}
-    figures = measure(model, left_out, [*names], bases, bar("measure"))
+    measuring = bar("measure")
+
+    def tell(done: int, total: int) -> None:
+        held.touch()
+        measuring(done, total)
+
+    figures = measure(model, left_out, [*names], bases, tell)
     measured = [replace(one, codec=n) for one in figures for n in names[one.codec]]
     found = Calibration(digest, label, basis, len(left_out), tuple(measured))
     for data in bases:
@@ -193,6 +200,8 @@ def measure(
 ) -> list[Measured]:
     """Return what codecs do to what a model says next.
 
+    One is left out where the model says NaN behind what it stored.
+
     Args:
         model: From ``mlx_lm.load``.
         contexts: Each of ``CONTEXT`` tokens.
@@ -218,7 +227,8 @@ def measure(
                 kl, same = compare(exact, found)
                 rows[codec].append((nbytes * 8 / count, kl.mean(), same.mean()))
                 progress(number * (1 + len(codecs)) + done, total)
-    return [_sum_up(codec, *np.transpose(rows[codec])) for codec in codecs]
+    each = {codec: np.array(rows[codec]) for codec in codecs}
+    return [_sum_up(c, *x.T) for c, x in each.items() if np.isfinite(x).all()]
 
 
 def _save(

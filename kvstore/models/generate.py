@@ -9,11 +9,13 @@ from contextlib import closing, suppress
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
+from ..caches.live import read_provenance
+from ..errors import KVStoreError
 from ..format.block import EXACT_BITS, Progress
 from ..format.entry import Entry
 from ..store import Store
 from .load import LoadedModel
-from .probe import measure_entry
+from .probe import count_tokens, measure_entry
 from .session import (
     CacheOptions,
     Callbacks,
@@ -137,11 +139,14 @@ def save_prompt(
     Raises:
         EntryExistsError: The name is taken.
         UnsupportedCacheError: The model's prompt cache cannot be stored.
-        ValueError: Both ``live`` and ``measure`` are given.
+        KVStoreError: It is saved, and was not measured; or the prompt is too long for
+            that, and nothing is done.
+        ValueError: ``measure`` is given with ``live``, or with a cache of codes.
     """
     if measure is not None:
         if live is not None:
             raise ValueError("what is measured grows, and cannot be held live")
+        count_tokens(model, len(tokens))
         cache = dataclasses.replace(cache, min_bits=EXACT_BITS)
     session = Session(
         model,
@@ -154,6 +159,8 @@ def save_prompt(
         callbacks=dataclasses.replace(callbacks, should_stop=None),
     )
     session.begin(cache, 0 if live is not None else 1)
+    if measure is not None and not read_provenance(session.prompt_cache).is_exact:
+        raise ValueError("rows that the cache keeps in codes cannot be measured")
     logits = None
     try:
         if session.rest:
@@ -165,7 +172,14 @@ def save_prompt(
     entry = session.keep()
     if measure is not None and logits is not None:
         held = session.prompt_cache
-        entry = measure_entry(model, store, entry, held, logits, measure)
+        try:
+            entry = measure_entry(model, store, entry, held, logits, measure)
+        except KVStoreError as error:
+            raise KVStoreError(
+                f"`{entry.name or entry.id[:12]}` is saved, and was not measured:"
+                f" {error}",
+                hint=error.hint,
+            ) from error
     return entry, session.num_restored
 
 

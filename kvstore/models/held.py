@@ -90,7 +90,6 @@ class HeldSamples:
         key = blake3.blake3(canonical_json(about)).digest()
         path = self._staging / f"{key.hex()}.samples"
         self._paths.append(path)
-        self._touch()
         found = _find(path, key, outlines)
         return _parse(found or _write(path, key, outlines, compute()), outlines)
 
@@ -100,8 +99,8 @@ class HeldSamples:
             with suppress(OSError):
                 path.unlink()
 
-    def _touch(self) -> None:
-        """Let nobody take the files of a long run for forgotten."""
+    def touch(self) -> None:
+        """Let nobody take the files of a long run for forgotten; call it often."""
         for path in self._paths:
             with suppress(OSError):
                 os.utime(path)

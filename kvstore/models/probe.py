@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,26 @@ if TYPE_CHECKING:
     from .load import LoadedModel
 
 NUM_TOKENS = 64
-"""That are said behind an entry to measure it."""
+"""The model says so many behind an entry, and it is measured with these."""
+_MIN_TOKENS = 16
+
+
+def count_tokens(model: LoadedModel, num_tokens: int) -> int:
+    """Return how many tokens a model may say behind so many.
+
+    Raises:
+        KVStoreError: It was made for too few.
+    """
+    if model.context_length is None:
+        return NUM_TOKENS
+    count = min(NUM_TOKENS, model.context_length - num_tokens)
+    if count < _MIN_TOKENS:
+        raise KVStoreError(
+            f"nothing can be measured: the model was made for {model.context_length:,}"
+            f" tokens, and the prompt has {num_tokens:,}",
+            hint="leave out `--measure`",
+        )
+    return count
 
 
 def measure_entry(
@@ -31,8 +51,9 @@ def measure_entry(
 ) -> Entry:
     """Measure how what is stored changes what a model says next, and note it.
 
-    The model goes on from its own rows, each token drawn, and is fed the same tokens
-    behind what is stored. Until then both are in memory.
+    The model goes on from its own rows: tokens are drawn from what it says, but for
+    those that end a reply. It is fed the same tokens behind what is stored. Until then
+    the rows are in memory twice.
 
     Args:
         model: What computed the rows; of a draft model nothing is measured.
@@ -47,25 +68,31 @@ def measure_entry(
         The entry, as it is then.
 
     Raises:
-        KVStoreError: The model says NaN.
+        KVStoreError: The model says NaN, the entry has changed meanwhile, or the prompt
+            is as long as the model's context.
     """
     digest = store.blocks_digest(entry.id)
-    stored, _ = store.load_entry(entry.id, model.fingerprint)
+    stored, tokens = store.load_entry(entry.id, model.fingerprint)
     both = [model.parts(held)[0][1] for held in (prompt_cache, stored)]
-    ends = model.tokenizer.eos_token_ids
+    ends = mx.zeros_like(logits)
+    ends[mx.array([*model.tokenizer.eos_token_ids], mx.uint32)] = -mx.inf
     found: list[tuple[float, bool]] = []
-    for number in range(NUM_TOKENS):
-        progress(number, NUM_TOKENS)
-        token = int(mx.random.categorical(logits, key=mx.random.key(number)))
+    count = count_tokens(model, len(tokens))
+    for number in range(count):
+        progress(number, count)
+        token = int(mx.random.categorical(logits + ends, key=mx.random.key(number)))
         exact, coded = (log_probabilities(model.model, held, [token]) for held in both)
         kl, same = compare(exact, coded)
         found.append((float(kl[0]), bool(same[0])))
-        if token in ends:
-            break
         logits = exact[0]
-    progress(NUM_TOKENS, NUM_TOKENS)
+    progress(count, count)
     kl, same = np.mean(found, axis=0).tolist()
-    return store.note_probe(entry, Probe(max(0.0, kl), same, len(found), digest))
+    if not math.isfinite(kl):
+        raise KVStoreError(
+            "behind what is stored the model says no numbers",
+            hint="save it with another `--codec`",
+        )
+    return store.note_probe(entry, Probe(max(0.0, kl), same, count, digest))
 
 
 def log_probabilities(
@@ -81,13 +108,21 @@ def log_probabilities(
 def compare(exact: mx.array, found: mx.array) -> tuple[Any, Any]:
     """Return KL divergence, and whether the first choice is the same, by token.
 
+    Args:
+        exact: Log-probabilities of all tokens, ``(T, V)``.
+        found: Those that are held against them; where they are NaN, the divergence is
+            infinite.
+
     Raises:
-        KVStoreError: Either is no numbers.
+        KVStoreError: The exact ones are NaN.
     """
-    kl = np.asarray((mx.exp(exact) * (exact - found)).sum(axis=-1), np.float64)
-    if not np.isfinite(kl).all():
+    # A model may rule tokens out, by a logit of -inf.
+    each = mx.where(mx.isinf(exact), 0, mx.exp(exact) * (exact - found))
+    kl = np.asarray(each.sum(axis=-1), np.float64)
+    if mx.isnan(exact).any():
         raise KVStoreError(
-            "nothing can be measured: what the model says is no numbers",
+            "nothing can be measured: the model says no numbers",
             hint="are its weights damaged?",
         )
-    return kl, np.asarray(exact.argmax(axis=-1) == found.argmax(axis=-1))
+    same = np.asarray(exact.argmax(axis=-1) == found.argmax(axis=-1))
+    return np.where(np.isnan(kl), np.inf, kl), same

@@ -154,7 +154,6 @@ def _as(described: Entry, entry: Entry, old: Entry | None) -> Entry:
         made_with=source.made_with,
         title=source.title,
         signer=source.signer,
-        probe=source.probe,
         created_at=old.created_at if old else source.created_at,
     )
 

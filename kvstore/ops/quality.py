@@ -63,17 +63,25 @@ def loss_of(blocks: BlockStore, entry: Entry, stored: Iterable[StoredBlock]) -> 
 
 
 def digest_of(stored: Iterable[StoredBlock]) -> str:
-    """Return what tells some blocks, as they are stored, from all others."""
+    """Return a digest of the digests of some blocks, as they are stored."""
     return blake3_hex(*(block.digest.encode() for block in stored))
 
 
 def note_probe(
     blocks: BlockStore, catalog: Catalog, entry: Entry, probe: Probe
 ) -> Entry:
-    """Keep with an entry what was measured of it, if it is still the same."""
+    """Keep with an entry what was measured of it.
+
+    Raises:
+        EntryNotFoundError: It is gone.
+        KVStoreError: It has changed meanwhile.
+    """
     with files.locked(blocks.folder.lock, exclusive=True):
-        found = catalog.find(entry.id)
-        return catalog.commit(replace(found, probe=probe)) if found == entry else found
+        if catalog.find(entry.id) != entry:
+            raise KVStoreError(
+                "the entry has changed meanwhile", hint="run it again to measure it"
+            )
+        return catalog.commit(replace(entry, probe=probe))
 
 
 def find_loss(

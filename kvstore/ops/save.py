@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, suppress
 import numpy as np
 
 from ..caches.kinds.turboquant import CODED, codec_of
-from ..caches.layer_errors import errors_of, is_measured
+from ..caches.layer_errors import errors_of, is_measured, known_errors
 from ..caches.layout import Group, group_layers
 from ..caches.snapshot import Snapshot
 from ..caches.stored import CODABLE, Piece, count_extras, join_pieces
@@ -375,7 +375,7 @@ def encode_block(
         bits,
         tuple(parts),
         num_extras,
-        tuple(sorted(errors)),
+        known_errors(errors),
     )
 
 

@@ -119,7 +119,7 @@ def document_of(remote: RemoteEntry) -> tuple[EntryKey, bytes]:
 
 
 def _body(remote: RemoteEntry) -> dict[str, JSON]:
-    entry = replace(remote.entry, pinned=False, signer="")
+    entry = replace(remote.entry, pinned=False, signer="", probe=None)
     return {
         "format": FORMAT,
         "fingerprint": remote.fingerprint,

@@ -324,6 +324,39 @@ def test_a_long_run_is_not_forgotten(tmp_path):
         run(path, progress=progress)
 
 
+def test_samples_are_young_when_no_more_are_kept(tmp_path, monkeypatch):
+    """Of a large model most contexts come then."""
+    monkeypatch.setattr(fitting, "_MAX_HELD_BYTES", 1)
+    path, ages = tmp_path / "store", []
+
+    def progress(done, total):
+        files = list(path.glob("tmp/*"))
+        ages.extend(each.stat().st_mtime for each in files if done == 3)
+        for each in files if done == 2 else ():
+            os.utime(each, (0, 0))
+
+    run(path, progress=progress)
+    assert ages
+    assert min(ages) > 0
+
+
+def test_samples_are_young_while_codecs_are_measured(tmp_path, monkeypatch):
+    """That may take longer than an hour."""
+    path = tmp_path / "store"
+
+    def measure(model, contexts, codecs, bases, progress):
+        for each in path.glob("tmp/*"):
+            os.utime(each, (0, 0))
+        progress(1, 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run(path)
+    assert 4 == len(list(path.glob("tmp/*")))
+    assert {} == prune.forgotten(open_folder(path))
+
+
 def test_a_save_that_needs_room_takes_old_samples(tmp_path):
     """Before any entry goes; they count with what the store has."""
     path = tmp_path / "store"

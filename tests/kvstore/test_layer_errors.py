@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 import kvstore
+from kvstore.caches.layer_errors import _relative_error, known_errors
 from kvstore.cli import cli
+from kvstore.format.block import LayerError
 from kvstore.ops.quality import errors_of
 
 caches = kit.load_beside("caches")
@@ -66,15 +68,36 @@ def test_what_is_lossless_tells_nothing(open_small):
         assert all(not stored.errors for _, stored in store.chain(entry.id))
 
 
-def test_broken_rows_tell_nothing(open_small):
-    """An error of NaN is no number that a header can hold."""
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, 1e30])
+def test_a_block_with_broken_rows_tells_nothing(open_small, value):
+    """What it said of other layers would be taken for all."""
     rows = caches.random_rows(len(TOKENS), 0, dtype=mx.float32)
-    rows[0, 0, ..., 7, :] = mx.nan
-    rows[1, 1, ..., 7, :] = 1e30
+    rows[1, 1, ..., 7, :] = value
     with open_small("turbo4") as store:
         entry = store.save(TOKENS, caches.grow(None, rows), caches.MODEL)
-        first = store.chain(entry.id)[0][1]
-    assert [(0, "v"), (1, "k")] == [one[:2] for one in first.errors]
+        blocks = [stored for _, stored in store.chain(entry.id)]
+    told = {number for number, block in enumerate(blocks) if block.errors}
+    assert told == ({0, 16} if value == 1e30 else {16})
+
+
+def test_rows_of_zeros_that_are_not_stored_so_are_no_small_error():
+    """Nothing divided by nothing is told as nothing only where it is."""
+    zeros, ones = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
+    assert 0.0 == _relative_error(zeros, zeros)
+    assert (LayerError(0, "k", 0.5),) == known_errors([LayerError(0, "k", 0.5)])
+    broken = LayerError(1, "k", _relative_error(zeros, ones))
+    assert () == known_errors([LayerError(0, "k", 0.5), broken])
+
+
+def test_an_error_does_not_depend_on_the_order_of_numbers():
+    """Machines add up in different orders, and name shards alike."""
+    random = np.random.default_rng(0)
+    for _ in range(2000):
+        x = random.standard_normal((4, 4, 32)).astype(np.float32)
+        y = x + np.float32(0.09) * random.standard_normal(x.shape).astype(np.float32)
+        order = random.permutation(x.size)
+        turned = (each.ravel()[order] for each in (x, y))
+        assert _relative_error(x, y) == _relative_error(*turned)
 
 
 def test_an_entry_that_is_recompressed_tells_it(tmp_path, monkeypatch):

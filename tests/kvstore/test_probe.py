@@ -17,9 +17,10 @@ from kvstore.errors import IntegrityError, KVStoreError
 from kvstore.format.documents import canonical_json
 from kvstore.format.entry import entry_to_bytes, parse_entry
 from kvstore.format.probe import Probe
-from kvstore.models import LoadedModel, save_prompt
+from kvstore.models import LoadedModel, calibrate, save_prompt
 from kvstore.models.probe import NUM_TOKENS, compare, log_probabilities
-from kvstore.models.session import LiveCache, prefill
+from kvstore.models.session import CacheOptions, LiveCache, prefill
+from kvstore.ops.transfer import export_bundle
 
 architectures = kit.load_beside("architectures")
 TOKENS = [(7 * i) % architectures.VOCABULARY for i in range(300)]
@@ -115,16 +116,51 @@ def test_what_is_no_number_is_not_noted(open_store):
     loaded = load()
     loaded.model.lm_head.weight *= float("nan")
     with open_store("turbo4") as store:
-        with pytest.raises(KVStoreError, match="no numbers"):
+        with pytest.raises(KVStoreError, match="`doc` is saved, and was not measured"):
             measure(loaded, store, name="doc")
         assert store.entry("doc").probe is None
 
 
-def test_it_ends_where_the_model_does(open_store):
-    """What is said behind the end means nothing."""
+def test_it_goes_on_past_the_end_of_a_reply(open_store):
+    """Few tokens would tell little: those that end it are not drawn."""
     with open_store("turbo4") as store:
-        whole = load(ends=range(architectures.VOCABULARY))
-        assert 1 == measure(whole, store).probe.num_tokens
+        whole = load(ends=range(2, architectures.VOCABULARY))
+        assert NUM_TOKENS == measure(whole, store).probe.num_tokens
+
+
+def test_it_ends_with_the_context_of_the_model(open_store):
+    """What is said behind that means nothing; where little is left, it is refused."""
+    with open_store("turbo4") as store:
+        loaded = replace(load(), context_length=320)
+        entry, _ = save_prompt(loaded, TOKENS, store=store, measure=lambda *_: None)
+        assert 20 == entry.probe.num_tokens
+        with pytest.raises(KVStoreError, match="made for 320 tokens"):
+            measure(loaded, store, [*TOKENS, *range(20)])
+        assert 1 == len(store.entries())
+
+
+def test_codes_are_not_measured_against_themselves(open_store):
+    """A live cache that keeps codes is no measure of what was lost."""
+    with open_store("raw") as store:
+        for bits in ("turbo4", 4):
+            options = CacheOptions(kv_bits=bits, kv_group_size=32)
+            with pytest.raises(ValueError, match="in codes cannot be measured"):
+                measure(load(head_dim=32), store, cache=options)
+        assert [] == store.entries()
+
+
+def test_an_entry_that_changes_meanwhile_is_not_measured(open_store):
+    """Neither is what another process has put in its place."""
+    loaded = load()
+    with open_store("turbo4") as store:
+
+        def take_name(done, total):
+            if done == 5:
+                store.rename("doc", "other")
+
+        with pytest.raises(KVStoreError, match="is saved, and was not measured"):
+            save_prompt(loaded, TOKENS, store=store, name="doc", measure=take_name)
+        assert store.entry("other").probe is None
 
 
 def test_it_counts_while_the_blocks_are_the_same(open_store):
@@ -133,8 +169,6 @@ def test_it_counts_while_the_blocks_are_the_same(open_store):
     with open_store("planes+zstd") as store:
         entry = measure(loaded, store, name="doc")
         assert 0.0 == store.loss("doc").kl
-        again, _ = save_prompt(loaded, TOKENS, store=store, name="doc")
-        assert entry.probe == again.probe
         other = store.rename("doc", "first")
         assert entry.probe == other.probe
         shared = measure(loaded, store, [*TOKENS, 5], name="doc")
@@ -162,25 +196,34 @@ def test_it_lets_an_entry_be_loaded(open_store):
         assert entry.probe.kl == replace(loss, unknown="", worst=known).kl
 
 
-def test_a_bundle_carries_it(open_store, tmp_path):
-    """It counts for whoever takes the blocks as they are."""
+@pytest.mark.parametrize("is_forged", [False, True])
+def test_a_bundle_does_not_carry_it(open_store, tmp_path, monkeypatch, is_forged):
+    """It would be the word of anybody."""
     with open_store("turbo4+zstd") as store:
         entry = measure(load(), store, name="doc")
+
+        def keep_probe(entry, nbytes, real=export_bundle.bundled_entry):
+            return replace(real(entry, nbytes), probe=entry.probe)
+
+        if is_forged:
+            monkeypatch.setattr(export_bundle, "bundled_entry", keep_probe)
         file = io.BytesIO()
         store.export_bundle("doc", file)
+    assert is_forged == (b'"probe"' in file.getvalue())
     file.seek(0)
     with kvstore.Store(tmp_path / "other") as other:
-        other.import_bundle(file)
-        assert other.loss("doc").probe == entry.probe
+        assert other.import_bundle(file).probe is None
+        assert other.entry("doc").tip == entry.tip
 
 
 def test_what_has_moved_on_is_not_noted(open_store):
     """It was measured of what the entry was."""
     with open_store("turbo4") as store:
         entry = measure(load(), store, name="doc")
-        pinned = store.pin("doc")
-        probe = replace(entry.probe, kl=7.0)
-        assert pinned == store.note_probe(entry, probe) == store.entry("doc")
+        store.pin("doc")
+        with pytest.raises(KVStoreError, match="changed meanwhile"):
+            store.note_probe(entry, replace(entry.probe, kl=7.0))
+        assert entry.probe == store.entry("doc").probe
 
 
 def test_what_is_measured_is_not_held(open_store):
@@ -201,6 +244,7 @@ PROBE = asdict(Probe(0.1, 0.5, 64, "ab" * 32))
         {**PROBE, "more": 1},
         {**PROBE, "kl": -0.1},
         {**PROBE, "kl": True},
+        {**PROBE, "kl": 10**400},
         {**PROBE, "same_choice": 1.5},
         {**PROBE, "num_tokens": 0},
         {**PROBE, "num_tokens": 1.5},
@@ -231,13 +275,41 @@ def test_the_command_says_it(run_cli, tiny_model, monkeypatch):
     assert "that the model said behind it" in run_cli("inspect", "doc")[1]
     entry = json.loads(run_cli("inspect", "doc", "--json")[1])["entry"]
     assert entry["probe"]["kl"] > 0
-    kl = f"{entry['probe']['kl']:.2g}"
-    assert kl in run_cli("ls")[1].split()
+    # What is saved anew is measured anew, or not at all.
+    again = run_cli("save", *words, "all of it " * 60)
+    assert "that the model said behind it" not in again[1]
+
+
+def test_what_a_model_rules_out_costs_nothing():
+    """Its probability is zero on both sides, and no NaN."""
+    x = mx.array([[0.0, -mx.inf, 0.0]]) - mx.log(2)
+    y = mx.array([[0.0, -mx.inf, 1.0]])
+    y = y - mx.logsumexp(y)
+    kl, _ = compare(x, y)
+    assert kl == pytest.approx(float((mx.exp(x) * (x - y))[0, ::2].sum()))
+    assert not compare(x, x)[0].any()
+
+
+def test_a_codec_that_gives_no_numbers_is_not_measured(monkeypatch):
+    """The others are."""
+    real = calibrate._load
+
+    def load_broken(path):
+        prompt_cache = real(path)
+        if "turbo2" in path.name:
+            prompt_cache[0].keys = prompt_cache[0].keys * mx.nan
+        return prompt_cache
+
+    monkeypatch.setattr(calibrate, "_load", load_broken)
+    monkeypatch.setattr(calibrate, "PREFIX", 280)
+    model, codecs = load().model, ["turbo2", "turbo4", "turbo8"]
+    found = calibrate.measure(model, [TOKENS], codecs, [], lambda *_: None)
+    assert ["turbo4", "turbo8"] == [one.codec for one in found]
 
 
 def test_what_is_no_number_is_no_small_loss():
     """The largest of nothing and NaN would be nothing."""
     x = mx.zeros((1, 8))
-    for pair in ((x, x * mx.nan), (x * mx.nan, x)):
-        with pytest.raises(KVStoreError, match="no numbers"):
-            compare(*pair)
+    assert np.isinf(compare(x, x * mx.nan)[0]).all()
+    with pytest.raises(KVStoreError, match="no numbers"):
+        compare(x * mx.nan, x)

@@ -237,17 +237,14 @@ def _columns(lines: Sequence[Line], num_entries: int) -> list[Column[Line]]:
         Column("MODEL", of(lambda e: model_name(e.model)), rank=1),
         Column("SAVED", of(lambda e: format_ago(e.updated_at)), True, rank=2),
         Column("CODEC", of(lambda e: format_codec(e.codec)), rank=3),
-        *(losses if any(map(_measured_kl, held)) else []),
+        *(losses if any(entry.receipts for entry in held) else []),
         *(signers if is_any_signed else []),
         Column("TITLE", of(lambda e: e.title if e.name else ""), rank=4),
     ]
 
 
 def _measured_kl(entry: Entry) -> str:
-    found = [one.kl for one in entry.receipts]
-    if entry.probe:
-        found.append(entry.probe.kl)
-    return f"{max(found):.2g}" if found else ""
+    return f"{max(one.kl for one in entry.receipts):.2g}" if entry.receipts else ""
 
 
 def _entry_data(line: Line) -> JSON:

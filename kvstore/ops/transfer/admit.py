@@ -252,6 +252,7 @@ def admit(
                 # takes no signature away.
                 replaceable(catalog, name, found.chain, replace)
                 _unsign(blocks, catalog, prepared, described.signer)
+                # It may have had a signature until now.
                 old = replaceable(catalog, name, found.chain, replace)
                 # The lock keeps `prune` from blocks that no entry needs yet.
                 entry = _publish(blocks, found, held, prepared) and commit(
