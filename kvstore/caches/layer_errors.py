@@ -16,7 +16,7 @@ import numpy as np
 from ..codecs.base import Array, Codec, Layers, Parts
 from ..codecs.floats import Floats, widen
 from ..format.block import Block, LayerError, Part
-from ..format.shard import MAX_ERROR
+from ..format.documents import is_amount
 from .stored import Piece
 
 SAMPLE = "sample"
@@ -71,7 +71,7 @@ def errors_of(
 def known_errors(errors: Iterable[LayerError]) -> tuple[LayerError, ...]:
     """Return the errors of a block in order, or nothing where one is too large."""
     found = tuple(sorted(errors))
-    return found if all(one.error <= MAX_ERROR for one in found) else ()
+    return found if all(is_amount(one.error) for one in found) else ()
 
 
 def _sample_of(layers: Layers | Parts) -> Array | None:

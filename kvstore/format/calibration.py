@@ -8,12 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..errors import FormatError, IntegrityError
-from .documents import JSON, canonical_json, strict_json
+from .documents import JSON, canonical_json, is_amount, strict_json
 
 FORMAT = 1
 MAX_BYTES = 65_536
-MAX_MEASURED = 1e6
-"""Larger numbers are none that somebody measured."""
 MIN_CONTEXTS = 4
 """Contexts that tell how far a mean over them may be off."""
 Quality = Literal["exact", "high", "balanced", "small"]
@@ -155,10 +153,8 @@ def parse_measured(value: JSON) -> Measured:
     numbers = (found.bits, found.kl, found.kl_error, found.same_choice)
     if not isinstance(found.codec, str) or not _NAME.fullmatch(found.codec):
         raise ValueError("a codec has no name")
-    if not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("what was measured is no number")
-    if not all(0 <= number <= MAX_MEASURED for number in numbers):
-        raise ValueError("what was measured is less than nothing, or too much")
+    if not all(map(is_amount, numbers)):
+        raise ValueError("what was measured is no number from 0")
     return found
 
 

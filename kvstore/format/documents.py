@@ -90,6 +90,15 @@ def is_count(value: Any, limit: int = 2**63) -> bool:
     return type(value) is int and 0 <= value < limit
 
 
+MAX_AMOUNT = 1e6
+"""The largest number that anything that was measured may have."""
+
+
+def is_amount(value: Any) -> bool:
+    """Whether ``value`` is a number that somebody may have measured, from 0 on."""
+    return type(value) in (float, int) and 0 <= value <= MAX_AMOUNT
+
+
 def are_integers(values: list[Any], low: int, limit: int) -> bool:
     """Whether all of ``values`` are integers from ``low`` to below ``limit``."""
     # Without a loop in Python, since a header has thousands.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
-from .calibration import MAX_MEASURED
-from .documents import JSON, is_count
+from .documents import JSON, is_amount, is_count
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -35,8 +33,9 @@ def parse_probe(value: JSON) -> Probe:
     """
     found = Probe(**value)
     is_sound = (
-        _is_number(found.kl, MAX_MEASURED)
-        and _is_number(found.same_choice, 1)
+        is_amount(found.kl)
+        and is_amount(found.same_choice)
+        and found.same_choice <= 1
         and is_count(found.num_tokens)
         and found.num_tokens > 0
         and isinstance(found.blocks, str)
@@ -45,7 +44,3 @@ def parse_probe(value: JSON) -> Probe:
     if not is_sound:
         raise ValueError("nobody can have measured that")
     return found
-
-
-def _is_number(value: Any, limit: float) -> bool:
-    return type(value) in (int, float) and 0 <= value <= limit

@@ -33,6 +33,7 @@ from .documents import (
     are_integers,
     blake3_hex,
     canonical_json,
+    is_amount,
     is_count,
     strict_json,
 )
@@ -42,8 +43,6 @@ FORMAT = 1
 MAX_BLOCKS = 64
 MAX_BYTES = 64 * 1024 * 1024
 MAX_PARTS = 4096
-MAX_ERROR = 1e6
-"""Of a layer, that is told."""
 _MAX_ERRORS = 8192
 _NO_DIGEST = "0" * 64
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -298,8 +297,8 @@ def _parse_errors(rows: Any) -> tuple[LayerError, ...]:
 
 def _is_error(row: Any) -> bool:
     match row:
-        case [layer, "k" | "v", error] if type(error) in (float, int):
-            return is_count(layer) and 0 <= error <= MAX_ERROR
+        case [layer, "k" | "v", error]:
+            return is_count(layer) and is_amount(error)
     return False
 
 

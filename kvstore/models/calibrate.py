@@ -32,6 +32,7 @@ from ..errors import KVStoreError, UnsupportedCacheError
 from ..fingerprint import Fingerprint
 from ..format.block import Progress
 from ..format.calibration import Calibration, Measured
+from ..format.documents import MAX_AMOUNT
 from ..ops.calibrate import coverable, keep_basis, start_fit
 from ..storage.bases import (
     add_basis,
@@ -228,7 +229,7 @@ def measure(
                 rows[codec].append((nbytes * 8 / count, kl.mean(), same.mean()))
                 progress(number * (1 + len(codecs)) + done, total)
     each = {codec: np.array(rows[codec]) for codec in codecs}
-    return [_sum_up(c, *x.T) for c, x in each.items() if np.isfinite(x).all()]
+    return [_sum_up(c, *x.T) for c, x in each.items() if (x <= MAX_AMOUNT).all()]
 
 
 def _save(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..errors import KVStoreError
 from ..format.block import Progress
+from ..format.documents import is_amount
 from ..format.probe import Probe
 
 if TYPE_CHECKING:
@@ -86,13 +86,13 @@ def measure_entry(
         found.append((float(kl[0]), bool(same[0])))
         logits = exact[0]
     progress(count, count)
-    kl, same = np.mean(found, axis=0).tolist()
-    if not math.isfinite(kl):
+    kl, same = np.maximum(np.mean(found, axis=0), 0).tolist()
+    if not is_amount(kl):
         raise KVStoreError(
             "behind what is stored the model says no numbers",
             hint="save it with another `--codec`",
         )
-    return store.note_probe(entry, Probe(max(0.0, kl), same, count, digest))
+    return store.note_probe(entry, Probe(kl, same, count, digest))
 
 
 def log_probabilities(
