@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -183,6 +184,8 @@ class FitFamily:
         )
         # What each keeps is half as large as its basis, or less.
         self._codecs = lru_cache(maxsize=2)(self._codec)
+        # Threads that ask at once would each read the basis, and hold it.
+        self._lock = threading.Lock()
 
     def from_name(self, name: str) -> Fit | None:
         """Return the codec that a name such as ``fit2@`` and a digest means.
@@ -194,7 +197,8 @@ class FitFamily:
         match = _NAME.fullmatch(name)
         if not match:
             return None
-        return self._codecs(*match.groups())
+        with self._lock:
+            return self._codecs(*match.groups())
 
     def _codec(self, rate: str, digest: str) -> Fit:
         fitted = self._fitted(digest)

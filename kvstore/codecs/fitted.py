@@ -106,9 +106,16 @@ def fitted_from_file(file: BasisFile) -> Fitted:
 
 
 def fitted_from_arrays(group: BasisGroup, arrays: dict[str, Array]) -> FittedLayers:
-    """Return some layers of a basis to compute with, from its tensors by name."""
+    """Return some layers of a basis to compute with, from its tensors by name.
+
+    Raises:
+        IntegrityError: Its matrix is too large for numbers of 32 bits.
+    """
     wide = arrays["matrix"].astype(np.float32)
-    wide *= arrays["scale"].astype(np.float32)[..., None, None]
+    with np.errstate(over="ignore"):
+        wide *= arrays["scale"].astype(np.float32)[..., None, None]
+    if not np.isfinite(wide).all():
+        raise IntegrityError("the matrix of a basis is not finite")
     return FittedLayers(
         group,
         arrays["frequencies"].astype(np.float64),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
+_LARGEST_F16 = np.float32(np.finfo(np.float16).max)
 
 
 def widen(x: Array, dtype: str) -> Floats:
@@ -25,6 +26,8 @@ def widen(x: Array, dtype: str) -> Floats:
 
 def narrow(wide: Floats, dtype: str) -> Array:
     """Return finite rows rounded to the nearest of a dtype, ties to even."""
+    if dtype == "F16":  # as the kernels do, whose largest is the dtype's
+        wide = np.clip(wide, -_LARGEST_F16, _LARGEST_F16)
     if dtype != "BF16":
         return wide.astype(NUMPY_DTYPES[dtype])
     bits = np.ascontiguousarray(wide).view(np.uint32)

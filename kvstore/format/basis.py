@@ -25,7 +25,7 @@ FORMAT = 1
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_LAYER = 4096
 _NAMES_BASIS = re.compile(r"[^@+]+@([0-9a-f]{64})(?:\+zstd)?")
-_MAX_STEP = 512
+_MAX_STEP = 256
 _FIELDS = {"format", "groups", "steps", "about"}
 
 

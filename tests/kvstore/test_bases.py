@@ -92,6 +92,7 @@ def test_a_basis_of_another_digest_is_refused():
         {"steps": {"1": 1.5}},
         {"steps": {"1": True}},
         {"steps": {"1": 10**9}},
+        {"steps": {"1": 257}},
         {"steps": []},
         {"about": 1},
         {"more": 1},

@@ -1,6 +1,8 @@
 """The `fit` codecs: integers in a basis, found by its digest, refused where wrong."""
 
 import hashlib
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 
 from kvstore import CodecError, IntegrityError, codec_names, get_codec
 from kvstore.codecs import FitFamily, find_codec, fit, fitting
+from kvstore.codecs.floats import narrow
 from kvstore.codecs.streams import STREAMS, are_packed, pack_integers, unpack_integers
 from kvstore.format.basis import BasisFile, BasisGroup, basis_digest, basis_to_bytes
 from kvstore.format.basis import parse_basis as parse
@@ -457,10 +460,48 @@ def test_other_compressors_are_refused(codec_of, end):
         codec_of("2", end)
 
 
-def test_a_basis_of_numbers_that_are_none_is_refused():
+def test_the_largest_half_float_is_the_end():
+    """As the kernels write it; NumPy alone would write infinity."""
+    wide = np.array([1e5, -1e9, 65504.0, 1.0], np.float32)
+    assert [65504, -65504, 65504, 1] == narrow(wide, "F16").tolist()
+
+
+def test_threads_that_ask_at_once_share_a_basis():
+    """Each would hold one of its own, of a hundred megabytes."""
+    data, reads = basis_to_bytes(plain_basis()), []
+    barrier, found = threading.Barrier(8), []
+
+    def read(asked):
+        reads.append(asked)
+        time.sleep(0.05)
+        return parse(data, asked)
+
+    family = FitFamily(read)
+
+    def ask():
+        barrier.wait()
+        found.append(find_codec(f"fit2@{basis_digest(data)}", family).array)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (1, 8) == (len(reads), len(found))
+    assert all(one is found[0] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("0.mean", np.nan), ("0.scale", np.inf), ("0.scale", 3e38)]
+)
+def test_a_basis_of_numbers_that_are_none_is_refused(name, value):
     """What would decode to NaN is damaged, whoever made its digest."""
     basis = plain_basis()
-    tensors = {**basis.tensors, "0.mean": np.full(16, np.nan, "<f4").tobytes()}
+    size = len(basis.tensors[name]) // 4
+    tensors = {**basis.tensors, name: np.full(size, value, "<f4").tobytes()}
+    # A matrix of ones is multiplied by the scale.
+    count = len(basis.tensors["0.matrix"]) // 2
+    tensors["0.matrix"] = np.full(count, 2, "<f2").tobytes()
     data = basis_to_bytes(replace(basis, tensors=tensors))
     family = FitFamily(lambda asked: parse(data, asked))
     with pytest.raises(IntegrityError, match="finite"):
