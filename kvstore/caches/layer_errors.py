@@ -1,8 +1,9 @@
 """How far the rows that a lossy codec stored are from those it was given, by layer.
 
 It is measured on a sample: one token in 64, of one block in 16. Where rows are encoded
-before they are handed on, their sample goes with the codes. A block of which a layer is
-broken tells nothing: what it said of the others would be taken for the whole.
+before they are handed on, their sample goes with the codes. Where a layer has NaN or
+infinity, the block has no errors at all: a reader would take those of the other layers
+for the errors of all.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ def sample_layers(layers: Layers) -> Array:
 
 
 def sample_blocks(x: mx.array, num_blocks: int) -> mx.array:
-    """Return the same of several blocks ``(L, H, blocks * T, D)``, blocks first."""
+    """Return such rows of several blocks, ``(blocks, L, H, T / 64, D)``.
+
+    Args:
+        x: All rows, ``(L, H, blocks * T, D)``.
+        num_blocks: How many blocks they are of.
+    """
     blocks = x.reshape(*x.shape[:2], num_blocks, -1, x.shape[-1])
     return mx.moveaxis(blocks[..., _TOKENS, :], 2, 0)
 

@@ -147,8 +147,10 @@ def _encode_layers(
         Parts, and a sample of the rows where errors are measured: arrays that are not
         evaluated, with an axis for the blocks before all others.
     """
-    encode = getattr(codec.array, "encode_on_device", None) if codec else None
-    if codec is None or encode is None or piece.rows.side not in CODABLE:
+    if codec is None or piece.rows.side not in CODABLE:
+        return None
+    encode = getattr(codec.array, "encode_on_device", None)
+    if encode is None:
         return None
     x = _stack(_find_rows(held, piece, num_blocks))
     parts: dict[str, mx.array] | None = encode(x, piece.rows, num_blocks)

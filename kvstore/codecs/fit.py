@@ -24,10 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant.kernels import best_kernels
-from turboquant.kernels.long_rows import (
-    Coefficients,
-    Turns,
-)
+from turboquant.kernels.long_rows import Coefficients, Turns
 from turboquant.kernels.native import NativeKernels
 
 from ..blas import one_thread

@@ -91,7 +91,7 @@ def is_count(value: Any, limit: int = 2**63) -> bool:
 
 
 MAX_AMOUNT = 1e6
-"""The largest number that anything that was measured may have."""
+"""No number that was measured may be larger."""
 
 
 def is_amount(value: Any) -> bool:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .load import LoadedModel
 
 NUM_TOKENS = 64
-"""The model says so many behind an entry, and it is measured with these."""
+"""How many tokens the model says after an entry, so that the entry is measured."""
 _MIN_TOKENS = 16
 
 

@@ -47,6 +47,13 @@ def sent(stores, small):
     return stores
 
 
+def lose_block(store):
+    """Have the index of a store forget a block of the entry `doc`."""
+    place, _ = store.chain("doc")[-2]
+    with store._blocks.index.transaction():
+        store._blocks.index.drop_block(place.hash, place.shard)
+
+
 def kv(capsys, *args, code=0):
     """Run a verb in this process; return what it printed."""
     assert run(cli, [str(word) for word in args]) == code
@@ -96,9 +103,7 @@ def test_rows_that_come_later_are_somebody_elses(sent, small, name, again):
     """A signed entry that lost a block, and gets it from another, is signed no more."""
     take(sent[1], signed(sent[0], ALICE))
     with kvstore.Store(sent[1], "raw") as store:
-        place, _ = store.chain("doc")[-2]
-        with store._blocks.index.transaction():
-            store._blocks.index.drop_block(place.hash, place.shard)
+        lose_block(store)
     take(sent[1], signed(sent[0], ALICE if again else None), name=name)
     with kvstore.Store(sent[1], "raw") as store:
         assert store.entry("doc").signer == (public_key(ALICE) if again else "")
@@ -109,9 +114,7 @@ def test_what_is_refused_takes_no_signature(sent, small, caches, monkeypatch):
     """Where another process takes the name in the last moment, no block comes."""
     take(sent[1], signed(sent[0], ALICE))
     with kvstore.Store(sent[1], "raw") as store:
-        place, _ = store.chain("doc")[-2]
-        with store._blocks.index.transaction():
-            store._blocks.index.drop_block(place.hash, place.shard)
+        lose_block(store)
 
         def take_name(*_):
             tokens, cache = caches.make_conversation(1, 7)
