@@ -129,8 +129,8 @@ class Errors:
     layers: tuple[LayerError, ...]
 
 
-def errors_of(stored: Iterable[StoredBlock]) -> Errors:
-    """Return the errors that the lossy ones of some blocks tell."""
+def join_errors(stored: Iterable[StoredBlock]) -> Errors:
+    """Return what the errors of some blocks are together, layer by layer."""
     lossy = [block for block in stored if not block.is_lossless]
     measured = [block for block in lossy if block.errors]
     squares: dict[tuple[int, str], list[float]] = {}

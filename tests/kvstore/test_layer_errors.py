@@ -12,7 +12,7 @@ import kvstore
 from kvstore.caches.layer_errors import _relative_error, known_errors
 from kvstore.cli import cli
 from kvstore.format.block import LayerError
-from kvstore.ops.quality import errors_of
+from kvstore.ops.quality import join_errors
 
 caches = kit.load_beside("caches")
 fitted = kit.load_beside("test_fit_store")
@@ -22,7 +22,7 @@ TOKENS = list(range(NUM_BLOCKS * caches.BLOCK + 3))
 
 def told(store, entry):
     """Return what the blocks of an entry tell."""
-    return errors_of(stored for _, stored in store.chain(entry.id))
+    return join_errors(stored for _, stored in store.chain(entry.id))
 
 
 def true_errors(exact, found, start=0):

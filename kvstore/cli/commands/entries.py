@@ -122,7 +122,7 @@ def inspect_entry(context: click.Context, ref: str) -> None:
 
     REF is a name, an id, or the start of an id.
     """
-    from ...ops.quality import errors_of
+    from ...ops.quality import join_errors
 
     output = output_of(context)
     store = open_store(context)
@@ -130,7 +130,7 @@ def inspect_entry(context: click.Context, ref: str) -> None:
     fingerprint = store.fingerprint_of(entry.id)
     chain = store.chain(entry.id)
     loss = store.loss(entry.id)
-    errors = errors_of(stored for _, stored in chain)
+    errors = join_errors(stored for _, stored in chain)
     data = {
         "entry": entry_data(entry),
         "loss": {"kl": loss.kl, "unknown": loss.unknown or None},
