@@ -601,17 +601,32 @@ void centre_columns(const char* typed, const Job& job, const float* mean, float*
   memcpy(peaks, peak, sizeof peak);
 }
 
+INLINE float as_float(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// By what a row with this peak is multiplied, so that its squares neither vanish nor grow
+// too large; exactly.
+INLINE float middle_scale(int32_t peak) {
+  const float x = as_float(peak);
+  return x < 0x1p-40f ? 0x1p84f : x < 0x1p40f ? 1 : 0x1p-84f;
+}
+
+// Whether all numbers are finite, and one is no smaller than the normal ones.
+INLINE bool is_codable(int32_t peak) {
+  return peak < (int32_t)INF_BITS && as_float(peak) >= 0x1p-126f;
+}
+
 // Makes columns safe to square, and returns by what each row was multiplied.
 void scale_to_middle(const int32_t* peaks, const Job& job, float* columns,
                      float* scales) {
   alignas(64) int32_t masks[LANES];
   bool is_plain = true;
   for (int r = 0; r < LANES; r++) {
-    float peak;
-    memcpy(&peak, &peaks[r], 4);
-    bool is_finite = peaks[r] < (int32_t)INF_BITS;
-    scales[r] = peak < 0x1p-40f ? 0x1p84f : peak < 0x1p40f ? 1 : 0x1p-84f;
-    masks[r] = is_finite && peak >= 0x1p-126f ? -1 : 0;
+    scales[r] = middle_scale(peaks[r]);
+    masks[r] = is_codable(peaks[r]) ? -1 : 0;
     is_plain &= masks[r] && scales[r] == 1;
   }
   if (is_plain) return;
@@ -753,6 +768,20 @@ void encode_group(const Job& job, int head, int64_t first, int count, Buffers& u
       columns_to_bytes(use.bytes, len, to);
     }
 }
+
+// Whole jobs row by row, where that is known and faster.
+#if VW == 16
+#include "rows.h"
+template <int TYPE> bool decode_by_row(const Job& job) {
+  return run_by_row<DecodeRows, TYPE>(job);
+}
+template <int TYPE> bool encode_by_row(const Job& job) {
+  return run_by_row<EncodeRows, TYPE>(job);
+}
+#else
+template <int> bool decode_by_row(const Job&) { return false; }
+template <int> bool encode_by_row(const Job&) { return false; }
+#endif
 
 template <class F> int for_each_group(const Job& job, F run) {
   Buffers use(job.dim);
@@ -1300,6 +1329,7 @@ int multiply_rows(const Product& job) {
   (job->dtype == F32 ? call<F32> : job->dtype == F16 ? call<F16> : call<BF16>)
 
 EXPORT int JOIN(turboquant_decode_, ISA)(const Job* job) {
+  if (BY_TYPE(decode_by_row)(*job)) return 0;
   auto decode = BY_TYPE(decode_group);
   return for_each_group(*job, [&](int head, int64_t first, int count, Buffers& use) {
     decode(*job, head, first, count, use);
@@ -1307,6 +1337,7 @@ EXPORT int JOIN(turboquant_decode_, ISA)(const Job* job) {
 }
 
 EXPORT int JOIN(turboquant_encode_, ISA)(const Job* job) {
+  if (BY_TYPE(encode_by_row)(*job)) return 0;
   auto encode = BY_TYPE(encode_group);
   return for_each_group(*job, [&](int head, int64_t first, int count, Buffers& use) {
     encode(*job, head, first, count, use);
