@@ -111,13 +111,22 @@ def _take_memory(arrays: Iterable[mx.array]) -> None:
 
 def _take_spans(spans: Sequence[tuple[int, int]]) -> None:
     is_large = True
-    for begin, nbytes in spans:
+    for begin, nbytes in _trial_first(spans):
         # A page of 2 MB is as fast as 20 of 4 kB; but a virtual machine may have given
         # large ones back, and then each takes as long as 2,000.
         began = time.thread_time()
         _take_span(begin, begin + nbytes, is_large)
         seconds = time.thread_time() - began
         is_large = is_large and seconds < _MAX_S * (1 + nbytes / _LARGE_PAGE)
+
+
+def _trial_first(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans of which the first is of one large page, to try it."""
+    if not spans or spans[0][1] <= _LARGE_PAGE:
+        return list(spans)
+    begin, nbytes = spans[0]
+    rest = begin + _LARGE_PAGE, nbytes - _LARGE_PAGE
+    return [(begin, _LARGE_PAGE), rest, *spans[1:]]
 
 
 def _take_span(begin: int, end: int, is_large: bool) -> None:

@@ -219,6 +219,8 @@ class HostRestoring:
             {name: np.asarray(array)[0] for name, array in arrays.items()}
             for arrays in self._arrays
         ]
+        # Of each layer and side the memory of its heads, once it is asked for.
+        self._heads: dict[tuple[int, str], list[memoryview]] = {}
 
     def buffers(
         self, pieces: Pieces, stored: StoredBlock, stop: int
@@ -244,9 +246,20 @@ class HostRestoring:
                 return ()
             end = spec.end
             for layer in group.layers:
-                view = self._views[layer][rows.side][:, where : where + which.stop]
-                found += [head.reshape(-1).view(np.uint8).data for head in view]
+                heads = self._bytes_of(layer, rows.side)
+                row = len(heads[0]) // self._views[layer][rows.side].shape[1]
+                place = slice(where * row, (where + which.stop) * row)
+                found += [head[place] for head in heads]
         return found if sum(map(len, found)) == end - stored.begin else ()
+
+    def _bytes_of(self, layer: int, side: str) -> list[memoryview]:
+        """Return the memory of each head of a buffer."""
+        found = self._heads.get((layer, side))
+        if found is None:
+            view = self._views[layer][side]
+            found = [head.reshape(-1).view(np.uint8).data for head in view]
+            self._heads[layer, side] = found
+        return found
 
     def can_receive(self, pieces: Pieces) -> bool:
         """No: bytes that are no rows are decoded."""
@@ -302,6 +315,7 @@ class HostRestoring:
             arrays |= {n: mx.array(views[n][None]) for n in views.keys() - arrays}
         # Without the views, a cache is the only owner and grows in place.
         self._views.clear()
+        self._heads.clear()
         typed = [
             {
                 name: _as_dtype(arrays.pop(name), spec.dtype)
@@ -344,6 +358,7 @@ class KernelRestoring(HostRestoring):
         self._upload = gpu.start_upload(nbytes * 2 // 7)
         self._sent: dict[tuple[int, str], list[tuple[Cut, Segments]]] = {}
         self._fitted = FittedBlocks(self._upload)
+        self._heads = {}
         self.spare_bytes = _spare_bytes(nbytes)
         self._arrays = [{} for _ in self._target.layers]
         self._views = [

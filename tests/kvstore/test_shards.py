@@ -19,6 +19,7 @@ from kvstore.format.chain import hash_root, split_tokens
 from kvstore.format.config import StoreConfig
 from kvstore.format.documents import canonical_json
 from kvstore.storage import files
+from kvstore.storage import shards as storage_shards
 from kvstore.storage.folder import StoreFolder
 from kvstore.storage.shards import (
     list_shards,
@@ -281,6 +282,27 @@ def test_a_flipped_bit_of_the_data_spoils_just_its_block(tmp_path, shard, flip_b
                     with pytest.raises(IntegrityError) as caught:
                         list(opened.read([block]))
                     assert block.block.hash.hex() == caught.value.block
+
+
+@pytest.mark.parametrize("portion", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("sizes", [(), (0, 3, 20, 0, 5), (13,)])
+def test_a_block_is_read_and_checked_in_portions(tmp_path, monkeypatch, portion, sizes):
+    """Whatever the portions and the buffers are, a block is whole or refused."""
+    monkeypatch.setattr(storage_shards, "_PORTION_BYTES", portion)
+    path = path_of(tmp_path, write(tmp_path))
+    whole = path.read_bytes()
+    with open_shard_at(path) as opened:
+        stored = opened.header.blocks[1]
+        first, size = opened.header.data_begin + stored.begin, stored.end - stored.begin
+        rest = size - sum(sizes)
+        buffers = [memoryview(bytearray(n)) for n in (*sizes, rest)]
+        opened.read_into(stored, buffers)
+        assert b"".join(buffers) == whole[first : first + size]
+    for at in (first, first + size // 2, first + size - 1):
+        path.chmod(0o600)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with open_shard_at(path) as opened, pytest.raises(IntegrityError):
+            opened.read_into(opened.header.blocks[1], buffers)
 
 
 def test_blocks_before_the_damaged_one_are_yielded(tmp_path, shard, flip_bit):
