@@ -32,6 +32,7 @@ from .format.block import (
 )
 from .format.chain import as_tokens
 from .format.entry import Entry, check_name
+from .format.known import KnownBlocks
 from .format.spans import Span, last_end
 from .ops.speeds import Speeds
 from .ops.stats import Stats, sum_up
@@ -143,6 +144,7 @@ class Store:
         """What was loaded, asked and measured, kept until the next save."""
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
+        self._known = KnownBlocks(self._folder.block_size)
 
     @property
     def path(self) -> Path:
@@ -418,7 +420,7 @@ class Store:
         from .caches.snapshot import take_live
         from .ops.save import save_blocks
 
-        whole = self._make_chain(as_tokens(tokens), prompt_cache, fingerprint)
+        whole = self._make_chain(tokens, prompt_cache, fingerprint)
         keeps_tail = checkpoint and whole.has_states
         chain = whole if keeps_tail else whole.without_tail(self._folder.block_size)
         if chain is None:
@@ -1305,22 +1307,22 @@ class Store:
         )
 
     def _make_chain(
-        self, tokens: list[int], prompt_cache: Sequence[Any], model: Fingerprint
+        self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
     ) -> Chain:
         # Imported here: listing a store needs no MLX.
         from .caches.snapshot import make_chain
 
         _check_fingerprint_type(model)
         _check_prompt_cache(prompt_cache)
-        size = self._folder.block_size
-        return make_chain(model.fields, prompt_cache, tokens, size)
+        size, make = self._folder.block_size, self._known.block
+        return make_chain(model.fields, prompt_cache, _as_tuple(tokens), size, make)
 
     def _snapshot(
         self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
     ) -> Snapshot:
         from .caches.snapshot import take_live
 
-        chain = self._make_chain(as_tokens(tokens), prompt_cache, model)
+        chain = self._make_chain(tokens, prompt_cache, model)
         return take_live(chain, prompt_cache, chain.num_tokens, model.label)
 
     def _mark_restored(self, live: Snapshot, prompt_cache: Sequence[Any]) -> None:
@@ -1363,6 +1365,13 @@ def _check_fingerprint(
     _check_fingerprint_type(given)
     stored = Fingerprint(blocks.origin(entry).fingerprint)
     refuse_other(entry.name or entry.id, stored, given)
+
+
+def _as_tuple(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Return tokens; the first is checked here, the others when they are hashed."""
+    plain = tokens if isinstance(tokens, list | tuple) else as_tokens(tokens)
+    as_tokens(plain[:1])
+    return tuple(plain)
 
 
 def _check_path(path: object) -> None:

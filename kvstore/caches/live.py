@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cache as cached
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
 # The attribute that carries a restored cache's provenance; copies keep it.
 _PROVENANCE = "kvstore_provenance"
+# That of rows that a model has computed.
+_COMPUTED = Provenance()
 _ROWS_HINT = (
     "pass exactly the tokens that the model was fed: of a reply, all but the last"
 )
@@ -80,9 +83,15 @@ def rows_held(
 
 def is_list(cache: Any) -> bool:
     """Whether a layer's cache is a ``CacheList``."""
+    return type(cache) is _list_class()
+
+
+@cached
+def _list_class() -> type:
+    # Imported here: mlx-lm takes a second.
     from mlx_lm.models.cache import CacheList
 
-    return type(cache) is CacheList
+    return CacheList
 
 
 def read_layout(prompt_cache: Sequence[Any], num_tokens: int) -> Layout:
@@ -126,16 +135,18 @@ def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     """Return what a prompt cache remembers; a computed one has nothing lossy."""
     marks = (_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache)))
-    return reduce(Provenance.joined, marks, Provenance())
+    # Mostly that of all layers is the same.
+    return reduce(Provenance.joined, set(marks), _COMPUTED)
 
 
 def _provenance_of(number: int, cache: Any) -> Provenance:
-    kept: Provenance = getattr(cache, _PROVENANCE, Provenance())
+    kept: Provenance = getattr(cache, _PROVENANCE, _COMPUTED)
     # What a cache of codes was decoded to says so itself.
     coded = getattr(cache, "coded_tokens", 0)
     bits = getattr(cache, "coded_bits", 0) if coded else EXACT_BITS
-    own = Provenance(coded, min(bits, kind_of(number, cache).bits(cache)))
-    return kept.joined(own)
+    bits = min(bits, kind_of(number, cache).bits(cache))
+    is_exact = not coded and bits == EXACT_BITS
+    return kept if is_exact else kept.joined(Provenance(coded, bits))
 
 
 def set_provenance(prompt_cache: Sequence[Any], provenance: Provenance) -> None:

@@ -19,9 +19,11 @@ from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..codecs.turbo import Turbo
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
+    MakeBlock,
     digest_fields,
     hash_block_tokens,
     hash_root,
+    make_block,
     mark_reanchored,
     split_tokens,
 )
@@ -377,6 +379,7 @@ def make_chain(
     prompt_cache: Sequence[Any],
     tokens: Sequence[int],
     block_size: int,
+    make: MakeBlock = make_block,
 ) -> Chain:
     """Return the chain of blocks that a prompt cache's tokens make.
 
@@ -391,4 +394,5 @@ def make_chain(
         fingerprint = mark_reanchored(fingerprint)
     origin = Origin(fingerprint, layout_to_json(layout))
     root = hash_root(digest_fields(fingerprint), origin.layout)
-    return Chain(root, layout, origin, tuple(split_tokens(root, tokens, block_size)))
+    blocks = split_tokens(root, tokens, block_size, make)
+    return Chain(root, layout, origin, tuple(blocks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from struct import error as struct_error
 from struct import pack
 from typing import Any
@@ -66,14 +66,32 @@ def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
     return BlockHash(hashlib.sha256(data).digest())
 
 
+MakeBlock = Callable[[BlockHash, int, tuple[int, ...]], Block]
+"""Returns the block of some tokens, given its parent's hash and where it starts."""
+
+
+def make_block(parent: BlockHash, start: int, tokens: tuple[int, ...]) -> Block:
+    """Return the block of some tokens.
+
+    Args:
+        parent: As :func:`hash_block_tokens` takes it.
+        start: Position of the first token.
+        tokens: The same.
+    """
+    return Block(hash_block_tokens(parent, tokens), parent, start, tokens)
+
+
 def split_tokens(
-    root: BlockHash, tokens: Sequence[int], block_size: int = BLOCK_SIZE
+    root: BlockHash,
+    tokens: Sequence[int],
+    block_size: int = BLOCK_SIZE,
+    make: MakeBlock = make_block,
 ) -> Iterator[Block]:
     """Yield the chain of blocks of ``tokens``; the last may be a short tail."""
     parent = root
     for start in range(0, len(tokens), block_size):
         part = tuple(tokens[start : start + block_size])
-        block = Block(hash_block_tokens(parent, part), parent, start, part)
+        block = make(parent, start, part)
         yield block
         parent = block.hash
 

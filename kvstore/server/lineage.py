@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from ..caches.provenance import Provenance
 from ..format.block import EXACT_BITS, BlockHash
 from ..format.chain import BLOCK_SIZE, split_tokens
+from ..format.known import KnownBlocks
 
 Step = tuple[str, BlockHash, int]
 """Digest of a fingerprint, hash of what comes before a block, and its first token."""
@@ -23,6 +24,7 @@ class Lineage:
     def __init__(self) -> None:
         self._coded: set[Step] = set()
         self._bits: dict[Step, int] = {}
+        self._known = KnownBlocks(BLOCK_SIZE)
 
     def note(
         self, fingerprint: str, tokens: Sequence[int], provenance: Provenance
@@ -30,7 +32,7 @@ class Lineage:
         """Remember a restore."""
         if provenance.is_exact:
             return
-        for start, _, step in _steps(fingerprint, tokens):
+        for start, _, step in self._steps(fingerprint, tokens):
             self._bits[step] = min(self._bits.get(step, EXACT_BITS), provenance.bits)
             if start < provenance.coded_tokens:
                 self._coded.add(step)
@@ -40,14 +42,16 @@ class Lineage:
         if not self._bits:
             return Provenance()
         coded, bits = 0, EXACT_BITS
-        for _, stop, step in _steps(fingerprint, tokens):
+        for _, stop, step in self._steps(fingerprint, tokens):
             bits = min(bits, self._bits.get(step, EXACT_BITS))
             coded = stop if step in self._coded else coded
         return Provenance(coded, bits)
 
-
-def _steps(fingerprint: str, tokens: Sequence[int]) -> Iterator[tuple[int, int, Step]]:
-    """Yield where each block starts and stops, and what it begins with."""
-    for block in split_tokens(BlockHash(bytes(32)), tokens, BLOCK_SIZE):
-        stop = block.start + len(block.tokens)
-        yield block.start, stop, (fingerprint, block.parent, block.tokens[0])
+    def _steps(
+        self, fingerprint: str, tokens: Sequence[int]
+    ) -> Iterator[tuple[int, int, Step]]:
+        """Yield where each block starts and stops, and what it begins with."""
+        root, known = BlockHash(bytes(32)), self._known.block
+        for block in split_tokens(root, tuple(tokens), BLOCK_SIZE, known):
+            stop = block.start + len(block.tokens)
+            yield block.start, stop, (fingerprint, block.parent, block.tokens[0])

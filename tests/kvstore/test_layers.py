@@ -230,7 +230,9 @@ def test_a_class_from_outside_can_be_registered(
             cache.__class__ = Outside
             return cache
 
+    monkeypatch.setattr(registry, "_OF_CLASS", {})
     monkeypatch.setattr(registry, "_KINDS", list(_KINDS))
+    assert registry.find_kind(Outside()) is None
     register_kind(OutsideRows())
     with pytest.raises(ValueError, match="already"):
         register_kind(OutsideRows())

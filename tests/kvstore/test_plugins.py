@@ -73,6 +73,7 @@ class ToyRows(PlainRows):
 def registered(monkeypatch):
     """Register both; they go again."""
     monkeypatch.setattr(codecs, "_FAMILIES", list(codecs._FAMILIES))
+    monkeypatch.setattr(kinds, "_OF_CLASS", {})
     monkeypatch.setattr(kinds, "_KINDS", list(kinds._KINDS))
     register_codec(Inverted)
     kvstore.register_kind(ToyRows())

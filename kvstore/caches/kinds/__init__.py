@@ -25,6 +25,8 @@ _KINDS: list[CacheKind] = [
     ChunkedRows(),
     States(),
 ]
+# What `owns` has said of classes, since each step of a server asks it of every layer.
+_OF_CLASS: dict[type, CacheKind] = {}
 
 
 def register_kind(kind: CacheKind) -> None:
@@ -81,7 +83,12 @@ def holds_codes(layout: Layout) -> bool:
 
 def find_kind(cache: Any) -> CacheKind | None:
     """Return the kind of one layer's cache, if its class can be stored."""
-    return next((kind for kind in _KINDS if kind.owns(cache)), None)
+    found = _OF_CLASS.get(type(cache))
+    if found is None:
+        found = next((kind for kind in _KINDS if kind.owns(cache)), None)
+        if found is not None:
+            _OF_CLASS[type(cache)] = found
+    return found
 
 
 def kind_of(number: int, cache: Any) -> CacheKind:

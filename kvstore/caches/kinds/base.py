@@ -55,7 +55,10 @@ class CacheKind(Protocol):
     """The numbers of a file that must be those of the model's own cache."""
 
     def owns(self, cache: Any) -> bool:
-        """Whether a cache is of this very class; a subclass may keep more."""
+        """Whether a cache is of this very class; a subclass may keep more.
+
+        Asked once of a class: the answer may depend on nothing else.
+        """
 
     def bits(self, cache: Any) -> int:
         """Return the bits per number of codes, the fewest; ``EXACT_BITS`` of none."""

@@ -1,0 +1,143 @@
+"""A chain that goes on from known blocks is the one that all of its tokens make."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache
+
+import kvstore
+from kvstore.caches.provenance import Provenance
+from kvstore.errors import ArgumentError
+from kvstore.format import chain, known
+from kvstore.format.block import BlockHash
+from kvstore.format.chain import split_tokens
+from kvstore.format.known import KnownBlocks
+from kvstore.server.lineage import Lineage
+
+MODEL = kvstore.Fingerprint({"weights": "a"})
+ROOTS = [BlockHash(bytes([i]) * 32) for i in range(2)]
+SIZE, STEP = 4, 1024
+SEQUENCE = st.lists(st.integers(0, 1), min_size=1, max_size=5 * SIZE)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """A list of the tokens of each block that is hashed."""
+    found, hash_anew = [], chain.hash_block_tokens
+
+    def noted(parent, tokens):
+        found.append(tokens)
+        return hash_anew(parent, tokens)
+
+    monkeypatch.setattr(chain, "hash_block_tokens", noted)
+    return found
+
+
+def split(blocks, tokens, root=ROOTS[0]):
+    """Return a chain of known blocks, as far as there are some."""
+    return tuple(split_tokens(root, tuple(tokens), SIZE, blocks.block))
+
+
+def anew(tokens, root=ROOTS[0]):
+    """Return the same chain where nothing is known."""
+    return tuple(split_tokens(root, tuple(tokens), SIZE))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(ROOTS), SEQUENCE), max_size=20),
+    st.integers(1, 12),
+)
+def test_any_sequence_is_split_as_if_nothing_were_known(sequences, max_blocks):
+    """Of two tokens, so that most begin as others do; whatever was forgotten."""
+    blocks = KnownBlocks(SIZE, max_blocks * SIZE)
+    for root, tokens in sequences:
+        assert anew(tokens, root) == split(blocks, tokens, root)
+        assert len(blocks._behind) <= max_blocks
+
+
+@given(SEQUENCE, st.data())
+def test_a_token_that_changes_anywhere_is_noticed(tokens, data):
+    """So is one that is missing; and what was there before is found again."""
+    blocks = KnownBlocks(SIZE)
+    split(blocks, tokens)
+    at = data.draw(st.integers(0, len(tokens) - 1))
+    changed = [*tokens[:at], 2, *tokens[at + 1 :]]
+    shorter = [*tokens[:at], *tokens[at + 1 :]]
+    for edited in (changed, shorter, tokens):
+        assert anew(edited) == split(blocks, edited)
+
+
+def test_only_what_is_new_is_hashed(hashed):
+    """A tail that has grown is another block; an edit costs what is behind it."""
+    blocks = KnownBlocks(SIZE)
+    split(blocks, range(10))
+    assert [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)] == hashed
+    hashed.clear()
+    split(blocks, range(14))
+    assert [(8, 9, 10, 11), (12, 13)] == hashed
+    hashed.clear()
+    split(blocks, [*range(5), -1, *range(6, 14)])
+    assert [(4, -1, 6, 7), (8, 9, 10, 11), (12, 13)] == hashed
+
+
+def test_what_was_not_asked_for_longest_is_forgotten(hashed):
+    """The beginning that conversations share stays."""
+    blocks = KnownBlocks(SIZE, 3 * SIZE)
+    for end in range(5, 9):
+        split(blocks, [1, 1, 1, 1, end, 0, 0, 0, 0])
+    hashed.clear()
+    split(blocks, [1, 1, 1, 1])
+    assert not hashed
+
+
+def test_known_tokens_stay_integers():
+    """Who asks with others that are equal gets those that were hashed."""
+    blocks = KnownBlocks(SIZE)
+    split(blocks, [True, 2, 3])
+    (block,) = split(blocks, np.array([1, 2, 3]))
+    assert [int] * 3 == [type(token) for token in block.tokens]
+
+
+@pytest.mark.parametrize("wrong", ["a", None, 1.5, 2**63])
+def test_a_wrong_token_is_refused_behind_known_ones(wrong):
+    """And nothing of it is known afterwards."""
+    blocks = KnownBlocks(SIZE)
+    split(blocks, range(4))
+    for _ in range(2):
+        with pytest.raises(ArgumentError):
+            split(blocks, [*range(4), wrong])
+    assert anew(range(9)) == split(blocks, range(9))
+
+
+def test_a_million_tokens_are_kept_at_most():
+    """In how many blocks ever; one is kept even where it is larger."""
+    assert known.MAX_TOKENS == KnownBlocks(256)._max_blocks * 256
+    assert KnownBlocks(2 * known.MAX_TOKENS)._max_blocks == 1
+
+
+def test_a_step_hashes_no_more_of_a_longer_prompt(tmp_path, hashed):
+    """A server hands over the whole prompt at each step."""
+    cache, counts = KVCache(), []
+    cache.keys = cache.values = mx.zeros((1, 1, 10 * STEP, 8), mx.float16)
+    tokens = list(range(10 * STEP))
+    with kvstore.Store(tmp_path / "store", codec="raw") as store:
+        for cache.offset in range(STEP, 10 * STEP + 1, STEP):
+            hashed.clear()
+            found = store.snapshot(tokens[: cache.offset], [cache], MODEL)
+            counts.append(len(hashed))
+    assert [STEP // 256] * 10 == counts
+    assert tuple(split_tokens(found.chain.root, tokens)) == found.chain.blocks
+
+
+def test_what_was_restored_is_found_without_hashing_again(hashed):
+    """A server asks that of the whole prompt at each step too."""
+    lineage, tokens = Lineage(), list(range(4 * STEP))
+    lineage.note("a", tokens[:STEP], Provenance(STEP, 4))
+    counts = []
+    for stop in range(STEP, 4 * STEP + 1, STEP):
+        hashed.clear()
+        assert lineage.of("a", tokens[:stop]) == Provenance(STEP, 4)
+        counts.append(len(hashed))
+    assert [0, *[STEP // 256] * 3] == counts
