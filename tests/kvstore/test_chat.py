@@ -969,6 +969,8 @@ class Terminal:
     def __init__(self, store, model, *options):
         words = ("--store", store, "chat", "--model", model, "--codec", "raw", *options)
         self._master, slave = pty.openpty()
+        # Wide enough that no path of these tests is broken into two lines.
+        termios.tcsetwinsize(slave, (24, 200))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvstore", *map(str, words)],
             stdin=slave,
