@@ -82,9 +82,9 @@ def commit(
     Returns:
         The entry, or ``None`` where `prune` has taken blocks meanwhile.
     """
-    hashes = [block.hash for block in chain.blocks]
-    places = blocks.index.longest_prefix(hashes)
-    if len(places) < len(hashes):
+    found = blocks.index.places_of(chain.blocks)
+    places = [place for place in found if place is not None]
+    if len(places) < len(found):
         return None
     try:
         # The index alone is not believed: a shard may have gone without it.

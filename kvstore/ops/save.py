@@ -202,7 +202,8 @@ def _missing(
     blocks: BlockStore, encoder: _Encoder, without: Container[BlockHash] = ()
 ) -> list[Block]:
     chain = [b for b in encoder.snapshot.blocks if b.hash not in without]
-    places = blocks.index.places_of(chain)
+    # Whether parents lead to them is seen where it counts: when there is an entry.
+    places = blocks.index.places([block.hash for block in chain])
     held = blocks.held(place for place in places if place)
 
     def is_worse(block: Block, place: Place) -> bool:

@@ -381,11 +381,14 @@ class BlockStore:
             places: Where blocks lie, those of a shard behind each other.
         """
         found: set[Place] = set()
-        for _, run in groupby(places, key=lambda place: place.shard):
-            some = list(run)
+        for shard, run in groupby(places, key=lambda place: place.shard):
+            some = set(run)
             with suppress(FormatError, IntegrityError):
-                self.describe(some)
-                found.update(some)
+                with self.healing(shard):
+                    is_known = some <= self._contents(shard).keys()
+                if not is_known:
+                    self.describe(some)
+                found |= some
         return found
 
     def describe(self, places: Iterable[Place]) -> list[Described]:

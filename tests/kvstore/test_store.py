@@ -552,3 +552,17 @@ def test_a_save_counts_only_over_shards_that_are_there(store_path, caches, monke
         assert [] == store.verify()
         restored, held = store.load_entry("x", caches.MODEL)
     assert (tokens, caches.rows_of(cache)) == (held, caches.rows_of(restored))
+
+
+def test_a_block_that_no_parent_leads_to_is_noticed_by_a_save(store_path, caches):
+    """A snapshot, which has no time, takes its rows for stored: they are, too."""
+    tokens, cache = caches.make_conversation(2, 1)
+    with kvstore.Store(store_path, codec="raw") as store:
+        store.save(tokens, cache, caches.MODEL)
+        store._blocks.index._query("UPDATE blocks SET parent = zeroblob(32)")
+        taken = store.snapshot(tokens, cache, caches.MODEL)
+        store.save_snapshot(taken)
+        first, second = taken.chain.blocks
+        children = store._blocks.index.children(first.hash, tokens[BLOCK])
+    assert not taken.rows.hashes
+    assert [second.hash] == [place.hash for place in children]
