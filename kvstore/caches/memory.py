@@ -104,38 +104,53 @@ def _take_memory(arrays: Iterable[mx.array]) -> None:
     Page by page, that takes longer than decoding does. On Linux only.
     """
     spans = [(np.asarray(array).ctypes.data, array.nbytes) for array in arrays]
+    spans = [(begin, begin + nbytes) for begin, nbytes in spans]
+    if spans and _is_large_page_quick(*spans[0]):
+        # All before any is taken: each waits for whoever is taking memory.
+        for begin, end in spans:
+            if not _can_be_large(begin, end):
+                break
     parts = (spans[i::NUM_THREADS] for i in range(NUM_THREADS))
     with ThreadPoolExecutor(NUM_THREADS, "kvstore-memory") as pool:
         list(pool.map(_take_spans, parts))
 
 
+def _is_large_page_quick(begin: int, end: int) -> bool:
+    """Take one large page, and say whether it came quickly.
+
+    One of 2 MB is as fast as 20 of 4 kB; but a virtual machine may have given large
+    ones back, and then each takes as long as 2,000.
+    """
+    first = begin + -begin % _LARGE_PAGE
+    last = first + _LARGE_PAGE
+    if last > end:
+        return False
+    began = time.thread_time()
+    _advise(first, last, mmap.MADV_HUGEPAGE)
+    _advise(first, last, _MADV_POPULATE_WRITE)
+    return time.thread_time() - began < _MAX_S
+
+
+def _can_be_large(begin: int, end: int) -> bool:
+    """Ask for large pages, take the first, and say whether that went quickly."""
+    first, last = (at - at % _LARGE_PAGE for at in (begin, end))
+    began = time.thread_time()
+    _advise(first, last, mmap.MADV_HUGEPAGE)
+    # A small page is there: the allocator has written before the array.
+    _advise(first, first + _LARGE_PAGE, _MADV_COLLAPSE)
+    return time.thread_time() - began < _MAX_S
+
+
 def _take_spans(spans: Sequence[tuple[int, int]]) -> None:
-    is_large = True
-    for begin, nbytes in _trial_first(spans):
-        # A page of 2 MB is as fast as 20 of 4 kB; but a virtual machine may have given
-        # large ones back, and then each takes as long as 2,000.
+    is_quick = True
+    for begin, end in spans:
+        begin -= begin % mmap.PAGESIZE
+        if not is_quick:  # any more
+            _advise(begin, end, mmap.MADV_NOHUGEPAGE)
         began = time.thread_time()
-        _take_span(begin, begin + nbytes, is_large)
+        _advise(begin, end, _MADV_POPULATE_WRITE)
         seconds = time.thread_time() - began
-        is_large = is_large and seconds < _MAX_S * (1 + nbytes / _LARGE_PAGE)
-
-
-def _trial_first(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return spans of which the first is of one large page, to try it."""
-    if not spans or spans[0][1] <= _LARGE_PAGE:
-        return list(spans)
-    begin, nbytes = spans[0]
-    rest = begin + _LARGE_PAGE, nbytes - _LARGE_PAGE
-    return [(begin, _LARGE_PAGE), rest, *spans[1:]]
-
-
-def _take_span(begin: int, end: int, is_large: bool) -> None:
-    if is_large:
-        first, end = (at - at % _LARGE_PAGE for at in (begin, end))
-        _advise(first, end, mmap.MADV_HUGEPAGE)
-        # A small page is there: the allocator has written before the array.
-        _advise(first, first + _LARGE_PAGE, _MADV_COLLAPSE)
-    _advise(begin - begin % mmap.PAGESIZE, end, _MADV_POPULATE_WRITE)
+        is_quick = is_quick and seconds < _MAX_S * (1 + (end - begin) / _LARGE_PAGE)
 
 
 def _advise(begin: int, end: int, advice: int) -> None:
