@@ -1315,7 +1315,8 @@ class Store:
         _check_fingerprint_type(model)
         _check_prompt_cache(prompt_cache)
         size, make = self._folder.block_size, self._known.block
-        return make_chain(model.fields, prompt_cache, _as_tuple(tokens), size, make)
+        checked = tuple(as_tokens(tokens))
+        return make_chain(model.fields, prompt_cache, checked, size, make)
 
     def _snapshot(
         self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint
@@ -1365,13 +1366,6 @@ def _check_fingerprint(
     _check_fingerprint_type(given)
     stored = Fingerprint(blocks.origin(entry).fingerprint)
     refuse_other(entry.name or entry.id, stored, given)
-
-
-def _as_tuple(tokens: Sequence[int]) -> tuple[int, ...]:
-    """Return tokens; the first is checked here, the others when they are hashed."""
-    plain = tokens if isinstance(tokens, list | tuple) else as_tokens(tokens)
-    as_tokens(plain[:1])
-    return tuple(plain)
 
 
 def _check_path(path: object) -> None:

@@ -33,7 +33,7 @@ PromptCache = list[Any]
 """mlx-lm's list of per-layer caches."""
 # The attribute that carries a restored cache's provenance; copies keep it.
 _PROVENANCE = "kvstore_provenance"
-# That of rows that a model has computed.
+# What rows went through that a model has computed: nothing.
 _COMPUTED = Provenance()
 _ROWS_HINT = (
     "pass exactly the tokens that the model was fed: of a reply, all but the last"

@@ -105,17 +105,18 @@ def _take_memory(arrays: Iterable[mx.array]) -> None:
     """
     spans = [(np.asarray(array).ctypes.data, array.nbytes) for array in arrays]
     spans = [(begin, begin + nbytes) for begin, nbytes in spans]
-    if spans and _is_large_page_quick(*spans[0]):
-        # All before any is taken: each waits for whoever is taking memory.
+    largest = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
+    if _try_large_page(*largest):
+        # Before threads take memory: who asks would wait for them.
         for begin, end in spans:
-            if not _can_be_large(begin, end):
+            if not _ask_for_large_pages(begin, end):
                 break
     parts = (spans[i::NUM_THREADS] for i in range(NUM_THREADS))
     with ThreadPoolExecutor(NUM_THREADS, "kvstore-memory") as pool:
         list(pool.map(_take_spans, parts))
 
 
-def _is_large_page_quick(begin: int, end: int) -> bool:
+def _try_large_page(begin: int, end: int) -> bool:
     """Take one large page, and say whether it came quickly.
 
     One of 2 MB is as fast as 20 of 4 kB; but a virtual machine may have given large
@@ -131,7 +132,7 @@ def _is_large_page_quick(begin: int, end: int) -> bool:
     return time.thread_time() - began < _MAX_S
 
 
-def _can_be_large(begin: int, end: int) -> bool:
+def _ask_for_large_pages(begin: int, end: int) -> bool:
     """Ask for large pages, take the first, and say whether that went quickly."""
     first, last = (at - at % _LARGE_PAGE for at in (begin, end))
     began = time.thread_time()

@@ -76,7 +76,7 @@ def make_block(parent: BlockHash, start: int, tokens: tuple[int, ...]) -> Block:
     Args:
         parent: As :func:`hash_block_tokens` takes it.
         start: Position of the first token.
-        tokens: The same.
+        tokens: Of the block, integers.
     """
     return Block(hash_block_tokens(parent, tokens), parent, start, tokens)
 

@@ -1,4 +1,4 @@
-"""Blocks that were hashed lately: of what goes on, only the new tokens are hashed.
+"""Blocks that were hashed lately, so that a prompt that grew costs its new tokens only.
 
 Each step of a prefill hands over the whole prompt. Knows nothing of arrays or files.
 """
@@ -10,20 +10,20 @@ from collections import OrderedDict
 from .block import Block, BlockHash
 from .chain import as_tokens, make_block
 
-# They take 40 MB at most; that many rows take a thousand times as much.
+# They take about 43 MB in blocks of 256; that many rows take a thousand times as much.
 MAX_TOKENS = 2**20
 
 
 class KnownBlocks:
-    """The block that was asked for last behind each of some parents.
+    """Of each parent the child that was asked for last.
 
-    One that is known is used for the same tokens only: all of them are compared, which
+    A known block is used for the same tokens only: all of them are compared, which
     takes a fraction of the time that hashing takes. Any thread may ask.
 
     Args:
         block_size: Tokens of a block.
-        max_tokens: How many are kept, or one block; those of blocks go first that were
-            not asked for longest.
+        max_tokens: How many are kept at most, but one block at least. The least
+            recently used go first.
     """
 
     def __init__(self, block_size: int, max_tokens: int = MAX_TOKENS) -> None:

@@ -532,7 +532,8 @@ class _Decoding:
         data = memoryview(b"")
         try:
             read = partial(item.opened().read_into, stored)
-            if self._out.receive(item.pieces, stored, stop, read):
+            sent = partial(read, at_once=True)
+            if self._out.receive(item.pieces, stored, stop, sent):
                 return item, None
             data = data if item.buffers else self._buffer(stored)
             read(item.buffers or [data])

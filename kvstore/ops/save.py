@@ -152,7 +152,8 @@ def copy_blocks(
         spared: The same.
     """
     # Of these the rows at hand are better: they are encoded, and the base's stay there.
-    better = {block.hash for block in missing_blocks(base, codec, snapshot)}
+    encoder = _Encoder(base, codec, snapshot)
+    better = {block.hash for block in _missing(base, encoder)}
     wanted: dict[str, list[StoredBlock]] = {}
     for block in snapshot.chain.blocks:
         place = base.index.place(block.hash)
@@ -193,17 +194,26 @@ def missing_blocks(
 ) -> list[Block]:
     """Return the blocks that the store lacks, or has no copy of as good as these.
 
-    It is not asked for those in ``without``, which count as there.
+    It is not asked for those in ``without``, which count as there. Whether parents lead
+    to the others is left to the save, which has more time.
     """
-    return _missing(blocks, _Encoder(blocks, codec, snapshot), without)
+    chain = [block for block in snapshot.blocks if block.hash not in without]
+    places = blocks.index.places_unchecked([block.hash for block in chain])
+    return _worse(blocks, _Encoder(blocks, codec, snapshot), chain, places)
 
 
-def _missing(
-    blocks: BlockStore, encoder: _Encoder, without: Container[BlockHash] = ()
+def _missing(blocks: BlockStore, encoder: _Encoder) -> list[Block]:
+    chain = encoder.snapshot.blocks
+    return _worse(blocks, encoder, chain, blocks.index.places_of(chain))
+
+
+def _worse(
+    blocks: BlockStore,
+    encoder: _Encoder,
+    chain: Sequence[Block],
+    places: Sequence[Place | None],
 ) -> list[Block]:
-    chain = [b for b in encoder.snapshot.blocks if b.hash not in without]
-    # Whether parents lead to them is seen where it counts: when there is an entry.
-    places = blocks.index.places([block.hash for block in chain])
+    """Return the blocks that are not stored, or not as good as they would be now."""
     held = blocks.held(place for place in places if place)
 
     def is_worse(block: Block, place: Place) -> bool:

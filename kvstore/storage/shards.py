@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from .folder import StoreFolder
 
 _SUFFIX = ".safetensors"
-# Small enough that a processor's cache holds it, large enough that threads seldom wait
-# for the interpreter's lock.
-_PORTION_BYTES = 2 * 1024 * 1024
+# Small enough that a processor's cache holds it, large enough that a few threads seldom
+# wait for the interpreter's lock.
+_PORTION_BYTES = 8 * 1024 * 1024
 
 
 def shard_path(folder: Path, name: str) -> Path:
@@ -212,21 +212,30 @@ class OpenShard:
             self.read_into(stored, [data])
             yield data
 
-    def read_into(self, stored: StoredBlock, buffers: Sequence[memoryview]) -> None:
+    def read_into(
+        self,
+        stored: StoredBlock,
+        buffers: Sequence[memoryview],
+        *,
+        at_once: bool = False,
+    ) -> None:
         """Fill buffers with the bytes of a block, one after the other; in any thread.
 
         Args:
             stored: The block.
             buffers: Writable bytes, of as many as the block has.
+            at_once: By one call: many threads would wait for the interpreter's lock
+                at each.
 
         Raises:
             IntegrityError: The bytes disagree with the block's digest.
         """
-        if self._has_filled(stored, buffers):
+        portion = stored.end - stored.begin if at_once else _PORTION_BYTES
+        if self._has_filled(stored, buffers, portion):
             return
         # A cable or memory that erred once does not condemn a block.
         files.forget_cached(self._descriptor)
-        if not self._has_filled(stored, buffers):
+        if not self._has_filled(stored, buffers, portion):
             block = stored.block.hash.hex()
             raise IntegrityError(
                 f"block {block[:12]} does not match its digest: {self.path}",
@@ -235,12 +244,14 @@ class OpenShard:
                 hint="save the prompt again; `kvstore verify --read-data` finds more",
             )
 
-    def _has_filled(self, stored: StoredBlock, buffers: Sequence[memoryview]) -> bool:
+    def _has_filled(
+        self, stored: StoredBlock, buffers: Sequence[memoryview], portion: int
+    ) -> bool:
         """Read the bytes of a block; whether they are those that were written."""
         sealed = self.header.sealed
         if sealed is None:
             begin = self.header.data_begin + stored.begin
-            return self._fill_hashed(buffers, begin) == stored.digest
+            return self._fill_hashed(buffers, begin, portion) == stored.digest
         number = self.header.blocks.index(stored)
         try:
             sealed.open_block(
@@ -264,11 +275,13 @@ class OpenShard:
         """
         return hashlib.sha256(self.read_header()).hexdigest()
 
-    def _fill_hashed(self, buffers: Sequence[memoryview], offset: int) -> str:
+    def _fill_hashed(
+        self, buffers: Sequence[memoryview], offset: int, portion: int
+    ) -> str:
         """Fill buffers, and return the BLAKE3 of what they hold then."""
         digest = blake3.blake3()
         # What was just read is still in the processor's cache when it is hashed.
-        for parts in _portions(buffers):
+        for parts in _portions(buffers, portion):
             self._fill(parts, offset)
             offset += sum(map(len, parts))
             for part in parts:
@@ -284,15 +297,15 @@ class OpenShard:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
-def _portions(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """Yield the bytes of buffers, in order, about as many at a time."""
+def _portions(buffers: Sequence[memoryview], size: int) -> Iterator[list[memoryview]]:
+    """Yield the bytes of buffers, in order, ``size`` or up to twice that at a time."""
     parts: list[memoryview] = []
     nbytes = 0
     for buffer in buffers:
-        for begin in range(0, len(buffer), _PORTION_BYTES):
-            parts.append(buffer[begin : begin + _PORTION_BYTES])
+        for begin in range(0, len(buffer), size):
+            parts.append(buffer[begin : begin + size])
             nbytes += len(parts[-1])
-            if nbytes >= _PORTION_BYTES:
+            if nbytes >= size:
                 yield parts
                 parts, nbytes = [], 0
     if parts:

@@ -554,14 +554,18 @@ def test_a_save_counts_only_over_shards_that_are_there(store_path, caches, monke
     assert (tokens, caches.rows_of(cache)) == (held, caches.rows_of(restored))
 
 
-def test_a_block_that_no_parent_leads_to_is_noticed_by_a_save(store_path, caches):
+@pytest.mark.parametrize("way", ["save", "save_blocks", "save_snapshot"])
+def test_a_block_that_no_parent_leads_to_is_noticed_by_a_save(store_path, caches, way):
     """A snapshot, which has no time, takes its rows for stored: they are, too."""
     tokens, cache = caches.make_conversation(2, 1)
     with kvstore.Store(store_path, codec="raw") as store:
         store.save(tokens, cache, caches.MODEL)
         store._blocks.index._query("UPDATE blocks SET parent = zeroblob(32)")
         taken = store.snapshot(tokens, cache, caches.MODEL)
-        store.save_snapshot(taken)
+        if way == "save_snapshot":
+            store.save_snapshot(taken)
+        else:
+            getattr(store, way)(tokens, cache, caches.MODEL)
         first, second = taken.chain.blocks
         children = store._blocks.index.children(first.hash, tokens[BLOCK])
     assert not taken.rows.hashes

@@ -385,6 +385,23 @@ def test_one_wrong_kernel_is_enough(kernels, verb) -> None:
 
 
 @every_set
+@pytest.mark.parametrize("verb", ["encode", "decode"])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_kernels_that_are_wrong_for_some_rows_are_not_used(kernels, verb, dim) -> None:
+    """Rows of common lengths have code of their own in some sets."""
+    right = getattr(kernels, f"_{verb}")
+
+    def wrong(job):
+        status = right(job)
+        made = job._obj.heads if verb == "decode" else job._obj.planes
+        if job._obj.dim == dim:
+            ctypes.memset(ctypes.c_void_p.from_address(made).value, 0x55, 4)
+        return status
+
+    assert not native.agrees(replace(kernels, **{f"_{verb}": wrong}))
+
+
+@every_set
 @pytest.mark.parametrize("shapes", [((3, 16), (32, 32)), ((3, 24), (24, 24))])
 def test_products_of_other_shapes_are_refused(kernels, shapes) -> None:
     """A matrix has as many rows and columns as what it is multiplied with."""

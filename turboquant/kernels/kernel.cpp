@@ -2,7 +2,8 @@
 // its name and VW as the floats of one of its vectors.
 //
 // 16 rows are worked on at a time, as columns: a row of the working buffers has one
-// coordinate of all 16, so that nothing is ever added across the lanes of a vector.
+// coordinate of all 16, so that nothing is ever added across the lanes of a vector. With
+// AVX-512, common rows are coded one by one instead, in the same order (rows.h).
 // Every sum is added in the order of turboquant/kernels/numpy.py, and the compiler may
 // not contract a product and a sum into one rounding (-ffp-contract=off): codes and
 // norms are the same bytes there and here, and decoded rows the same on any machine.
