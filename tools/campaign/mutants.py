@@ -57,7 +57,7 @@ MUTANTS = {
     ),
     "an entry before its blocks": Mutant(
         "ops/commit.py",
-        "    if len(places) < len(hashes):\n        return None\n", "",
+        "    if len(places) < len(found):\n        return None\n", "",
         _test("prune", "pruned_during_a_save"),
     ),
     "rows after the file is gone": Mutant(
@@ -73,8 +73,9 @@ MUTANTS = {
         _test("faults", "error_at_any_call_of_a_save and write"),
     ),
     "a digest is not compared": Mutant(
-        "storage/shards.py", "self._fill_hashed(buffers, begin) == stored.digest",
-        "bool(self._fill_hashed(buffers, begin))",
+        "storage/shards.py",
+        "self._fill_hashed(buffers, begin, portion) == stored.digest",
+        "bool(self._fill_hashed(buffers, begin, portion))",
         _test("faults", "the_table and codes"),
     ),
     "a tag is not compared": Mutant(
