@@ -103,17 +103,22 @@ def _take_memory(arrays: Iterable[mx.array]) -> None:
 
     Page by page, that takes longer than decoding does. On Linux only.
     """
-    spans = [(np.asarray(array).ctypes.data, array.nbytes) for array in arrays]
-    spans = [(begin, begin + nbytes) for begin, nbytes in spans]
+    spans = [_span(array) for array in arrays]
     largest = max(spans, key=lambda span: span[1] - span[0], default=(0, 0))
     if _try_large_page(*largest):
-        # Before threads take memory: who asks would wait for them.
+        # Before threads take memory: whoever asks has to wait for them.
         for begin, end in spans:
             if not _ask_for_large_pages(begin, end):
                 break
     parts = (spans[i::NUM_THREADS] for i in range(NUM_THREADS))
     with ThreadPoolExecutor(NUM_THREADS, "kvstore-memory") as pool:
         list(pool.map(_take_spans, parts))
+
+
+def _span(array: mx.array) -> tuple[int, int]:
+    """Return the addresses where an array begins and ends."""
+    begin = np.asarray(array).ctypes.data
+    return begin, begin + array.nbytes
 
 
 def _try_large_page(begin: int, end: int) -> bool:

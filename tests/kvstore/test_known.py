@@ -82,7 +82,7 @@ def test_only_what_is_new_is_hashed(hashed):
     assert [(4, -1, 6, 7), (8, 9, 10, 11), (12, 13)] == hashed
 
 
-def test_what_was_not_asked_for_longest_is_forgotten(hashed):
+def test_the_least_recently_used_block_is_forgotten(hashed):
     """The beginning that conversations share stays."""
     blocks = KnownBlocks(SIZE, 3 * SIZE)
     for end in range(5, 9):

@@ -31,6 +31,15 @@ template <int N> INLINE void transform_row(vf* x) {
   for (int i = 0; i < N; i++) x[i] = cross<1>(cross<2>(cross<4>(cross<8>(x[i]))));
 }
 
+// Calls `run` for each plane of the codes, the widest first: its number, its width, and
+// where its bits stand in a symbol.
+template <int BITS, class F> INLINE void for_each_plane(F run) {
+  int shift = BITS, plane = 0;
+#pragma GCC unroll 4
+  for (int width = 8; width; width /= 2)
+    if (BITS & width) run(plane++, width, shift -= width);
+}
+
 struct Row {
   char* numbers;
   int64_t number;      // among all rows of all heads
@@ -43,13 +52,9 @@ template <int BITS, int D> INLINE Row row_at(const Job& job, int head, int64_t t
   row.numbers = job.heads[head] + t * job.row_stride;
   row.number = head * job.num_rows + t;
   row.mean = job.mean ? job.mean + (int64_t)head * D : nullptr;
-  int plane = 0;
-#pragma GCC unroll 4
-  for (int width = 8; width; width /= 2)
-    if (BITS & width) {
-      row.planes[plane] = job.planes[plane] + row.number * (D * width / 8);
-      plane++;
-    }
+  for_each_plane<BITS>([&](int plane, int width, int) __attribute__((always_inline)) {
+    row.planes[plane] = job.planes[plane] + row.number * (D * width / 8);
+  });
   return row;
 }
 
@@ -70,15 +75,12 @@ template <int BITS, int D, class F> INLINE void for_some_rows(const Job& job, F 
 // The symbols of 16 coordinates, from the planes of one row.
 template <int BITS, int D> INLINE vi symbols_at(uint8_t* const* planes, int d) {
   vi symbols = {};
-  int shift = BITS, plane = 0;
-#pragma GCC unroll 4
-  for (int width = 8; width; width /= 2)
-    if (BITS & width) {
-      const int len = D * width / 8;
-      shift -= width;
-      vi field = load_bytes(planes[plane++] + d % len) >> (d / len * width);
-      symbols |= (field & ((1 << width) - 1)) << shift;
-    }
+  for_each_plane<BITS>([&](int plane, int width, int shift)
+                           __attribute__((always_inline)) {
+    const int len = D * width / 8;
+    vi field = load_bytes(planes[plane] + d % len) >> (d / len * width);
+    symbols |= (field & ((1 << width) - 1)) << shift;
+  });
   return symbols;
 }
 
@@ -173,23 +175,19 @@ template <int BITS> struct Bounds {
 };
 
 template <int BITS, int D> INLINE void pack_row(const vi* symbols, uint8_t* const* planes) {
-  int shift = BITS, plane = 0;
-#pragma GCC unroll 4
-  for (int width = 8; width; width /= 2)
-    if (BITS & width) {
-      const int len = D * width / 8;
-      shift -= width;
+  for_each_plane<BITS>([&](int plane, int width, int shift)
+                           __attribute__((always_inline)) {
+    const int len = D * width / 8;
 #pragma GCC unroll 16
-      for (int j = 0; j < len; j += LANES) {
-        vi bytes = {};
-        for (int place = 0; place < 8 / width; place++) {
-          const vi field = symbols[(place * len + j) / LANES] >> shift;
-          bytes |= (field & ((1 << width) - 1)) << (place * width);
-        }
-        store_bytes(planes[plane] + j, bytes);
+    for (int j = 0; j < len; j += LANES) {
+      vi bytes = {};
+      for (int place = 0; place < 8 / width; place++) {
+        const vi field = symbols[(place * len + j) / LANES] >> shift;
+        bytes |= (field & ((1 << width) - 1)) << (place * width);
       }
-      plane++;
+      store_bytes(planes[plane] + j, bytes);
     }
+  });
 }
 
 // Rows that are encoded one after the other. Each step is done for all of them, so that
