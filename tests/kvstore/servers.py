@@ -99,6 +99,14 @@ class Server:
         """Wait until it has logged some words."""
         self._wait_until(lambda text: words in text, words, timeout_s)
 
+    def wait_for_saves(self, number, timeout_s=300):
+        """Wait until so many prompt caches are on disk."""
+
+        def are_kept(text):
+            return len(re.findall(r"kvstore: kept \d+ tokens", text)) >= number
+
+        self._wait_until(are_kept, f"kept, {number} times", timeout_s)
+
     def wait_for_kept(self, num_tokens, timeout_s=300):
         """Wait until so many tokens of one conversation are on disk."""
 

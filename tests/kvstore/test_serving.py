@@ -460,11 +460,13 @@ def test_states_do_not_come_out_of_batches(servers, tiny_model, tmp_path):
     prompts = [f"Prompt {n}. " * (10 + 7 * n) for n in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda prompt: server.complete(prompt, max_tokens=4), prompts))
+    # At the end of each prompt, and of each reply. A server that is stopped gives up
+    # what a slow disk has not written in seven seconds.
+    server.wait_for_saves(8)
     server.stop()
     fingerprint = kvstore.Fingerprint.from_path(folder)
     with kvstore.Store(tmp_path / "store", create=False) as store:
         entries = store.entries()
-        # At the end of each prompt, and of each reply.
         assert len(entries) == 8
         for entry in entries:
             held, tokens = store.load_entry(entry.id, fingerprint)
