@@ -30,7 +30,7 @@ from .format.block import (
     StoredBlock,
     ignore_progress,
 )
-from .format.chain import as_tokens
+from .format.chain import as_tokens, check_tokens
 from .format.entry import Entry, check_name
 from .format.known import KnownBlocks
 from .format.spans import Span, last_end
@@ -51,7 +51,7 @@ from .storage.index import Place, Score, Timing
 
 if TYPE_CHECKING:
     from .caches.reanchor import Reanchoring
-    from .caches.snapshot import Chain, Snapshot
+    from .caches.snapshot import Chain, Root, Snapshot
     from .codecs import Codec
     from .format.bundle import BundleReader
     from .format.calibration import Calibration
@@ -145,6 +145,8 @@ class Store:
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
         self._known = KnownBlocks(self._folder.block_size)
+        # That of the last prompt cache.
+        self._root: Root | None = None
 
     @property
     def path(self) -> Path:
@@ -1314,9 +1316,16 @@ class Store:
 
         _check_fingerprint_type(model)
         _check_prompt_cache(prompt_cache)
-        size, make = self._folder.block_size, self._known.block
-        checked = tuple(as_tokens(tokens))
-        return make_chain(model.fields, prompt_cache, checked, size, make)
+        checked = check_tokens(tokens)
+        chain, self._root = make_chain(
+            model.fields,
+            prompt_cache,
+            checked,
+            self._folder.block_size,
+            lambda root: self._known.split(root, checked),
+            self._root,
+        )
+        return chain
 
     def _snapshot(
         self, tokens: Sequence[int], prompt_cache: Sequence[Any], model: Fingerprint

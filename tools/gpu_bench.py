@@ -136,7 +136,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
             load()
             note(f"{codec} load", load, 9)
-        held = make_chain(MODEL.fields, prompt_cache, tokens, BLOCK).blocks
+        held = make_chain(MODEL.fields, prompt_cache, tokens, BLOCK)[0].blocks
         held = {block.hash for block in held[:-TAKEN_BLOCKS]}
         with kvstore.Store(folder / f"{codec}-taken", codec=codec) as store:
 

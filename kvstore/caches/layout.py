@@ -90,8 +90,13 @@ class Group:
 def group_layers(layout: Layout) -> list[Group]:
     """Return the groups of a layout, in the order of their first layers."""
     members: dict[LayerLayout, list[int]] = {}
+    numbers: list[int] = []
+    last: LayerLayout | None = None
     for number, layer in enumerate(flatten(layout)):
-        members.setdefault(layer, []).append(number)
+        # To hash a layout takes longer than all else here.
+        if layer is not last:
+            numbers, last = members.setdefault(layer, []), layer
+        numbers.append(number)
     return [Group(layer, tuple(numbers)) for layer, numbers in members.items()]
 
 

@@ -42,6 +42,8 @@ _ROWS_HINT = (
 
 def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
     """Return all caches, those of a ``CacheList`` one by one."""
+    if _list_class() not in map(type, prompt_cache):
+        return list(prompt_cache)
     found: list[Any] = []
     for cache in prompt_cache:
         found += flatten_caches(cache.caches) if is_list(cache) else [cache]
@@ -126,17 +128,21 @@ def _read_layers(prompt_cache: Sequence[Any]) -> Layout:
             continue
         kind = kind_of(number, cache)
         try:
-            layers.append(kind.read(cache))
+            layer = kind.read(cache)
         except (ValueError, UnsupportedCacheError) as error:
             raise type(error)(f"layer {number}: {error}") from error
+        # One object for layers that are alike: it is compared, and hashed, fastest.
+        is_like_last = layers and layers[-1] == layer
+        layers.append(layers[-1] if is_like_last else layer)
     return tuple(layers)
 
 
 def read_provenance(prompt_cache: Sequence[Any]) -> Provenance:
     """Return what a prompt cache remembers; a computed one has nothing lossy."""
     marks = (_provenance_of(n, c) for n, c in enumerate(flatten_caches(prompt_cache)))
-    # Mostly that of all layers is the same.
-    return reduce(Provenance.joined, set(marks), _COMPUTED)
+    # Mostly all layers have one and the same.
+    distinct = {id(mark): mark for mark in marks}.values()
+    return reduce(Provenance.joined, distinct, _COMPUTED)
 
 
 def _provenance_of(number: int, cache: Any) -> Provenance:

@@ -209,7 +209,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 def _stored(cache: Any, num_rows: int) -> Any:
     """Return a cache of mlx-lm's as it comes out of a store."""
-    chain = make_chain({}, [cache], range(num_rows), _BLOCK)
+    chain, _ = make_chain({}, [cache], range(num_rows), _BLOCK)
     codec, rows = get_codec("raw"), LiveRows([cache], chain.layout, num_rows)
     restoring = start_restoring(chain.layout, num_rows)
     for block in chain.blocks:

@@ -19,11 +19,9 @@ from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..codecs.turbo import Turbo
 from ..format.block import Block, BlockHash, Origin
 from ..format.chain import (
-    MakeBlock,
     digest_fields,
     hash_block_tokens,
     hash_root,
-    make_block,
     mark_reanchored,
     split_tokens,
 )
@@ -42,6 +40,9 @@ from .taken import Share, Taken, TakenRows, copied
 # Blocks that a GPU is given at once. So many rows lie there twice for a moment, and
 # while MLX moves them to the host, it keeps the interpreter's lock.
 _MAX_RUN = 4
+
+Split = Callable[[BlockHash], Iterable[Block]]
+"""Returns the blocks of a prompt, given what the first has as parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,14 +375,45 @@ def take_live(
     return Snapshot(chain, LiveRows(prompt_cache, chain.layout, tip), model)
 
 
+@dataclass(frozen=True, slots=True)
+class Root:
+    """What all blocks descend from that a model has computed for one kind of cache."""
+
+    # What the first block has as parent.
+    hash: BlockHash
+    # Of the model's fingerprint.
+    digest: str
+    layout: Layout
+    # The same as a JSON value.
+    described: list[JSON]
+
+
+def make_root(fingerprint: JSON, layout: Layout, last: Root | None = None) -> Root:
+    """Return the root of a model and a layout; the last one, where it is that."""
+    digest = digest_fields(fingerprint)
+    if last is not None and (last.digest, last.layout) == (digest, layout):
+        return last
+    described = layout_to_json(layout)
+    return Root(hash_root(digest, described), digest, layout, described)
+
+
 def make_chain(
     fingerprint: JSON,
     prompt_cache: Sequence[Any],
     tokens: Sequence[int],
     block_size: int,
-    make: MakeBlock = make_block,
-) -> Chain:
-    """Return the chain of blocks that a prompt cache's tokens make.
+    split: Split | None = None,
+    last: Root | None = None,
+) -> tuple[Chain, Root]:
+    """Return the chain of blocks that a prompt cache's tokens make, and its root.
+
+    Args:
+        fingerprint: Fields of what computed it.
+        prompt_cache: mlx-lm's caches.
+        tokens: Exactly the tokens whose rows are in them.
+        block_size: Tokens of a block.
+        split: Makes the blocks.
+        last: A root that was made before, which is that of this chain as a rule.
 
     Raises:
         UnsupportedCacheError: A layer is of a class that cannot be stored.
@@ -392,7 +424,7 @@ def make_chain(
     if caches.read_provenance(prompt_cache).num_moved:
         # Under a root of their own nobody finds them who did not ask for such rows.
         fingerprint = mark_reanchored(fingerprint)
-    origin = Origin(fingerprint, layout_to_json(layout))
-    root = hash_root(digest_fields(fingerprint), origin.layout)
-    blocks = split_tokens(root, tokens, block_size, make)
-    return Chain(root, layout, origin, tuple(blocks))
+    root = make_root(fingerprint, layout, last)
+    origin = Origin(fingerprint, root.described)
+    blocks = split(root.hash) if split else split_tokens(root.hash, tokens, block_size)
+    return Chain(root.hash, root.layout, origin, tuple(blocks)), root

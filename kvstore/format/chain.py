@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from struct import error as struct_error
 from struct import pack
-from typing import Any
+from typing import Any, NewType
 
 from ..errors import ArgumentError
 from .block import Block, BlockHash, Origin
@@ -66,6 +67,8 @@ def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
     return BlockHash(hashlib.sha256(data).digest())
 
 
+Checked = NewType("Checked", list[int])
+"""Tokens of which each is a number; a ``bool`` may be left among them."""
 MakeBlock = Callable[[BlockHash, int, tuple[int, ...]], Block]
 """Returns the block of some tokens, given its parent's hash and where it starts."""
 
@@ -86,12 +89,21 @@ def split_tokens(
     tokens: Sequence[int],
     block_size: int = BLOCK_SIZE,
     make: MakeBlock = make_block,
+    begin: int = 0,
 ) -> Iterator[Block]:
-    """Yield the chain of blocks of ``tokens``; the last may be a short tail."""
+    """Yield the chain of blocks of ``tokens``; the last may be a short tail.
+
+    Args:
+        root: What the first block has as parent.
+        tokens: The tokens.
+        block_size: Tokens of a block.
+        make: Makes each block.
+        begin: Position of the first token.
+    """
     parent = root
     for start in range(0, len(tokens), block_size):
         part = tuple(tokens[start : start + block_size])
-        block = make(parent, start, part)
+        block = make(parent, begin + start, part)
         yield block
         parent = block.hash
 
@@ -100,6 +112,24 @@ def common_run(left: Sequence[object], right: Sequence[object]) -> int:
     """Return how many leading tokens, or letters, two sequences share."""
     length = min(len(left), len(right))
     return next((i for i in range(length) if left[i] != right[i]), length)
+
+
+def check_tokens(tokens: Sequence[int]) -> Checked:
+    """Return a list of tokens of which each is an integer.
+
+    Of a list they are added up, which takes a third of the time of :func:`as_tokens`.
+
+    Raises:
+        ArgumentError: One is no integer.
+    """
+    if not isinstance(tokens, list):
+        return Checked(as_tokens(tokens))
+    copy = list(tokens)  # theirs may change
+    with suppress(TypeError, ValueError):
+        # A float, an array or a fraction among them would make a sum of its own type.
+        if type(sum(copy)) is int:
+            return Checked(copy)
+    return Checked(as_tokens(copy))
 
 
 def as_tokens(tokens: Sequence[int]) -> list[int]:

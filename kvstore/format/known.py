@@ -6,29 +6,89 @@ Each step of a prefill hands over the whole prompt. Knows nothing of arrays or f
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from .block import Block, BlockHash
-from .chain import as_tokens, make_block
+from .chain import Checked, as_tokens, make_block, split_tokens
 
-# They take about 43 MB in blocks of 256; that many rows take a thousand times as much.
+# They take about 43 MB in blocks of 256, and no more than as much again as runs; that
+# many rows take a thousand times as much.
 MAX_TOKENS = 2**20
+# Prompts that a server computes side by side.
+_MAX_RUNS = 16
+
+
+class _Run(NamedTuple):
+    """The full blocks of a prompt, from its beginning."""
+
+    root: BlockHash
+    # Those that were handed over: the same objects are compared fastest.
+    tokens: list[int]
+    blocks: tuple[Block, ...]
+
+    def begins(self, root: BlockHash, tokens: list[int]) -> bool:
+        """Whether a prompt starts with these blocks."""
+        stop = len(self.tokens)
+        # That of another prompt mostly ends otherwise.
+        last = self.blocks[-1].start
+        return (
+            self.root == root
+            and tokens[last:stop] == self.tokens[last:]
+            and tokens[:stop] == self.tokens
+        )
 
 
 class KnownBlocks:
-    """Of each parent the child that was asked for last.
+    """The blocks of the last prompts, and of each parent the child asked for last.
 
     A known block is used for the same tokens only: all of them are compared, which
     takes a fraction of the time that hashing takes. Any thread may ask.
 
     Args:
         block_size: Tokens of a block.
-        max_tokens: How many are kept at most, but one block at least. The least
-            recently used go first.
+        max_tokens: How many are kept at most, but one block at least; and as many of
+            whole prompts. The least recently used go first.
     """
 
     def __init__(self, block_size: int, max_tokens: int = MAX_TOKENS) -> None:
+        self._block_size = block_size
         self._behind: OrderedDict[BlockHash, Block] = OrderedDict()
         self._max_blocks = max(1, max_tokens // block_size)
+        # The last one first. Replaced, never changed: another thread may look at it.
+        self._runs: tuple[_Run, ...] = ()
+
+    def split(self, root: BlockHash, tokens: Checked) -> tuple[Block, ...]:
+        """Return the chain of blocks of a prompt, as :func:`split_tokens` yields it.
+
+        Raises:
+            ArgumentError: A token does not fit into 64 bits.
+        """
+        begun = (run for run in self._runs if run.begins(root, tokens))
+        run = next(begun, _Run(root, [], ()))
+        begin = len(run.tokens)
+        parent = run.blocks[-1].hash if run.blocks else root
+        rest = as_tokens(tokens[begin:])
+        size = self._block_size
+        blocks = *run.blocks, *split_tokens(parent, rest, size, self.block, begin)
+        self._keep(run, root, tokens, blocks)
+        return blocks
+
+    def _keep(
+        self, old: _Run, root: BlockHash, tokens: list[int], blocks: tuple[Block, ...]
+    ) -> None:
+        """Have a prompt take the place of what it goes on from."""
+        num_full = len(tokens) // self._block_size
+        if not 0 < num_full <= self._max_blocks:
+            return
+        stop = num_full * self._block_size
+        # As a rule steps of a prefill end with a block.
+        full = tokens if len(tokens) == stop else tokens[:stop]
+        runs = [_Run(root, full, blocks[:num_full])]
+        for run in self._runs:
+            num_full += len(run.blocks)
+            if run is not old and num_full <= self._max_blocks:
+                runs.append(run)
+        self._runs = tuple(runs[:_MAX_RUNS])
 
     def block(self, parent: BlockHash, start: int, tokens: tuple[int, ...]) -> Block:
         """Return the block of some tokens, as :func:`make_block` does.

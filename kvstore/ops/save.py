@@ -18,6 +18,7 @@ from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..errors import FormatError, IntegrityError
 from ..format import shard as shards
 from ..format.block import (
+    EXACT_BITS,
     Block,
     BlockHash,
     EncodedBlock,
@@ -214,7 +215,7 @@ def _worse(
     places: Sequence[Place | None],
 ) -> list[Block]:
     """Return the blocks that are not stored, or not as good as they would be now."""
-    held = blocks.held(place for place in places if place)
+    least = 2 * encoder.least_bits  # as `Place.quality` has it
 
     def is_worse(block: Block, place: Place) -> bool:
         own = encoder.num_extras(block), encoder.bits(block)
@@ -222,8 +223,12 @@ def _worse(
 
     return [
         block
-        for block, place in zip(chain, places, strict=True)
-        if place is None or place not in held or is_worse(block, place)
+        for block, place in zip(chain, blocks.held(places), strict=True)
+        if place is None
+        or (
+            (place.quality < least or not encoder.is_coded(block))
+            and is_worse(block, place)
+        )
     ]
 
 
@@ -299,6 +304,9 @@ class _Encoder:
         groups = group_layers(snapshot.chain.layout)
         self.token_bytes = sum(group.token_bytes for group in groups)
         self._codec = codec_of_rows(codec, groups)
+        self._twin = lossless_twin(self._codec)
+        # Tokens whose rows are not coded once more.
+        self._num_coded = snapshot.rows.provenance.coded_tokens
 
     def num_extras(self, block: Block) -> int:
         """Return how many rows of windows and states a block brings."""
@@ -310,16 +318,28 @@ class _Encoder:
         """Return the fewest bits per number that rows of a block went through."""
         return min(self._rows.provenance.bits, self.codec_of(block).bits)
 
+    @property
+    def least_bits(self) -> int:
+        """The bits of a stored block from which on a block that is coded is no better.
+
+        More than there are, where blocks differ in more than their bits.
+        """
+        if self._rows.codecs or not self._has_only_rows:
+            return EXACT_BITS + 1
+        return min(self._rows.provenance.bits, self._codec.bits)
+
     def codec_of(self, block: Block) -> Codec:
         """Return the codec for one block; no row is ever encoded lossily twice."""
         if (settled := self._rows.codecs.get(block.hash)) is not None:
             return settled  # when its rows were taken
+        return self._codec if self.is_coded(block) else self._twin
+
+    def is_coded(self, block: Block) -> bool:
+        """Whether the codec given is that of a block; else it is the lossless one."""
         # A tail is cut or written again at the next turn, for which its rows must be
         # exact.
-        is_tail = len(block.tokens) < self._block_size
-        if is_tail or block.start < self._rows.provenance.coded_tokens:
-            return lossless_twin(self._codec)
-        return self._codec
+        is_full = len(block.tokens) >= self._block_size
+        return is_full and block.start >= self._num_coded
 
     def encode(self, blocks: Sequence[Block]) -> Iterator[EncodedBlock]:
         """Encode blocks in order, some at a time where there are cores for it."""

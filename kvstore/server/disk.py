@@ -389,6 +389,8 @@ class Disk:
         self, fingerprint: Fingerprint, tokens: Sequence[int], prompt_cache: list[Any]
     ) -> None:
         """Give a prompt cache back what a batch has made it forget."""
+        if self._lineage.is_empty:
+            return
         kept = caches.read_provenance(prompt_cache)
         known = self._lineage.of(fingerprint.digest, tokens)
         provenance = replace(

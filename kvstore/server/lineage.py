@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ..caches.provenance import Provenance
 from ..format.block import EXACT_BITS, BlockHash
-from ..format.chain import BLOCK_SIZE, split_tokens
+from ..format.chain import BLOCK_SIZE, check_tokens
 from ..format.known import KnownBlocks
 
 Step = tuple[str, BlockHash, int]
@@ -26,6 +26,11 @@ class Lineage:
         self._bits: dict[Step, int] = {}
         self._known = KnownBlocks(BLOCK_SIZE)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no such restore."""
+        return not self._bits
+
     def note(
         self, fingerprint: str, tokens: Sequence[int], provenance: Provenance
     ) -> None:
@@ -39,7 +44,7 @@ class Lineage:
 
     def of(self, fingerprint: str, tokens: Sequence[int]) -> Provenance:
         """Return what rows computed for these tokens may have gone through."""
-        if not self._bits:
+        if self.is_empty:
             return Provenance()
         coded, bits = 0, EXACT_BITS
         for _, stop, step in self._steps(fingerprint, tokens):
@@ -51,7 +56,7 @@ class Lineage:
         self, fingerprint: str, tokens: Sequence[int]
     ) -> Iterator[tuple[int, int, Step]]:
         """Yield where each block starts and stops, and what it begins with."""
-        root, known = BlockHash(bytes(32)), self._known.block
-        for block in split_tokens(root, tuple(tokens), BLOCK_SIZE, known):
+        root = BlockHash(bytes(32))
+        for block in self._known.split(root, check_tokens(tokens)):
             stop = block.start + len(block.tokens)
             yield block.start, stop, (fingerprint, block.parent, block.tokens[0])

@@ -42,6 +42,7 @@ from .shards import (
     publish_shard,
     quarantine_shard,
     reopen_shard,
+    shard_file,
     shard_path,
     staged_copy,
 )
@@ -225,6 +226,8 @@ class BlockStore:
         self._refusal: int | None = None
         self._is_trusted = True
         self._is_running = False
+        # As text: each step of a server asks for the stamp of every shard of a prompt.
+        self._shards = str(folder.shards)
         self._headers: OrderedDict[str, tuple[str, ShardHeader]] = OrderedDict()
         self._compared: OrderedDict[str, tuple[str, dict[Place, str]]] = OrderedDict()
 
@@ -374,22 +377,28 @@ class BlockStore:
         with files.locked(self.folder.lock, exclusive=True):
             confirm_folder(self.index, self.folder)
 
-    def held(self, places: Iterable[Place]) -> set[Place]:
-        """Return the blocks whose shards are there and can be read, as they are said.
+    def held(self, places: Iterable[Place | None]) -> list[Place | None]:
+        """Return places, and ``None`` for those that are not, or not as they are said.
 
         Args:
-            places: Where blocks lie, those of a shard behind each other.
+            places: Where blocks lie, or ``None``; those of a shard behind each other.
         """
-        found: set[Place] = set()
-        for shard, run in groupby(places, key=lambda place: place.shard):
-            some = set(run)
-            with suppress(FormatError, IntegrityError):
-                with self.healing(shard):
-                    is_known = some <= self._contents(shard).keys()
-                if not is_known:
-                    self.describe(some)
-                found |= some
+        found: list[Place | None] = []
+        for shard, run in groupby(places, lambda place: place.shard if place else None):
+            some = list(run)
+            is_held = shard is not None and self._holds(shard, filter(None, some))
+            found += some if is_held else [None] * len(some)
         return found
+
+    def _holds(self, shard: str, places: Iterable[Place]) -> bool:
+        """Whether a shard is there and can be read, and has some blocks."""
+        some = list(places)
+        try:
+            with self.healing(shard):
+                is_known = all(map(self._contents(shard).__contains__, some))
+            return is_known or bool(self.describe(some))
+        except (FormatError, IntegrityError):
+            return False
 
     def describe(self, places: Iterable[Place]) -> list[Described]:
         """Return what blocks went through, as their shards say.
@@ -415,7 +424,7 @@ class BlockStore:
         """Return the blocks of a shard with their codecs; none where nobody knows."""
         # The stamp is asked each time: a cached word counts only for the file it was
         # read of.
-        stamp = stamp_of(shard_path(self.folder.shards, shard).stat())
+        stamp = stamp_of(os.stat(shard_file(self._shards, shard)))
         kept = self._compared.get(shard)
         if kept is not None and kept[0] == stamp:
             return kept[1]

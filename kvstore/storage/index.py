@@ -275,6 +275,10 @@ _FROM = "FROM blocks JOIN shards ON shards.id = blocks.shard "
 _COLUMNS = """SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,
     blocks.quality, blocks.extras"""
 _PLACE = f"{_COLUMNS} {_FROM}"
+# Of blocks in a list, in JSON, of hashes in hex.
+_PLACES = f"""{_COLUMNS} FROM json_each(?) AS wanted
+    CROSS JOIN blocks ON blocks.hash = unhex(wanted.value)
+    JOIN shards ON shards.id = blocks.shard"""
 _PLACE_AND_PARENT = f"{_COLUMNS}, blocks.parent {_FROM}"
 # The same as `is_better`, of the copy that is new against the one that is there.
 _BETTER = f"""
@@ -413,9 +417,19 @@ class Index:
         return self.places_of([block])[0]
 
     def places_unchecked(self, hashes: Sequence[BlockHash]) -> list[Place | None]:
-        """Return where blocks lie, without the look at parents of :meth:`places_of`."""
-        with self._snapshot():  # `prune` may drop a block between the looks
-            return list(chained.from_iterable(self._look(hashes)))
+        """Return where blocks lie, without the look at parents of :meth:`places_of`.
+
+        All are looked for by one statement, each in the table itself.
+        """
+        written = json.dumps([*map(bytes.hex, map(self.written, hashes))])
+        with self._translated():
+            rows = self._connection.execute(_PLACES, [written]).fetchall()
+        new = tuple.__new__  # which takes half as long as calling the class
+        found = {
+            row[0]: new(Place, row)
+            for row in self._checked(self._shown(rows), _PLACE_KINDS)
+        }
+        return [found.get(block) for block in hashes]
 
     def places_of(self, blocks: Sequence[Block]) -> list[Place | None]:
         """Return where blocks lie, where the index knows them as what they are.

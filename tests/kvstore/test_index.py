@@ -6,7 +6,7 @@ import random
 import stat
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import apsw
 import pytest
@@ -19,6 +19,7 @@ from kvstore.errors import (
 )
 from kvstore.format.block import EXACT_BITS, Block
 from kvstore.format.chain import hash_block_tokens, hash_root, split_tokens
+from kvstore.storage.cipher import Cipher
 from kvstore.storage.index import MAX_CHILDREN, Index, Place
 
 ROOT = hash_root("ab" * 32, [])
@@ -65,6 +66,38 @@ def test_a_block_is_found_where_it_was_put(index):
     assert [place_of(block) for block in CHAIN] == [index.place(b.hash) for b in CHAIN]
     assert index.place(ROOT) is None
     assert len(CHAIN) == len(index.links())
+
+
+def test_many_blocks_are_found_by_one_statement(index):
+    """In the order in which they are asked for, wherever they lie, and ``None``."""
+    fill(index, CHAIN[:2])
+    fill(index, CHAIN[3:], OTHER)
+    wanted = [CHAIN[3], CHAIN[2], CHAIN[0], CHAIN[1], CHAIN[0]]
+    statements = []
+    index._connection.exec_trace = lambda *told: statements.append(told) or True
+    found = index.places_unchecked([block.hash for block in wanted])
+    assert len(statements) == 1
+    assert found == [index.place(block.hash) for block in wanted]
+    assert found[1] is None
+    assert [OTHER, SHARD] == [place.shard for place in found[:3] if place]
+    assert index.places_unchecked([]) == []
+
+
+def test_many_blocks_are_found_where_hashes_are_hidden(path):
+    """An encrypted store's index names none of them."""
+    cipher = Cipher(bytes(range(32)), "a store")
+    with closing(Index(path, create=True, cipher=cipher)) as index:
+        fill(index)
+        hashes = [block.hash for block in CHAIN]
+        assert index.places_unchecked(hashes) == [place_of(b) for b in CHAIN]
+
+
+def test_a_column_of_another_type_is_damage_to_many(index):
+    """As it is to one."""
+    fill(index)
+    index._connection.execute("UPDATE blocks SET nbytes = x'00'")
+    with pytest.raises(IndexDamagedError, match="another type"):
+        index.places_unchecked([CHAIN[0].hash])
 
 
 def test_an_index_survives_being_closed(path):

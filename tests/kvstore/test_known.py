@@ -1,5 +1,7 @@
 """A chain that goes on from known blocks is the one that all of its tokens make."""
 
+from fractions import Fraction
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from kvstore.caches.provenance import Provenance
 from kvstore.errors import ArgumentError
 from kvstore.format import chain, known
 from kvstore.format.block import BlockHash
-from kvstore.format.chain import split_tokens
+from kvstore.format.chain import check_tokens, split_tokens
 from kvstore.format.known import KnownBlocks
 from kvstore.server.lineage import Lineage
 
@@ -37,7 +39,7 @@ def hashed(monkeypatch):
 
 def split(blocks, tokens, root=ROOTS[0]):
     """Return a chain of known blocks, as far as there are some."""
-    return tuple(split_tokens(root, tuple(tokens), SIZE, blocks.block))
+    return blocks.split(root, check_tokens(tokens))
 
 
 def anew(tokens, root=ROOTS[0]):
@@ -55,6 +57,19 @@ def test_any_sequence_is_split_as_if_nothing_were_known(sequences, max_blocks):
     for root, tokens in sequences:
         assert anew(tokens, root) == split(blocks, tokens, root)
         assert len(blocks._behind) <= max_blocks
+        runs = blocks._runs
+        assert sum(len(run.blocks) for run in runs) <= max_blocks
+        assert all(anew(run.tokens, run.root) == run.blocks for run in runs)
+
+
+@given(st.lists(st.integers(-3, 3), max_size=40), st.lists(st.integers(0, 9)))
+def test_a_prompt_that_grows_is_split_as_if_nothing_were_known(tokens, steps):
+    """By any steps, of which some take tokens back, and beside another one."""
+    blocks, stop = KnownBlocks(SIZE), 0
+    for step in steps:
+        stop = (stop + step) % (len(tokens) + 1)
+        assert anew(tokens[:stop]) == split(blocks, tokens[:stop])
+        assert anew([9, *tokens]) == split(blocks, [9, *tokens])
 
 
 @given(SEQUENCE, st.data())
@@ -98,6 +113,49 @@ def test_known_tokens_stay_integers():
     split(blocks, [True, 2, 3])
     (block,) = split(blocks, np.array([1, 2, 3]))
     assert [int] * 3 == [type(token) for token in block.tokens]
+
+
+@pytest.mark.parametrize("other", [1.0, Fraction(1), 1 + 0j, np.float32(1), [1]])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_known_token_is_no_number_of_another_kind(other, at):
+    """Though it is equal: tokens are integers, wherever they stand."""
+    blocks, tokens = KnownBlocks(SIZE), [1] * 8
+    split(blocks, tokens)
+    tokens[at] = other
+    with pytest.raises(ArgumentError, match="tokens are integers"):
+        split(blocks, tokens)
+
+
+@pytest.mark.parametrize("other", [True, np.int64(1), np.uint8(1)])
+def test_an_integer_of_another_kind_is_known(other):
+    """And stored as one of Python's, also where it is new."""
+    blocks = KnownBlocks(SIZE)
+    for _ in range(2):
+        (block,) = split(blocks, [1, other, 1, 1])
+        assert [int] * 4 == [type(token) for token in block.tokens]
+        assert anew([1, 1, 1, 1]) == (block,)
+
+
+def test_what_a_caller_does_to_his_list_later_is_not_known():
+    """Nor is it looked at again."""
+    blocks, tokens = KnownBlocks(SIZE), list(range(8))
+    split(blocks, tokens)
+    tokens[1] = 9
+    assert anew(range(8)) == split(blocks, range(8))
+    assert anew(tokens) == split(blocks, tokens)
+
+
+def test_a_prompt_that_goes_on_costs_one_comparison(monkeypatch):
+    """No block is looked up that prompts before it had, of several side by side."""
+    blocks = KnownBlocks(SIZE)
+    prompts = [[i, *range(39)] for i in range(4)]
+    for tokens in prompts:
+        split(blocks, tokens[:20])
+    asked, block = [], blocks.block
+    monkeypatch.setattr(blocks, "block", lambda *a: asked.append(a) or block(*a))
+    for tokens in prompts:
+        assert anew(tokens) == split(blocks, tokens)
+    assert len(asked) == 4 * 5
 
 
 @pytest.mark.parametrize("wrong", ["a", None, 1.5, 2**63])

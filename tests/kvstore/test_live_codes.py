@@ -97,7 +97,7 @@ def test_what_was_the_newest_block_is_coded_once(tmp_path, caches):
 def test_codes_can_be_taken_for_another_thread(tmp_path, caches):
     """A snapshot has copies of the codes, whatever becomes of the cache."""
     cache = grown(fresh(), 300, 1, caches)
-    chain = make_chain(caches.MODEL.fields, cache, range(300), BLOCK)
+    chain, _ = make_chain(caches.MODEL.fields, cache, range(300), BLOCK)
     live, codec = take_live(chain, cache, 300, ""), get_codec("turbo4")
     taken = live.take(chain.blocks, lambda block: codec)
     keys, values = (x["codes"] for _, x in taken.rows.read(chain.blocks[0]))

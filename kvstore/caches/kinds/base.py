@@ -13,6 +13,7 @@ One small class per kind of cache. An array of a layer holds one of these:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -145,7 +146,13 @@ def row_spec(array: mx.array) -> RowSpec:
     batch, heads, _, dim = array.shape
     if batch != 1:
         raise ValueError(f"a batch of {batch}; store each by itself")
-    return RowSpec(heads, dim, dtype_name(array))
+    return _plain_spec(heads, dim, dtype_name(array))
+
+
+@lru_cache(maxsize=256)
+def _plain_spec(num_heads: int, head_dim: int, dtype: str) -> RowSpec:
+    """Return the same object for all layers that are alike."""
+    return RowSpec(num_heads, head_dim, dtype)
 
 
 def row_specs(held: Held) -> dict[str, RowSpec]:
@@ -159,9 +166,10 @@ def dtype_name(array: mx.array) -> str:
     Raises:
         UnsupportedCacheError: It has none that a store keeps.
     """
-    if array.dtype not in _DTYPE_NAMES:
+    name = _DTYPE_NAMES.get(array.dtype)
+    if name is None:
         raise UnsupportedCacheError(f"{array.dtype} cannot be stored")
-    return _DTYPE_NAMES[array.dtype]
+    return name
 
 
 def make_layout(name: str, specs: Mapping[str, RowSpec], **params: int) -> LayerLayout:
