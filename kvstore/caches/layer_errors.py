@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import mlx.core as mx
 import numpy as np
+
+from turboquant.kernels import gpu
 
 from ..codecs.base import Array, Codec, Layers, Parts
 from ..codecs.floats import Floats, widen
+from ..codecs.on_device import DevicePart
 from ..format.block import Block, LayerError, Part
 from ..format.documents import is_amount
 from .stored import Piece
@@ -38,15 +40,9 @@ def sample_layers(layers: Layers) -> Array:
     return np.stack([x[:, _TOKENS] for x in layers])
 
 
-def sample_blocks(x: mx.array, num_blocks: int) -> mx.array:
-    """Return such rows of several blocks, ``(blocks, L, H, T / 64, D)``.
-
-    Args:
-        x: All rows, ``(L, H, blocks * T, D)``.
-        num_blocks: How many blocks they are of.
-    """
-    blocks = x.reshape(*x.shape[:2], num_blocks, -1, x.shape[-1])
-    return mx.moveaxis(blocks[..., _TOKENS, :], 2, 0)
+def sample_on_device(x: gpu.Rows) -> DevicePart:
+    """Return such rows of several blocks, copied by a GPU."""
+    return DevicePart(gpu.pick(x, range(x.num_rows)[_TOKENS]))
 
 
 def errors_of(

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
+from turboquant.kernels import gpu
+
 from ..codecs.base import Array, Codec, Layers, Parts
+from ..codecs.on_device import DevicePart
 from ..codecs.parallel import NUM_THREADS, map_in_order
 from ..codecs.turbo import Turbo
 from ..format.block import Block, BlockHash, Origin
@@ -30,16 +33,18 @@ from ..format.entry import Entry
 from . import live as caches
 from .kinds.base import Held
 from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
-from .layer_errors import SAMPLE, is_measured, sample_blocks, sample_layers
+from .layer_errors import SAMPLE, is_measured, sample_layers, sample_on_device
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
 from .memory import is_shared
 from .provenance import Provenance
 from .stored import CODABLE, Piece
 from .taken import Share, Taken, TakenRows, copied
 
-# Blocks that a GPU is given at once. So many rows lie there twice for a moment, and
+# Blocks that a GPU copies at once. So many rows lie there twice for a moment, and
 # while MLX moves them to the host, it keeps the interpreter's lock.
-_MAX_RUN = 4
+_MAX_COPIED = 4
+# That it encodes at once: codes are a quarter, and of some layers each array.
+_MAX_CODED = 8
 
 Split = Callable[[BlockHash], Iterable[Block]]
 """Returns the blocks of a prompt, given what the first has as parent."""
@@ -136,7 +141,7 @@ def _encode_layers(
     block: Block,
     codec: Codec | None,
     num_blocks: int = 1,
-) -> dict[str, mx.array] | None:
+) -> dict[str, DevicePart] | None:
     """Return a codec's parts of rows of some blocks, where a GPU can encode them.
 
     Args:
@@ -147,18 +152,18 @@ def _encode_layers(
         num_blocks: How many blocks like it there are, one behind the other.
 
     Returns:
-        Parts, and a sample of the rows where errors are measured: arrays that are not
-        evaluated, with an axis for the blocks before all others.
+        Parts, and a sample of the rows where errors are measured; not evaluated.
     """
     if codec is None or piece.rows.side not in CODABLE:
         return None
     encode = getattr(codec.array, "encode_on_device", None)
     if encode is None:
         return None
-    x = _stack(_find_rows(held, piece, num_blocks))
-    parts: dict[str, mx.array] | None = encode(x, piece.rows, num_blocks)
+    layers = [(array, rows.start) for array, rows in _find_rows(held, piece)]
+    x = gpu.Rows(layers, piece.rows.shape[2], num_blocks)
+    parts: dict[str, DevicePart] | None = encode(x, piece.rows)
     if parts is not None and is_measured(block, codec):
-        parts[SAMPLE] = _as_bits(sample_blocks(x, num_blocks))
+        parts[SAMPLE] = sample_on_device(x)
     return parts
 
 
@@ -201,7 +206,8 @@ def _likeness(item: tuple[int, _Wanted]) -> tuple[Any, ...]:
     shapes = [(p.number, p.rows.shape, p.rows.start - block.start) for p in pieces]
     sides = [piece.rows.side for piece in pieces]
     # The first block of a sequence has rows that are coded otherwise.
-    where = block.start - number * size, block.start == 0, number // _MAX_RUN
+    most = _MAX_CODED if hasattr(codec.array, "encode_on_device") else _MAX_COPIED
+    where = block.start - number * size, block.start == 0, number // most
     return *where, size, codec.name, is_measured(block, codec), shapes, sides
 
 
@@ -272,7 +278,7 @@ class LiveRows:
                 made := _encode_layers(self._held, piece, block, codec)
             ):
                 mx.eval(made)
-                codes = {name: np.asarray(part)[0] for name, part in made.items()}
+                codes = {name: part.read(0) for name, part in made.items()}
             yield piece, read_layers(self._held, piece) if codes is None else codes
 
     def take(
@@ -315,7 +321,7 @@ class LiveRows:
         would copy whole arrays before it writes the next token's rows to them.
         """
         found: list[tuple[_Wanted, list[tuple[Piece, Taken]]]] = []
-        all_made: list[mx.array | dict[str, mx.array]] = []
+        all_made: list[mx.array | dict[str, DevicePart]] = []
         for _, alike in groupby(enumerate(wanted), key=_likeness):
             run = [one for _, one in alike]
             made = [self._make(p, run[0], len(run)) for p in run[0].pieces]
@@ -329,7 +335,7 @@ class LiveRows:
 
     def _make(
         self, piece: Piece, first: _Wanted, num_blocks: int
-    ) -> mx.array | dict[str, mx.array]:
+    ) -> mx.array | dict[str, DevicePart]:
         """Return what is taken of an array of some blocks, not evaluated yet."""
         block, codec, _ = first
         made = _encode_layers(self._held, piece, block, codec, num_blocks)

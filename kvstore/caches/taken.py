@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..codecs.base import Codec, Layers, Parts, nbytes
+from ..codecs.on_device import DevicePart
 from ..format.block import Block, BlockHash
 from .provenance import Provenance
 from .stored import Piece
@@ -23,8 +24,8 @@ from .stored import Piece
 class Share:
     """What one block has of arrays that a GPU makes for several."""
 
-    # Rows ``(L, H, blocks * T, D)``, or a codec's parts with an axis for the blocks.
-    arrays: mx.array | Mapping[str, mx.array]
+    # Rows ``(L, H, blocks * T, D)``, or a codec's parts of them.
+    arrays: mx.array | Mapping[str, DevicePart]
     # Which of the blocks.
     number: int
     num_blocks: int
@@ -39,7 +40,7 @@ class Share:
     def read(self) -> Layers | Parts:
         """Have the block's part of them sent here, in any thread."""
         if not isinstance(self.arrays, mx.array):
-            return {n: np.asarray(part)[self.number] for n, part in self.arrays.items()}
+            return {n: part.read(self.number) for n, part in self.arrays.items()}
         size = self.arrays.shape[2] // self.num_blocks
         first = self.number * size
         return list(np.asarray(self.arrays)[:, :, first : first + size])

@@ -26,6 +26,7 @@ from turboquant.packing import split_planes as split_codes
 from ..errors import CodecError
 from .base import Array, Encoded, PartSpecs, Rows, Run
 from .dtypes import MLX_DTYPES
+from .on_device import DevicePart
 
 NUM_SINKS = 4
 SEED = 0
@@ -133,46 +134,37 @@ class Turbo:
         is_known = rows.dtype in ("F32", "F16", "BF16") and rows.shape[3] % 8 == 0
         return is_known and kernels_name() != "numpy"
 
-    def encode_on_device(
-        self, x: mx.array, rows: Rows, num_blocks: int
-    ) -> dict[str, mx.array] | None:
+    def encode_on_device(self, x: gpu.Rows, rows: Rows) -> dict[str, DevicePart] | None:
         """Encode rows where they are; ``None`` where no GPU can.
 
         They give the same parts everywhere.
 
         Args:
-            x: Rows of blocks that are alike, ``(L, H, num_blocks * T, D)``.
+            x: Rows of blocks that are alike; one of them alone may have sinks.
             rows: Those of the first.
-            num_blocks: How many there are; only one that has sinks.
 
         Returns:
-            The parts, not evaluated, with an axis for the blocks before all others.
+            The parts, not evaluated.
         """
-        layers, heads, tokens, dim = rows.shape
-        sinks = _num_sinks(rows)
-        is_known = tokens > sinks and dim <= gpu.MAX_DIM and dim % 8 == 0
+        dim, sinks = rows.shape[3], _num_sinks(rows)
+        is_known = rows.shape[2] > sinks and dim <= gpu.MAX_DIM and dim % 8 == 0
         if not is_known or mx.default_device() != mx.gpu or not gpu.can("encode"):
             return None
-        # The blocks of a head are as many heads to the kernels.
-        coded = x[:, :, sinks:].reshape(layers, heads * num_blocks, -1, dim)
-        planes, norms, mean = gpu.encode(
-            coded,
-            self._bits(rows),
-            make_wh_rotation(dim, SEED),
-            is_centred=rows.side == "k",
+        rotation = make_wh_rotation(dim, SEED)
+        made = gpu.encode(
+            x.behind(sinks), self._bits(rows), rotation, is_centred=rows.side == "k"
         )
-        names = [name for name, _ in self._planes(rows)]
-        parts = {**dict(zip(names, planes, strict=True)), "norms": norms}
-        if mean is not None:
-            parts["mean"] = mean
-        found = {
-            name: _by_block(part, heads, num_blocks, axis=2 if name == "norms" else 1)
-            for name, part in parts.items()
+        parts = {
+            name: DevicePart([codes.planes[i] for codes in made])
+            for i, (name, _) in enumerate(self._planes(rows))
         }
+        parts["norms"] = DevicePart([codes.norms for codes in made], axis=1)
+        means = [codes.mean for codes in made if codes.mean is not None]
+        if means:
+            parts["mean"] = DevicePart(means)
         if sinks:
-            exact = x[None, :, :, :sinks]
-            found["sinks"] = exact.view(mx.uint16) if rows.dtype == "BF16" else exact
-        return found
+            parts["sinks"] = DevicePart(gpu.pick(x, range(sinks)))
+        return parts
 
     def decode_into(
         self, parts: Mapping[str, Array], rows: Rows, layers: Sequence[Array]
@@ -264,12 +256,6 @@ def _join_norms(parts: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     norms = np.empty(parts["norms"].shape[1:], np.float32)
     best_kernels().join_bytes(list(parts["norms"][:, None]), [norms])
     return norms
-
-
-def _by_block(part: mx.array, heads: int, num_blocks: int, *, axis: int) -> mx.array:
-    """Return a part whose heads of all blocks lie along an axis, blocks first."""
-    split = mx.unflatten(part, axis, (heads, num_blocks))
-    return mx.moveaxis(split, axis + 1, 0)
 
 
 def _num_sinks(rows: Rows) -> int:

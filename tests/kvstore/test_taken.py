@@ -19,12 +19,12 @@ BLOCK, LARGE = 16, 5 * 256 + 9
 FEW = 3 * BLOCK + 9
 
 
-def make_caches(num_tokens):
+def make_caches(num_tokens, num_layers=2, heads=2, dim=128):
     """Return a prompt cache of half floats."""
     random, found = np.random.default_rng(0), []
-    for _ in range(2):
+    for _ in range(num_layers):
         cache = KVCache()
-        x = random.standard_normal((2, 1, 2, num_tokens, 128)).astype(np.float16)
+        x = random.standard_normal((2, 1, heads, num_tokens, dim)).astype(np.float16)
         cache.update_and_fetch(mx.array(x[0]), mx.array(x[1]))
         mx.eval(cache.keys, cache.values)
         found.append(cache)
@@ -114,6 +114,53 @@ def test_what_is_taken_is_what_would_be_saved(tmp_path, open_small, device, code
     assert shards_of(tmp_path / "saved") == shards_of(tmp_path / "taken")
 
 
+def test_many_layers_are_taken_as_they_would_be_saved(
+    tmp_path, open_small, launch, as_gpu, monkeypatch
+):
+    """By several launches, of blocks in several runs, some with samples of errors."""
+    num_tokens = 18 * BLOCK + 3
+    live = make_caches(num_tokens, num_layers=17, heads=1, dim=16)
+    with open_small("saved", "turbo3") as store:
+        store.save(tokens_of(num_tokens), live, MODEL)
+    with open_small("taken", "turbo3") as store, monkeypatch.context() as patched:
+        as_gpu(launch)
+        patched.setattr(mx, "default_device", lambda: mx.gpu)
+        snapshot = store.snapshot(tokens_of(num_tokens), live, MODEL)
+        overwrite(live)
+        store.save_snapshot(snapshot)
+        assert store._blocks.chain(store.entries()[0])[16][1].errors
+    assert shards_of(tmp_path / "saved") == shards_of(tmp_path / "taken")
+
+
+@pytest.mark.parametrize(("num_layers", "num_launches"), [(3, 3), (16, 3), (32, 6)])
+def test_a_step_is_few_operations(
+    open_small, launch, as_gpu, monkeypatch, num_layers, num_launches
+):
+    """Whatever the layers: their rows are read in place, and nothing is joined."""
+    seen = []
+
+    def count(way, name, registers, inputs, numbers, outputs, *threads):
+        seen.append(name)
+        return [mx.zeros(*output) for output in outputs]
+
+    def refuse(*arrays, **options):
+        raise AssertionError("an operation for each layer")
+
+    live = make_caches(10 * BLOCK, num_layers, dim=8)
+    first = [cut(cache, 2 * BLOCK) for cache in live]
+    as_gpu(launch)
+    with open_small("store", "turbo4") as store, monkeypatch.context() as patched:
+        store.save(tokens_of(2 * BLOCK), first, MODEL)
+        patched.setattr(mx, "default_device", lambda: mx.gpu)
+        assert gpu.can("encode")
+        patched.setattr(gpu, "_launch", count)
+        patched.setattr(mx, "concatenate", refuse)
+        snapshot = store.snapshot(tokens_of(10 * BLOCK), live, MODEL)
+    assert len(snapshot.rows.hashes) == 8
+    assert len(seen) == num_launches
+    assert set(seen) == {"mean", "encode"}
+
+
 @pytest.mark.skipif(best_kernels().name == "numpy", reason="slower than a copy")
 def test_what_waits_is_codes(large):
     """Four bits of sixteen, but for the tail; there never was a copy of the rows."""
@@ -132,8 +179,8 @@ def test_rows_are_copied_once(large):
 def cut(cache, num_tokens):
     """Return a cache of the first rows of another."""
     found = KVCache()
-    keys, values = cache.keys_and_values()
-    found.update_and_fetch(keys[:, :, :num_tokens], values[:, :, :num_tokens])
+    keys, values = (x[:, :, :num_tokens] for x in (cache.keys, cache.values))
+    found.update_and_fetch(keys, values)
     return found
 
 

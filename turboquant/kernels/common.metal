@@ -30,6 +30,15 @@ FUNCTION uint narrow(float x, int dtype) {
   return is_nan ? 0x7fc00000 : as_type<uint>(x > most ? most : x < -most ? -most : x);
 }
 
+// The buffer of one of up to 16 layers, by number. Selected, not indexed: an array of
+// pointers would lie in slower memory.
+#define OF_2(i, a, b) ((i) & 1 ? b : a)
+#define OF_4(i, a, b, c, d) ((i) & 2 ? OF_2(i, c, d) : OF_2(i, a, b))
+#define OF_8(i, a, b, c, d, e, f, g, h) ((i) & 4 ? OF_4(i, e, f, g, h) : OF_4(i, a, b, c, d))
+#define BUFFER(i) \
+  ((const DEVICE uchar*)((i) & 8 ? OF_8(i, x8, x9, x10, x11, x12, x13, x14, x15) \
+                                 : OF_8(i, x0, x1, x2, x3, x4, x5, x6, x7)))
+
 // The Walsh-Hadamard transform of a row: lane l has the coordinates l, l + 32, l + 64, …
 // Each power of two in dim is a block of its own, the largest first, so that a step of
 // `reach` is one of all coordinates below the last whole multiple of 2 * reach.

@@ -1,12 +1,19 @@
-// Rows to codes and norms: one SIMD group for each row, R coordinates in each lane.
+// Rows to codes and norms: one SIMD group for each row, R coordinates in each lane. The
+// rows lie in a buffer for each layer, those of blocks one behind the other in each head;
+// what is made of them lies by block, layer, head and row.
 threadgroup float memory[4][32 * R];
 threadgroup uchar packed[4][32 * R];
-const int row = thread_position_in_grid.x / 32;
+const int layer = thread_position_in_grid.y;
+const int at = thread_position_in_grid.x / 32;
 const int lane = thread_index_in_simdgroup;
 const int group = thread_position_in_threadgroup.x / 32;
-const int all = num_heads * num_rows;
-if (row >= all) return;
-
+const int per_layer = num_heads * num_rows;
+const int block = at / per_layer, in_layer = at % per_layer;
+if (block >= num_blocks) return;
+const int part = block * num_layers + layer, head = in_layer / num_rows;
+const wide row = wide(head) * capacity + begin + wide(block) * num_rows + in_layer % num_rows;
+const wide place = wide(part) * per_layer + in_layer;
+const DEVICE uchar* x = BUFFER(layer);
 const DEVICE float* levels = tables + (1 << bits);
 const DEVICE float* boundaries = tables + 512 + (1 << bits);
 const DEVICE float* signs = tables + 1024;
@@ -18,10 +25,10 @@ UNROLL for (int i = 0; i < R; i++) {
   const int c = lane + 32 * i;
   float value = 0;
   if (c < dim) {
-    const wide from = wide(row) * dim + c;
+    const wide from = row * dim + c;
     const uint u = dtype == F32 ? ((const DEVICE uint*)x)[from] : ((const DEVICE ushort*)x)[from];
     value = widen(u, dtype);
-    if (is_centred) value = ADD(value, -FROM_HALF(((const DEVICE ushort*)mean)[row / num_rows * dim + c]));
+    if (is_centred) value = ADD(value, -FROM_HALF(((const DEVICE ushort*)mean)[wide(part * num_heads + head) * dim + c]));
   }
   const uint magnitude = as_type<uint>(value) & 0x7fffffff;
   peak = magnitude > peak ? magnitude : peak;
@@ -81,19 +88,21 @@ if (lane == 0) {
   float norm = DIV(MUL(DIV(sums[1], sums[2]), root), scale);
   if (norm > 3.4028234663852886e38f) norm = 3.4028234663852886e38f;
   const uint u = is_finite ? as_type<uint>(norm) : 0x7fc00000;
-  for (int k = 0; k < 4; k++) ((DEVICE uchar*)norms)[wide(k) * all + row] = u >> (8 * k);
+  // Of each block, all lowest bytes come first.
+  for (int k = 0; k < 4; k++)
+    ((DEVICE uchar*)norms)[place + wide(block * 3 + k) * num_layers * per_layer] = u >> (8 * k);
 }
-DEVICE uchar* plane = (DEVICE uchar*)codes;
-int shift = bits;
+int shift = bits, number = 0;
 for (int width = 8; width > 0; width /= 2) {
   if (!(bits & width)) continue;
+  DEVICE uchar* plane = (DEVICE uchar*)(number == 0 ? codes : number == 1 ? codes1 : codes2);
   const int length = dim * width / 8;
   shift -= width;
+  number++;
   for (int j = lane; j < length; j += 32) {
     uint octet = 0;
     for (int k = 0; k < 8 / width; k++)
       octet |= (packed[group][j + k * length] >> shift & ((1 << width) - 1)) << k * width;
-    plane[wide(row) * length + j] = octet;
+    plane[place * length + j] = octet;
   }
-  plane += wide(all) * length;
 }

@@ -15,8 +15,9 @@ import os
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from turboquant.codebook import decision_boundaries
 from turboquant.kernels import cuda
 from turboquant.kernels.numpy import (
+    BlockCodes,
     NumpyKernels,
     index_table,
     scale_table,
@@ -41,6 +43,9 @@ Verb = Literal["encode", "restore"]
 MAX_DIM = 256
 """Rows of codes of more numbers are not for these kernels."""
 
+MAX_BUFFERS = 16
+"""Layers that one launch reads: Metal passes 31 buffers in all."""
+
 _FOLDER = Path(__file__).parent
 PTX = _FOLDER / "ptx.zip"
 """What `tools/make_ptx.py` made: a member for each kernel."""
@@ -48,6 +53,38 @@ PTX = _FOLDER / "ptx.zip"
 _REGISTERS = (2, 4, 8)
 # As in common.metal.
 _DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
+
+
+class Rows(NamedTuple):
+    """Rows of blocks that are alike, where caches have them; the same of each layer."""
+
+    # Of each layer a buffer ``(1, H, capacity, D)``, ``float32``, ``float16`` or
+    # ``bfloat16``, and which of its rows is the first one meant. Buffers that are not
+    # contiguous are copied whole.
+    layers: Sequence[tuple[mx.array, int]]
+    # Of each block, of which one begins where the other ends.
+    num_rows: int
+    num_blocks: int = 1
+
+    def behind(self, count: int) -> Rows:
+        """Return the rows of one block without so many at its beginning."""
+        if not count:
+            return self
+        if self.num_blocks != 1:
+            raise ValueError("rows of several blocks do not lie one behind the other")
+        layers = [(array, begin + count) for array, begin in self.layers]
+        return Rows(layers, self.num_rows - count)
+
+
+class Codes(NamedTuple):
+    """What is made of rows of some layers, with an axis for the blocks first."""
+
+    # Widest first, each ``(blocks, L, H, T, D * width // 8)``.
+    planes: list[mx.array]
+    # Their bytes, least significant first: ``(blocks, 4, L, H, T)``.
+    norms: mx.array
+    # ``float16`` of ``(blocks, L, H, D)``, if rows were centred.
+    mean: mx.array | None
 
 
 class _Kernel(NamedTuple):
@@ -60,12 +97,27 @@ class _Kernel(NamedTuple):
     num_threads: int
 
 
+_BUFFERS = tuple(f"x{i}" for i in range(MAX_BUFFERS))
+# What `_read_from` says of the rows.
+_ROWS = (
+    "dim",
+    "dtype",
+    "num_layers",
+    "num_heads",
+    "capacity",
+    "begin",
+    "num_rows",
+    "num_blocks",
+)
 _KERNELS = {
-    "mean": _Kernel(("x",), ("mean",), ("dim", "dtype", "num_heads", "num_rows"), 256),
+    "mean": _Kernel(_BUFFERS, ("mean",), _ROWS, 256),
+    "pick": _Kernel(
+        _BUFFERS, ("picked",), (*_ROWS, "first", "num_picked", "step"), 256
+    ),
     "encode": _Kernel(
-        ("x", "mean", "tables"),
-        ("codes", "norms"),
-        ("dim", "dtype", "num_heads", "num_rows", "bits", "is_centred"),
+        (*_BUFFERS, "mean", "tables"),
+        ("codes", "codes1", "codes2", "norms"),
+        (*_ROWS, "bits", "is_centred"),
         128,
     ),
     "restore": _Kernel(
@@ -138,23 +190,36 @@ def can(verb: Verb) -> bool:
 
 
 def encode(
-    x: mx.array, bits: int, rotation: Rotation, *, is_centred: bool
-) -> tuple[list[mx.array], mx.array, mx.array | None]:
+    rows: Rows, bits: int, rotation: Rotation, *, is_centred: bool
+) -> list[Codes]:
     """Quantize rows on the GPU; nothing is evaluated.
 
     Args:
-        x: Rows, shape ``(L, H, T, D)``, ``float32``, ``float16`` or ``bfloat16``;
-            ``D`` is at most `MAX_DIM`.
+        rows: The rows; ``D`` is at most `MAX_DIM`.
         bits: Bits per coordinate, 1 to 8.
         rotation: A rotation of rows of length ``D``.
-        is_centred: Whether each head's mean is taken off its rows first.
+        is_centred: Whether its mean is taken off the rows of each block's head first.
 
     Returns:
-        The planes of the codes, widest first, each ``(L, H, T, D * width // 8)``; the
-        norms' bytes, least significant first, ``(4, L, H, T)``; and the means,
-        ``float16`` of ``(L, H, D)``, or ``None``.
+        What each launch makes: some layers after others.
     """
-    return _encode(_way("encode"), x, bits, rotation, is_centred)
+    way = _way("encode")
+    return [_encode(way, one, bits, rotation, is_centred) for one in _launches(rows)]
+
+
+def pick(rows: Rows, which: range) -> list[mx.array]:
+    """Copy some rows of each block on the GPU; nothing is evaluated.
+
+    Args:
+        rows: The rows.
+        which: Those of each block that are copied.
+
+    Returns:
+        Of some layers after others, ``(blocks, L, H, len(which), D)``, in the dtype of
+        the rows, ``bfloat16`` as its bits in ``uint16``.
+    """
+    way = _way("encode")
+    return [_pick(way, one, which) for one in _launches(rows)]
 
 
 def restore(
@@ -306,7 +371,7 @@ def entry(name: str, registers: int) -> str:
 def variants() -> list[tuple[str, int]]:
     """Return every kernel that there is PTX of: its name and its numbers in a lane."""
     wide = [(name, r) for name in ("encode", "restore") for r in _REGISTERS]
-    return [("mean", 1), *wide]
+    return [("mean", 1), ("pick", 1), *wide]
 
 
 def _way(verb: Verb) -> str:
@@ -355,23 +420,36 @@ def _agrees(way: str, verb: Verb) -> bool:
 
 
 def _agrees_on(way: str, verb: Verb, dim: int, bits: int) -> bool:
-    rotation, (heads, tokens) = make_wh_rotation(dim), (2, 9)
-    numbers = np.arange(heads * tokens * dim, dtype=np.float32)
-    x = ((numbers * 7919) % 251 - 120).reshape(1, heads, tokens, dim)
-    x[0, 0, :4, 5:] = np.array([[0], [np.inf], [2.0**-60], [2.0**60]])
-    codes = NumpyKernels().encode_block(list(x), bits, rotation, is_centred=True)
-    assert codes.mean is not None  # since it is centred
-    norms = np.moveaxis(
-        codes.norms.view(np.uint8).reshape(*codes.norms.shape, 4), -1, 0
+    rotation, heads, tokens = make_wh_rotation(dim), 2, 9
+    # Two layers, two blocks behind other rows, and room behind them.
+    shape = (2, heads, 2 * tokens + 3, dim)
+    numbers = np.arange(math.prod(shape), dtype=np.float32)
+    x = ((numbers * 7919) % 251 - 120).reshape(shape)
+    x[0, 0, 2:6, 5:] = np.array([[0], [np.inf], [2.0**-60], [2.0**60]])
+    blocks = [x[:, :, begin : begin + tokens] for begin in (2, 2 + tokens)]
+    codes = [
+        NumpyKernels().encode_block(list(block), bits, rotation, is_centred=True)
+        for block in blocks
+    ]
+    if verb == "restore":
+        return _agrees_on_rows(way, codes[0], bits, rotation)
+    rows = Rows([(mx.array(layer[None]), 2) for layer in x], tokens, 2)
+    made = _encode(way, rows, bits, rotation, True)
+    picked = _pick(way, rows, range(3, 9, 5))
+    assert made.mean is not None  # since it is centred
+    ours = [np.asarray(a) for a in (*made.planes, made.norms, made.mean, picked)]
+    return all(
+        a[number].tobytes() == b.tobytes()
+        for number, block in enumerate(blocks)
+        for a, b in zip(ours, [*_parts(codes[number]), block[:, :, 3::5]], strict=True)
     )
-    made: list[Array] = [*codes.planes, np.ascontiguousarray(norms), codes.mean]
-    if verb == "encode":
-        planes, *rest = _encode(way, mx.array(x), bits, rotation, True)
-        ours = [np.asarray(each) for each in (*planes, *rest)]
-        return all(a.tobytes() == b.tobytes() for a, b in zip(ours, made, strict=True))
+
+
+def _agrees_on_rows(way: str, codes: BlockCodes, bits: int, rotation: Rotation) -> bool:
+    layers, heads, tokens, _ = codes.planes[0].shape
+    shape = (layers, heads, tokens)
     upload = start_upload()
-    *places, norms_at, mean_at = upload.send(made)
-    shape = (1, heads, tokens)
+    *places, norms_at, mean_at = upload.send(_parts(codes))
     table = [
         segment(bits, shape, 0, places, norms_at, mean_at),
         segment(0, shape, 0, []),
@@ -381,44 +459,105 @@ def _agrees_on(way: str, verb: Verb, dim: int, bits: int) -> bool:
         mx.array(np.repeat([0, 1], [tokens, 1]).astype(np.int32)),
         mx.array(np.array(table, np.int64)),
     ]
-    wanted = np.zeros((1, heads, tokens + 1, dim), np.float32)
-    layers = list(wanted[:, :, :tokens])
+    wanted = np.zeros((layers, 1, heads, tokens + 1, rotation.dim), np.float32)
     NumpyKernels().decode_block(
-        codes.planes, codes.norms, layers, bits, rotation, mean=codes.mean
+        codes.planes,
+        codes.norms,
+        list(wanted[:, 0, :, :tokens]),
+        bits,
+        rotation,
+        mean=codes.mean,
     )
-    out = _restore(way, inputs, rotation, 0, wanted.shape, mx.float32)
-    return np.asarray(out).tobytes() == wanted.tobytes()
+    ours = [
+        _restore(way, inputs, rotation, layer, one.shape, mx.float32)
+        for layer, one in enumerate(wanted)
+    ]
+    return np.stack(list(map(np.asarray, ours))).tobytes() == wanted.tobytes()
+
+
+def _parts(codes: BlockCodes) -> list[Array]:
+    """Return planes, the norms' bytes and means as they are stored."""
+    assert codes.mean is not None  # since they are centred
+    octets = codes.norms.view(np.uint8).reshape(*codes.norms.shape, 4)
+    norms = np.ascontiguousarray(np.moveaxis(octets, -1, 0))
+    return [*codes.planes, norms, codes.mean]
+
+
+def _launches(rows: Rows) -> Iterator[Rows]:
+    """Yield rows of as many layers as one launch reads; their buffers are alike."""
+
+    def likeness(layer: tuple[mx.array, int]) -> tuple[Any, ...]:
+        array, begin = layer
+        return array.shape, array.dtype, begin
+
+    for _, alike in groupby(rows.layers, likeness):
+        layers = list(alike)
+        for i in range(0, len(layers), MAX_BUFFERS):
+            yield rows._replace(layers=layers[i : i + MAX_BUFFERS])
+
+
+def _read_from(rows: Rows) -> tuple[list[mx.array], tuple[int, ...]]:
+    """Return the buffers and the numbers that say which of their rows are meant."""
+    arrays, begin = [array for array, _ in rows.layers], rows.layers[0][1]
+    batch, num_heads, capacity, dim = arrays[0].shape
+    if batch != 1 or begin + rows.num_rows * rows.num_blocks > capacity:
+        raise ValueError("the buffers have other rows than those meant")
+    numbers = (dim, _DTYPES[arrays[0].dtype], len(arrays), num_heads, capacity, begin)
+    padding = arrays[-1:] * (MAX_BUFFERS - len(arrays))
+    return [*arrays, *padding], (*numbers, rows.num_rows, rows.num_blocks)
 
 
 def _encode(
-    way: str, x: mx.array, bits: int, rotation: Rotation, is_centred: bool
-) -> tuple[list[mx.array], mx.array, mx.array | None]:
-    num_layers, num_heads, num_rows, dim = x.shape
-    x = mx.contiguous(x)
-    shape, rows = (
-        (dim, _DTYPES[x.dtype], num_layers * num_heads, num_rows),
-        x.size // dim,
-    )
+    way: str, rows: Rows, bits: int, rotation: Rotation, is_centred: bool
+) -> Codes:
+    buffers, numbers = _read_from(rows)
+    dim, _, num_layers, num_heads, *_ = numbers
+    heads, times = (rows.num_blocks, num_layers, num_heads), num_layers
     mean = None
     if is_centred:
-        outputs = [((num_layers, num_heads, dim), mx.float16)]
-        threads = num_layers * num_heads * dim
-        (mean,) = _launch(way, "mean", 1, [x], shape, outputs, threads)
-    codes, norms = _launch(
+        outputs = [((*heads, dim), mx.float16)]
+        threads = rows.num_blocks * num_heads * dim
+        (mean,) = _launch(way, "mean", 1, buffers, numbers, outputs, threads, times)
+    widths = plane_widths(bits)
+    shapes: list[tuple[int, ...]] = [
+        (*heads, rows.num_rows, dim * width // 8) for width in widths
+    ]
+    # A kernel has all its outputs.
+    shapes += [(1,)] * (3 - len(widths))
+    shapes += [(rows.num_blocks, 4, num_layers, num_heads, rows.num_rows)]
+    *planes, norms = _launch(
         way,
         "encode",
         _registers(dim),
-        [x, x if mean is None else mean, _encoding_tables(rotation)],
-        (*shape, bits, int(is_centred)),
-        [((rows * dim * bits // 8,), mx.uint8), ((4, *x.shape[:3]), mx.uint8)],
-        32 * rows,
+        [*buffers, _no_mean() if mean is None else mean, _encoding_tables(rotation)],
+        (*numbers, bits, int(is_centred)),
+        [(shape, mx.uint8) for shape in shapes],
+        32 * rows.num_blocks * num_heads * rows.num_rows,
+        times,
     )
-    planes, begin = [], 0
-    for width in plane_widths(bits):
-        end = begin + rows * dim * width // 8
-        planes.append(codes[begin:end].reshape(*x.shape[:3], dim * width // 8))
-        begin = end
-    return planes, norms, mean
+    return Codes(planes[: len(widths)], norms, mean)
+
+
+def _pick(way: str, rows: Rows, which: range) -> mx.array:
+    buffers, numbers = _read_from(rows)
+    dim, _, num_layers, num_heads, *_ = numbers
+    shape = (rows.num_blocks, num_layers, num_heads, len(which), dim)
+    dtype = mx.uint16 if buffers[0].dtype == mx.bfloat16 else buffers[0].dtype
+    if not which:
+        return mx.zeros(shape, dtype)
+    if not 0 <= which[0] <= which[-1] < rows.num_rows:
+        raise ValueError("a block has no such rows")
+    (picked,) = _launch(
+        way,
+        "pick",
+        1,
+        buffers,
+        (*numbers, which.start, len(which), which.step),
+        [(shape, dtype)],
+        math.prod(shape) // num_layers,
+        num_layers,
+    )
+    return picked
 
 
 def _restore(
@@ -467,12 +606,14 @@ def _launch(
             scalars=list(numbers),
             grid=grid,
             threadgroup=(size, 1, 1),
+            ensure_row_contiguous=True,
         )
     # More than seven, so that MLX does not place them in another address space.
     padded = np.array([*numbers, *[0] * 8], np.int32)
     made: list[mx.array] = _compiled(way, name)(
         inputs=[*inputs, mx.array(padded)],
-        template=[("R", registers)],
+        # With the dtype in its name: MLX would compile it anew where that changes.
+        template=[("R", registers), ("T", inputs[0].dtype)],
         grid=grid,
         threadgroup=(size, 1, 1),
         output_shapes=shapes,
@@ -509,6 +650,11 @@ def _text(name: str) -> str:
 
 def _registers(dim: int) -> int:
     return next((r for r in _REGISTERS if dim <= 32 * r), _REGISTERS[-1])
+
+
+@cache
+def _no_mean() -> mx.array:
+    return mx.array(np.zeros(8, np.float16))
 
 
 @lru_cache

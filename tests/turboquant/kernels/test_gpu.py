@@ -48,22 +48,117 @@ CASES = [
 ]
 
 
+# Layers, blocks, rows before those meant and behind them.
+LAYOUTS = [(2, 1, 0, 0), (1, 2, 0, 3), (2, 3, 5, 1), (2, 1, 1, 0)]
+
+
+def in_buffers(x, num_blocks, begin=0, room=0):
+    """Return rows ``(L, H, blocks * T, D)`` as caches have them, among others."""
+    padding = [(0, 0), (0, 0), (begin, room), (0, 0)]
+    layers = [
+        (mx.pad(layer[None], padding, constant_values=3.25), begin) for layer in x
+    ]
+    return gpu.Rows(layers, x.shape[2] // num_blocks, num_blocks)
+
+
+def joined(arrays, axis=1):
+    """Return what several launches made of layers one after another."""
+    return np.concatenate([np.array(array) for array in arrays], axis)
+
+
+def check_codes(x, rows, bits, is_centred, case):
+    """Hold codes of rows in buffers against NumPy's of each block."""
+    rotation = make_wh_rotation(x.shape[-1])
+    made = gpu.encode(rows, bits, rotation, is_centred=is_centred)
+    norms = joined([codes.norms for codes in made], axis=2)
+    assert all((codes.mean is not None) == is_centred for codes in made)
+    blocks = np.split(bits_of(x), rows.num_blocks, axis=2)
+    for number, block in enumerate(blocks):
+        wanted = NUMPY.encode_block(list(block), bits, rotation, is_centred=is_centred)
+        for plane, theirs in enumerate(wanted.planes):
+            ours = joined([codes.planes[plane] for codes in made])[number]
+            assert np.array_equal(ours, theirs), case
+        octets = np.moveaxis(norms[number], 0, -1)
+        assert octets.tobytes() == wanted.norms.tobytes(), case
+        if is_centred:
+            mean = joined([codes.mean for codes in made])[number]
+            assert mean.tobytes() == wanted.mean.tobytes(), case
+
+
 def test_codes_are_those_of_numpy(launch, as_gpu):
-    """All widths and dtypes, powers of two and sums of them, centred or not."""
+    """All widths and dtypes, powers of two and sums of them, centred or not.
+
+    The rows are those of one block or of several, in buffers of one layer or two.
+    """
     as_gpu(launch)
     for number, (dim, bits, dtype, is_centred) in enumerate(CASES):
-        x, rotation = some_rows(dim, 6 + number % 2, dtype), make_wh_rotation(dim)
-        options = {"is_centred": is_centred}
-        wanted = NUMPY.encode_block(list(bits_of(x)), bits, rotation, **options)
-        planes, norms, mean = gpu.encode(x, bits, rotation, **options)
-        octets = np.moveaxis(np.array(norms), 0, -1)
-        case = dim, bits, dtype, is_centred
-        for ours, theirs in zip(planes, wanted.planes, strict=True):
-            assert np.array_equal(np.array(ours), theirs), case
-        assert octets.tobytes() == wanted.norms.tobytes(), case
-        assert (mean is not None) == is_centred
-        if mean is not None:
-            assert np.array(mean).tobytes() == wanted.mean.tobytes(), case
+        layers, blocks, begin, room = LAYOUTS[number % len(LAYOUTS)]
+        x = some_rows(dim, (6 + number % 2) * blocks, dtype)[:layers]
+        rows = in_buffers(x, blocks, begin, room)
+        case = dim, bits, dtype, is_centred, layers, blocks, begin, room
+        check_codes(x, rows, bits, is_centred, case)
+
+
+@pytest.mark.parametrize("num_layers", [16, 33])
+def test_each_layer_is_read_from_its_own_buffer(launch, as_gpu, num_layers):
+    """All that one launch is given, and those of the next launches."""
+    as_gpu(launch)
+    x = np.random.default_rng(0).standard_normal((num_layers, 2, 6, 8))
+    x = mx.array(x.astype(np.float16))
+    rows = in_buffers(x, 2, 1, 1)
+    made = gpu.encode(rows, 3, make_wh_rotation(8), is_centred=True)
+    assert len(made) == -(-num_layers // 16)
+    check_codes(x, rows, 3, True, num_layers)
+    assert np.array_equal(joined(gpu.pick(rows, range(3)))[1], bits_of(x)[:, :, 3:])
+
+
+def test_buffers_may_differ(launch, as_gpu):
+    """Layers whose buffers have other room, or other rows before, are no less right."""
+    as_gpu(launch)
+    x = some_rows(8, 6, mx.bfloat16)
+    x = mx.concatenate([x, x[:, :, ::-1]])
+    rooms = [(0, 2), (0, 2), (3, 2), (0, 5)]
+    layers = [
+        in_buffers(one[None], 1, *room).layers[0]
+        for one, room in zip(x, rooms, strict=True)
+    ]
+    rows = gpu.Rows(layers, 3, 2)
+    assert len(gpu.pick(rows, range(1))) == 3
+    check_codes(x, rows, 4, True, rooms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_rows_are_copied_as_they_are(launch, as_gpu, dtype):
+    """Of each block, to the bit."""
+    as_gpu(launch)
+    x = some_rows(24, 10, dtype)
+    rows, exact = in_buffers(x, 2, 2, 3), bits_of(x)
+    for which in (range(5), range(1, 5, 2), range(4, 5), range(5)[7:]):
+        picked = joined(gpu.pick(rows, which))
+        for number in range(2):
+            wanted = exact[:, :, 5 * number :][:, :, list(which)]
+            assert picked[number].tobytes() == wanted.tobytes(), which
+    behind = in_buffers(x, 1, 2, 3).behind(4)
+    picked = joined(gpu.pick(behind, range(6)))[0]
+    assert picked.tobytes() == exact[:, :, 4:].tobytes()
+
+
+def test_no_row_outside_a_buffer_is_read(launch, as_gpu):
+    """A GPU would read on, into another array."""
+    as_gpu(launch)
+    rows, rotation = in_buffers(some_rows(8, 6, mx.float16), 2), make_wh_rotation(8)
+    outside = [
+        rows._replace(num_blocks=3),
+        rows._replace(num_rows=4),
+        rows._replace(layers=[(array, 1) for array, _ in rows.layers]),
+    ]
+    for beyond in outside:
+        with pytest.raises(ValueError, match="other rows"):
+            gpu.encode(beyond, 4, rotation, is_centred=False)
+    with pytest.raises(ValueError, match="no such rows"):
+        gpu.pick(rows, range(4))
+    with pytest.raises(ValueError, match="several blocks"):
+        rows.behind(1)
 
 
 def test_rows_are_those_of_numpy(launch, as_gpu):
@@ -110,12 +205,35 @@ def test_rows_are_those_of_numpy(launch, as_gpu):
             assert bits_of(out).tobytes() == wanted[layer].tobytes(), case
 
 
+# In which kernel, what, and what instead of it.
 BUGS = {
-    "a sign": ("lane & reach ? -1.0f : 1.0f", "lane & reach ? 1.0f : -1.0f"),
-    "the order of a sum": ("[left - reach + c]", "[reach + c]"),
-    "a lane that leaves": ("if (row >= all)", "if (row >= all || lane == 9)"),
-    "a missing barrier": ("MUL(a, b);\n  }\n  BARRIER;", "MUL(a, b);\n  }"),
-    "one boundary": ("spread >= boundaries", "spread > boundaries"),
+    "a sign": (
+        "encode_4",
+        "lane & reach ? -1.0f : 1.0f",
+        "lane & reach ? 1.0f : -1.0f",
+    ),
+    "the order of a sum": ("encode_4", "[left - reach + c]", "[reach + c]"),
+    "a lane that leaves": (
+        "encode_4",
+        "if (block >= num",
+        "if (lane == 9 || block >= num",
+    ),
+    "a missing barrier": ("encode_4", "MUL(a, b);\n  }\n  BARRIER;", "MUL(a, b);\n  }"),
+    "one boundary": ("encode_4", "spread >= boundaries", "spread > boundaries"),
+    "another layer": ("encode_4", "((i) & 1 ? b : a)", "(a)"),
+    "the room of a head": ("encode_4", "* capacity", "* (num_rows * num_blocks)"),
+    "the first row": ("encode_4", " + begin", ""),
+    "the first block": ("encode_4", "wide(block) * num_rows", "0"),
+    "the order of layers": (
+        "encode_4",
+        "block * num_layers + layer",
+        "layer * num_blocks + block",
+    ),
+    "the order of norms": ("encode_4", "wide(block * 3 + k)", "wide(k)"),
+    "a mean of other rows": ("mean_1", " + begin", ""),
+    "a mean elsewhere": ("mean_1", "wide(block) * num_layers + layer", "wide(layer)"),
+    "other rows picked": ("pick_1", "first + in_head", "in_head"),
+    "rows picked too close": ("pick_1", "/ dim * step", "/ dim"),
 }
 
 
@@ -123,10 +241,12 @@ BUGS = {
 @pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 def test_a_planted_bug_is_found(bug, tmp_path, as_gpu):
     """Wrong kernels are told at their first use, by one warning, and not used."""
-    old, new = BUGS[bug]
+    kernel, old, new = BUGS[bug]
 
     def edit(text):
-        assert text.count(old) == 1 or "encode_4" not in text
+        if f"turboquant_{kernel}(" not in text:
+            return text
+        assert text.count(old) == 1
         return text.replace(old, new)
 
     as_gpu(make_launch(tmp_path, edit))
@@ -134,8 +254,9 @@ def test_a_planted_bug_is_found(bug, tmp_path, as_gpu):
     with pytest.warns(RuntimeWarning, match=why):
         assert not gpu.can("encode")
     assert not gpu.can("encode")
+    rows = in_buffers(mx.zeros((1, 1, 4, 8)), 1)
     with pytest.raises(RuntimeError, match="no kernels"):
-        gpu.encode(mx.zeros((1, 1, 4, 8)), 4, make_wh_rotation(8), is_centred=False)
+        gpu.encode(rows, 4, make_wh_rotation(8), is_centred=False)
 
 
 @pytest.mark.parametrize("rotation", [None, make_wh_rotation(24)])
