@@ -500,7 +500,8 @@ def _read_from(rows: Rows) -> tuple[list[mx.array], tuple[int, ...]]:
     """Return the buffers and the numbers that say which of their rows are meant."""
     arrays, begin = [array for array, _ in rows.layers], rows.layers[0][1]
     batch, num_heads, capacity, dim = arrays[0].shape
-    if batch != 1 or begin + rows.num_rows * rows.num_blocks > capacity:
+    end = begin + rows.num_rows * rows.num_blocks
+    if batch != 1 or not 0 <= begin <= end <= capacity:
         raise ValueError("the buffers have other rows than those meant")
     numbers = (dim, _DTYPES[arrays[0].dtype], len(arrays), num_heads, capacity, begin)
     padding = arrays[-1:] * (MAX_BUFFERS - len(arrays))

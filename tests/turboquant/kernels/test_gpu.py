@@ -151,6 +151,7 @@ def test_no_row_outside_a_buffer_is_read(launch, as_gpu):
         rows._replace(num_blocks=3),
         rows._replace(num_rows=4),
         rows._replace(layers=[(array, 1) for array, _ in rows.layers]),
+        rows._replace(layers=[(array, -1) for array, _ in rows.layers]),
     ]
     for beyond in outside:
         with pytest.raises(ValueError, match="other rows"):
