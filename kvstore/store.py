@@ -30,7 +30,7 @@ from .format.block import (
     StoredBlock,
     ignore_progress,
 )
-from .format.chain import as_tokens, check_tokens
+from .format.chain import as_tokens, pack_tokens
 from .format.entry import Entry, check_name
 from .format.known import KnownBlocks
 from .format.spans import Span, last_end
@@ -1316,13 +1316,13 @@ class Store:
 
         _check_fingerprint_type(model)
         _check_prompt_cache(prompt_cache)
-        checked = check_tokens(tokens)
+        packed = pack_tokens(tokens)
         chain, self._root = make_chain(
             model.fields,
             prompt_cache,
-            checked,
+            packed,
             self._folder.block_size,
-            lambda root: self._known.split(root, checked),
+            lambda root: self._known.split(root, packed),
             self._root,
         )
         return chain

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import operator
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from struct import error as struct_error
 from struct import pack
-from typing import Any, NewType
+from typing import Any, TypeAlias
 
 from ..errors import ArgumentError
 from .block import Block, BlockHash, Origin
@@ -60,15 +60,13 @@ def hash_block_tokens(parent: BlockHash, tokens: Sequence[int]) -> BlockHash:
     # Fixed-width integers: no two token lists share an encoding.
     try:
         data = parent + pack(f"<{len(tokens)}q", *tokens)
-    except struct_error as exception:
-        raise ArgumentError(
-            "a token does not fit into 64 bits", hint="a media key is cut to 63 bits"
-        ) from exception
+    except struct_error as error:
+        raise _too_large() from error
     return BlockHash(hashlib.sha256(data).digest())
 
 
-Checked = NewType("Checked", list[int])
-"""Tokens of which each is a number; a ``bool`` may be left among them."""
+Packed: TypeAlias = "array[int]"
+"""Tokens as integers of 64 bits."""
 MakeBlock = Callable[[BlockHash, int, tuple[int, ...]], Block]
 """Returns the block of some tokens, given its parent's hash and where it starts."""
 
@@ -114,22 +112,20 @@ def common_run(left: Sequence[object], right: Sequence[object]) -> int:
     return next((i for i in range(length) if left[i] != right[i]), length)
 
 
-def check_tokens(tokens: Sequence[int]) -> Checked:
-    """Return a list of tokens of which each is an integer.
-
-    Of a list they are added up, which takes a third of the time of :func:`as_tokens`.
+def pack_tokens(tokens: Sequence[int]) -> Packed:
+    """Return tokens as integers of 64 bits, of which two arrays are compared fast.
 
     Raises:
-        ArgumentError: One is no integer.
+        ArgumentError: One is no integer, or does not fit into 64 bits.
     """
-    if not isinstance(tokens, list):
-        return Checked(as_tokens(tokens))
-    copy = list(tokens)  # theirs may change
-    with suppress(TypeError, ValueError):
-        # A float, an array or a fraction among them would make a sum of its own type.
-        if type(sum(copy)) is int:
-            return Checked(copy)
-    return Checked(as_tokens(copy))
+    # Of anything but a list, `array` might read bytes.
+    items = tokens if isinstance(tokens, list) else as_tokens(tokens)
+    try:
+        return array("q", items)
+    except OverflowError as error:
+        raise _too_large() from error
+    except TypeError:
+        return array("q", as_tokens(items))  # which says what is wrong
 
 
 def as_tokens(tokens: Sequence[int]) -> list[int]:
@@ -145,3 +141,9 @@ def as_tokens(tokens: Sequence[int]) -> list[int]:
             f"tokens are integers, in a flat list: {error}",
             hint="`tokenizer.encode(text)` returns them; of a batch, pass one row",
         ) from error
+
+
+def _too_large() -> ArgumentError:
+    return ArgumentError(
+        "a token does not fit into 64 bits", hint="a media key is cut to 63 bits"
+    )

@@ -9,10 +9,10 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from .block import Block, BlockHash
-from .chain import Checked, as_tokens, make_block, split_tokens
+from .chain import Packed, make_block, split_tokens
 
-# They take about 43 MB in blocks of 256, and no more than as much again as runs; that
-# many rows take a thousand times as much.
+# They take about 43 MB in blocks of 256, and whole prompts at most 50 more; that many
+# rows take a thousand times as much.
 MAX_TOKENS = 2**20
 # Prompts that a server computes side by side.
 _MAX_RUNS = 16
@@ -22,24 +22,16 @@ class _Run(NamedTuple):
     """The full blocks of a prompt, from its beginning."""
 
     root: BlockHash
-    # Those that were handed over: the same objects are compared fastest.
-    tokens: list[int]
+    tokens: Packed
     blocks: tuple[Block, ...]
 
-    def begins(self, root: BlockHash, tokens: list[int]) -> bool:
+    def begins(self, root: BlockHash, tokens: Packed) -> bool:
         """Whether a prompt starts with these blocks."""
-        stop = len(self.tokens)
-        # That of another prompt mostly ends otherwise.
-        last = self.blocks[-1].start
-        return (
-            self.root == root
-            and tokens[last:stop] == self.tokens[last:]
-            and tokens[:stop] == self.tokens
-        )
+        return self.root == root and tokens[: len(self.tokens)] == self.tokens
 
 
 class KnownBlocks:
-    """The blocks of the last prompts, and of each parent the child asked for last.
+    """The blocks of the last prompts, and the last block behind each other one.
 
     A known block is used for the same tokens only: all of them are compared, which
     takes a fraction of the time that hashing takes. Any thread may ask.
@@ -57,49 +49,39 @@ class KnownBlocks:
         # The last one first. Replaced, never changed: another thread may look at it.
         self._runs: tuple[_Run, ...] = ()
 
-    def split(self, root: BlockHash, tokens: Checked) -> tuple[Block, ...]:
-        """Return the chain of blocks of a prompt, as :func:`split_tokens` yields it.
-
-        Raises:
-            ArgumentError: A token does not fit into 64 bits.
-        """
-        begun = (run for run in self._runs if run.begins(root, tokens))
-        run = next(begun, _Run(root, [], ()))
-        begin = len(run.tokens)
-        parent = run.blocks[-1].hash if run.blocks else root
-        rest = as_tokens(tokens[begin:])
-        size = self._block_size
-        blocks = *run.blocks, *split_tokens(parent, rest, size, self.block, begin)
-        self._keep(run, root, tokens, blocks)
+    def split(self, root: BlockHash, tokens: Packed) -> tuple[Block, ...]:
+        """Return the chain of blocks of a prompt, as :func:`split_tokens` yields it."""
+        begun = [run.blocks for run in self._runs if run.begins(root, tokens)]
+        known = max(begun, key=len, default=())
+        begin = len(known) * self._block_size
+        parent = known[-1].hash if known else root
+        size, rest = self._block_size, tokens[begin:]
+        blocks = *known, *split_tokens(parent, rest, size, self.block, begin)
+        self._keep(root, tokens, blocks)
         return blocks
 
     def _keep(
-        self, old: _Run, root: BlockHash, tokens: list[int], blocks: tuple[Block, ...]
+        self, root: BlockHash, tokens: Packed, blocks: tuple[Block, ...]
     ) -> None:
-        """Have a prompt take the place of what it goes on from."""
+        """Have a prompt take the place of all that it goes on from."""
         num_full = len(tokens) // self._block_size
         if not 0 < num_full <= self._max_blocks:
             return
-        stop = num_full * self._block_size
-        # As a rule steps of a prefill end with a block.
-        full = tokens if len(tokens) == stop else tokens[:stop]
+        full = tokens[: num_full * self._block_size]
         runs = [_Run(root, full, blocks[:num_full])]
         for run in self._runs:
-            num_full += len(run.blocks)
-            if run is not old and num_full <= self._max_blocks:
+            num_blocks = num_full + len(run.blocks)
+            if num_blocks <= self._max_blocks and not run.begins(root, full):
+                num_full = num_blocks
                 runs.append(run)
         self._runs = tuple(runs[:_MAX_RUNS])
 
     def block(self, parent: BlockHash, start: int, tokens: tuple[int, ...]) -> Block:
-        """Return the block of some tokens, as :func:`make_block` does.
-
-        Raises:
-            ArgumentError: A token is no integer, or does not fit into 64 bits.
-        """
+        """Return the block of some tokens, as :func:`make_block` does."""
         block = self._behind.pop(parent, None)
         # Where it starts is settled: the parent's hash stands for all that is before.
         if block is None or block.tokens != tokens:
-            block = make_block(parent, start, tuple(as_tokens(tokens)))
+            block = make_block(parent, start, tokens)
         self._behind[parent] = block
         if len(self._behind) > self._max_blocks:
             self._behind.popitem(last=False)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ..caches.provenance import Provenance
 from ..format.block import EXACT_BITS, BlockHash
-from ..format.chain import BLOCK_SIZE, check_tokens
+from ..format.chain import BLOCK_SIZE, pack_tokens
 from ..format.known import KnownBlocks
 
 Step = tuple[str, BlockHash, int]
@@ -57,6 +57,6 @@ class Lineage:
     ) -> Iterator[tuple[int, int, Step]]:
         """Yield where each block starts and stops, and what it begins with."""
         root = BlockHash(bytes(32))
-        for block in self._known.split(root, check_tokens(tokens)):
+        for block in self._known.split(root, pack_tokens(tokens)):
             stop = block.start + len(block.tokens)
             yield block.start, stop, (fingerprint, block.parent, block.tokens[0])

@@ -14,7 +14,7 @@ from kvstore.caches.provenance import Provenance
 from kvstore.errors import ArgumentError
 from kvstore.format import chain, known
 from kvstore.format.block import BlockHash
-from kvstore.format.chain import check_tokens, split_tokens
+from kvstore.format.chain import pack_tokens, split_tokens
 from kvstore.format.known import KnownBlocks
 from kvstore.server.lineage import Lineage
 
@@ -39,7 +39,7 @@ def hashed(monkeypatch):
 
 def split(blocks, tokens, root=ROOTS[0]):
     """Return a chain of known blocks, as far as there are some."""
-    return blocks.split(root, check_tokens(tokens))
+    return blocks.split(root, pack_tokens(tokens))
 
 
 def anew(tokens, root=ROOTS[0]):
@@ -134,6 +134,54 @@ def test_an_integer_of_another_kind_is_known(other):
         (block,) = split(blocks, [1, other, 1, 1])
         assert [int] * 4 == [type(token) for token in block.tokens]
         assert anew([1, 1, 1, 1]) == (block,)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [*np.arange(4, dtype=np.uint32), -77],  # a negative id marks media
+        [*np.arange(4, dtype=np.int32), -(2**62)],
+        list(np.full(9, 2**30, np.int32)),
+        [np.int64(2**62)] * 5,
+    ],
+)
+def test_integers_whose_sum_would_overflow_are_known(tokens):
+    """Whatever their types and sizes, as far as each fits into 64 bits."""
+    blocks = KnownBlocks(SIZE)
+    for _ in range(2):
+        assert anew(list(map(int, tokens))) == split(blocks, tokens)
+
+
+class Equal(int):
+    """An integer that says that it is equal to all others."""
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other):
+        return True
+
+
+def test_an_integer_is_what_it_counts():
+    """Not what it says that it is equal to."""
+    blocks = KnownBlocks(SIZE)
+    split(blocks, [1, 2, 3, 4])
+    assert anew([9, 2, 3, 4]) == split(blocks, [Equal(9), 2, 3, 4])
+
+
+def test_a_prompt_that_another_begins_with_fills_no_room(monkeypatch):
+    """Where they come in turn, others stay known, and the longest is gone on from."""
+    blocks = KnownBlocks(SIZE)
+    others = [[i, *range(19)] for i in range(100, 108)]
+    for tokens in others:
+        split(blocks, tokens)
+    for length in [8, 20] * 20:
+        split(blocks, range(length))
+    asked, block = [], blocks.block
+    monkeypatch.setattr(blocks, "block", lambda *a: asked.append(a) or block(*a))
+    for tokens in [*others, list(range(20))]:
+        assert anew(tokens) == split(blocks, tokens)
+    assert not asked
 
 
 def test_what_a_caller_does_to_his_list_later_is_not_known():
