@@ -40,7 +40,7 @@ def sample_layers(layers: Layers) -> Array:
     return np.stack([x[:, _TOKENS] for x in layers])
 
 
-def sample_on_device(x: gpu.Rows) -> DevicePart:
+def sample_on_device(x: gpu.Buffers) -> DevicePart:
     """Return such rows of several blocks, copied by a GPU."""
     return DevicePart(gpu.pick(x, range(x.num_rows)[_TOKENS]))
 

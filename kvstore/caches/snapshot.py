@@ -31,7 +31,7 @@ from ..format.chain import (
 from ..format.documents import JSON
 from ..format.entry import Entry
 from . import live as caches
-from .kinds.base import Held
+from .kinds.base import STEP, Held
 from .kinds.turboquant import CODED, check_blocks, codec_of, read_codes
 from .layer_errors import SAMPLE, is_measured, sample_layers, sample_on_device
 from .layout import Layout, flatten, group_layers, has_only_rows, layout_to_json
@@ -43,7 +43,7 @@ from .taken import Share, Taken, TakenRows, copied
 # Blocks that a GPU copies at once. So many rows lie there twice for a moment, and
 # while MLX moves them to the host, it keeps the interpreter's lock.
 _MAX_COPIED = 4
-# That it encodes at once: codes are a quarter, and of some layers each array.
+# Blocks that it encodes at once, of which only the codes are made and moved.
 _MAX_CODED = 8
 
 Split = Callable[[BlockHash], Iterable[Block]]
@@ -154,17 +154,38 @@ def _encode_layers(
     Returns:
         Parts, and a sample of the rows where errors are measured; not evaluated.
     """
-    if codec is None or piece.rows.side not in CODABLE:
+    if codec is None or not _is_for_device(codec, piece):
         return None
-    encode = getattr(codec.array, "encode_on_device", None)
-    if encode is None:
-        return None
-    layers = [(array, rows.start) for array, rows in _find_rows(held, piece)]
-    x = gpu.Rows(layers, piece.rows.shape[2], num_blocks)
-    parts: dict[str, DevicePart] | None = encode(x, piece.rows)
-    if parts is not None and is_measured(block, codec):
+    buffers = _find_buffers(held, piece, num_blocks)
+    x = gpu.Buffers(buffers, piece.rows.shape[2], num_blocks)
+    parts = cast("Turbo", codec.array).encode_on_device(x, piece.rows)
+    if is_measured(block, codec):
         parts[SAMPLE] = sample_on_device(x)
     return parts
+
+
+def _is_for_device(codec: Codec, piece: Piece) -> bool:
+    """Whether a GPU encodes such rows."""
+    is_codable = isinstance(codec.array, Turbo) and piece.rows.side in CODABLE
+    return is_codable and cast("Turbo", codec.array).is_for_device(piece.rows)
+
+
+def _find_buffers(
+    held: Sequence[Held], piece: Piece, num_blocks: int
+) -> list[tuple[mx.array, int]]:
+    """Return of each layer a contiguous array, and the first row of it that is meant.
+
+    MLX copies an array that is not contiguous whole before a kernel reads it, and does
+    not say which are. The buffers of a ``KVCache`` are, and grow by `STEP` rows; where
+    they have another length, they may be views, and the rows meant are copied.
+    """
+    is_plain = piece.group.layout.cache_class == "KVCache"
+    return [
+        (array, rows.start)
+        if is_plain and not array.shape[2] % STEP
+        else (mx.contiguous(array[:, :, rows]), 0)
+        for array, rows in _find_rows(held, piece, num_blocks)
+    ]
 
 
 def _find_rows(
@@ -205,8 +226,9 @@ def _likeness(item: tuple[int, _Wanted]) -> tuple[Any, ...]:
     size = len(block.tokens)
     shapes = [(p.number, p.rows.shape, p.rows.start - block.start) for p in pieces]
     sides = [piece.rows.side for piece in pieces]
+    is_coded = all(_is_for_device(codec, piece) for piece in pieces)
+    most = _MAX_CODED if is_coded else _MAX_COPIED
     # The first block of a sequence has rows that are coded otherwise.
-    most = _MAX_CODED if hasattr(codec.array, "encode_on_device") else _MAX_COPIED
     where = block.start - number * size, block.start == 0, number // most
     return *where, size, codec.name, is_measured(block, codec), shapes, sides
 

@@ -134,25 +134,28 @@ class Turbo:
         is_known = rows.dtype in ("F32", "F16", "BF16") and rows.shape[3] % 8 == 0
         return is_known and kernels_name() != "numpy"
 
-    def encode_on_device(self, x: gpu.Rows, rows: Rows) -> dict[str, DevicePart] | None:
-        """Encode rows where they are; ``None`` where no GPU can.
+    def is_for_device(self, rows: Rows) -> bool:
+        """Whether a GPU here can encode such rows."""
+        dim = rows.shape[3]
+        is_known = rows.shape[2] > _num_sinks(rows) and not dim % 8
+        is_known = is_known and dim <= gpu.MAX_DIM
+        return is_known and mx.default_device() == mx.gpu and gpu.can("encode")
+
+    def encode_on_device(self, x: gpu.Buffers, rows: Rows) -> dict[str, DevicePart]:
+        """Encode rows for which there are kernels, where they are.
 
         They give the same parts everywhere.
 
         Args:
-            x: Rows of blocks that are alike; one of them alone may have sinks.
+            x: Rows of blocks that are alike; only a single block may have sinks.
             rows: Those of the first.
 
         Returns:
             The parts, not evaluated.
         """
-        dim, sinks = rows.shape[3], _num_sinks(rows)
-        is_known = rows.shape[2] > sinks and dim <= gpu.MAX_DIM and dim % 8 == 0
-        if not is_known or mx.default_device() != mx.gpu or not gpu.can("encode"):
-            return None
-        rotation = make_wh_rotation(dim, SEED)
+        rotation, sinks = make_wh_rotation(rows.shape[3], SEED), _num_sinks(rows)
         made = gpu.encode(
-            x.behind(sinks), self._bits(rows), rotation, is_centred=rows.side == "k"
+            x.behind(sinks), self._bits(rows), rotation, is_centred=_is_key(rows)
         )
         parts = {
             name: DevicePart([codes.planes[i] for codes in made])

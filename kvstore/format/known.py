@@ -60,9 +60,7 @@ class KnownBlocks:
         self._keep(root, tokens, blocks)
         return blocks
 
-    def _keep(
-        self, root: BlockHash, tokens: Packed, blocks: tuple[Block, ...]
-    ) -> None:
+    def _keep(self, root: BlockHash, tokens: Packed, blocks: tuple[Block, ...]) -> None:
         """Have a prompt take the place of all that it goes on from."""
         num_full = len(tokens) // self._block_size
         if not 0 < num_full <= self._max_blocks:

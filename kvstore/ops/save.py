@@ -320,7 +320,7 @@ class _Encoder:
 
     @property
     def least_bits(self) -> int:
-        """The bits of a stored block from which on a block that is coded is no better.
+        """How many bits a stored block must have for none here to be better.
 
         More than there are, where blocks differ in more than their bits.
         """

@@ -419,7 +419,7 @@ class Index:
     def places_unchecked(self, hashes: Sequence[BlockHash]) -> list[Place | None]:
         """Return where blocks lie, without the look at parents of :meth:`places_of`.
 
-        All are looked for by one statement, each in the table itself.
+        One statement looks for all of them.
         """
         written = json.dumps([*map(bytes.hex, map(self.written, hashes))])
         with self._translated():

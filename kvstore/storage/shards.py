@@ -49,7 +49,7 @@ def shard_path(folder: Path, name: str) -> Path:
 
 
 def shard_file(folder: str, name: str) -> str:
-    """Return the same as text, which takes a fifth as long.
+    """Return the path of a shard as text: a fifth of the time of :func:`shard_path`.
 
     Raises:
         ValueError: ``name`` is no shard's name.

@@ -6,12 +6,13 @@ import tracemalloc
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, ConcatenateKVCache, KVCache
 from standins import run_on_a_thread
 
 import kvstore
 from kvstore.caches.snapshot import LiveRows
 from kvstore.caches.taken import Share
+from kvstore.server.prefill import view
 from turboquant.kernels import best_kernels, gpu
 
 MODEL = kvstore.Fingerprint({"weights": "a"})
@@ -159,6 +160,51 @@ def test_a_step_is_few_operations(
     assert len(snapshot.rows.hashes) == 8
     assert len(seen) == num_launches
     assert set(seen) == {"mean", "encode"}
+
+
+def padded(num_tokens):
+    """Return a prompt's caches out of those of a batch, behind another's padding."""
+    batch = [BatchKVCache([0, 5]) for _ in range(2)]
+    for cache, one in zip(batch, make_caches(num_tokens + 5), strict=True):
+        rows = (x[:, :, : num_tokens + 5] for x in (one.keys, one.values))
+        cache.update_and_fetch(*(mx.repeat(x, 2, 0) for x in rows))
+    return view(batch, 1)
+
+
+def concatenated(num_tokens):
+    """Return caches that are as long as their rows, in buffers that are longer."""
+    found = [ConcatenateKVCache() for _ in range(2)]
+    for cache, one in zip(found, make_caches(num_tokens), strict=True):
+        cache.keys, cache.values = one.keys, one.values
+        cache.offset = num_tokens
+        cache.keys = cache.keys[:, :, :num_tokens]
+        cache.values = cache.values[:, :, :num_tokens]
+    return found
+
+
+@pytest.mark.parametrize("make", [padded, concatenated, make_caches])
+def test_no_array_is_copied_whole_for_a_kernel(
+    tmp_path, open_small, launch, as_gpu, monkeypatch, make
+):
+    """MLX does so with views; of these only the rows that are meant are copied."""
+    seen = []
+
+    def noted(way, name, registers, inputs, *others):
+        mx.eval(inputs)
+        seen.extend(inputs)
+        return launch(way, name, registers, inputs, *others)
+
+    live = make(10 * BLOCK)
+    with open_small("saved", "turbo4") as store:
+        store.save(tokens_of(10 * BLOCK), live, MODEL)
+    as_gpu(noted)
+    with open_small("taken", "turbo4") as store, monkeypatch.context() as patched:
+        patched.setattr(mx, "default_device", lambda: mx.gpu)
+        snapshot = store.snapshot(tokens_of(10 * BLOCK), live, MODEL)
+        store.save_snapshot(snapshot)
+    assert len(seen) > 4 * gpu.MAX_BUFFERS
+    assert all(memoryview(array).c_contiguous for array in seen)
+    assert shards_of(tmp_path / "saved") == shards_of(tmp_path / "taken")
 
 
 @pytest.mark.skipif(best_kernels().name == "numpy", reason="slower than a copy")

@@ -55,7 +55,7 @@ _REGISTERS = (2, 4, 8)
 _DTYPES = {mx.float32: 0, mx.float16: 1, mx.bfloat16: 2}
 
 
-class Rows(NamedTuple):
+class Buffers(NamedTuple):
     """Rows of blocks that are alike, where caches have them; the same of each layer."""
 
     # Of each layer a buffer ``(1, H, capacity, D)``, ``float32``, ``float16`` or
@@ -66,14 +66,14 @@ class Rows(NamedTuple):
     num_rows: int
     num_blocks: int = 1
 
-    def behind(self, count: int) -> Rows:
+    def behind(self, count: int) -> Buffers:
         """Return the rows of one block without so many at its beginning."""
         if not count:
             return self
         if self.num_blocks != 1:
             raise ValueError("rows of several blocks do not lie one behind the other")
         layers = [(array, begin + count) for array, begin in self.layers]
-        return Rows(layers, self.num_rows - count)
+        return Buffers(layers, self.num_rows - count)
 
 
 class Codes(NamedTuple):
@@ -190,7 +190,7 @@ def can(verb: Verb) -> bool:
 
 
 def encode(
-    rows: Rows, bits: int, rotation: Rotation, *, is_centred: bool
+    rows: Buffers, bits: int, rotation: Rotation, *, is_centred: bool
 ) -> list[Codes]:
     """Quantize rows on the GPU; nothing is evaluated.
 
@@ -207,7 +207,7 @@ def encode(
     return [_encode(way, one, bits, rotation, is_centred) for one in _launches(rows)]
 
 
-def pick(rows: Rows, which: range) -> list[mx.array]:
+def pick(rows: Buffers, which: range) -> list[mx.array]:
     """Copy some rows of each block on the GPU; nothing is evaluated.
 
     Args:
@@ -433,7 +433,7 @@ def _agrees_on(way: str, verb: Verb, dim: int, bits: int) -> bool:
     ]
     if verb == "restore":
         return _agrees_on_rows(way, codes[0], bits, rotation)
-    rows = Rows([(mx.array(layer[None]), 2) for layer in x], tokens, 2)
+    rows = Buffers([(mx.array(layer[None]), 2) for layer in x], tokens, 2)
     made = _encode(way, rows, bits, rotation, True)
     picked = _pick(way, rows, range(3, 9, 5))
     assert made.mean is not None  # since it is centred
@@ -483,7 +483,7 @@ def _parts(codes: BlockCodes) -> list[Array]:
     return [*codes.planes, norms, codes.mean]
 
 
-def _launches(rows: Rows) -> Iterator[Rows]:
+def _launches(rows: Buffers) -> Iterator[Buffers]:
     """Yield rows of as many layers as one launch reads; their buffers are alike."""
 
     def likeness(layer: tuple[mx.array, int]) -> tuple[Any, ...]:
@@ -496,7 +496,7 @@ def _launches(rows: Rows) -> Iterator[Rows]:
             yield rows._replace(layers=layers[i : i + MAX_BUFFERS])
 
 
-def _read_from(rows: Rows) -> tuple[list[mx.array], tuple[int, ...]]:
+def _read_from(rows: Buffers) -> tuple[list[mx.array], tuple[int, ...]]:
     """Return the buffers and the numbers that say which of their rows are meant."""
     arrays, begin = [array for array, _ in rows.layers], rows.layers[0][1]
     batch, num_heads, capacity, dim = arrays[0].shape
@@ -509,7 +509,7 @@ def _read_from(rows: Rows) -> tuple[list[mx.array], tuple[int, ...]]:
 
 
 def _encode(
-    way: str, rows: Rows, bits: int, rotation: Rotation, is_centred: bool
+    way: str, rows: Buffers, bits: int, rotation: Rotation, is_centred: bool
 ) -> Codes:
     buffers, numbers = _read_from(rows)
     dim, _, num_layers, num_heads, *_ = numbers
@@ -539,7 +539,7 @@ def _encode(
     return Codes(planes[: len(widths)], norms, mean)
 
 
-def _pick(way: str, rows: Rows, which: range) -> mx.array:
+def _pick(way: str, rows: Buffers, which: range) -> mx.array:
     buffers, numbers = _read_from(rows)
     dim, _, num_layers, num_heads, *_ = numbers
     shape = (rows.num_blocks, num_layers, num_heads, len(which), dim)

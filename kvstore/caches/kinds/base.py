@@ -27,7 +27,7 @@ from .saved import IN_0_32, FileArrays, FileForm, SavedCache, as_counts, as_list
 
 _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 # mlx-lm's caches grow by so many rows at a time.
-_STEP = 256
+STEP = 256
 Buffers = Mapping[str, mx.array]
 """What is restored, by name: rows as ``(1, H, rows, D)``, states ``(1, 1, 1, N)``."""
 Held = dict[str, tuple[mx.array, int]]
@@ -138,7 +138,7 @@ class CacheKind(Protocol):
 
 def capacity(num_tokens: int) -> int:
     """Return the rows of a buffer for so many tokens and the next, in whole steps."""
-    return (num_tokens // _STEP + 1) * _STEP
+    return (num_tokens // STEP + 1) * STEP
 
 
 def row_spec(array: mx.array) -> RowSpec:

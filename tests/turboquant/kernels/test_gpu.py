@@ -58,7 +58,7 @@ def in_buffers(x, num_blocks, begin=0, room=0):
     layers = [
         (mx.pad(layer[None], padding, constant_values=3.25), begin) for layer in x
     ]
-    return gpu.Rows(layers, x.shape[2] // num_blocks, num_blocks)
+    return gpu.Buffers(layers, x.shape[2] // num_blocks, num_blocks)
 
 
 def joined(arrays, axis=1):
@@ -122,7 +122,7 @@ def test_buffers_may_differ(launch, as_gpu):
         in_buffers(one[None], 1, *room).layers[0]
         for one, room in zip(x, rooms, strict=True)
     ]
-    rows = gpu.Rows(layers, 3, 2)
+    rows = gpu.Buffers(layers, 3, 2)
     assert len(gpu.pick(rows, range(1))) == 3
     check_codes(x, rows, 4, True, rooms)
 
