@@ -145,7 +145,7 @@ class Store:
         # The last blocks of entries that were saved here, and of those replaced.
         self._tips: set[BlockHash] = set()
         self._known = KnownBlocks(self._folder.block_size)
-        # That of the last prompt cache.
+        # The root of the last prompt cache, which mostly is the next one's too.
         self._root: Root | None = None
 
     @property

@@ -42,8 +42,6 @@ _ROWS_HINT = (
 
 def flatten_caches(prompt_cache: Sequence[Any]) -> list[Any]:
     """Return all caches, those of a ``CacheList`` one by one."""
-    if _list_class() not in map(type, prompt_cache):
-        return list(prompt_cache)
     found: list[Any] = []
     for cache in prompt_cache:
         found += flatten_caches(cache.caches) if is_list(cache) else [cache]

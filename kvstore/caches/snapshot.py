@@ -154,20 +154,23 @@ def _encode_layers(
     Returns:
         Parts, and a sample of the rows where errors are measured; not evaluated.
     """
-    if codec is None or not _is_for_device(codec, piece):
+    turbo = _device_codec(codec, piece)
+    if codec is None or turbo is None:
         return None
     buffers = _find_buffers(held, piece, num_blocks)
     x = gpu.Buffers(buffers, piece.rows.shape[2], num_blocks)
-    parts = cast("Turbo", codec.array).encode_on_device(x, piece.rows)
+    parts = turbo.encode_on_device(x, piece.rows)
     if is_measured(block, codec):
         parts[SAMPLE] = sample_on_device(x)
     return parts
 
 
-def _is_for_device(codec: Codec, piece: Piece) -> bool:
-    """Whether a GPU encodes such rows."""
-    is_codable = isinstance(codec.array, Turbo) and piece.rows.side in CODABLE
-    return is_codable and cast("Turbo", codec.array).is_for_device(piece.rows)
+def _device_codec(codec: Codec | None, piece: Piece) -> Turbo | None:
+    """Return the codec that a GPU encodes such rows in; ``None`` where it copies."""
+    turbo = codec.array if codec else None
+    if not isinstance(turbo, Turbo) or piece.rows.side not in CODABLE:
+        return None
+    return turbo if turbo.is_for_device(piece.rows) else None
 
 
 def _find_buffers(
@@ -226,7 +229,7 @@ def _likeness(item: tuple[int, _Wanted]) -> tuple[Any, ...]:
     size = len(block.tokens)
     shapes = [(p.number, p.rows.shape, p.rows.start - block.start) for p in pieces]
     sides = [piece.rows.side for piece in pieces]
-    is_coded = all(_is_for_device(codec, piece) for piece in pieces)
+    is_coded = all(_device_codec(codec, piece) for piece in pieces)
     most = _MAX_CODED if is_coded else _MAX_COPIED
     # The first block of a sequence has rows that are coded otherwise.
     where = block.start - number * size, block.start == 0, number // most
@@ -412,7 +415,7 @@ class Root:
     # Of the model's fingerprint.
     digest: str
     layout: Layout
-    # The same as a JSON value.
+    # The layout as a JSON value.
     described: list[JSON]
 
 

@@ -12,12 +12,13 @@ from .base import Array
 
 
 class DevicePart(NamedTuple):
-    """A codec's part of some blocks, as several launches make it of some layers each.
+    """One part of a codec's, of some blocks; each launch made it for some layers.
 
-    It is joined where it is read: on the device that would be as many operations more.
+    Whoever reads it joins the arrays: on the device each join would be one more
+    operation.
     """
 
-    # Of some layers after others; the first axis is that of the blocks.
+    # One from each launch, in the order of the layers. The first axis counts blocks.
     arrays: Sequence[mx.array]
     # The axis of the layers in what one block has.
     axis: int = 0

@@ -31,7 +31,7 @@ class _Run(NamedTuple):
 
 
 class KnownBlocks:
-    """The blocks of the last prompts, and the last block behind each other one.
+    """The blocks of the last prompts, and for each block the one last seen behind it.
 
     A known block is used for the same tokens only: all of them are compared, which
     takes a fraction of the time that hashing takes. Any thread may ask.

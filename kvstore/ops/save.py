@@ -215,20 +215,18 @@ def _worse(
     places: Sequence[Place | None],
 ) -> list[Block]:
     """Return the blocks that are not stored, or not as good as they would be now."""
-    least = 2 * encoder.least_bits  # as `Place.quality` has it
+    least_bits = encoder.least_bits
 
     def is_worse(block: Block, place: Place) -> bool:
+        if place.bits >= least_bits and encoder.is_coded(block):
+            return False  # which saves the look at each of many blocks
         own = encoder.num_extras(block), encoder.bits(block)
         return is_better(own, (place.num_extras, place.bits))
 
     return [
         block
         for block, place in zip(chain, blocks.held(places), strict=True)
-        if place is None
-        or (
-            (place.quality < least or not encoder.is_coded(block))
-            and is_worse(block, place)
-        )
+        if place is None or is_worse(block, place)
     ]
 
 

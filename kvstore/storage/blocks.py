@@ -378,7 +378,7 @@ class BlockStore:
             confirm_folder(self.index, self.folder)
 
     def held(self, places: Iterable[Place | None]) -> list[Place | None]:
-        """Return places, and ``None`` for those that are not, or not as they are said.
+        """Return the places whose shards have what is said, ``None`` for all others.
 
         Args:
             places: Where blocks lie, or ``None``; those of a shard behind each other.

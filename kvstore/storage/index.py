@@ -275,7 +275,7 @@ _FROM = "FROM blocks JOIN shards ON shards.id = blocks.shard "
 _COLUMNS = """SELECT blocks.hash, shards.name, blocks.num_tokens, blocks.nbytes,
     blocks.quality, blocks.extras"""
 _PLACE = f"{_COLUMNS} {_FROM}"
-# Of blocks in a list, in JSON, of hashes in hex.
+# Given a JSON list of hashes in hex.
 _PLACES = f"""{_COLUMNS} FROM json_each(?) AS wanted
     CROSS JOIN blocks ON blocks.hash = unhex(wanted.value)
     JOIN shards ON shards.id = blocks.shard"""

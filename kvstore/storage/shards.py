@@ -49,7 +49,7 @@ def shard_path(folder: Path, name: str) -> Path:
 
 
 def shard_file(folder: str, name: str) -> str:
-    """Return the path of a shard as text: a fifth of the time of :func:`shard_path`.
+    """Return the path of a shard as text; to make a ``Path`` takes five times as long.
 
     Raises:
         ValueError: ``name`` is no shard's name.

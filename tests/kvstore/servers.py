@@ -39,6 +39,11 @@ main()
 UNSTABLE = ("id", "created", "system_fingerprint")
 
 
+def kept(text):
+    """Return the number of tokens of each save that a log tells of."""
+    return [int(number) for number in re.findall(r"kvstore: kept (\d+) tokens", text)]
+
+
 class Server:
     """A server on a port of its own.
 
@@ -101,20 +106,17 @@ class Server:
 
     def wait_for_saves(self, number, timeout_s=300):
         """Wait until so many prompt caches are on disk."""
-
-        def are_kept(text):
-            return len(re.findall(r"kvstore: kept \d+ tokens", text)) >= number
-
-        self._wait_until(are_kept, f"kept, {number} times", timeout_s)
+        self._wait_until(
+            lambda text: len(kept(text)) >= number, f"kept, {number} times", timeout_s
+        )
 
     def wait_for_kept(self, num_tokens, timeout_s=300):
         """Wait until so many tokens of one conversation are on disk."""
-
-        def is_kept(text):
-            found = re.findall(r"kvstore: kept (\d+) tokens", text)
-            return any(int(number) >= num_tokens for number in found)
-
-        self._wait_until(is_kept, f"kept {num_tokens} tokens", timeout_s)
+        self._wait_until(
+            lambda text: any(number >= num_tokens for number in kept(text)),
+            f"kept {num_tokens} tokens",
+            timeout_s,
+        )
 
     def _wait_until(self, is_said, what, timeout_s):
         deadline = time.monotonic() + timeout_s

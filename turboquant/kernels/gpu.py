@@ -62,7 +62,7 @@ class Buffers(NamedTuple):
     # ``bfloat16``, and which of its rows is the first one meant. Buffers that are not
     # contiguous are copied whole.
     layers: Sequence[tuple[mx.array, int]]
-    # Of each block, of which one begins where the other ends.
+    # Rows of each block; a block begins where the one before it ends.
     num_rows: int
     num_blocks: int = 1
 
@@ -77,7 +77,7 @@ class Buffers(NamedTuple):
 
 
 class Codes(NamedTuple):
-    """What is made of rows of some layers, with an axis for the blocks first."""
+    """What one launch makes of the rows of some layers."""
 
     # Widest first, each ``(blocks, L, H, T, D * width // 8)``.
     planes: list[mx.array]
